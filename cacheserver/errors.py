@@ -1,0 +1,257 @@
+"""Every error this service raises on purpose.
+
+CacheServerError                      carries the published reason that callers see
+├── InvalidRequestError               INVALID_FIELD: names each field and what is wrong with it
+├── MalformedMessageError             MALFORMED_MESSAGE
+├── NotImplementedYetError            NOT_IMPLEMENTED
+├── UnauthenticatedError              UNAUTHENTICATED
+├── PermissionDeniedError             PERMISSION_DENIED
+├── NotCachedError                    NOT_CACHED
+├── KeyGoneError                      KEY_GONE
+├── ImageTooLargeError                IMAGE_TOO_LARGE
+├── ImageChangedError                 IMAGE_CHANGED
+├── OffsetOutOfRangeError             OFFSET_OUT_OF_RANGE
+├── NoSignedUrlsError                 NO_SIGNED_URLS
+├── RequestIdRunningError             REQUEST_ID_RUNNING
+├── RequestIdSpentError               REQUEST_ID_SPENT
+├── VariantsExhaustedError            VARIANTS_EXHAUSTED
+├── CacheUnknownError                 CACHE_UNKNOWN: the last tier cannot be asked, and we were told not to pay
+├── TierUnreachableError              TIER_UNREACHABLE: a purge that did not reach every tier
+├── ShuttingDownError                 SHUTTING_DOWN
+├── UpstreamError                     a generation failed
+│   ├── PromptRefusedError            PROMPT_REFUSED
+│   ├── UpstreamInvalidError          INVALID_FIELD, as the provider judged it
+│   ├── UpstreamLimitedError          UPSTREAM_LIMITED
+│   ├── UpstreamQuotaError            UPSTREAM_QUOTA_EXHAUSTED
+│   ├── UpstreamNotEntitledError      UPSTREAM_NOT_ENTITLED
+│   ├── UpstreamDownError             UPSTREAM_DOWN
+│   ├── UpstreamBadImageError         UPSTREAM_BAD_IMAGE
+│   └── QueueFullError                QUEUE_FULL
+└── TierError                         a tier's answer is unknown; never reaches a caller of GetImage
+    ├── TierTimeoutError
+    ├── TierOpenError                 the breaker answered for the tier
+    ├── CorruptEntryError             there is an entry and it is damaged
+    └── NewerEntryError               there is an entry of a codec this release cannot read
+ConfigError                           the service refuses to start; one line that says what to mend
+
+Messages tell a stranger what happened and what to try. Prompts, tokens and image bytes never enter them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from cacheserver.model import TierName
+
+
+class CacheServerError(Exception):
+    """An error with a published reason. `retry_after_s` is when trying again may help, if it may."""
+
+    reason: ClassVar[str] = "INTERNAL"
+    retry_after_s: float | None = None
+
+
+class InvalidRequestError(CacheServerError):
+    """One or more fields of a request are out of their range."""
+
+    reason = "INVALID_FIELD"
+
+    def __init__(self, violations: Mapping[str, str]) -> None:
+        """`violations` maps a field's path to what is wrong with it and what would be right."""
+        super().__init__("; ".join(f"{name}: {text}" for name, text in violations.items()))
+        self.violations = dict(violations)
+
+
+class MalformedMessageError(CacheServerError):
+    """The bytes of a call are not the message they should be."""
+
+    reason = "MALFORMED_MESSAGE"
+
+
+class NotImplementedYetError(CacheServerError):
+    """A field or call marked experimental."""
+
+    reason = "NOT_IMPLEMENTED"
+
+
+class UnauthenticatedError(CacheServerError):
+    """No bearer token, or one nobody knows."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(CacheServerError):
+    """The caller may not use the namespace or the operation."""
+
+    reason = "PERMISSION_DENIED"
+
+
+class NotCachedError(CacheServerError):
+    """A cache-only read found nothing."""
+
+    reason = "NOT_CACHED"
+
+
+class KeyGoneError(CacheServerError):
+    """No tier has the picture a key names."""
+
+    reason = "KEY_GONE"
+
+
+class ImageTooLargeError(CacheServerError):
+    """The picture does not fit an inline answer. It is kept."""
+
+    reason = "IMAGE_TOO_LARGE"
+
+
+class ImageChangedError(CacheServerError):
+    """The picture a download began with is not the one stored now."""
+
+    reason = "IMAGE_CHANGED"
+
+
+class OffsetOutOfRangeError(CacheServerError):
+    """A download was to resume beyond the end of the picture."""
+
+    reason = "OFFSET_OUT_OF_RANGE"
+
+
+class NoSignedUrlsError(CacheServerError):
+    """A URL was asked for and no tier can sign one."""
+
+    reason = "NO_SIGNED_URLS"
+
+
+class RequestIdRunningError(CacheServerError):
+    """A NO_STORE call with this request_id still runs."""
+
+    reason = "REQUEST_ID_RUNNING"
+
+
+class RequestIdSpentError(CacheServerError):
+    """This request_id was used before, and what it made was not kept or was for another request."""
+
+    reason = "REQUEST_ID_SPENT"
+
+
+class VariantsExhaustedError(CacheServerError):
+    """The request has all the variants its namespace allows."""
+
+    reason = "VARIANTS_EXHAUSTED"
+
+
+class CacheUnknownError(CacheServerError):
+    """Whether the picture is stored cannot be told now, and the service is set not to pay then."""
+
+    reason = "CACHE_UNKNOWN"
+    retry_after_s = 5.0
+
+
+class TierUnreachableError(CacheServerError):
+    """A purge did not reach these tiers."""
+
+    reason = "TIER_UNREACHABLE"
+    retry_after_s = 5.0
+
+    def __init__(self, tiers: Sequence[TierName]) -> None:
+        super().__init__(f"not purged in: {', '.join(tiers)}. Purge again when they are back.")
+        self.tiers = tuple(tiers)
+
+
+class ShuttingDownError(CacheServerError):
+    """The service is going down and starts nothing new."""
+
+    reason = "SHUTTING_DOWN"
+    retry_after_s = 1.0
+
+
+class UpstreamError(CacheServerError):
+    """A generation failed. Shared by all who wait for it, and forgotten."""
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
+
+
+class PromptRefusedError(UpstreamError):
+    """The upstream's moderation refuses the prompt or what came of it."""
+
+    reason = "PROMPT_REFUSED"
+
+
+class UpstreamInvalidError(UpstreamError):
+    """The upstream says a parameter is wrong; `field` names it where the upstream did."""
+
+    reason = "INVALID_FIELD"
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class UpstreamLimitedError(UpstreamError):
+    """The upstream's rate limit."""
+
+    reason = "UPSTREAM_LIMITED"
+    retry_after_s = 5.0
+
+
+class UpstreamQuotaError(UpstreamError):
+    """The upstream account's credit or spend limit is used up; a person must act."""
+
+    reason = "UPSTREAM_QUOTA_EXHAUSTED"
+
+
+class UpstreamNotEntitledError(UpstreamError):
+    """The upstream does not accept our key, or not for this model; a person must act."""
+
+    reason = "UPSTREAM_NOT_ENTITLED"
+
+
+class UpstreamDownError(UpstreamError):
+    """The upstream failed, did not answer in time, or cannot be reached."""
+
+    reason = "UPSTREAM_DOWN"
+    retry_after_s = 2.0
+
+
+class UpstreamBadImageError(UpstreamError):
+    """The upstream answered with something that is not the image it should be."""
+
+    reason = "UPSTREAM_BAD_IMAGE"
+    retry_after_s = 2.0
+
+
+class QueueFullError(UpstreamError):
+    """More generations wait than the queue holds."""
+
+    reason = "QUEUE_FULL"
+    retry_after_s = 5.0
+
+
+class TierError(CacheServerError):
+    """A tier could not say what it has. Unknown is not absent."""
+
+    reason = "TIER_UNKNOWN"
+
+
+class TierTimeoutError(TierError):
+    """A tier did not answer within its deadline."""
+
+
+class TierOpenError(TierError):
+    """A tier failed too often and is not asked for a while."""
+
+
+class CorruptEntryError(TierError):
+    """A tier has an entry under this key and it is damaged; overwriting it is right."""
+
+
+class NewerEntryError(TierError):
+    """A tier has an entry written by a newer release; it must not be overwritten."""
+
+
+class ConfigError(Exception):
+    """The configuration cannot work. The message is one line: the setting, what is wrong, how to mend it."""
