@@ -31,7 +31,8 @@ CacheServerError                      carries the published reason that callers 
     ├── TierTimeoutError
     ├── TierOpenError                 the breaker answered for the tier
     ├── CorruptEntryError             there is an entry and it is damaged
-    └── NewerEntryError               there is an entry of a codec this release cannot read
+    ├── NewerEntryError               there is an entry of a codec this release cannot read
+    └── EntryTooLargeError            the entry is above the tier's size limit
 ConfigError                           the service refuses to start; one line that says what to mend
 
 Messages tell a stranger what happened and what to try. Prompts, tokens and image bytes never enter them.
@@ -251,6 +252,10 @@ class CorruptEntryError(TierError):
 
 class NewerEntryError(TierError):
     """A tier has an entry written by a newer release; it must not be overwritten."""
+
+
+class EntryTooLargeError(TierError):
+    """An entry is above a tier's size limit. The tier is well; trying again will not help."""
 
 
 class ConfigError(Exception):

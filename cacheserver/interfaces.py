@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
-from cacheserver.model import CachedImage, CacheKey, GeneratedImage, ImageRequest, Labels, Outcome, TierName
+from cacheserver.model import (
+    CachedImage,
+    CacheKey,
+    GeneratedImage,
+    ImageRequest,
+    Labels,
+    Outcome,
+    Priority,
+    Replay,
+    TierName,
+)
 
 
 class Clock(Protocol):
@@ -115,10 +125,59 @@ class Upstream(Protocol):
         ...
 
 
+class Generation(Protocol):
+    """The miss path: everything between a true miss and a picture. It knows nothing of the cache."""
+
+    @property
+    def default_model(self) -> str:
+        """The model of a request that names none."""
+        ...
+
+    async def generate(
+        self,
+        request: ImageRequest,
+        variants: Sequence[int],
+        *,
+        priority: Priority,
+        on_spending: Callable[[], None],
+    ) -> list[GeneratedImage]:
+        """Make pictures for `variants`, in order; fewer may come back, never none.
+
+        `on_spending` is called right before money is spent: until then the call may be cancelled for free,
+        from then on cancelling it loses what was paid. Raises UpstreamError, or InvalidRequestError for a
+        model nobody serves.
+        """
+        ...
+
+    def estimated_wait_s(self, model: str, started_s: float) -> float:
+        """How much longer a generation that began at `started_s` (monotonic) is expected to take."""
+        ...
+
+    def estimate_microusd(self, request: ImageRequest, n: int) -> int:
+        """What `n` pictures may cost at most, in micro-dollars; 0 where no price is known."""
+        ...
+
+
+class Replays(Protocol):
+    """What calls with a request_id were given, for 24 hours: a call sent again never pays again.
+
+    Control state, not cache: it must survive Redis eviction. Never raises: where Redis is gone, what this
+    process remembers is all there is.
+    """
+
+    async def recall(self, replay_id: str) -> Replay | None:
+        """What the call of this id was given, None if nothing is known."""
+        ...
+
+    async def remember(self, replay_id: str, replay: Replay) -> None:
+        """Keep what the call of this id was given."""
+        ...
+
+
 class Books(Protocol):
     """Where everything that happened is counted, once. Plain counters: cheap enough for the hit path."""
 
-    def answered(  # noqa: PLR0913 - one row of the books has this many columns
+    def answered(  # noqa: PLR0913 - as many columns as a row of the books
         self,
         namespace: str,
         outcome: Outcome,
@@ -126,10 +185,13 @@ class Books(Protocol):
         *,
         seconds: float,
         image_bytes: int = 0,
-        spent_microusd: int = 0,
         saved_microusd: int = 0,
     ) -> None:
         """One picture was answered."""
+        ...
+
+    def spent(self, namespace: str, microusd: int) -> None:
+        """A generation was paid for: booked where it is spent, whether or not anyone still waits."""
         ...
 
     def tier_seconds(self, tier: TierName, op: str, seconds: float) -> None:

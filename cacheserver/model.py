@@ -171,6 +171,11 @@ class CacheKey:
         """Whether this names a stand-in slot, which only the fast tiers hold."""
         return self.variant > MAX_VARIANT
 
+    @property
+    def made_for(self) -> CacheKey:
+        """The key itself, or for a stand-in slot the key it stands in for."""
+        return self.with_variant(self.variant - _STAND_IN_OFFSET) if self.is_stand_in else self
+
     @staticmethod
     def parse(name: str) -> CacheKey:
         """The key that `name` spells.
@@ -360,3 +365,11 @@ class Labels:
 
     namespace: str
     tags: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What a call with a request_id was given: these variants of this identity. None of them: it was not kept."""
+
+    identity_name: str
+    variants: tuple[int, ...]

@@ -1,0 +1,1 @@
+"""Where everything that happened is counted, once."""

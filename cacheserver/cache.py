@@ -1,0 +1,658 @@
+"""PromptCache: the path of a request. This file is the program; the others are its parts.
+
+    memory ──hit──────────────────────────────────────────────▶ answer
+      │ miss
+      ▼
+    flight ── one load per identity; everyone who asks joins it
+      │
+      ▼
+    walk ──── Redis, then disk or S3: the first intact entry answers and is promoted
+      │ nobody has it
+      ▼
+    may this caller pay? ── judged per waiter: refused ones leave, the first of the others leads
+      │
+      ▼
+    generate ─▶ keep ─▶ answer
+
+Three rules run through it.
+
+A wrong image is worse than a miss: every tier compares the identity digest, a flight compares it again for
+each waiter (`Waiter.accepts`), and what does not match reads as a miss.
+
+Unknown is not absent: a tier answers with an entry, with None, or raises TierError. Only the last tier's
+None means that nobody has paid for the picture. If the last tier cannot say, a picture is paid for under
+`when_unknown = "pay"` within an hourly budget, and kept as a stand-in: in a slot of its own, so that it never
+takes the name of a picture that may exist. Before anything is paid the stand-in slot is asked too.
+
+Nothing awaits between the look into memory and boarding the flight, so two loads of one identity cannot run
+side by side (the interleaving that groupcache's re-check closes). A flight ends only after `keep`, so whoever
+comes later finds the picture in a tier even if memory did not admit it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import math
+import random
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from dataclasses import replace as with_fields
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+import structlog
+from cachetools import TTLCache
+
+from cacheserver.errors import (
+    CacheServerError,
+    CacheUnknownError,
+    CorruptEntryError,
+    InvalidRequestError,
+    KeyGoneError,
+    NoSignedUrlsError,
+    NotCachedError,
+    PermissionDeniedError,
+    RequestIdRunningError,
+    RequestIdSpentError,
+    TierError,
+    VariantsExhaustedError,
+)
+from cacheserver.flight import Flight, Flights, Loaded, Waiter
+from cacheserver.interfaces import Books, Clock, Generation, Replays, SigningTier, Tier
+from cacheserver.keep import Keeper
+from cacheserver.model import (
+    CachedImage,
+    CacheKey,
+    CachePolicy,
+    Caller,
+    Found,
+    GeneratedImage,
+    Identity,
+    ImageRequest,
+    MatchLevel,
+    Namespace,
+    Pending,
+    Permission,
+    Replay,
+    Served,
+    Terms,
+    TierName,
+    VariantPolicy,
+)
+from cacheserver.purge import Purger, PurgeResult, PurgeSelector
+from cacheserver.tiers.memory import MemoryCache
+from cacheserver.variants import AnotherOne, random_ones, sticky_ones
+
+_log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+_ALWAYS_PAYING = (CachePolicy.REFRESH, CachePolicy.NO_STORE)
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownPolicy:
+    """What to do about a miss while the last tier cannot say whether it is one.
+
+    `pay` generates, at most for `budget_microusd_per_hour` of estimated cost; otherwise the caller is told to
+    try again.
+    """
+
+    pay: bool = True
+    budget_microusd_per_hour: int = 10_000_000
+
+
+class PromptCache:
+    """Answers requests from the fastest tier that can, and pays for a picture only when none can."""
+
+    def __init__(  # noqa: PLR0913 - the parts of the house, by keyword
+        self,
+        *,
+        memory: MemoryCache,
+        tiers: Sequence[Tier],
+        keeper: Keeper,
+        generation: Generation,
+        replays: Replays,
+        books: Books,
+        clock: Clock,
+        unknown: UnknownPolicy,
+        signer: SigningTier | None = None,
+        url_expires_s: int = 3600,
+        rng: random.Random | None = None,
+    ) -> None:
+        """`tiers` are the lower ones, fastest first; the last alone knows what is absent."""
+        self._memory = memory
+        self._tiers = tiers
+        self._keeper = keeper
+        self._generation = generation
+        self._replays = replays
+        self._books = books
+        self._clock = clock
+        self._unknown = unknown
+        self._signer = signer
+        self._url_expires_s = url_expires_s
+        self._rng = rng or random.Random()  # noqa: S311 - picks pictures, not secrets
+        self._flights = Flights(self._load, monotonic_s=clock.monotonic_s)
+        self._another_one = AnotherOne(monotonic_s=clock.monotonic_s)
+        self._promises: dict[str, _Promise] = {}
+        self._recalling: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._unstored: set[str] = set()
+        self._unknown_count = itertools.count()
+        self._unknown_spending: TTLCache[int, int] = TTLCache(math.inf, ttl=3600, timer=clock.monotonic_s)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._purger = Purger(memory=memory, tiers=tiers, keeper=keeper)
+        self._purging = asyncio.Lock()
+        self._purges = 0
+
+    @property
+    def can_sign_urls(self) -> bool:
+        """Whether a tier can hand out URLs."""
+        return self._signer is not None
+
+    @property
+    def in_flight(self) -> int:
+        """How many loads are in progress."""
+        return len(self._flights)
+
+    # ── asking ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def get(
+        self, request: ImageRequest, identity: Identity, *, namespace: Namespace, caller: Caller, terms: Terms
+    ) -> list[Served] | Pending:
+        """The pictures asked for, or PENDING once `terms.max_wait_s` has passed.
+
+        Raises what the caller must hear: NotCachedError, PermissionDeniedError, UpstreamError and the like.
+        No failing tier makes this fail. A caller that is cancelled ends its wait and nothing else.
+        """
+        if terms.n > namespace.max_variants:
+            raise InvalidRequestError({"n": f"at most {namespace.max_variants} in namespace {namespace.name}"})
+        waiter = self._waiter(identity.key, tuple(range(terms.n)), namespace, caller, terms)
+        waiter.asked = (request, identity)
+        replay_id = _replay_id(caller, terms)
+        if terms.cache_policy is CachePolicy.NO_STORE:
+            return await self._get_unstored(waiter, replay_id)
+        if replay_id:
+            return await self._get_once(waiter, replay_id)
+        waiter.variants = await self._choose(waiter)
+        return await self._get(waiter)
+
+    async def get_by_key(
+        self, key: CacheKey, *, namespace: Namespace, caller: Caller, terms: Terms
+    ) -> Served | Pending:
+        """The picture a key names: stored, or in flight. Never pays.
+
+        Raises KeyGoneError when no tier has it, CacheUnknownError when the last tier cannot say.
+        """
+        waiter = self._waiter(key, (key.variant,), namespace, caller, terms)
+        waiter.refusal = KeyGoneError("No tier has the picture of this key any more; ask for it by its prompt.")
+        answer = await self._get(waiter)
+        return answer if isinstance(answer, Pending) else answer[0]
+
+    async def find(self, keys: Sequence[CacheKey]) -> tuple[list[Found], list[TierName]]:
+        """Where each image is, and which tiers could not be asked. One pass per tier; reads no bytes."""
+        found = [self._find_here(key) for key in keys]
+        silent: list[TierName] = []
+        for tier in self._tiers:
+            rest = [i for i, item in enumerate(found) if item.tier is None and not item.in_flight]
+            if not rest:
+                break
+            try:
+                present = await tier.find([keys[i] for i in rest])
+            except TierError:
+                silent.append(tier.name)
+                continue
+            for i, is_present in zip(rest, present, strict=True):
+                if is_present:
+                    found[i] = Found(keys[i], tier.name)
+        return found, silent
+
+    def estimated_wait_s(self, keys: Sequence[CacheKey]) -> float:
+        """How much longer the loads of these keys are expected to take; 0 when none is in flight."""
+        return max((self._flight_wait_s(flight) for key in keys for flight in self._flights.of(key)), default=0.0)
+
+    async def signed_url(self, entry: CachedImage) -> tuple[str, float]:
+        """A URL that serves this entry's bytes, and when it expires (seconds since 1970).
+
+        Raises NoSignedUrlsError without a signing tier, CacheUnknownError when it cannot be reached.
+        """
+        if self._signer is None:
+            raise NoSignedUrlsError("No tier of this service signs URLs; ask INLINE or use StreamImage.")
+        expires_at_s = self._clock.now_s() + self._url_expires_s
+        try:
+            return await self._signer.signed_url(entry, self._url_expires_s), expires_at_s
+        except TierError as error:
+            raise CacheUnknownError("Object storage cannot be reached to sign a URL; ask INLINE or retry.") from error
+
+    # ── storing ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def put(  # noqa: PLR0913 - an entry's facts
+        self,
+        image: GeneratedImage,
+        identity: Identity,
+        *,
+        namespace: Namespace,
+        replace: bool = False,
+        tags: tuple[str, ...] = (),
+        ttl_s: float | None = None,
+        create_time_s: float | None = None,
+    ) -> tuple[CachedImage, bool]:
+        """Store an image the caller already has: as variant 0 with `replace`, else as the next free variant.
+
+        Returns the entry and whether it is new: bytes that are there already are not stored again. Raises
+        VariantsExhaustedError, and CacheUnknownError when the last tier cannot say which variants it has.
+        """
+        entry = self._entry(image, identity, namespace, ttl_s=ttl_s, tags=tags, create_time_s=create_time_s)
+        if not replace:
+            for variant in range(namespace.max_variants):
+                walked = await self._walk(identity.key.with_variant(variant))
+                if isinstance(walked, _Absent):
+                    if walked.is_unknown:
+                        raise CacheUnknownError("The last tier cannot say which variants it has; put again later.")
+                    entry = with_fields(entry, key=identity.key.with_variant(variant))
+                    break
+                if walked.entry.image.sha256 == image.sha256:
+                    return walked.entry, False
+            else:
+                text = f"All {namespace.max_variants} variants of this request are taken; purge one or replace."
+                raise VariantsExhaustedError(text)
+        return await self._keeper.keep(entry, replace=replace), True
+
+    async def purge(self, selector: PurgeSelector, *, dry_run: bool) -> PurgeResult:
+        """Remove (or only count) images in every tier. Raises TierUnreachableError, the rest being done."""
+        if dry_run:
+            return await self._purger.purge(selector, dry_run=True)
+        async with self._purging:
+            self._purges += 1
+            try:
+                return await self._purger.purge(selector, dry_run=False)
+            finally:
+                self._purges += 1
+
+    def _may_promote(self, purges: int) -> bool:
+        """Whether no purge ran since the count was `purges`, nor runs now: what it removes must not come back."""
+        return purges == self._purges and purges % 2 == 0
+
+    async def aclose(self, grace_s: float) -> None:
+        """Let running loads end within `grace_s`, then cancel them."""
+        await self._flights.aclose(grace_s)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=grace_s)
+
+    # ── one wait ────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _get(self, waiter: Waiter, promise: _Promise | None = None) -> list[Served] | Pending:
+        """Answer from memory, or wait in the flight that brings what is lacking."""
+        flight = promise.flight if promise is not None else None
+        if flight is not None:
+            flight.join(waiter)
+        elif (hits := self._in_memory(waiter)) is not None:
+            waiter.answer.set_result(hits)
+        else:
+            flight = self._flights.board(waiter)
+            if promise is not None:
+                promise.flight = flight
+        is_held = False
+        try:
+            if await self._answered(waiter):
+                return [self._served(loaded, waiter) for loaded in waiter.answer.result()]
+            # PENDING is an answer: this caller will come back with the key, so its part in the flight stays.
+            is_held = True
+            keys = tuple(waiter.key.with_variant(variant) for variant in waiter.variants)
+            return Pending(keys, max(1.0, self.estimated_wait_s(keys)))
+        finally:
+            if flight is not None and not is_held:
+                flight.leave(waiter)
+
+    async def _answered(self, waiter: Waiter) -> bool:
+        max_wait_s = waiter.terms.max_wait_s
+        if waiter.answer.done():
+            return True
+        if max_wait_s is None:
+            await asyncio.wait({waiter.answer})
+        elif max_wait_s > 0:
+            timer = asyncio.create_task(self._clock.sleep(max_wait_s))
+            either: tuple[asyncio.Future[Any], ...] = (waiter.answer, timer)
+            try:
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                timer.cancel()
+        return waiter.answer.done()
+
+    def _in_memory(self, waiter: Waiter) -> list[Loaded] | None:
+        hits = []
+        for variant in waiter.variants:
+            entry = self._here(waiter.key.with_variant(variant))
+            if entry is None or not waiter.accepts(loaded := Loaded(entry, TierName.MEMORY)):
+                return None
+            hits.append(loaded)
+        waiter.first = True
+        return hits
+
+    def _here(self, key: CacheKey) -> CachedImage | None:
+        return self._memory.get(key) or self._keeper.held(key)
+
+    def _find_here(self, key: CacheKey) -> Found:
+        if self._memory.contains(key) or self._keeper.held(key) is not None:
+            return Found(key, TierName.MEMORY)
+        return Found(key, in_flight=any(key.variant in flight.brings for flight in self._flights.of(key)))
+
+    def _waiter(
+        self, key: CacheKey, variants: tuple[int, ...], namespace: Namespace, caller: Caller, terms: Terms
+    ) -> Waiter:
+        not_before_s = None if terms.max_age_s is None else self._clock.now_s() - terms.max_age_s
+        refresh = terms.cache_policy is CachePolicy.REFRESH
+        return Waiter(key, variants, namespace, caller, terms, not_before_s=not_before_s, refresh=refresh)
+
+    def _served(self, loaded: Loaded, waiter: Waiter) -> Served:
+        paid = loaded.entry.image.paid_microusd
+        pays = loaded.payer is waiter
+        return Served(
+            entry=loaded.entry,
+            tier=loaded.tier,
+            matched=_matched(loaded.entry, waiter),
+            collapsed=not pays if loaded.payer is not None else not waiter.first,
+            cost_microusd=paid if pays else 0,
+            saved_microusd=0 if pays else paid,
+        )
+
+    def _flight_wait_s(self, flight: Flight) -> float:
+        models = (waiter.asked[0].model for waiter in flight.waiters if waiter.asked is not None)
+        return self._generation.estimated_wait_s(next(models, self._generation.default_model), flight.started_s)
+
+    # ── one load ────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _load(self, flight: Flight) -> None:
+        unknown: set[int] = set()
+        walked: set[int] = set()
+        while todo := [variant for variant in flight.lacking if variant not in walked]:
+            walked.update(todo)
+            for variant, found in zip(
+                todo, await asyncio.gather(*(self._walk(flight.key.with_variant(v)) for v in todo)), strict=True
+            ):
+                if isinstance(found, _Found):
+                    flight.land(variant, Loaded(found.entry, found.tier))
+                elif found.is_unknown:
+                    unknown.add(variant)
+        # From the last look at who lacks what until the flight is sealed nothing awaits: nobody joins unseen.
+        self._refuse_who_may_not_pay(flight, unknown)
+        making = flight.lacking
+        if making:
+            flight.seal(making)
+            await self._generate(flight, making, unknown)
+
+    async def _walk(self, key: CacheKey) -> _Found | _Absent:
+        """Ask memory and the lower tiers, fastest first, then the stand-in slot; promote what is found."""
+        purges = self._purges
+        if (entry := self._here(key)) is not None:
+            return _Found(entry, TierName.MEMORY)
+        missed: list[Tier] = []
+        is_unknown = False
+        for tier in self._tiers:
+            is_unknown = False
+            try:
+                entry = await tier.get(key)
+            except CorruptEntryError:
+                missed.append(tier)
+            except TierError:
+                is_unknown = True
+            else:
+                if entry is not None:
+                    if self._may_promote(purges):
+                        self._keeper.promote(key, entry, missed)
+                    return _Found(entry, tier.name)
+                missed.append(tier)
+        stand_in = await self._find_stand_in(key)
+        if stand_in is None:
+            return _Absent(is_unknown=is_unknown)
+        if not is_unknown and self._may_promote(purges):
+            # The last tier has no such variant after all: the stand-in takes the place it stood in for.
+            return _Found(await self._keeper.keep(stand_in.entry), stand_in.tier)
+        return stand_in
+
+    async def _find_stand_in(self, key: CacheKey) -> _Found | None:
+        slot = key.stand_in
+        if (entry := self._here(slot)) is not None:
+            return _Found(entry, TierName.MEMORY)
+        for tier in self._tiers[:-1]:
+            try:
+                entry = await tier.get(slot)
+            except TierError:
+                continue  # a makeshift copy: the tier that cannot say costs at most a second picture
+            if entry is not None:
+                self._keeper.promote(slot, entry, ())
+                return _Found(entry, tier.name)
+        return None
+
+    def _refuse_who_may_not_pay(self, flight: Flight, unknown: set[int]) -> None:
+        """Judge each waiter by itself; whoever is first among the others leads."""
+        for waiter in list(flight.waiters):
+            is_unknown = not waiter.refresh and not unknown.isdisjoint(waiter.lacks(flight.loaded))
+            refusal = self._refusal(waiter, is_unknown=is_unknown)
+            if refusal is not None:
+                flight.refuse(waiter, refusal)
+        if not unknown.isdisjoint(flight.lacking):
+            payers = [w for w in flight.waiters if not w.refresh and not unknown.isdisjoint(w.lacks(flight.loaded))]
+            if payers and not self._afford_unknown(payers[0], len(unknown.intersection(flight.lacking))):
+                for waiter in payers:
+                    flight.refuse(waiter, CacheUnknownError("The budget for misses nobody can confirm is used up."))
+
+    def _refusal(self, waiter: Waiter, *, is_unknown: bool) -> CacheServerError | None:
+        if waiter.refusal is not None:
+            if is_unknown:
+                return CacheUnknownError("The last tier cannot say whether it has this picture; try again.")
+            return waiter.refusal
+        if waiter.terms.cache_policy is CachePolicy.ONLY_IF_CACHED:
+            return NotCachedError("Not cached, and only cached pictures were asked for.")
+        if not waiter.caller.may(Permission.GENERATE, waiter.namespace.name):
+            text = f"Not cached, and caller {waiter.caller.name} may not generate in {waiter.namespace.name}."
+            return PermissionDeniedError(text)
+        if is_unknown and not self._unknown.pay:
+            return CacheUnknownError("The last tier cannot say whether it has this picture, and we do not pay then.")
+        return None
+
+    def _afford_unknown(self, payer: Waiter, n: int) -> bool:
+        """Take the estimate of `n` pictures from this hour's budget for misses nobody can confirm."""
+        if payer.asked is None:
+            return False
+        estimate = self._generation.estimate_microusd(payer.asked[0], n)
+        if sum(self._unknown_spending.values()) + estimate > self._unknown.budget_microusd_per_hour:
+            return False
+        self._unknown_spending[next(self._unknown_count)] = estimate
+        for _ in range(n):
+            self._books.paid_unknown()
+        return True
+
+    async def _generate(self, flight: Flight, making: list[int], unknown: set[int]) -> None:
+        lead = flight.waiters[0]
+        if lead.asked is None:
+            raise AssertionError("a call by key never pays")
+        request, identity = lead.asked
+        priority = max(waiter.terms.priority for waiter in flight.waiters)
+        while making:
+            images = await self._generation.generate(
+                request, making, priority=priority, on_spending=flight.begin_spending
+            )
+            self._books.spent(lead.namespace.name, sum(image.paid_microusd for image in images))
+            made, making = making[: len(images)], making[len(images) :]
+            terms = lead.terms
+            entries = [
+                self._entry(image, identity, lead.namespace, variant=variant, ttl_s=terms.ttl_s, tags=terms.tags)
+                for variant, image in zip(made, images, strict=True)
+            ]
+            kept = await asyncio.gather(*(self._keep(entry, flight, unknown) for entry in entries))
+            for variant, entry in zip(made, kept, strict=True):
+                flight.land(variant, Loaded(entry, TierName.UPSTREAM, payer=lead))
+
+    async def _keep(self, entry: CachedImage, flight: Flight, unknown: set[int]) -> CachedImage:
+        variant = entry.key.variant
+        if any(waiter.refresh for waiter in flight.waiters) or variant in flight.loaded:
+            return await self._keeper.keep(entry, replace=True)
+        if variant in unknown:
+            await self._keeper.keep_stand_in(entry)
+            return entry
+        return await self._keeper.keep(entry)
+
+    def _entry(  # noqa: PLR0913 - an entry's facts
+        self,
+        image: GeneratedImage,
+        identity: Identity,
+        namespace: Namespace,
+        *,
+        variant: int = 0,
+        ttl_s: float | None,
+        tags: tuple[str, ...],
+        create_time_s: float | None = None,
+    ) -> CachedImage:
+        now_s = self._clock.now_s()
+        lifetimes_s = [ttl_s if ttl_s is not None else namespace.ttl_s, namespace.max_ttl_s]
+        lifetime_s = min((s for s in lifetimes_s if s is not None), default=None)
+        return CachedImage(
+            key=identity.key.with_variant(variant),
+            image=image,
+            namespace=namespace.name,
+            prompt_digest=identity.prompt_digest,
+            create_time_s=now_s if create_time_s is None else create_time_s,
+            expire_time_s=None if lifetime_s is None else now_s + lifetime_s,
+            tags=tags,
+        )
+
+    # ── which variants, and calls sent twice ────────────────────────────────────────────────────────────────
+
+    async def _choose(self, waiter: Waiter) -> tuple[int, ...]:
+        if waiter.terms.variant_policy is VariantPolicy.FIRST or waiter.refresh:
+            return waiter.variants
+        limit, n = waiter.namespace.max_variants, waiter.terms.n
+        found, _ = await self.find([waiter.key.with_variant(variant) for variant in range(limit)])
+        stored = {item.key.variant for item in found if item.tier is not None}
+        # Read again after the await: what took off meanwhile counts as stored, or two calls would make one picture.
+        stored |= {variant for flight in self._flights.of(waiter.key) for variant in flight.brings}
+        if waiter.terms.variant_policy is VariantPolicy.RANDOM:
+            return random_ones(stored, n, self._rng)
+        names = {"caller": waiter.caller.name, "identity_name": waiter.key.identity_name}
+        if waiter.terms.variant_policy is VariantPolicy.STICKY:
+            return sticky_ones(stored, n, **names)
+        excluded = [CacheKey.parse(name) for name in waiter.terms.exclude_keys]
+        ours = {key.variant for key in excluded if key.identity_name == waiter.key.identity_name}
+        return self._another_one.choose(**names, stored=stored, excluded=ours, n=n, max_variants=limit)
+
+    async def _get_once(self, waiter: Waiter, replay_id: str) -> list[Served] | Pending:
+        """Answer a call that may be sent again under the same id: it joins or replays, and never pays again."""
+        async with self._recalling.setdefault(replay_id, asyncio.Lock()):
+            promise = self._promises.get(replay_id)
+            replay = promise.replay if promise is not None else await self._replays.recall(replay_id)
+            if replay is None:
+                waiter.variants = await self._choose(waiter)
+                replay = Replay(waiter.key.identity_name, waiter.variants)
+                promise = self._promises[replay_id] = _Promise(replay)
+            elif (replay.identity_name, len(replay.variants)) != (waiter.key.identity_name, waiter.terms.n):
+                raise RequestIdSpentError("This request_id was used for another request; use a new one.")
+            else:
+                waiter.variants = replay.variants
+                if promise is None or promise.flight is None or promise.flight.is_over:
+                    promise, waiter.refresh, waiter.not_before_s = None, False, None
+                    waiter.refusal = KeyGoneError("The picture this request_id was given is gone; use a new one.")
+        if promise is None:
+            return await self._get(waiter)
+        waiter.answer.add_done_callback(lambda answer: self._settle(replay_id, promise, answer))
+        return await self._get(waiter, promise)
+
+    def _settle(self, replay_id: str, promise: _Promise, answer: asyncio.Future[list[Loaded]]) -> None:
+        """A promised answer is there, or will never be: remember it, or let the id be used again."""
+        if answer.cancelled():
+            if promise.flight is None or promise.flight.dropped:
+                self._promises.pop(replay_id, None)
+        elif answer.exception() is not None:
+            self._promises.pop(replay_id, None)
+        else:
+            variants = tuple(loaded.entry.key.variant for loaded in answer.result())
+            self._own(self._remember(replay_id, Replay(promise.replay.identity_name, variants)))
+
+    async def _remember(self, replay_id: str, replay: Replay) -> None:
+        await self._replays.remember(replay_id, replay)
+        self._promises.pop(replay_id, None)
+
+    async def _get_unstored(self, waiter: Waiter, replay_id: str) -> list[Served]:
+        """Generate for this caller alone: nothing is read, joined or written."""
+        if not waiter.caller.may(Permission.GENERATE, waiter.namespace.name):
+            text = f"Caller {waiter.caller.name} may not generate in {waiter.namespace.name}."
+            raise PermissionDeniedError(text)
+        if replay_id:
+            if replay_id in self._unstored:
+                raise RequestIdRunningError("A NO_STORE call with this request_id still runs.")
+            self._unstored.add(replay_id)
+        return await asyncio.shield(self._own(self._make_unstored(waiter, replay_id)))
+
+    async def _make_unstored(self, waiter: Waiter, replay_id: str) -> list[Served]:
+        try:
+            if replay_id and await self._replays.recall(replay_id) is not None:
+                raise RequestIdSpentError("This request_id was used before, and NO_STORE kept nothing of it.")
+            loaded = await self._make_all(waiter)
+            if replay_id:
+                await self._replays.remember(replay_id, Replay(waiter.key.identity_name, ()))
+        finally:
+            self._unstored.discard(replay_id)
+        return [self._served(one, waiter) for one in loaded]
+
+    async def _make_all(self, waiter: Waiter) -> list[Loaded]:
+        if waiter.asked is None:
+            raise AssertionError("a call by key never pays")
+        request, identity = waiter.asked
+        made: list[Loaded] = []
+        while missing := waiter.variants[len(made) :]:
+            images = await self._generation.generate(
+                request, missing, priority=waiter.terms.priority, on_spending=lambda: None
+            )
+            self._books.spent(waiter.namespace.name, sum(image.paid_microusd for image in images))
+            for variant, image in zip(missing, images, strict=False):
+                entry = self._entry(image, identity, waiter.namespace, variant=variant, ttl_s=None, tags=())
+                made.append(Loaded(entry, TierName.UPSTREAM, payer=waiter))
+        return made
+
+    def _own(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._disown)
+        return task
+
+    def _disown(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            # Whoever still waits raises it too; this line is for those who hung up.
+            _log.info("background_work_failed", error=type(error).__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    entry: CachedImage
+    tier: TierName
+
+
+@dataclass(frozen=True, slots=True)
+class _Absent:
+    """No tier gave the picture; `is_unknown` if the last one could not say."""
+
+    is_unknown: bool
+
+
+@dataclass(slots=True)
+class _Promise:
+    """What a running call with a request_id will be given, and the flight that brings it."""
+
+    replay: Replay
+    flight: Flight | None = None
+
+
+def _matched(entry: CachedImage, waiter: Waiter) -> MatchLevel:
+    if waiter.asked is None or entry.prompt_digest == waiter.asked[1].prompt_digest:
+        return MatchLevel.EXACT
+    return waiter.asked[1].level
+
+
+def _replay_id(caller: Caller, terms: Terms) -> str:
+    """The idempotency key of a call that may pay every time it is sent; empty for all others."""
+    pays_every_time = terms.cache_policy in _ALWAYS_PAYING or terms.variant_policy is VariantPolicy.NEXT
+    if not terms.request_id or not pays_every_time:
+        return ""
+    return hashlib.sha256(f"{caller.name}\0{terms.request_id}".encode()).hexdigest()

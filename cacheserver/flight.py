@@ -1,0 +1,250 @@
+"""Single-flight: one load per identity, owned by the server and joined by everyone who lacks what it loads.
+
+A flight is the third state beside hit and miss. It belongs to the server, not to its first caller: a caller
+that hangs up ends its own wait, never the load. Only when everyone has left before money was spent is the
+load dropped. This file knows nothing of tiers or upstreams; what a load does is `PromptCache`'s business.
+
+One identity may have several flights in a row, never side by side: who wants more than the running one can
+still give starts the next, which begins when the one before has ended. So no two loads of an identity ever
+generate at the same time, and a load always sees what the one before it stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from cacheserver.errors import CacheServerError, ShuttingDownError
+from cacheserver.model import CachedImage, CacheKey, Caller, Identity, ImageRequest, Namespace, Terms, TierName
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """One picture a flight brought in. `payer` is the waiter it was generated for, None if a tier had it."""
+
+    entry: CachedImage
+    tier: TierName
+    payer: Waiter | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Waiter:
+    """One caller's part in a flight: what it wants, what it accepts, and whether it may pay for it.
+
+    `variants` are wanted in this order. `refusal` is the error this caller gets instead of a generation; a
+    waiter without one may pay. `not_before_s` refuses older pictures; `refresh` refuses every picture whose
+    generation began before the waiter came. `asked` is None for a call by key.
+    """
+
+    key: CacheKey
+    variants: tuple[int, ...]
+    namespace: Namespace
+    caller: Caller
+    terms: Terms
+    asked: tuple[ImageRequest, Identity] | None = None
+    refusal: CacheServerError | None = None
+    not_before_s: float | None = None
+    refresh: bool = False
+    first: bool = False
+    answer: asyncio.Future[list[Loaded]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def accepts(self, loaded: Loaded) -> bool:
+        """Whether this picture is what the waiter asked for: its identity, and new enough."""
+        if not self.key.matches(loaded.entry.key.digest):
+            return False
+        if loaded.payer is not None:
+            return True
+        if self.refresh:
+            return False
+        return self.not_before_s is None or loaded.entry.create_time_s >= self.not_before_s
+
+    def lacks(self, loaded: dict[int, Loaded]) -> set[int]:
+        """The variants still to come."""
+        return {v for v in self.variants if v not in loaded or not self.accepts(loaded[v])}
+
+
+class Flight:
+    """One load in progress. Changed only from the event loop; nothing here awaits."""
+
+    def __init__(self, key: CacheKey, *, started_s: float) -> None:
+        """`key` names the identity (its variant means nothing); `started_s` is monotonic."""
+        self.key = key
+        self.started_s = started_s
+        self.waiters: list[Waiter] = []
+        self.loaded: dict[int, Loaded] = {}
+        self.making: frozenset[int] = frozenset()
+        self.sealed = False
+        self.spending = False
+        self.dropped = False
+        self.task: asyncio.Task[None] | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody can join any more."""
+        return self.dropped or (self.task is not None and self.task.done())
+
+    @property
+    def wanted(self) -> set[int]:
+        """All variants its waiters asked for."""
+        return {v for waiter in self.waiters for v in waiter.variants}
+
+    @property
+    def brings(self) -> set[int]:
+        """All variants it was asked for or has brought."""
+        return self.wanted | self.loaded.keys()
+
+    @property
+    def lacking(self) -> list[int]:
+        """The variants some waiter still waits for, in order."""
+        return sorted({v for waiter in self.waiters for v in waiter.lacks(self.loaded)})
+
+    def admits(self, waiter: Waiter) -> bool:
+        """Whether this flight will bring all the waiter wants.
+
+        Until it is sealed a flight takes on whatever is asked. Afterwards it gives only what it is making or
+        has; and a REFRESH joins only a generation that begins after the REFRESH came.
+        """
+        if self.dropped:
+            return False
+        if not self.sealed:
+            return True
+        return not waiter.refresh and all(v in self.making for v in waiter.lacks(self.loaded))
+
+    def join(self, waiter: Waiter) -> None:
+        """Take the waiter on; answered at once if all it wants is here already."""
+        waiter.first = not self.waiters and not self.loaded
+        self.waiters.append(waiter)
+        self._answer_who_has_all()
+
+    def leave(self, waiter: Waiter) -> None:
+        """The caller hung up. A load nobody waits for is dropped while it has cost nothing.
+
+        Once money is spent the waiter stays on, though nobody looks: what was paid for is answered to it, and
+        remembered for its request_id.
+        """
+        if waiter not in self.waiters or self.spending:
+            return
+        self.waiters.remove(waiter)
+        self.dropped = not self.waiters
+        waiter.answer.cancel()
+        if self.dropped and self.task is not None:
+            self.task.cancel()
+
+    def refuse(self, waiter: Waiter, error: CacheServerError) -> None:
+        """End one caller's wait with an error that concerns it alone."""
+        self.waiters.remove(waiter)
+        _fail(waiter, error)
+
+    def seal(self, making: list[int]) -> None:
+        """From here on the flight makes these variants and takes on no others."""
+        self.sealed = True
+        self.making = frozenset(making)
+
+    def begin_spending(self) -> None:
+        """From here on the load is worth money and is finished whoever leaves."""
+        self.spending = True
+
+    def land(self, variant: int, loaded: Loaded) -> None:
+        """A picture is here: answer every waiter that now has all it wants."""
+        self.loaded[variant] = loaded
+        self._answer_who_has_all()
+
+    def fail(self, error: BaseException) -> None:
+        """End everyone's wait with the upstream's (or our own) failure."""
+        waiters, self.waiters = self.waiters, []
+        for waiter in waiters:
+            _fail(waiter, error)
+
+    def _answer_who_has_all(self) -> None:
+        for waiter in [w for w in self.waiters if not w.lacks(self.loaded)]:
+            self.waiters.remove(waiter)
+            if not waiter.answer.done():
+                waiter.answer.set_result([self.loaded[v] for v in waiter.variants])
+
+
+def _fail(waiter: Waiter, error: BaseException) -> None:
+    if not waiter.answer.done():
+        waiter.answer.set_exception(error)
+        # A caller answered PENDING never looks; asyncio would report the exception as forgotten.
+        waiter.answer.exception()
+
+
+class Flights:
+    """All flights of this process."""
+
+    def __init__(self, load: Callable[[Flight], Awaitable[None]], *, monotonic_s: Callable[[], float]) -> None:
+        """`load` does a flight's work: it lands pictures, refuses waiters, or raises what fails them all."""
+        self._load = load
+        self._monotonic_s = monotonic_s
+        self._flights: dict[str, list[Flight]] = {}
+        self._closed = False
+
+    def __len__(self) -> int:
+        """How many flights are in progress."""
+        return sum(len(row) for row in self._flights.values())
+
+    def of(self, key: CacheKey) -> list[Flight]:
+        """The flights of this key's identity, the running one first."""
+        return self._flights.get(key.identity_name, [])
+
+    def board(self, waiter: Waiter) -> Flight:
+        """Join the flight that will bring what the waiter wants, or start the next one.
+
+        There is no await between the caller's look into memory and this call, nor within: in a gap, a second
+        load of the same identity could start beside the first.
+        """
+        if self._closed:
+            raise ShuttingDownError("The service is shutting down; try another replica.")
+        row = self._flights.setdefault(waiter.key.identity_name, [])
+        for flight in row:
+            if flight.admits(waiter):
+                flight.join(waiter)
+                return flight
+        flight = Flight(waiter.key, started_s=self._monotonic_s())
+        before = row[-1].task if row else None
+        row.append(flight)
+        flight.join(waiter)
+        flight.task = asyncio.create_task(self._fly(flight, before), name="flight")
+        # A callback and not a `finally` in the task: a task cancelled before its first step never runs one.
+        flight.task.add_done_callback(lambda task: self._ended(flight, task))
+        return flight
+
+    async def _fly(self, flight: Flight, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait({before})
+        try:
+            await self._load(flight)
+        finally:
+            # Nobody may join between the load's last look at its waiters and `_ended`.
+            flight.sealed = True
+
+    def _ended(self, flight: Flight, task: asyncio.Task[None]) -> None:
+        row = self._flights[flight.key.identity_name]
+        row.remove(flight)
+        if not row:
+            del self._flights[flight.key.identity_name]
+        if task.cancelled():
+            flight.fail(ShuttingDownError("The service is shutting down; try another replica."))
+        elif (error := task.exception()) is not None:
+            if not isinstance(error, CacheServerError):
+                _log.error("flight_failed", exc_info=error)
+            flight.fail(error)
+        else:
+            flight.fail(AssertionError("a load ended without answering all its waiters"))
+
+    async def aclose(self, grace_s: float) -> None:
+        """Start nothing new, let what runs end within `grace_s`, then cancel the rest."""
+        self._closed = True
+        tasks = {f.task for row in self._flights.values() for f in row if f.task is not None}
+        if not tasks:
+            return
+        _, late = await asyncio.wait(tasks, timeout=grace_s)
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late)

@@ -1,0 +1,137 @@
+"""Removing images from every tier, on command.
+
+The one operation that fails when a tier cannot be reached: everywhere else a broken tier is a slower answer,
+here it would be a picture that comes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from cacheserver.errors import TierError, TierUnreachableError
+from cacheserver.interfaces import Tier
+from cacheserver.keep import Keeper
+from cacheserver.model import MAX_VARIANT, CachedImage, CacheKey, Labels, Namespace, TierName
+from cacheserver.tiers.memory import MemoryCache
+
+_AT_ONCE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class PurgeSelector:
+    """What to remove: one picture, all variants of one identity, a tag, or (none of these) all of a namespace.
+
+    Only images that `namespace` stored, whoever else reads its partition.
+    """
+
+    namespace: Namespace
+    key: CacheKey | None = None
+    identity: CacheKey | None = None
+    tag: str | None = None
+
+    def takes(self, labels: Labels | None) -> bool:
+        """Whether an image with these labels is meant; one too damaged to have any is."""
+        if labels is None:
+            return True
+        return labels.namespace == self.namespace.name and (self.tag is None or self.tag in labels.tags)
+
+    def takes_entry(self, entry: CachedImage) -> bool:
+        """Whether this entry is meant."""
+        if self.key is not None and (entry.key.name != self.key.name or not self.key.matches(entry.key.digest)):
+            return False
+        if self.identity is not None and entry.key.identity_name != self.identity.identity_name:
+            return False
+        same_partition = entry.key.partition == self.namespace.partition
+        return same_partition and self.takes(Labels(entry.namespace, entry.tags))
+
+
+@dataclass(frozen=True, slots=True)
+class PurgeResult:
+    """How many pictures were (or would be) removed, and how many copies in each tier."""
+
+    images: int
+    per_tier: dict[TierName, int] = field(default_factory=dict)
+
+
+class Purger:
+    """Walks memory and the tiers, slowest first, so that nothing purged is read back into a faster one."""
+
+    def __init__(self, *, memory: MemoryCache, tiers: Sequence[Tier], keeper: Keeper) -> None:
+        """`tiers` are the lower ones, fastest first."""
+        self._memory = memory
+        self._tiers = tiers
+        self._keeper = keeper
+
+    async def purge(self, selector: PurgeSelector, *, dry_run: bool) -> PurgeResult:
+        """Remove (or only count) what `selector` takes. Raises TierUnreachableError after doing all it could."""
+        names: set[str] = set()
+        per_tier: dict[TierName, int] = {}
+        silent: list[TierName] = []
+        if not dry_run:
+            self._keeper.forget(selector.takes_entry)
+        for tier in reversed(self._tiers):
+            try:
+                copies = await self._purge_tier(tier, selector, dry_run=dry_run)
+            except TierError:
+                silent.append(tier.name)
+                continue
+            per_tier[tier.name] = len(copies)
+            names |= copies
+        copies = self._purge_memory(selector, dry_run=dry_run)
+        per_tier[TierName.MEMORY] = len(copies)
+        if silent:
+            raise TierUnreachableError(silent)
+        return PurgeResult(len(names | copies), per_tier)
+
+    def _purge_memory(self, selector: PurgeSelector, *, dry_run: bool) -> set[str]:
+        names = set()
+        for key in self._memory.scan(selector.namespace.partition):
+            entry = self._memory.get(key)
+            if entry is not None and selector.takes_entry(entry):
+                names.add(entry.key.name)
+                if not dry_run:
+                    self._memory.delete(key)
+        return names
+
+    async def _purge_tier(self, tier: Tier, selector: PurgeSelector, *, dry_run: bool) -> set[str]:
+        names: set[str] = set()
+        batch: list[CacheKey] = []
+        async for key in _candidates(tier, selector):
+            batch.append(key)
+            if len(batch) == _AT_ONCE:
+                names |= await _purge_batch(tier, batch, selector, dry_run=dry_run)
+                batch.clear()
+        return names | await _purge_batch(tier, batch, selector, dry_run=dry_run)
+
+
+async def _purge_batch(tier: Tier, keys: Sequence[CacheKey], selector: PurgeSelector, *, dry_run: bool) -> set[str]:
+    labels = await asyncio.gather(*(tier.labels(key) for key in keys))
+    taken = [key for key, label in zip(keys, labels, strict=True) if selector.takes(label)]
+    if not dry_run:
+        await asyncio.gather(*(tier.delete(key) for key in taken))
+    return {key.made_for.name for key in taken}
+
+
+async def _candidates(tier: Tier, selector: PurgeSelector) -> AsyncIterator[CacheKey]:
+    """The keys of a tier that may be meant, stand-ins included; only such as are there."""
+    if selector.key is None and selector.identity is None:
+        async for key in tier.scan(selector.namespace.partition):
+            yield key
+        return
+    for block in _blocks(selector):
+        present = [key for key, is_there in zip(block, await tier.find(block), strict=True) if is_there]
+        for key in present:
+            yield key
+        if not present:
+            return  # variants are numbered without gaps as long as a block
+
+
+def _blocks(selector: PurgeSelector) -> Iterator[list[CacheKey]]:
+    if selector.key is not None:
+        yield [selector.key, selector.key.stand_in]
+    elif selector.identity is not None:
+        for start in range(0, MAX_VARIANT, _AT_ONCE):
+            keys = [selector.identity.with_variant(variant) for variant in range(start, start + _AT_ONCE)]
+            yield [slot for key in keys for slot in (key, key.stand_in)]
