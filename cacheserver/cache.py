@@ -32,28 +32,18 @@ comes later finds the picture in a tier even if memory did not admit it.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import itertools
-import math
 import random
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
-from typing import Any, TypeVar
-from weakref import WeakValueDictionary
-
-import structlog
-from cachetools import TTLCache
+from typing import Any
 
 from cacheserver.errors import (
-    CacheServerError,
     CacheUnknownError,
     CorruptEntryError,
     InvalidRequestError,
     KeyGoneError,
     NoSignedUrlsError,
-    NotCachedError,
-    PermissionDeniedError,
     RequestIdRunningError,
     RequestIdSpentError,
     TierError,
@@ -74,34 +64,18 @@ from cacheserver.model import (
     MatchLevel,
     Namespace,
     Pending,
-    Permission,
     Replay,
     Served,
     Terms,
     TierName,
     VariantPolicy,
 )
+from cacheserver.paying import Paying, UnknownPolicy, may_generate
 from cacheserver.purge import Purger, PurgeResult, PurgeSelector
+from cacheserver.resent import Promise, Resent, replay_id
+from cacheserver.tasks import OwnedTasks
 from cacheserver.tiers.memory import MemoryCache
 from cacheserver.variants import AnotherOne, random_ones, sticky_ones
-
-_log = structlog.get_logger(__name__)
-
-T = TypeVar("T")
-
-_ALWAYS_PAYING = (CachePolicy.REFRESH, CachePolicy.NO_STORE)
-
-
-@dataclass(frozen=True, slots=True)
-class UnknownPolicy:
-    """What to do about a miss while the last tier cannot say whether it is one.
-
-    `pay` generates, at most for `budget_microusd_per_hour` of estimated cost; otherwise the caller is told to
-    try again.
-    """
-
-    pay: bool = True
-    budget_microusd_per_hour: int = 10_000_000
 
 
 class PromptCache:
@@ -130,18 +104,15 @@ class PromptCache:
         self._replays = replays
         self._books = books
         self._clock = clock
-        self._unknown = unknown
         self._signer = signer
         self._url_expires_s = url_expires_s
         self._rng = rng or random.Random()  # noqa: S311 - picks pictures, not secrets
         self._flights = Flights(self._load, monotonic_s=clock.monotonic_s)
         self._another_one = AnotherOne(monotonic_s=clock.monotonic_s)
-        self._promises: dict[str, _Promise] = {}
-        self._recalling: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._tasks = OwnedTasks()
+        self._resent = Resent(replays=replays, tasks=self._tasks)
+        self._paying = Paying(generation=generation, books=books, clock=clock, unknown=unknown)
         self._unstored: set[str] = set()
-        self._unknown_count = itertools.count()
-        self._unknown_spending: TTLCache[int, int] = TTLCache(math.inf, ttl=3600, timer=clock.monotonic_s)
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._purger = Purger(memory=memory, tiers=tiers, keeper=keeper)
         self._purging = asyncio.Lock()
         self._purges = 0
@@ -169,12 +140,12 @@ class PromptCache:
         if terms.n > namespace.max_variants:
             raise InvalidRequestError({"n": f"at most {namespace.max_variants} in namespace {namespace.name}"})
         waiter = self._waiter(identity.key, tuple(range(terms.n)), namespace, caller, terms)
-        waiter.asked = (request, identity)
-        replay_id = _replay_id(caller, terms)
+        waiter.asked = request, identity
+        call_id = replay_id(caller, terms)
         if terms.cache_policy is CachePolicy.NO_STORE:
-            return await self._get_unstored(waiter, replay_id)
-        if replay_id:
-            return await self._get_once(waiter, replay_id)
+            return await self._get_unstored(waiter, call_id)
+        if call_id:
+            return await self._get(waiter, await self._resent.prepare(waiter, call_id, self._choose))
         waiter.variants = await self._choose(waiter)
         return await self._get(waiter)
 
@@ -259,8 +230,20 @@ class PromptCache:
                 raise VariantsExhaustedError(text)
         return await self._keeper.keep(entry, replace=replace), True
 
-    async def purge(self, selector: PurgeSelector, *, dry_run: bool) -> PurgeResult:
-        """Remove (or only count) images in every tier. Raises TierUnreachableError, the rest being done."""
+    async def purge(
+        self,
+        namespace: Namespace,
+        *,
+        key: CacheKey | None = None,
+        identity: Identity | None = None,
+        tag: str | None = None,
+        dry_run: bool,
+    ) -> PurgeResult:
+        """Remove (or only count) in every tier what `namespace` stored: all of it, or what the selector names.
+
+        Raises TierUnreachableError when a tier could not be reached, after purging the others.
+        """
+        selector = PurgeSelector(namespace, key, None if identity is None else identity.key, tag)
         if dry_run:
             return await self._purger.purge(selector, dry_run=True)
         async with self._purging:
@@ -277,12 +260,11 @@ class PromptCache:
     async def aclose(self, grace_s: float) -> None:
         """Let running loads end within `grace_s`, then cancel them."""
         await self._flights.aclose(grace_s)
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=grace_s)
+        await self._tasks.aclose(grace_s)
 
     # ── one wait ────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _get(self, waiter: Waiter, promise: _Promise | None = None) -> list[Served] | Pending:
+    async def _get(self, waiter: Waiter, promise: Promise | None = None) -> list[Served] | Pending:
         """Answer from memory, or wait in the flight that brings what is lacking."""
         flight = promise.flight if promise is not None else None
         if flight is not None:
@@ -376,11 +358,11 @@ class PromptCache:
                 elif found.is_unknown:
                     unknown.add(variant)
         # From the last look at who lacks what until the flight is sealed nothing awaits: nobody joins unseen.
-        self._refuse_who_may_not_pay(flight, unknown)
-        making = flight.lacking
-        if making:
+        lead = self._paying.judge(flight, unknown)
+        if lead is not None:
+            making = flight.lacking
             flight.seal(making)
-            await self._generate(flight, making, unknown)
+            await self._generate(flight, lead, making, unknown)
 
     async def _walk(self, key: CacheKey) -> _Found | _Absent:
         """Ask memory and the lower tiers, fastest first, then the stand-in slot; promote what is found."""
@@ -425,50 +407,8 @@ class PromptCache:
                 return _Found(entry, tier.name)
         return None
 
-    def _refuse_who_may_not_pay(self, flight: Flight, unknown: set[int]) -> None:
-        """Judge each waiter by itself; whoever is first among the others leads."""
-        for waiter in list(flight.waiters):
-            is_unknown = not waiter.refresh and not unknown.isdisjoint(waiter.lacks(flight.loaded))
-            refusal = self._refusal(waiter, is_unknown=is_unknown)
-            if refusal is not None:
-                flight.refuse(waiter, refusal)
-        if not unknown.isdisjoint(flight.lacking):
-            payers = [w for w in flight.waiters if not w.refresh and not unknown.isdisjoint(w.lacks(flight.loaded))]
-            if payers and not self._afford_unknown(payers[0], len(unknown.intersection(flight.lacking))):
-                for waiter in payers:
-                    flight.refuse(waiter, CacheUnknownError("The budget for misses nobody can confirm is used up."))
-
-    def _refusal(self, waiter: Waiter, *, is_unknown: bool) -> CacheServerError | None:
-        if waiter.refusal is not None:
-            if is_unknown:
-                return CacheUnknownError("The last tier cannot say whether it has this picture; try again.")
-            return waiter.refusal
-        if waiter.terms.cache_policy is CachePolicy.ONLY_IF_CACHED:
-            return NotCachedError("Not cached, and only cached pictures were asked for.")
-        if not waiter.caller.may(Permission.GENERATE, waiter.namespace.name):
-            text = f"Not cached, and caller {waiter.caller.name} may not generate in {waiter.namespace.name}."
-            return PermissionDeniedError(text)
-        if is_unknown and not self._unknown.pay:
-            return CacheUnknownError("The last tier cannot say whether it has this picture, and we do not pay then.")
-        return None
-
-    def _afford_unknown(self, payer: Waiter, n: int) -> bool:
-        """Take the estimate of `n` pictures from this hour's budget for misses nobody can confirm."""
-        if payer.asked is None:
-            return False
-        estimate = self._generation.estimate_microusd(payer.asked[0], n)
-        if sum(self._unknown_spending.values()) + estimate > self._unknown.budget_microusd_per_hour:
-            return False
-        self._unknown_spending[next(self._unknown_count)] = estimate
-        for _ in range(n):
-            self._books.paid_unknown()
-        return True
-
-    async def _generate(self, flight: Flight, making: list[int], unknown: set[int]) -> None:
-        lead = flight.waiters[0]
-        if lead.asked is None:
-            raise AssertionError("a call by key never pays")
-        request, identity = lead.asked
+    async def _generate(self, flight: Flight, lead: Waiter, making: list[int], unknown: set[int]) -> None:
+        request, identity = lead.request, lead.identity
         priority = max(waiter.terms.priority for waiter in flight.waiters)
         while making:
             images = await self._generation.generate(
@@ -537,90 +477,36 @@ class PromptCache:
         ours = {key.variant for key in excluded if key.identity_name == waiter.key.identity_name}
         return self._another_one.choose(**names, stored=stored, excluded=ours, n=n, max_variants=limit)
 
-    async def _get_once(self, waiter: Waiter, replay_id: str) -> list[Served] | Pending:
-        """Answer a call that may be sent again under the same id: it joins or replays, and never pays again."""
-        async with self._recalling.setdefault(replay_id, asyncio.Lock()):
-            promise = self._promises.get(replay_id)
-            replay = promise.replay if promise is not None else await self._replays.recall(replay_id)
-            if replay is None:
-                waiter.variants = await self._choose(waiter)
-                replay = Replay(waiter.key.identity_name, waiter.variants)
-                promise = self._promises[replay_id] = _Promise(replay)
-            elif (replay.identity_name, len(replay.variants)) != (waiter.key.identity_name, waiter.terms.n):
-                raise RequestIdSpentError("This request_id was used for another request; use a new one.")
-            else:
-                waiter.variants = replay.variants
-                if promise is None or promise.flight is None or promise.flight.is_over:
-                    promise, waiter.refresh, waiter.not_before_s = None, False, None
-                    waiter.refusal = KeyGoneError("The picture this request_id was given is gone; use a new one.")
-        if promise is None:
-            return await self._get(waiter)
-        waiter.answer.add_done_callback(lambda answer: self._settle(replay_id, promise, answer))
-        return await self._get(waiter, promise)
+    # ── NO_STORE ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _settle(self, replay_id: str, promise: _Promise, answer: asyncio.Future[list[Loaded]]) -> None:
-        """A promised answer is there, or will never be: remember it, or let the id be used again."""
-        if answer.cancelled():
-            if promise.flight is None or promise.flight.dropped:
-                self._promises.pop(replay_id, None)
-        elif answer.exception() is not None:
-            self._promises.pop(replay_id, None)
-        else:
-            variants = tuple(loaded.entry.key.variant for loaded in answer.result())
-            self._own(self._remember(replay_id, Replay(promise.replay.identity_name, variants)))
+    async def _get_unstored(self, waiter: Waiter, call_id: str) -> list[Served]:
+        """Generate for this caller alone: nothing is read, joined or written, and a hang-up loses the picture."""
+        if (refusal := may_generate(waiter)) is not None:
+            raise refusal
+        if call_id in self._unstored:
+            raise RequestIdRunningError("A NO_STORE call with this request_id still runs.")
+        if call_id:
+            self._unstored.add(call_id)
+        return await asyncio.shield(self._tasks.own(self._make_unstored(waiter, call_id), "unstored"))
 
-    async def _remember(self, replay_id: str, replay: Replay) -> None:
-        await self._replays.remember(replay_id, replay)
-        self._promises.pop(replay_id, None)
-
-    async def _get_unstored(self, waiter: Waiter, replay_id: str) -> list[Served]:
-        """Generate for this caller alone: nothing is read, joined or written."""
-        if not waiter.caller.may(Permission.GENERATE, waiter.namespace.name):
-            text = f"Caller {waiter.caller.name} may not generate in {waiter.namespace.name}."
-            raise PermissionDeniedError(text)
-        if replay_id:
-            if replay_id in self._unstored:
-                raise RequestIdRunningError("A NO_STORE call with this request_id still runs.")
-            self._unstored.add(replay_id)
-        return await asyncio.shield(self._own(self._make_unstored(waiter, replay_id)))
-
-    async def _make_unstored(self, waiter: Waiter, replay_id: str) -> list[Served]:
+    async def _make_unstored(self, waiter: Waiter, call_id: str) -> list[Served]:
         try:
-            if replay_id and await self._replays.recall(replay_id) is not None:
+            if call_id and await self._resent.is_spent(call_id):
                 raise RequestIdSpentError("This request_id was used before, and NO_STORE kept nothing of it.")
-            loaded = await self._make_all(waiter)
-            if replay_id:
-                await self._replays.remember(replay_id, Replay(waiter.key.identity_name, ()))
+            served: list[Served] = []
+            while missing := waiter.variants[len(served) :]:
+                images = await self._generation.generate(
+                    waiter.request, missing, priority=waiter.terms.priority, on_spending=lambda: None
+                )
+                self._books.spent(waiter.namespace.name, sum(image.paid_microusd for image in images))
+                for variant, image in zip(missing, images, strict=False):
+                    entry = self._entry(image, waiter.identity, waiter.namespace, variant=variant, ttl_s=None, tags=())
+                    served.append(self._served(Loaded(entry, TierName.UPSTREAM, payer=waiter), waiter))
+            if call_id:
+                await self._resent.remember(call_id, Replay(waiter.key.identity_name, ()))
         finally:
-            self._unstored.discard(replay_id)
-        return [self._served(one, waiter) for one in loaded]
-
-    async def _make_all(self, waiter: Waiter) -> list[Loaded]:
-        if waiter.asked is None:
-            raise AssertionError("a call by key never pays")
-        request, identity = waiter.asked
-        made: list[Loaded] = []
-        while missing := waiter.variants[len(made) :]:
-            images = await self._generation.generate(
-                request, missing, priority=waiter.terms.priority, on_spending=lambda: None
-            )
-            self._books.spent(waiter.namespace.name, sum(image.paid_microusd for image in images))
-            for variant, image in zip(missing, images, strict=False):
-                entry = self._entry(image, identity, waiter.namespace, variant=variant, ttl_s=None, tags=())
-                made.append(Loaded(entry, TierName.UPSTREAM, payer=waiter))
-        return made
-
-    def _own(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._disown)
-        return task
-
-    def _disown(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and isinstance(error := task.exception(), Exception):
-            # Whoever still waits raises it too; this line is for those who hung up.
-            _log.info("background_work_failed", error=type(error).__name__)
+            self._unstored.discard(call_id)
+        return served
 
 
 @dataclass(frozen=True, slots=True)
@@ -636,23 +522,7 @@ class _Absent:
     is_unknown: bool
 
 
-@dataclass(slots=True)
-class _Promise:
-    """What a running call with a request_id will be given, and the flight that brings it."""
-
-    replay: Replay
-    flight: Flight | None = None
-
-
 def _matched(entry: CachedImage, waiter: Waiter) -> MatchLevel:
     if waiter.asked is None or entry.prompt_digest == waiter.asked[1].prompt_digest:
         return MatchLevel.EXACT
     return waiter.asked[1].level
-
-
-def _replay_id(caller: Caller, terms: Terms) -> str:
-    """The idempotency key of a call that may pay every time it is sent; empty for all others."""
-    pays_every_time = terms.cache_policy in _ALWAYS_PAYING or terms.variant_policy is VariantPolicy.NEXT
-    if not terms.request_id or not pays_every_time:
-        return ""
-    return hashlib.sha256(f"{caller.name}\0{terms.request_id}".encode()).hexdigest()

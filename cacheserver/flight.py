@@ -53,6 +53,21 @@ class Waiter:
     first: bool = False
     answer: asyncio.Future[list[Loaded]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
+    @property
+    def request(self) -> ImageRequest:
+        """What the caller asked for. Only for those who may pay: a call by key asks for nothing to be made."""
+        return self._asked()[0]
+
+    @property
+    def identity(self) -> Identity:
+        """The identity of what the caller asked for."""
+        return self._asked()[1]
+
+    def _asked(self) -> tuple[ImageRequest, Identity]:
+        if self.asked is None:
+            raise AssertionError("a call by key never pays")
+        return self.asked
+
     def accepts(self, loaded: Loaded) -> bool:
         """Whether this picture is what the waiter asked for: its identity, and new enough."""
         if not self.key.matches(loaded.entry.key.digest):

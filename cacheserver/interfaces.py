@@ -149,8 +149,8 @@ class Generation(Protocol):
         """
         ...
 
-    def estimated_wait_s(self, model: str, started_s: float) -> float:
-        """How much longer a generation that began at `started_s` (monotonic) is expected to take."""
+    def estimated_wait_s(self, model: str, since_s: float) -> float:
+        """How much longer a generation asked for at `since_s` (monotonic) is expected to take."""
         ...
 
     def estimate_microusd(self, request: ImageRequest, n: int) -> int:

@@ -1,0 +1,48 @@
+"""cacheserver explain: how a request becomes its key."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cacheserver.cli.options import Link, Namespace, Spec
+from cacheserver.cli.session import session
+from cacheserver.client import ExplainResult, Explanation, ImageSpec
+
+
+def explain(
+    prompt: Annotated[str, typer.Argument(help="The prompt to explain.")],
+    other: Annotated[str | None, typer.Argument(help="A second prompt to compare it with.")] = None,
+    *,
+    spec: Spec,
+    namespace: Namespace = None,
+    link: Link,
+) -> None:
+    """Show how a request becomes its key and, for two, why their keys differ."""
+    with session(link) as (client, output):
+        second = None if other is None else ImageSpec(other, **spec.options())
+        result = client.explain(ImageSpec(prompt, **spec.options()), second, namespace=namespace)
+        facts = asdict(result) | {"same_key": None if other is None else not result.differences}
+        output.result(facts, lambda console: _draw(result, console))
+
+
+def _draw(result: ExplainResult, console: Console) -> None:
+    for each in filter(None, (result.explanation, result.other)):
+        _draw_one(each, console)
+    if result.other is not None and not result.differences:
+        console.print("same key", style="bold green")
+    for difference in result.differences:
+        console.print(f"differs in {difference.field}:", style="bold yellow")
+        console.print(f"  {difference.value}")
+        console.print(f"  {difference.other_value}")
+
+
+def _draw_one(explanation: Explanation, console: Console) -> None:
+    console.print(f"prompt    {explanation.normalized_prompt}")
+    console.print(f"profile   {explanation.profile}")
+    console.print(f"identity  {explanation.canonical_identity}")
+    console.print(f"key       {explanation.key}")
+    console.print()

@@ -1,0 +1,218 @@
+"""cacheserver get: an image by its prompt or key."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+
+from cacheserver.cli.options import Link, Namespace, Spec
+from cacheserver.cli.output import NOT_THERE, Output, dollars, size
+from cacheserver.cli.session import session
+from cacheserver.client import (
+    CachePolicy,
+    Chunk,
+    ImageHeader,
+    State,
+    StreamEvent,
+    VariantPolicy,
+)
+from cacheserver.client import Progress as Waiting
+from cacheserver.client.image_file import ImageFile
+
+_STDOUT = Path("-")
+
+
+@dataclass(frozen=True)
+class Got:
+    """One picture of the answer and the file it went to."""
+
+    header: ImageHeader
+    file: Path | None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the picture is made."""
+        return self.header.status.state is State.READY
+
+
+def get(  # noqa: PLR0913 - one parameter per option
+    prompt: Annotated[str | None, typer.Argument(help="What the picture shows.")] = None,
+    *,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File to write; several images get -1, -2, …; - is standard output."),
+    ] = None,
+    n: Annotated[int, typer.Option("-n", min=1, max=10, help="How many pictures.")] = 1,
+    key: Annotated[str | None, typer.Option(help="Fetch the picture of this key instead.")] = None,
+    spec: Spec,
+    namespace: Namespace = None,
+    policy: Annotated[CachePolicy | None, typer.Option(help="How the cache is used.", show_default="use_cache")] = None,
+    another: Annotated[bool, typer.Option("--next", help="Another picture than those given before.")] = False,
+    tag: Annotated[list[str] | None, typer.Option(help="Label for purge and reports; repeatable.")] = None,
+    max_wait: Annotated[
+        float | None, typer.Option(min=0, help="Seconds to wait before leaving with the key; 0 only starts it.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds the whole call may take.")] = 120.0,
+    link: Link,
+) -> None:
+    """Get an image: from the cache, or generated if no tier has it.
+
+    Exit code 3: not cached, gone, or not made within --max-wait though a file was asked for.
+    """
+    _check(prompt, key, output, n, as_json=link.as_json)
+    with session(link, stdout_is_taken=output == _STDOUT) as (client, printed):
+        events = client.stream_image(
+            prompt,
+            key=key,
+            timeout_s=timeout,
+            namespace=namespace,
+            n=n,
+            cache_policy=policy,
+            variant_policy=VariantPolicy.NEXT if another else None,
+            tags=tag or (),
+            max_wait_s=max_wait,
+            **spec.options(),
+        )
+        with contextlib.closing(events):
+            if output is None:
+                got = [Got(header, None) for header in _headers(events, n)]
+            else:
+                got = _save(_shown(events, printed), _names(output, n))
+        printed.result(_facts(got), lambda console: _draw(got, console))
+    if output is not None and not all(each.is_ready for each in got):
+        raise typer.Exit(NOT_THERE)
+
+
+def _check(prompt: str | None, key: str | None, output: Path | None, n: int, *, as_json: bool) -> None:
+    if (prompt is None) == (key is None):
+        raise typer.BadParameter("pass either a prompt or --key")
+    if output == _STDOUT and (n > 1 or as_json):
+        raise typer.BadParameter("standard output holds one image and nothing else: leave out -n and --json")
+    if output == _STDOUT and sys.stdout.isatty():
+        raise typer.BadParameter("an image would garble the terminal: name a file, or redirect standard output")
+
+
+def _names(output: Path, n: int) -> list[Path]:
+    """The files of n pictures: cat.png, or cat-1.png, cat-2.png and so on."""
+    if n == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}-{number}{output.suffix}") for number in range(1, n + 1)]
+
+
+def _headers(events: Generator[StreamEvent], n: int) -> Iterator[ImageHeader]:
+    """The facts of n pictures; what is left of their bytes when the last is known is not fetched."""
+    for event in events:
+        if isinstance(event, ImageHeader):
+            yield event
+            if event.index == n - 1:
+                return
+
+
+def _save(events: Iterator[StreamEvent], names: list[Path]) -> list[Got]:
+    if names == [_STDOUT]:
+        return _to_stdout(events)
+    got: list[Got] = []
+    file: ImageFile | None = None
+    try:
+        for event in events:
+            if isinstance(event, ImageHeader):
+                if file is not None:
+                    file.keep()
+                file = ImageFile(names[event.index])
+                file.open()
+                got.append(Got(event, names[event.index]))
+            if file is not None:
+                file.take(event)
+        if file is not None:
+            file.keep()
+    finally:
+        if file is not None:
+            file.discard()
+    return got
+
+
+def _to_stdout(events: Iterator[StreamEvent]) -> list[Got]:
+    got = []
+    for event in events:
+        if isinstance(event, ImageHeader):
+            got.append(Got(event, _STDOUT))
+        elif isinstance(event, Chunk):
+            sys.stdout.buffer.write(event.data)
+    sys.stdout.buffer.flush()
+    return got
+
+
+def _shown(events: Iterator[StreamEvent], output: Output) -> Iterator[StreamEvent]:
+    """The same events, with a bar on a terminal while they come."""
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn()
+    with Progress(*columns, console=output.err, transient=True, disable=not output.err.is_terminal) as bar:
+        task = bar.add_task("asking", total=None)
+        for event in events:
+            _show(event, bar, task)
+            yield event
+
+
+def _show(event: StreamEvent, bar: Progress, task: TaskID) -> None:
+    match event:
+        case Waiting(waited_s=waited_s, estimated_wait_s=estimated_wait_s):
+            bar.update(task, description=f"waiting {waited_s:.0f} s, about {estimated_wait_s:.0f} s more")
+        case ImageHeader(image=image):
+            bar.reset(task, description=f"image {event.index + 1}", total=image.size_bytes or None)
+        case Chunk(data=data):
+            bar.advance(task, len(data))
+
+
+def _facts(got: list[Got]) -> dict[str, Any]:
+    return {
+        "pending": not all(each.is_ready for each in got),
+        "cost_microusd": sum(each.header.status.cost_microusd for each in got),
+        "saved_microusd": sum(each.header.status.saved_microusd for each in got),
+        "images": [_image_facts(each) for each in got],
+    }
+
+
+def _image_facts(got: Got) -> dict[str, Any]:
+    image, status = got.header.image, got.header.status
+    return {
+        "key": image.key,
+        "file": str(got.file) if got.file and got.is_ready else None,
+        "tier": status.tier,
+        "state": status.state,
+        "matched": status.matched.name.lower() if status.matched else None,
+        "collapsed": status.collapsed,
+        "cost_microusd": status.cost_microusd,
+        "saved_microusd": status.saved_microusd,
+        "estimated_wait_s": status.estimated_wait_s,
+        "content_type": image.content_type,
+        "width": image.width,
+        "height": image.height,
+        "size_bytes": image.size_bytes,
+        "digest": image.digest,
+        "variant": image.variant,
+        "model": image.model,
+        "usage": asdict(image.usage) if image.usage else None,
+    }
+
+
+def _draw(got: list[Got], console: Console) -> None:
+    for each in got:
+        image, status = each.header.image, each.header.status
+        if not each.is_ready:
+            console.print(f"still being made, about {status.estimated_wait_s:.0f} s more; collect it with:")
+            console.print(f"  cacheserver get --key {image.key} -o FILE")
+            continue
+        money = f"cost {dollars(status.cost_microusd)}  saved {dollars(status.saved_microusd)}"
+        source = f"{status.tier or 'unknown'}{' (joined)' if status.collapsed else ''}"
+        console.print(source, style="bold green", end="  ")
+        console.print(f"{image.width}x{image.height} {image.content_type}  {size(image.size_bytes)}  {money}")
+        console.print(f"  key   {image.key}", style="dim")
+        if each.file is not None and each.file != _STDOUT:
+            console.print(f"  file  {each.file}")

@@ -1,0 +1,110 @@
+"""Options that several commands share, in groups, and how a group becomes parameters of a command."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from cacheserver.client import DEFAULT_ADDRESS, SpecOptions
+
+Namespace = Annotated[str | None, typer.Option(help="Policy, budget and reports to use.", show_default="default")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """How to reach the service, and how to print what it says. The token comes from CACHESERVER_TOKEN or a file."""
+
+    address: Annotated[
+        str, typer.Option(envvar="CACHESERVER_ADDRESS", help="The service: HOST:PORT or unix:/path/to/socket.")
+    ] = DEFAULT_ADDRESS
+    token_file: Annotated[
+        Path | None, typer.Option(help="File that holds the token; goes before the variable CACHESERVER_TOKEN.")
+    ] = None
+    tls: Annotated[bool, typer.Option("--tls", help="Connect by TLS.")] = False
+    ca_file: Annotated[
+        Path | None,
+        typer.Option(envvar="CACHESERVER_CA_FILE", help="PEM certificates to trust; connects by TLS."),
+    ] = None
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What decides the picture beside the prompt."""
+
+    model: Annotated[str | None, typer.Option(help="Model name.")] = None
+    size: Annotated[str | None, typer.Option(help="auto or WIDTHxHEIGHT.")] = None
+    quality: Annotated[str | None, typer.Option(help="auto, low, medium, high, …")] = None
+    background: Annotated[str | None, typer.Option(help="auto, transparent or opaque.")] = None
+    output_format: Annotated[str | None, typer.Option("--format", help="png, jpeg or webp.")] = None
+    compression: Annotated[int | None, typer.Option(help="0 to 100, for jpeg and webp.")] = None
+    moderation: Annotated[str | None, typer.Option(help="auto or low.")] = None
+    seed: Annotated[int | None, typer.Option(help="For models that take one.")] = None
+    extra: Annotated[str | None, typer.Option(help="Further parameters of the provider, a JSON object.")] = None
+
+    def options(self) -> SpecOptions:
+        """The same for the client.
+
+        Raises:
+            typer.BadParameter: `extra` is no JSON object.
+        """
+        return SpecOptions(
+            model=self.model,
+            size=self.size,
+            quality=self.quality,
+            background=self.background,
+            output_format=self.output_format,
+            output_compression=self.compression,
+            moderation=self.moderation,
+            seed=self.seed,
+            extra=None if self.extra is None else _json_object(self.extra),
+        )
+
+
+def flat(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with every parameter that is a group of options replaced by the options of the group.
+
+    Typer reads a command's parameters one by one and knows no groups.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters = []
+    for parameter in inspect.signature(command).parameters.values():
+        group = groups.get(parameter.name)
+        parameters += [parameter.replace(annotation=hints[parameter.name])] if group is None else _parameters(group)
+
+    def run(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{each.name: values.pop(each.name) for each in fields(group)})
+        command(**values)
+
+    run.__doc__ = command.__doc__
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined] # what inspect, and so Typer, reads first
+        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    )
+    run.__annotations__ = {}
+    return run
+
+
+def _parameters(group: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=hints[each.name])
+        for each in fields(group)
+    ]
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as exc:
+        raise typer.BadParameter(f"not JSON: {exc.msg} at character {exc.pos}", param_hint="--extra") from None
+    if not isinstance(value, dict):
+        raise typer.BadParameter("not a JSON object", param_hint="--extra")
+    return value

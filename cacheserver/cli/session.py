@@ -1,0 +1,37 @@
+"""One command's time with the service."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from cacheserver.cli.options import Link
+from cacheserver.cli.output import FAILED, Output
+from cacheserver.client import CacheError, Client
+
+
+@contextmanager
+def session(link: Link, *, stdout_is_taken: bool = False) -> Iterator[tuple[Client, Output]]:
+    """A client and where to print; what fails meanwhile is printed and ends the command with its exit code."""
+    output = Output(as_json=link.as_json, stdout_is_taken=stdout_is_taken)
+    try:
+        with _client(link) as client:
+            yield client, output
+    except CacheError as error:
+        raise typer.Exit(output.failure(error)) from error
+    except OSError as error:
+        output.problem(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        raise typer.Exit(FAILED) from error
+
+
+def _client(link: Link) -> Client:
+    token = link.token_file.read_text().strip() if link.token_file else os.environ.get("CACHESERVER_TOKEN")
+    return Client(
+        link.address,
+        token=token or None,
+        tls=link.tls,
+        root_certificates=link.ca_file.read_bytes() if link.ca_file else None,
+    )

@@ -1,0 +1,59 @@
+"""How the client connects: address, TLS, token, retries, limits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Final
+
+import grpc
+
+DEFAULT_ADDRESS: Final = "127.0.0.1:50051"
+
+MAX_ATTEMPTS: Final = 4
+"""How often a call is made in all before its UNAVAILABLE reaches the caller."""
+
+MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
+"""Largest answer accepted in one message: ten inline images of the default limit, and room to raise it."""
+
+# UNAVAILABLE is the one code that says "try again"; pushback from the service replaces the backoff. The
+# throttle stops retries of a client most of whose calls fail, so that a sick service is not kept sick.
+_SERVICE_CONFIG: Final = {
+    "methodConfig": [
+        {
+            "name": [{"service": "promptcache.v1.PromptCacheService"}],
+            "retryPolicy": {
+                "maxAttempts": MAX_ATTEMPTS,
+                "initialBackoff": "0.2s",
+                "maxBackoff": "5s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ],
+    "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
+}
+
+CHANNEL_OPTIONS: Final[Sequence[tuple[str, str | int]]] = (
+    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+    ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+)
+
+
+def credentials(*, tls: bool, root_certificates: bytes | None) -> grpc.ChannelCredentials | None:
+    """Credentials for a TLS connection; None for a plain one.
+
+    Args:
+        tls: Use TLS. Implied by `root_certificates`.
+        root_certificates: PEM certificates to trust instead of the usual authorities.
+    """
+    if not tls and root_certificates is None:
+        return None
+    return grpc.ssl_channel_credentials(root_certificates=root_certificates)
+
+
+def call_metadata(token: str | None) -> Sequence[tuple[str, str]]:
+    """What every call carries beside its message."""
+    return () if token is None else (("authorization", f"Bearer {token}"),)

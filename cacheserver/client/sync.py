@@ -1,0 +1,270 @@
+"""The client for threads."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import grpc
+
+from cacheserver.client import channel, messages
+from cacheserver.client.download import Download
+from cacheserver.client.errors import error_of
+from cacheserver.client.image_file import ImageFile
+from cacheserver.client.values import (
+    Delivery,
+    ExplainResult,
+    FindResult,
+    GetOptions,
+    ImageHeader,
+    ImageOptions,
+    ImageResult,
+    ImageSpec,
+    PurgeResult,
+    PutOptions,
+    PutResult,
+    Stats,
+    StreamEvent,
+)
+from cacheserver.model import MatchLevel
+from cacheserver.pb.promptcache_pb2 import GetStatsRequest
+from cacheserver.pb.promptcache_pb2_grpc import PromptCacheServiceStub
+
+
+class Client:
+    """A connection to the cache service, for use from any number of threads.
+
+    Connects on the first call and again whenever it must. Calls answered UNAVAILABLE are repeated, three times
+    at most, as the service's pushback says. Every call ends within its `timeout_s` seconds and raises
+    CacheError if it fails.
+    """
+
+    def __init__(
+        self,
+        address: str = channel.DEFAULT_ADDRESS,
+        *,
+        token: str | None = None,
+        tls: bool = False,
+        root_certificates: bytes | None = None,
+    ) -> None:
+        """Prepare a connection; nothing is sent yet.
+
+        Args:
+            address: "host:port" or "unix:/path/to/socket".
+            token: The caller's bearer token.
+            tls: Use TLS. Implied by `root_certificates`.
+            root_certificates: PEM certificates to trust instead of the usual authorities.
+        """
+        self._address = address
+        self._metadata = channel.call_metadata(token)
+        credentials = channel.credentials(tls=tls, root_certificates=root_certificates)
+        if credentials is None:
+            self._channel = grpc.insecure_channel(address, channel.CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(address, credentials, channel.CHANNEL_OPTIONS)
+        self._stub = PromptCacheServiceStub(self._channel)  # type: ignore[no-untyped-call] # generated without types
+
+    def get_image(
+        self, prompt: str | ImageSpec, *, timeout_s: float = 120.0, **options: Unpack[GetOptions]
+    ) -> ImageResult:
+        """The picture(s) of a prompt from the fastest tier that has them, generated if none has.
+
+        Raises:
+            ImageTooLargeError: too large for one answer; `download` and `stream_image` carry any size.
+            CacheError: the call failed otherwise.
+        """
+        request = messages.image_request(prompt, **options)
+        return messages.read_result(self._call(self._stub.GetImage, request, timeout_s))
+
+    def get_by_key(  # noqa: PLR0913 - one keyword per field that counts with a key
+        self,
+        key: str,
+        *,
+        namespace: str | None = None,
+        delivery: Delivery | None = None,
+        max_inline_bytes: int | None = None,
+        max_wait_s: float | None = None,
+        timeout_s: float = 120.0,
+    ) -> ImageResult:
+        """The picture of a key from an earlier answer; waits for one still being made, and never generates.
+
+        Raises:
+            KeyGoneError: no tier has it any more.
+            CacheError: the call failed otherwise.
+        """
+        request = messages.image_request(
+            None,
+            key=key,
+            namespace=namespace,
+            delivery=delivery,
+            max_inline_bytes=max_inline_bytes,
+            max_wait_s=max_wait_s,
+        )
+        return messages.read_result(self._call(self._stub.GetImage, request, timeout_s))
+
+    def stream_image(
+        self,
+        prompt: str | ImageSpec | None = None,
+        *,
+        key: str | None = None,
+        timeout_s: float = 120.0,
+        **options: Unpack[ImageOptions],
+    ) -> Generator[StreamEvent]:
+        """Pictures of any size: progress while waiting, then per picture a header and its bytes in chunks.
+
+        A broken download of one picture goes on where it broke, checked against the digest announced.
+        Close the generator to end it early.
+
+        Raises:
+            CorruptDownloadError: what arrived is not what was announced.
+            CacheError: the call failed otherwise.
+        """
+        return self._events(Download(messages.image_request(prompt, key=key, **options)), timeout_s)
+
+    def download(
+        self,
+        path: Path,
+        prompt: str | ImageSpec | None = None,
+        *,
+        key: str | None = None,
+        timeout_s: float = 120.0,
+        **options: Unpack[ImageOptions],
+    ) -> ImageHeader:
+        """Write one picture of any size to `path`, which is replaced once all of it is there and intact.
+
+        With `max_wait_s`, a header whose state is PENDING may come back, and nothing is written.
+
+        Raises:
+            ValueError: more than one picture was asked for.
+            CacheError: the call failed.
+            OSError: the file cannot be written.
+        """
+        if options.get("n", 1) != 1:
+            raise ValueError("download writes one picture: use stream_image for several")
+        events = self.stream_image(prompt, key=key, timeout_s=timeout_s, **options)
+        file = ImageFile(path)
+        try:
+            file.open()
+            with contextlib.closing(events):
+                for event in events:
+                    file.take(event)
+            return file.keep()
+        finally:
+            file.discard()
+
+    def find_cached(
+        self, items: Sequence[str | ImageSpec], *, namespace: str | None = None, timeout_s: float = 30.0
+    ) -> FindResult:
+        """In which tier each picture is, without bytes and without generating; at most 10,000 at once.
+
+        Raises:
+            CacheError: the call failed.
+        """
+        request = messages.find_request(items, namespace)
+        return messages.read_found(self._call(self._stub.FindCached, request, timeout_s))
+
+    def put(
+        self, image: bytes | Path, prompt: str | ImageSpec, *, timeout_s: float = 120.0, **options: Unpack[PutOptions]
+    ) -> PutResult:
+        """Store an image the caller already has, from its bytes or a file.
+
+        Raises:
+            CacheError: the call failed.
+            OSError: the file cannot be read.
+        """
+        data = image.read_bytes() if isinstance(image, Path) else image
+        requests = messages.put_requests(data, prompt, **options)
+        return messages.read_put(self._call(self._stub.PutImage, requests, timeout_s))
+
+    def purge(  # noqa: PLR0913 - four ways to select
+        self,
+        *,
+        prompt: str | ImageSpec | None = None,
+        key: str | None = None,
+        tag: str | None = None,
+        everything: bool = False,
+        namespace: str | None = None,
+        dry_run: bool = False,
+        timeout_s: float = 120.0,
+    ) -> PurgeResult:
+        """Remove pictures from every tier: all of a prompt, one key, a tag, or everything of the namespace.
+
+        Raises:
+            TryAgainError: a tier could not be purged; purge again.
+            CacheError: the call failed otherwise.
+        """
+        request = messages.purge_request(
+            prompt=prompt, key=key, tag=tag, everything=everything, namespace=namespace, dry_run=dry_run
+        )
+        return messages.read_purge(self._call(self._stub.PurgeImages, request, timeout_s))
+
+    def explain(
+        self,
+        prompt: str | ImageSpec,
+        other: str | ImageSpec | None = None,
+        *,
+        namespace: str | None = None,
+        match_level: MatchLevel | None = None,
+        timeout_s: float = 30.0,
+    ) -> ExplainResult:
+        """How a request becomes its key and, with `other`, why the two keys differ.
+
+        Raises:
+            CacheError: the call failed.
+        """
+        request = messages.explain_request(prompt, other, namespace=namespace, match_level=match_level)
+        return messages.read_explained(self._call(self._stub.ExplainKey, request, timeout_s))
+
+    def stats(self, namespace: str | None = None, *, timeout_s: float = 30.0) -> Stats:
+        """Counters since the service started, of one namespace or of all the caller may read.
+
+        Raises:
+            CacheError: the call failed.
+        """
+        return messages.read_stats(self._call(self._stub.GetStats, GetStatsRequest(namespace=namespace), timeout_s))
+
+    def close(self) -> None:
+        """Let go of the connection. Calls that still run end with CacheError."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, method: Any, request: Any, timeout_s: float) -> Any:
+        try:
+            return method(request, timeout=timeout_s, metadata=self._metadata)
+        except grpc.RpcError as exc:
+            raise error_of(exc, self._address) from exc
+
+    def _events(self, download: Download, timeout_s: float) -> Generator[StreamEvent]:
+        ends_s = time.monotonic() + timeout_s
+        while not download.complete:
+            call = self._stub.StreamImage(
+                download.next_request(),
+                timeout=ends_s - time.monotonic(),
+                metadata=self._metadata,
+                wait_for_ready=download.resumed,
+            )
+            try:
+                for response in call:
+                    event = download.read(response)
+                    if event is not None:
+                        yield event
+            except grpc.RpcError as exc:
+                error = error_of(exc, self._address)
+                if not download.may_resume(error):
+                    raise error from exc
+            else:
+                break
+            finally:
+                call.cancel()
+        download.finish()

@@ -1,0 +1,157 @@
+"""What a call costs, from the provider's token counts or from a dated table. Money is integer micro-dollars."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from decimal import ROUND_HALF_EVEN, Decimal
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from cacheserver.errors import ConfigError
+from cacheserver.model import ImageRequest, JsonValue
+
+_MICRO = Decimal(1_000_000)
+_AUTO = "auto"
+_REFERENCE_PIXELS = 1024 * 1024
+_MAX_TOKENS = 1_000_000_000
+_SNAPSHOT_DATE = re.compile(r"-\d{4}-\d{2}-\d{2}$")
+_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPrice:
+    """What one model charges, in USD: per million tokens by kind, and per image by quality, then size."""
+
+    usd_per_million_tokens: Mapping[str, Decimal]
+    usd_per_image: Mapping[str, Mapping[str, Decimal]]
+
+
+@dataclass(frozen=True, slots=True)
+class PriceTable:
+    """The prices of all models we know, as of a day (ISO 8601). A model it does not list costs nothing."""
+
+    as_of: str
+    models: Mapping[str, ModelPrice]
+
+    @staticmethod
+    def load(path: Path | None = None) -> PriceTable:
+        """The table in the TOML file at `path`; None is the one that comes with the service.
+
+        Raises:
+            ConfigError: the file cannot be read or is not a price table.
+        """
+        try:
+            text = (path or resources.files(__package__) / "prices.toml").read_text(encoding="utf-8")
+            document = tomllib.loads(text, parse_float=Decimal)
+            models = {name: _model_price(table) for name, table in document["models"].items()}
+            return PriceTable(str(document["as_of"]), models)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as exc:
+            raise ConfigError(f"price table {path}: {exc!r}. Compare it with the one that comes with us.") from exc
+
+    def naming(self, models: Mapping[str, str]) -> PriceTable:
+        """This table with our own names of models in it, each at the price of what the provider calls it.
+
+        Where the provider's side has no price, as Azure's deployments, our name keeps its own.
+        """
+        ours = {name: self._price(theirs) or self._price(name) for name, theirs in models.items()}
+        return replace(self, models={**self.models, **{name: price for name, price in ours.items() if price}})
+
+    def cost_microusd(self, model: str, size: str, quality: str, usage: Mapping[str, JsonValue] | None, n: int) -> int:
+        """What a call that made `n` pictures cost; `usage` is the provider's own count, as its answer has it.
+
+        Token counts win over the table. 0 for what neither tells.
+        """
+        price = self._price(model)
+        if price is None:
+            return 0
+        if usage is not None and price.usd_per_million_tokens and token_count(usage, "output_tokens"):
+            return _round(_token_cost(price.usd_per_million_tokens, usage))
+        usd = price.usd_per_image.get(quality, {}).get(size, Decimal(0))
+        return _round(usd * _MICRO * n)
+
+    def estimate_microusd(self, request: ImageRequest, n: int) -> int:
+        """What `n` pictures of `request` will cost at most, by and large.
+
+        The dearest price where quality or size is left to the provider or not listed, more for a larger
+        picture; the prompt counts one token per character.
+        """
+        price = self._price(request.model)
+        if price is None:
+            return 0
+        text_usd = price.usd_per_million_tokens.get("text_input", Decimal(0)) * len(request.prompt) / _MICRO
+        return _round((self._dearest_usd(price, request) * n + text_usd) * _MICRO)
+
+    def _price(self, model: str) -> ModelPrice | None:
+        return self.models.get(model) or self.models.get(_SNAPSHOT_DATE.sub("", model))
+
+    def _dearest_usd(self, price: ModelPrice, request: ImageRequest) -> Decimal:
+        by_size = [price.usd_per_image[request.quality]] if request.quality in price.usd_per_image else []
+        by_size = by_size or list(price.usd_per_image.values()) or self._all_by_size()
+        if all(request.size in sizes for sizes in by_size):
+            return max((sizes[request.size] for sizes in by_size), default=Decimal(0))
+        dearest = max((usd for sizes in by_size for usd in sizes.values()), default=Decimal(0))
+        return dearest * max(Decimal(1), _pixels(request.size) / _REFERENCE_PIXELS)
+
+    def _all_by_size(self) -> list[Mapping[str, Decimal]]:
+        return [sizes for price in self.models.values() for sizes in price.usd_per_image.values()]
+
+
+def split(total: int, n: int) -> list[int]:
+    """`total` in `n` whole shares that differ by at most one and add up to it exactly."""
+    share, rest = divmod(total, n)
+    return [share + 1] * rest + [share] * (n - rest)
+
+
+def token_count(usage: Mapping[str, JsonValue], *path: str) -> int:
+    """The count at `path` in a provider's usage object; 0 where there is none that can be believed."""
+    value: JsonValue | Mapping[str, JsonValue] = usage
+    for name in path:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    if isinstance(value, bool) or not isinstance(value, int):
+        return 0
+    return value if 0 <= value <= _MAX_TOKENS else 0
+
+
+def _token_cost(usd: Mapping[str, Decimal], usage: Mapping[str, JsonValue]) -> Decimal:
+    """Micro-dollars: USD per million tokens is micro-dollars per token."""
+    image_in = token_count(usage, "input_tokens_details", "image_tokens")
+    text_in = max(token_count(usage, "input_tokens") - image_in, 0)
+    text_out = token_count(usage, "output_tokens_details", "text_tokens")
+    image_out = max(token_count(usage, "output_tokens") - text_out, 0)
+    image_usd = usd.get("image_output", Decimal(0))
+    return (
+        text_in * usd.get("text_input", Decimal(0))
+        + image_in * usd.get("image_input", Decimal(0))
+        + image_out * image_usd
+        + text_out * usd.get("text_output", image_usd)
+    )
+
+
+def _model_price(table: Mapping[str, Any]) -> ModelPrice:
+    by_quality = table.get("usd_per_image", {})
+    return ModelPrice(
+        usd_per_million_tokens={kind: _usd(usd) for kind, usd in table.get("usd_per_million_tokens", {}).items()},
+        usd_per_image={
+            quality: {size: _usd(usd) for size, usd in sizes.items()} for quality, sizes in by_quality.items()
+        },
+    )
+
+
+def _usd(value: object) -> Decimal:
+    amount = Decimal(str(value))
+    if not (amount.is_finite() and amount >= 0):
+        raise ValueError(f"{value} is not a price")
+    return amount
+
+
+def _pixels(size: str) -> Decimal:
+    match = _SIZE.fullmatch(size)
+    return Decimal(int(match[1]) * int(match[2])) if match else Decimal(0)
+
+
+def _round(microusd: Decimal) -> int:
+    return int(microusd.to_integral_value(ROUND_HALF_EVEN))

@@ -1,0 +1,1 @@
+"""One module per kind of provider; each class in here is an Upstream."""

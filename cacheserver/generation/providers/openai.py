@@ -1,0 +1,442 @@
+"""Providers shaped like OpenAI's images API: OpenAI, Azure, vLLM-Omni, SGLang, LocalAI, relays."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import ipaddress
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import TypeVar
+
+import httpx
+import structlog
+
+from cacheserver.errors import (
+    ConfigError,
+    UpstreamBadImageError,
+    UpstreamDownError,
+    UpstreamError,
+    UpstreamNotEntitledError,
+)
+from cacheserver.generation.images import BadImageError, inspect_in_thread
+from cacheserver.generation.prices import PriceTable, split, token_count
+from cacheserver.generation.providers.download import ImageDownloads, is_public, read_at_most
+from cacheserver.generation.providers.openai_errors import error_of, request_id
+from cacheserver.generation.providers.rate_limits import RateLimits
+from cacheserver.interfaces import Clock
+from cacheserver.model import GeneratedImage, ImageRequest, JsonValue, Usage
+
+_T = TypeVar("_T")
+
+_log = structlog.get_logger(__name__)
+
+_AUTO = "auto"
+_MAX_PARALLEL_CALLS = 4
+_MAX_ERROR_BYTES = 64 * 1024
+_MAX_LIST_BYTES = 4 * 1024 * 1024
+_MAX_REVISED_PROMPT = 32_000
+_CHECK_TIMEOUT_S = 10.0
+# Base64 takes four bytes for three; the rest is what JSON and a revised prompt need.
+_BASE64_GROWTH = 4 / 3
+_REPLY_OVERHEAD_BYTES = 256 * 1024
+
+_WORD = re.compile(r"[A-Za-z0-9_.:/\-]{1,64}")
+
+
+class Style(StrEnum):
+    """How a provider wants to be addressed."""
+
+    OPENAI = "openai"
+    """`{base_url}/images/generations`, the model in the body, a bearer token."""
+
+    AZURE = "azure"
+    """`{base_url}/openai/deployments/{deployment}/images/generations`, no model in the body, an `api-key`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where a provider is, how it wants to be addressed, and what we take from it."""
+
+    name: str
+    """Its name in config, metrics and logs."""
+
+    base_url: str
+    """For OPENAI with the version, as `https://api.openai.com/v1`; for AZURE without a path."""
+
+    api_key: Callable[[], str] = field(repr=False)
+    """Gives the key; asked before each call. An empty one sends no key."""
+
+    models: Mapping[str, str]
+    """Our model names, and what the provider calls them; for AZURE its deployments."""
+
+    style: Style = Style.OPENAI
+    api_version: str = "2025-04-01-preview"
+    """Azure's `api-version`."""
+
+    url_hosts: tuple[str, ...] = ()
+    """Hosts, with all below them, that image URLs may name besides `base_url`'s own."""
+
+    max_n: int = 10
+    """Pictures per call, from 1."""
+
+    max_image_bytes: int = 64 * 1024 * 1024
+    """Largest encoded picture taken."""
+
+    max_pixels: int = 40_000_000
+    """Largest picture taken, width times height."""
+
+    connect_timeout_s: float = 5.0
+    timeout_s: float = 600.0
+    """For a whole call, download and decoding included."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """A 200 of the provider. `private` says that it came from an address that is not on the internet."""
+
+    body: bytes
+    request_id: str
+    private: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """The JSON of an answer to a generation, as far as its shape can be believed."""
+
+    items: Sequence[Mapping[str, JsonValue]]
+    usage: Mapping[str, JsonValue] | None
+    facts: Mapping[str, JsonValue]
+
+
+class OpenAIUpstream:
+    """An Upstream that speaks OpenAI's images API over HTTP.
+
+    A call is made once. Only a connection that failed, so that nothing was sent, is tried a second time.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, prices: PriceTable, clock: Clock) -> None:
+        """An upstream at `endpoint`, without network traffic yet.
+
+        Raises:
+            ConfigError: the endpoint's base_url is not one.
+        """
+        self._endpoint = endpoint
+        self._name = endpoint.name
+        self._base_url = _base_url(endpoint)
+        self._prices = prices.naming(endpoint.models)
+        self._clock = clock
+        self._limits: RateLimits | None = None
+        ssl_context = httpx.create_ssl_context()
+        # At INFO httpx logs each URL, and a signed image URL is a secret.
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+        self._client = httpx.AsyncClient(
+            verify=ssl_context,
+            # A proxy from the environment is for the internet; on loopback there is none to pass.
+            trust_env=not _is_loopback(self._base_url.host),
+            follow_redirects=False,
+            timeout=httpx.Timeout(None, connect=endpoint.connect_timeout_s),
+            limits=httpx.Limits(max_connections=None),
+            # An answer that is not compressed cannot grow while it is read.
+            headers={"accept": "application/json", "accept-encoding": "identity"},
+        )
+        self._downloads = ImageDownloads(
+            base_url=self._base_url,
+            url_hosts=endpoint.url_hosts,
+            max_bytes=endpoint.max_image_bytes,
+            connect_timeout_s=endpoint.connect_timeout_s,
+            ssl_context=ssl_context,
+        )
+
+    @property
+    def name(self) -> str:
+        """Its name in config, metrics and logs."""
+        return self._name
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Our names of the models it makes pictures with."""
+        return tuple(self._endpoint.models)
+
+    @property
+    def limits(self) -> RateLimits | None:
+        """The rate limits the provider told of last; None if it never did."""
+        return self._limits
+
+    async def generate(self, request: ImageRequest, variants: Sequence[int]) -> list[GeneratedImage]:
+        """Make one picture for each of `variants`; fewer if a call or a picture failed and others did not."""
+        sizes = [
+            min(self._endpoint.max_n, len(variants) - done) for done in range(0, len(variants), self._endpoint.max_n)
+        ]
+        parallel = asyncio.Semaphore(_MAX_PARALLEL_CALLS)
+
+        async def call(n: int) -> list[GeneratedImage]:
+            async with parallel:
+                return await self._call(request, n)
+
+        # A failed call must not cancel its sisters: they are being paid for.
+        outcomes = await asyncio.gather(*(call(n) for n in sizes), return_exceptions=True)
+        return [image for images in _succeeded(self._name, outcomes) for image in images]
+
+    async def check(self) -> None:
+        """Return if the provider lists its models for our key; raise UpstreamError if not."""
+        await self._exchange("GET", self._url("models"), None, timeout_s=_CHECK_TIMEOUT_S, max_bytes=_MAX_LIST_BYTES)
+
+    async def aclose(self) -> None:
+        """Let go of connections."""
+        await self._client.aclose()
+        await self._downloads.aclose()
+
+    async def _call(self, request: ImageRequest, n: int) -> list[GeneratedImage]:
+        """One call for `n` pictures: ask, read, decode, divide what it cost."""
+        started_s = self._clock.monotonic_s()
+        deadline_s = asyncio.get_running_loop().time() + self._endpoint.timeout_s
+        answer = await self._exchange(
+            "POST",
+            self._url("images/generations", request.model),
+            json.dumps(self._body(request, n)).encode("ascii"),
+            timeout_s=self._endpoint.timeout_s,
+            max_bytes=_REPLY_OVERHEAD_BYTES + int(n * self._endpoint.max_image_bytes * _BASE64_GROWTH),
+        )
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                reply = await asyncio.to_thread(_read_reply, answer.body)
+                items = reply.items[:n]
+                outcomes = await asyncio.gather(
+                    *(self._picture(item, request, private=answer.private) for item in items), return_exceptions=True
+                )
+        except TimeoutError:
+            raise UpstreamDownError(f"{self._name}: no picture within {self._endpoint.timeout_s:.0f} s") from None
+        seconds = self._clock.monotonic_s() - started_s
+        images = [
+            replace(image, upstream_request_id=answer.request_id, generation_s=seconds)
+            for image in _succeeded(self._name, outcomes)
+        ]
+        return self._with_costs(request, reply, images)
+
+    async def _exchange(
+        self, method: str, url: httpx.URL, content: bytes | None, *, timeout_s: float, max_bytes: int
+    ) -> _Answer:
+        """One HTTP exchange under a deadline; every answer but a 200 is raised as the error it stands for."""
+        request = self._client.build_request(method, url, content=content, headers=self._headers())
+        try:
+            async with asyncio.timeout(timeout_s):
+                response = await self._send(request)
+                try:
+                    return await self._read(response, max_bytes)
+                finally:
+                    await response.aclose()
+        except TimeoutError:
+            raise UpstreamDownError(f"{self._name}: no answer within {timeout_s:.0f} s") from None
+        except (httpx.ConnectError, httpx.ConnectTimeout) as exc:
+            raise UpstreamDownError(f"{self._name}: cannot connect to {url.host}: check base_url") from exc
+        except httpx.RequestError as exc:
+            # Not chained: a protocol error quotes what it read, which may be the prompt.
+            raise UpstreamDownError(f"{self._name}: the connection failed ({type(exc).__name__})") from None
+
+    async def _send(self, request: httpx.Request) -> httpx.Response:
+        try:
+            return await self._client.send(request, stream=True)
+        except (httpx.ConnectError, httpx.ConnectTimeout):
+            return await self._client.send(request, stream=True)
+
+    async def _read(self, response: httpx.Response, max_bytes: int) -> _Answer:
+        self._limits = RateLimits.read(response.headers) or self._limits
+        private = _is_private(response)
+        if response.status_code != httpx.codes.OK:
+            body = await read_at_most(response, _MAX_ERROR_BYTES) or b""
+            raise error_of(self._name, response.status_code, response.headers, body, now_s=self._clock.now_s())
+        body = await read_at_most(response, max_bytes) or b""
+        if not body:
+            raise UpstreamBadImageError(f"{self._name}: its answer is empty or has more than {max_bytes} bytes")
+        return _Answer(body, request_id(response.headers), private)
+
+    def _headers(self) -> dict[str, str]:
+        headers = {"content-type": "application/json"}
+        key = self._endpoint.api_key().strip()
+        if not key:
+            return headers
+        if not (key.isascii() and key.isprintable()):
+            raise UpstreamNotEntitledError(f"{self._name}: the API key has characters that no header may carry")
+        if self._endpoint.style is Style.AZURE:
+            return headers | {"api-key": key}
+        return headers | {"authorization": f"Bearer {key}"}
+
+    def _url(self, path: str, model: str = "") -> httpx.URL:
+        base = str(self._base_url).rstrip("/")
+        if self._endpoint.style is Style.OPENAI:
+            return httpx.URL(f"{base}/{path}")
+        deployment = f"deployments/{self._endpoint.models[model]}/" if model else ""
+        return httpx.URL(f"{base}/openai/{deployment}{path}", params={"api-version": self._endpoint.api_version})
+
+    def _body(self, request: ImageRequest, n: int) -> dict[str, JsonValue]:
+        """What goes out: what differs from the provider's defaults, and what decides the bytes.
+
+        Never `response_format`: GPT image models refuse it, and both ways of answering are read.
+        """
+        body: dict[str, JsonValue] = {name: _whole_numbers(value) for name, value in request.extra.items()}
+        for name in ("size", "quality", "background", "moderation"):
+            if (value := getattr(request, name)) != _AUTO:
+                body[name] = value
+        if request.output_format != "png" and request.output_compression != 100:  # noqa: PLR2004 - the API's default
+            body["output_compression"] = request.output_compression
+        if request.seed is not None:
+            body["seed"] = request.seed
+        if self._endpoint.style is Style.OPENAI:
+            body["model"] = self._endpoint.models[request.model]
+        # The format is sent though it is the default: not every server of this shape has the same one.
+        return body | {"prompt": request.prompt, "n": n, "output_format": request.output_format}
+
+    async def _picture(self, item: Mapping[str, JsonValue], request: ImageRequest, *, private: bool) -> GeneratedImage:
+        """One item of a reply as a picture, its bytes fetched if need be, and decoded."""
+        encoded, url = item.get("b64_json"), item.get("url")
+        if isinstance(encoded, str) and encoded:
+            data = await asyncio.to_thread(_from_base64, encoded)
+        elif isinstance(url, str) and url:
+            data = await self._downloads.fetch(url, private=private)
+        else:
+            raise UpstreamBadImageError(f"{self._name}: its answer has neither b64_json nor url")
+        try:
+            facts = await inspect_in_thread(
+                data,
+                max_pixels=self._endpoint.max_pixels,
+                max_bytes=self._endpoint.max_image_bytes,
+                expect_format=request.output_format,
+            )
+        except BadImageError as exc:
+            raise UpstreamBadImageError(f"{self._name}: {exc}") from None
+        revised = item.get("revised_prompt")
+        return GeneratedImage(
+            data=data,
+            content_type=facts.content_type,
+            width=facts.width,
+            height=facts.height,
+            sha256=facts.sha256,
+            model=request.model,
+            size=request.size if request.size != _AUTO else f"{facts.width}x{facts.height}",
+            quality=request.quality,
+            background=request.background,
+            revised_prompt=revised[:_MAX_REVISED_PROMPT] if isinstance(revised, str) else "",
+            upstream=self._name,
+        )
+
+    def _with_costs(self, request: ImageRequest, reply: _Reply, images: list[GeneratedImage]) -> list[GeneratedImage]:
+        """The pictures with what the reply says of all of them: resolved parameters, usage and cost divided.
+
+        The whole call is divided among the pictures that arrived intact: their sum is what was paid.
+        """
+        first = images[0]
+        size, quality, background = (
+            _word(reply.facts.get(field), getattr(first, field)) for field in ("size", "quality", "background")
+        )
+        paid = self._prices.cost_microusd(request.model, size, quality, reply.usage, len(reply.items))
+        return [
+            replace(
+                image,
+                model=_word(reply.facts.get("model"), request.model),
+                size=size,
+                quality=quality,
+                background=background,
+                seed=request.seed if len(reply.items) == 1 else None,
+                usage=usage,
+                paid_microusd=share,
+            )
+            for image, share, usage in zip(
+                images, split(paid, len(images)), _split_usage(reply.usage, len(images)), strict=True
+            )
+        ]
+
+
+def _succeeded(upstream: str, outcomes: Sequence[_T | BaseException]) -> list[_T]:
+    """What worked; the first failure if nothing did, and any that is not the upstream's at once."""
+    worked: list[_T] = []
+    failed: list[UpstreamError] = []
+    for outcome in outcomes:
+        if isinstance(outcome, UpstreamError):
+            failed.append(outcome)
+        elif isinstance(outcome, BaseException):
+            raise outcome
+        else:
+            worked.append(outcome)
+    if not worked:
+        raise failed[0]
+    for failure in failed:
+        _log.warning("upstream_pictures_lost", upstream=upstream, reason=failure.reason, error=str(failure))
+    return worked
+
+
+def _read_reply(body: bytes) -> _Reply:
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        raise UpstreamBadImageError("the upstream's answer is not JSON") from None
+    data = document.get("data") if isinstance(document, dict) else None
+    items = [item for item in data if isinstance(item, dict)] if isinstance(data, list) else []
+    if not items:
+        raise UpstreamBadImageError("the upstream's answer has no pictures in it")
+    usage = document.get("usage")
+    return _Reply(items, usage if isinstance(usage, dict) else None, document)
+
+
+def _from_base64(encoded: str) -> bytes:
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError):
+        raise UpstreamBadImageError("the upstream's base64 is damaged") from None
+
+
+def _split_usage(usage: Mapping[str, JsonValue] | None, n: int) -> Sequence[Usage | None]:
+    """A call's token counts in `n` shares that add up to them."""
+    if usage is None:
+        return [None] * n
+    counts = (
+        token_count(usage, "input_tokens"),
+        token_count(usage, "input_tokens_details", "text_tokens"),
+        token_count(usage, "input_tokens_details", "image_tokens"),
+        token_count(usage, "output_tokens"),
+        token_count(usage, "total_tokens"),
+    )
+    return [Usage(*shares) for shares in zip(*(split(count, n) for count in counts), strict=True)]
+
+
+def _whole_numbers(value: JsonValue) -> JsonValue:
+    """Whole floats as integers, all the way down: a protobuf Struct knows no integers, providers do."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [_whole_numbers(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _whole_numbers(item) for name, item in value.items()}
+    return value
+
+
+def _word(value: JsonValue, otherwise: str) -> str:
+    return value if isinstance(value, str) and _WORD.fullmatch(value) else otherwise
+
+
+def _is_private(response: httpx.Response) -> bool:
+    """Whether the answer comes from an address that is not on the internet; False if that cannot be told."""
+    address = response.extensions["network_stream"].get_extra_info("server_addr")
+    return address is not None and not is_public(ipaddress.ip_address(address[0]))
+
+
+def _base_url(endpoint: Endpoint) -> httpx.URL:
+    try:
+        url = httpx.URL(endpoint.base_url)
+    except httpx.InvalidURL:
+        url = httpx.URL()
+    if url.scheme not in {"http", "https"} or not url.host or url.userinfo or url.query or url.fragment:
+        raise ConfigError(f"upstream {endpoint.name}: base_url has to be http(s)://host[:port][/path], nothing else")
+    return url
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

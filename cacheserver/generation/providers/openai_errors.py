@@ -1,0 +1,110 @@
+"""What an OpenAI-shaped provider's failed answer means, in our errors.
+
+A provider's message may quote the prompt, so it never enters ours: they carry the status, the provider's
+code, type and parameter where these look like names, and its request id.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+
+from cacheserver.errors import (
+    PromptRefusedError,
+    UpstreamDownError,
+    UpstreamError,
+    UpstreamInvalidError,
+    UpstreamLimitedError,
+    UpstreamNotEntitledError,
+    UpstreamQuotaError,
+)
+from cacheserver.generation.providers.rate_limits import retry_after_s
+
+_REFUSED = frozenset(
+    {
+        "moderation_blocked",
+        "content_policy_violation",
+        "contentFilter",
+        "content_filter",
+        "ResponsibleAIPolicyViolation",
+    }
+)
+_NO_MONEY = frozenset(
+    {
+        "insufficient_quota",
+        "credit_balance_exhausted",
+        "organization_spend_limit_exceeded",
+        "project_spend_limit_exceeded",
+        "organization_usage_limit_exceeded",
+        "billing_hard_limit_reached",
+        "billing_not_active",
+    }
+)
+_LIMITED = frozenset({"rate_limit_exceeded", "slow_down"})
+_NOT_ENTITLED = frozenset({"invalid_api_key", "model_not_found"})
+
+_NAME = re.compile(r"[A-Za-z0-9_.\-\[\]]{1,64}")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
+
+
+def request_id(headers: Mapping[str, str]) -> str:
+    """The provider's own id of a call; empty if there is none that looks like an id."""
+    text = headers.get("x-request-id", "")
+    return text if _REQUEST_ID.fullmatch(text) else ""
+
+
+def error_of(upstream: str, status: int, headers: Mapping[str, str], body: bytes, *, now_s: float) -> UpstreamError:
+    """The error that an answer other than 200 stands for. `now_s` is the wall clock."""
+    error = _error_object(body)
+    code, kind, param = (_name(error, field) for field in ("code", "type", "param"))
+    what = _describe(upstream, status, code or kind, request_id(headers))
+    message = error.get("message") if error else None
+    wait_s = retry_after_s(headers, message if isinstance(message, str) else "", now_s=now_s)
+
+    # The code before the status: a 429 may be a matter of money, a 400 one of moderation.
+    if code in _REFUSED:
+        return PromptRefusedError(f"{what}: its moderation refuses the prompt{_stage(error)}. Change the prompt.")
+    if status == 402 or code in _NO_MONEY or kind in _NO_MONEY:  # noqa: PLR2004 - HTTP statuses are their own names
+        return UpstreamQuotaError(f"{what}: the account's credit or spend limit is used up. Raise it at the provider.")
+    if status == 429 or code in _LIMITED:  # noqa: PLR2004
+        return UpstreamLimitedError(f"{what}: its rate limit.", retry_after_s=wait_s)
+    if status in {401, 410} or code in _NOT_ENTITLED or (status in {403, 404} and error is not None):
+        return UpstreamNotEntitledError(f"{what}: check the key, its rights, the model's name and base_url.")
+    if 400 <= status < 500 and status != 408 and error is not None:  # noqa: PLR2004
+        return UpstreamInvalidError(f"{what}: it does not take the request as it is{_named(param)}.", field=param)
+    return UpstreamDownError(
+        f"{what}{'' if error else ', with no error object: check base_url'}.", retry_after_s=wait_s
+    )
+
+
+def _error_object(body: bytes) -> Mapping[str, object] | None:
+    """The error of a JSON answer, nested under "error" or not; None for anything that is no JSON object."""
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(document, dict):
+        return None
+    nested = document.get("error")
+    return nested if isinstance(nested, dict) else document
+
+
+def _name(error: Mapping[str, object] | None, field: str) -> str:
+    value = error.get(field) if error else None
+    return value if isinstance(value, str) and _NAME.fullmatch(value) else ""
+
+
+def _stage(error: Mapping[str, object] | None) -> str:
+    details = error.get("moderation_details") if error else None
+    stage = details.get("moderation_stage") if isinstance(details, dict) else None
+    return {"input": "", "output": " after seeing the picture"}.get(stage, "") if isinstance(stage, str) else ""
+
+
+def _describe(upstream: str, status: int, code: str, call_id: str) -> str:
+    call = f" to call {call_id}" if call_id else ""
+    return f"{upstream} answered {status}{call}{f' ({code})' if code else ''}"
+
+
+def _named(param: str) -> str:
+    return f" (parameter {param})" if param else ""

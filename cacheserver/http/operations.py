@@ -1,0 +1,44 @@
+"""What an operator's machinery asks over HTTP: is it alive, is it ready, what did it count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from cacheserver.model import TierName
+
+
+def operations(
+    *, registry: CollectorRegistry, is_ready: Callable[[], bool], tiers: Callable[[], dict[TierName, bool]]
+) -> Starlette:
+    """The application: `/healthz`, `/readyz` and `/metrics`.
+
+    `/healthz` answers 200 while the process can answer at all; `/readyz` 200 while calls are taken and 503
+    while starting or draining. A tier that is down makes the service slower, not unready: `/readyz` names it.
+    """
+
+    async def healthz(_: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def readyz(_: Request) -> Response:
+        ready = is_ready()
+        states = {name: "ok" if is_well else "down" for name, is_well in tiers().items()}
+        return JSONResponse(
+            {"status": "ready" if ready else "draining", "tiers": states}, status_code=200 if ready else 503
+        )
+
+    async def metrics(_: Request) -> Response:
+        return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    return Starlette(
+        routes=[
+            Route("/healthz", healthz, methods=["GET"]),
+            Route("/readyz", readyz, methods=["GET"]),
+            Route("/metrics", metrics, methods=["GET"]),
+        ]
+    )

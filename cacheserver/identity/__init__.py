@@ -1,0 +1,23 @@
+"""From a request to its key: normalization, canonical identity, fingerprint, and why two keys differ.
+
+The way of a request: `validate` says what is wrong with it; `identify` normalizes the prompt by the
+namespace's profile (normalize.py), writes the canonical identity and hashes it (fingerprint.py);
+`differences` tells two identities apart (explain.py).
+"""
+
+from cacheserver.identity.catalog import compile_catalog_patterns
+from cacheserver.identity.explain import FieldDifference, differences
+from cacheserver.identity.fingerprint import identify
+from cacheserver.identity.normalize import PROFILES, Profile, normalize_prompt
+from cacheserver.identity.validation import validate
+
+__all__ = [
+    "PROFILES",
+    "FieldDifference",
+    "Profile",
+    "compile_catalog_patterns",
+    "differences",
+    "identify",
+    "normalize_prompt",
+    "validate",
+]

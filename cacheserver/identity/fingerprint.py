@@ -1,0 +1,118 @@
+"""The canonical identity of a request, its hashes, and the cache key made of them.
+
+The canonical identity is a JSON array of two: the profile's name and version, and an object with every field
+of ImageRequest, the prompt normalized. Its JSON is canonical: keys sorted by code point, no white space, UTF-8
+unescaped, equal numbers written alike. Two requests have the same identity if and only if these bytes are equal.
+The partition is part of the key and not of the identity, so who shares can change without new fingerprints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+
+import xxhash
+
+from cacheserver.identity.normalize import PROFILES, Profile, normalize_prompt
+from cacheserver.model import (
+    CacheKey,
+    Identity,
+    ImageRequest,
+    InputImage,
+    JsonValue,
+    MatchLevel,
+    Namespace,
+)
+
+_LOSSY_FORMATS = frozenset({"jpeg", "webp"})
+_FIELDS = tuple(field.name for field in fields(ImageRequest))
+_INPUT_FIELDS = tuple(field.name for field in fields(InputImage))
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":"))
+
+
+def identify(request: ImageRequest, namespace: Namespace, match_level: MatchLevel | None = None) -> Identity:
+    """The identity of a validated request under the namespace's profile, with the key of variant 0.
+
+    A `match_level` tighter than the namespace's profile keys the request by the tighter profile; a looser one
+    or None changes nothing.
+
+    Raises:
+        KeyError: the namespace's profile does not exist.
+        ValueError: a catalog pattern cannot be used, or the request holds what `validate` refuses.
+    """
+    profile = _profile(namespace, match_level)
+    patterns = namespace.catalog_patterns if profile.level is MatchLevel.CATALOG else ()
+    prompt = normalize_prompt(request.prompt, profile.name, patterns)
+    canonical = _canonical(request, profile, prompt, patterns)
+    return Identity(
+        key=CacheKey(namespace.partition, fingerprint_of(canonical), digest_of(canonical), variant=0),
+        level=profile.level,
+        profile=profile.versioned,
+        normalized_prompt=prompt,
+        canonical=canonical,
+        prompt_digest=digest_of(request.prompt.encode()),
+    )
+
+
+def fingerprint_of(canonical: bytes) -> bytes:
+    """The xxh3-128 of the canonical identity, 16 bytes.
+
+    Fast and not secure: a collision must read as a miss everywhere. `identify` looks this name up in the module
+    on every call, so a test may replace it to force one.
+    """
+    return xxhash.xxh3_128_digest(canonical)
+
+
+def digest_of(data: bytes) -> bytes:
+    """The SHA-256 of `data`, 32 bytes: what settles whether two identities are one."""
+    return hashlib.sha256(data).digest()
+
+
+def canonical_json(value: object) -> str:
+    """`value` as canonical JSON.
+
+    A whole number is written as an integer however it came: protobuf's Struct knows only doubles, so 7.0 is 7
+    and -0.0 is 0. True is not 1. A null is kept: what an unknown parameter's null means is the provider's to say.
+
+    Raises:
+        ValueError: a number is infinite or not a number.
+        TypeError: something is no JSON value.
+    """
+    return _JSON.encode(_plain(value))
+
+
+def _profile(namespace: Namespace, match_level: MatchLevel | None) -> Profile:
+    own = PROFILES[namespace.profile]
+    if match_level is None or match_level >= own.level:
+        return own
+    return next(profile for profile in PROFILES.values() if profile.level is match_level)
+
+
+def _canonical(request: ImageRequest, profile: Profile, prompt: str, patterns: tuple[str, ...]) -> bytes:
+    """The canonical bytes. Every field enters by itself: one is left out by saying so here, never by oversight."""
+    identity: dict[str, object] = {name: getattr(request, name) for name in _FIELDS}
+    identity["prompt"] = prompt
+    if request.output_format not in _LOSSY_FORMATS:
+        identity["output_compression"] = None
+    if profile.level is MatchLevel.CATALOG:
+        # Namespaces of one partition may drop different things, and patterns change.
+        identity["catalog_patterns"] = patterns
+    return canonical_json([profile.versioned, identity]).encode()
+
+
+def _plain(value: object) -> JsonValue:
+    if isinstance(value, str):
+        return str(value)
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else value
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, InputImage):
+        return {name: _plain(getattr(value, name)) for name in _INPUT_FIELDS}
+    raise TypeError(f"{type(value).__name__} is no JSON value")

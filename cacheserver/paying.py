@@ -1,0 +1,101 @@
+"""Who may pay for a load: judged caller by caller, right before money would be spent."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from cachetools import TTLCache
+
+from cacheserver.errors import CacheServerError, CacheUnknownError, NotCachedError, PermissionDeniedError
+from cacheserver.flight import Flight, Waiter
+from cacheserver.interfaces import Books, Clock, Generation
+from cacheserver.model import CachePolicy, Permission
+
+_HOUR_S = 3600
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownPolicy:
+    """What to do about a miss while the last tier cannot say whether it is one.
+
+    `pay` generates, at most for `budget_microusd_per_hour` of estimated cost; otherwise the caller is told to
+    try again.
+    """
+
+    pay: bool = True
+    budget_microusd_per_hour: int = 10_000_000
+
+
+class Paying:
+    """Refuses the waiters of a flight that may not pay; whoever is first among the others leads."""
+
+    def __init__(self, *, generation: Generation, books: Books, clock: Clock, unknown: UnknownPolicy) -> None:
+        self._generation = generation
+        self._books = books
+        self._unknown = unknown
+        self._count = itertools.count()
+        self._spent_on_unknown: TTLCache[int, int] = TTLCache(math.inf, ttl=_HOUR_S, timer=clock.monotonic_s)
+
+    def judge(self, flight: Flight, unknown: set[int]) -> Waiter | None:
+        """Refuse who may not pay, and return who leads; None if nobody is left who needs anything made.
+
+        `unknown` are the variants that the last tier could not speak of. Nothing here awaits.
+        """
+        payers = [waiter for waiter in flight.waiters if waiter.refusal is None]
+        for waiter in payers:
+            if (refusal := self._refusal(waiter, is_unknown=_asks_unknown(waiter, flight, unknown))) is not None:
+                flight.refuse(waiter, refusal)
+        payers = self._within_budget([waiter for waiter in payers if waiter in flight.waiters], flight, unknown)
+        making = {variant for waiter in payers for variant in waiter.lacks(flight.loaded)}
+        for waiter in [waiter for waiter in flight.waiters if waiter.refusal is not None]:
+            # Who never pays, as a call by key, is welcome to what others pay for.
+            if waiter.refusal is not None and not waiter.lacks(flight.loaded) <= making:
+                is_unknown = _asks_unknown(waiter, flight, unknown)
+                flight.refuse(waiter, _cannot_say() if is_unknown else waiter.refusal)
+        return payers[0] if payers else None
+
+    def _refusal(self, waiter: Waiter, *, is_unknown: bool) -> CacheServerError | None:
+        if waiter.terms.cache_policy is CachePolicy.ONLY_IF_CACHED:
+            return NotCachedError("Not cached, and only cached pictures were asked for.")
+        if (refusal := may_generate(waiter)) is not None:
+            return refusal
+        return _cannot_say() if is_unknown and not self._unknown.pay else None
+
+    def _within_budget(self, payers: list[Waiter], flight: Flight, unknown: set[int]) -> list[Waiter]:
+        """Those of `payers` whose pictures the budget for unconfirmed misses allows; the others are refused."""
+        asking = [waiter for waiter in payers if _asks_unknown(waiter, flight, unknown)]
+        n = len({variant for waiter in asking for variant in waiter.lacks(flight.loaded)} & unknown)
+        if not asking or self._afford(asking[0], n):
+            return payers
+        for waiter in asking:
+            flight.refuse(waiter, CacheUnknownError("This hour's budget for misses nobody can confirm is used up."))
+        return [waiter for waiter in payers if waiter not in asking]
+
+    def _afford(self, payer: Waiter, n: int) -> bool:
+        """Take the estimate of `n` pictures from this hour's budget for misses nobody can confirm."""
+        estimate = self._generation.estimate_microusd(payer.request, n)
+        if sum(self._spent_on_unknown.values()) + estimate > self._unknown.budget_microusd_per_hour:
+            return False
+        self._spent_on_unknown[next(self._count)] = estimate
+        for _ in range(n):
+            self._books.paid_unknown()
+        return True
+
+
+def may_generate(waiter: Waiter) -> PermissionDeniedError | None:
+    """The refusal of a caller without the right to generate, None for one that has it."""
+    if waiter.caller.may(Permission.GENERATE, waiter.namespace.name):
+        return None
+    text = f"Not cached, and caller {waiter.caller.name} may not generate in namespace {waiter.namespace.name}."
+    return PermissionDeniedError(text)
+
+
+def _asks_unknown(waiter: Waiter, flight: Flight, unknown: set[int]) -> bool:
+    """Whether the waiter lacks a picture that the last tier may have. A REFRESH wants none that it has."""
+    return not waiter.refresh and not unknown.isdisjoint(waiter.lacks(flight.loaded))
+
+
+def _cannot_say() -> CacheUnknownError:
+    return CacheUnknownError("The last tier cannot say now whether it has this picture; try again.")

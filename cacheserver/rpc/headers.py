@@ -1,0 +1,76 @@
+"""Cache directives that callers know from HTTP: `cache-control` in (RFC 9111), `cache-status` out (RFC 9211)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from cacheserver.model import CachePolicy, Served, TierName
+
+_MAX_DELTA_S = 2**31
+"""RFC 9111 section 1.2.2: what a larger number of seconds counts as."""
+
+_MAX_DELTA_DIGITS = 10
+
+_DIRECTIVE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)(?:=(?:\"([^\"]*)\"|([^\s\"]*)))?")
+
+_POLICIES = {
+    "only-if-cached": CachePolicy.ONLY_IF_CACHED,
+    "no-store": CachePolicy.NO_STORE,
+    "no-cache": CachePolicy.REFRESH,
+}
+"""Where several apply the first counts: the one that spends least."""
+
+
+@dataclass(frozen=True, slots=True)
+class Directives:
+    """What a `cache-control` header asks for. A message's own fields win over it."""
+
+    cache_policy: CachePolicy | None = None
+    max_age_s: float | None = None
+
+
+def read_cache_control(header: str) -> Directives:
+    """The request directives of `header` that we know; malformed and unknown ones are ignored, as RFC 9111 says."""
+    found: dict[str, str] = {}
+    for piece in header.split(","):
+        if match := _DIRECTIVE.fullmatch(piece.strip()):
+            name, quoted, token = match.groups(default="")
+            found.setdefault(name.lower(), quoted or token)
+    policy = next((policy for name, policy in _POLICIES.items() if name in found), None)
+    return Directives(policy, _delta_seconds(found.get("max-age", "")))
+
+
+def _delta_seconds(text: str) -> float | None:
+    if not (text.isascii() and text.isdigit()):
+        return None
+    return float(min(int(text), _MAX_DELTA_S)) if len(text) <= _MAX_DELTA_DIGITS else float(_MAX_DELTA_S)
+
+
+def cache_status(served: Served, policy: CachePolicy, now_s: float) -> str:
+    """The `cache-status` of an answer by its slowest picture.
+
+    `ttl` is what is left of its freshness, absent when that never ends; `age` is our own parameter: seconds
+    since the picture was made.
+    """
+    entry = served.entry
+    members = ["cacheserver", *_way(served, policy), f"detail={served.tier}"]
+    if entry.expire_time_s is not None:
+        members.append(f"ttl={int(entry.expire_time_s - now_s)}")
+    members.append(f"age={max(0, int(now_s - entry.create_time_s))}")
+    return "; ".join(members)
+
+
+def pending_status() -> str:
+    """The `cache-status` of an answer that is on its way."""
+    return "cacheserver; fwd=uri-miss; detail=pending"
+
+
+def _way(served: Served, policy: CachePolicy) -> list[str]:
+    if policy is CachePolicy.NO_STORE:
+        return ["fwd=bypass"]
+    if served.collapsed:
+        return ["fwd=uri-miss", "collapsed"]
+    if served.tier is not TierName.UPSTREAM:
+        return ["hit"]
+    return ["fwd=request" if policy is CachePolicy.REFRESH else "fwd=uri-miss", "stored"]

@@ -1,0 +1,210 @@
+"""Values as messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from cacheserver.accounting.books import Row, Stats
+from cacheserver.identity import FieldDifference
+from cacheserver.model import (
+    CachedImage,
+    CacheKey,
+    Found,
+    Identity,
+    MatchLevel,
+    Outcome,
+    Pending,
+    Served,
+    TierName,
+    Usage,
+)
+from cacheserver.pb import promptcache_pb2 as pb
+
+TIERS = {
+    TierName.MEMORY: pb.TIER_MEMORY,
+    TierName.REDIS: pb.TIER_REDIS,
+    TierName.DISK: pb.TIER_DISK,
+    TierName.S3: pb.TIER_S3,
+    TierName.JOURNAL: pb.TIER_JOURNAL,
+    TierName.UPSTREAM: pb.TIER_UPSTREAM,
+}
+"""Every tier, fastest first."""
+
+_SLOWNESS = {tier: i for i, tier in enumerate(TIERS)}
+
+_MATCH_LEVELS = {
+    MatchLevel.EXACT: pb.MATCH_LEVEL_EXACT,
+    MatchLevel.STANDARD: pb.MATCH_LEVEL_STANDARD,
+    MatchLevel.CATALOG: pb.MATCH_LEVEL_CATALOG,
+    MatchLevel.CANONICAL: pb.MATCH_LEVEL_CANONICAL,
+    MatchLevel.SEMANTIC: pb.MATCH_LEVEL_SEMANTIC,
+}
+_OUTCOMES = {
+    Outcome.HIT: pb.OUTCOME_HIT,
+    Outcome.MISS: pb.OUTCOME_MISS,
+    Outcome.COLLAPSED: pb.OUTCOME_COLLAPSED,
+    Outcome.PENDING: pb.OUTCOME_PENDING,
+    Outcome.NOT_CACHED: pb.OUTCOME_NOT_CACHED,
+    Outcome.ERROR: pb.OUTCOME_ERROR,
+}
+
+
+def slowest(answer: Sequence[Served]) -> Served:
+    """The picture that came from furthest away."""
+    return max(answer, key=lambda served: _SLOWNESS[served.tier])
+
+
+def image_facts(entry: CachedImage) -> pb.Image:
+    """The stored facts of a picture, without content."""
+    image = entry.image
+    facts = pb.Image(
+        content_type=image.content_type,
+        width=image.width,
+        height=image.height,
+        key=entry.key.name,
+        variant=entry.key.variant,
+        create_time=timestamp(entry.create_time_s),
+        digest=f"sha256:{image.sha256}",
+        size_bytes=entry.size_bytes,
+        model=image.model,
+        size=image.size,
+        quality=image.quality,
+        background=image.background,
+        revised_prompt=image.revised_prompt,
+        seed=image.seed,
+        upstream_request_id=image.upstream_request_id,
+        generation_time=duration(image.generation_s),
+        paid_microusd=image.paid_microusd,
+    )
+    if image.usage is not None:
+        facts.usage.CopyFrom(_usage(image.usage))
+    return facts
+
+
+def status_of_image(served: Served) -> pb.CacheStatus:
+    """Where one picture came from and what it cost."""
+    expire_time_s = served.entry.expire_time_s
+    return pb.CacheStatus(
+        tier=TIERS[served.tier],
+        state=pb.STATE_READY,
+        matched=_MATCH_LEVELS[served.matched],
+        collapsed=served.collapsed,
+        stale=served.stale,
+        expire_time=None if expire_time_s is None else timestamp(expire_time_s),
+        cost_microusd=served.cost_microusd,
+        saved_microusd=served.saved_microusd,
+    )
+
+
+def status_of_answer(answer: Sequence[Served]) -> pb.CacheStatus:
+    """The status of several pictures together: the slowest tier, the loosest match, the first to expire, sums."""
+    expire_times = [served.entry.expire_time_s for served in answer if served.entry.expire_time_s is not None]
+    return pb.CacheStatus(
+        tier=TIERS[slowest(answer).tier],
+        state=pb.STATE_READY,
+        matched=_MATCH_LEVELS[max(served.matched for served in answer)],
+        collapsed=any(served.collapsed for served in answer),
+        stale=any(served.stale for served in answer),
+        expire_time=timestamp(min(expire_times)) if expire_times else None,
+        cost_microusd=sum(served.cost_microusd for served in answer),
+        saved_microusd=sum(served.saved_microusd for served in answer),
+    )
+
+
+def pending_status(pending: Pending) -> pb.CacheStatus:
+    """The status of an answer that is on its way."""
+    return pb.CacheStatus(state=pb.STATE_PENDING, estimated_wait=duration(pending.estimated_wait_s))
+
+
+def pending_image(key: CacheKey) -> pb.Image:
+    """A picture that is on its way: its key and nothing else."""
+    return pb.Image(key=key.name)
+
+
+def pending_response(pending: Pending) -> pb.GetImageResponse:
+    """An answer that is on its way."""
+    status = pending_status(pending)
+    images = [pending_image(key) for key in pending.keys]
+    return pb.GetImageResponse(images=images, status=status, image_status=[status] * len(images))
+
+
+def found_item(found: Found) -> pb.FoundItem:
+    """Where one image is."""
+    if found.tier is not None:
+        return pb.FoundItem(key=found.key.name, presence=pb.PRESENCE_CACHED, tier=TIERS[found.tier])
+    presence = pb.PRESENCE_IN_FLIGHT if found.in_flight else pb.PRESENCE_ABSENT
+    return pb.FoundItem(key=found.key.name, presence=presence)
+
+
+def explanation(identity: Identity) -> pb.Explanation:
+    """One request's way to its key."""
+    return pb.Explanation(
+        normalized_prompt=identity.normalized_prompt,
+        canonical_identity=identity.canonical.decode(),
+        key=identity.key.name,
+        profile=identity.profile,
+    )
+
+
+def differences(found: Sequence[FieldDifference]) -> list[pb.FieldDifference]:
+    """Where two identities differ."""
+    return [pb.FieldDifference(field=d.field, value=d.value, other_value=d.other_value) for d in found]
+
+
+def stats_response(stats: Stats) -> pb.GetStatsResponse:
+    """The books at one moment."""
+    return pb.GetStatsResponse(
+        start_time=timestamp(stats.start_time_s),
+        rows=[_stats_row(row) for row in stats.rows],
+        total=_stats_row(stats.total),
+        paid_unknown=stats.paid_unknown,
+        unsaved=stats.unsaved,
+        corrupt=tier_counts(stats.corrupt),
+        upstream_calls=stats.upstream_calls,
+    )
+
+
+def tier_counts(counts: Mapping[TierName, int]) -> list[pb.TierCount]:
+    """Counts per tier, fastest first."""
+    return [pb.TierCount(tier=TIERS[tier], count=counts[tier]) for tier in TIERS if tier in counts]
+
+
+def duration(seconds: float) -> Duration:
+    """`seconds` as a message, to the microsecond."""
+    message = Duration()
+    message.FromMicroseconds(round(seconds * 1_000_000))
+    return message
+
+
+def timestamp(seconds: float) -> Timestamp:
+    """Seconds since 1970 as a message, to the microsecond."""
+    message = Timestamp()
+    message.FromMicroseconds(round(seconds * 1_000_000))
+    return message
+
+
+def _stats_row(row: Row) -> pb.StatsRow:
+    return pb.StatsRow(
+        namespace=row.namespace,
+        outcome=pb.OUTCOME_UNSPECIFIED if row.outcome is None else _OUTCOMES[row.outcome],
+        tier=pb.TIER_UNSPECIFIED if row.tier is None else TIERS[row.tier],
+        requests=row.requests,
+        image_bytes=row.image_bytes,
+        latency_sum=duration(row.seconds),
+        spent_microusd=row.spent_microusd,
+        saved_microusd=row.saved_microusd,
+        coalesced_microusd=row.coalesced_microusd,
+    )
+
+
+def _usage(usage: Usage) -> pb.Usage:
+    return pb.Usage(
+        input_tokens=usage.input_tokens,
+        input_text_tokens=usage.input_text_tokens,
+        input_image_tokens=usage.input_image_tokens,
+        output_tokens=usage.output_tokens,
+        total_tokens=usage.total_tokens,
+    )

@@ -1,0 +1,156 @@
+"""The gRPC server: where it listens, TLS, health, reflection, and how it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from cacheserver.errors import ConfigError
+from cacheserver.model import TierName
+from cacheserver.rpc.service import SERVICE_NAME, PromptCacheService
+
+MAX_RECEIVE_BYTES = 16 * 1024 * 1024
+"""Largest message taken: a full FindCached. Larger ones are refused by grpc itself, before they are read."""
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
+    ("grpc.max_send_message_length", -1),
+    # A second process on the port is an error we want to hear of, not a share of the calls.
+    ("grpc.so_reuseport", 0),
+    # Callers may ping every 20 s, also between calls; the bound is half of it because clocks and networks jitter.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    # A caller that vanished without a word is noticed within 80 s, not after the two hours of the default.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
+
+_REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+_WATCHERS_GRACE_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """Where to listen: a TCP address, a unix socket, or both. Port 0 is any free one."""
+
+    host: str = "127.0.0.1"
+    port: int | None = 50051
+    unix_socket: Path | None = None
+    tls_cert_file: Path | None = None
+    tls_key_file: Path | None = None
+
+
+class RpcServer:
+    """Serves the rpcs, with health and reflection, which need no token."""
+
+    def __init__(self, service: PromptCacheService, *, listen: Listen, tiers: Iterable[TierName]) -> None:
+        """`tiers` are those that get a health name of their own, as "tier.redis"."""
+        self._service = service
+        self._listen = listen
+        self._tiers = tuple(tiers)
+        self._health = health.aio.HealthServicer()
+        self._server: grpc.aio.Server | None = None
+        self.port = 0
+        """The TCP port listened on, once started; 0 without one."""
+
+    async def start(self) -> None:
+        """Listen and serve.
+
+        Raises:
+            ConfigError: an address cannot be listened on, or the certificate cannot be used.
+        """
+        credentials = await asyncio.to_thread(_credentials, self._listen)
+        server = grpc.aio.server(options=_OPTIONS)
+        server.add_generic_rpc_handlers((self._service.handler(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        _add_reflection(server)
+        self._bind(server, credentials)
+        await self._set_health(SERVICE_NAME, is_well=True)
+        for tier in self._tiers:
+            await self.set_tier_health(tier, is_well=True)
+        await server.start()
+        self._server = server
+
+    async def set_tier_health(self, tier: TierName, *, is_well: bool) -> None:
+        """Say whether a tier answers, under its own name. The service is well without it."""
+        await self._set_health(f"tier.{tier}", is_well=is_well)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Say NOT_SERVING, take no new calls, let those that run end within `timeout_s`, then end them.
+
+        Health watches never end by themselves: once our own calls are answered, nothing waits for them.
+        """
+        if self._server is None:
+            return
+        await self._health.enter_graceful_shutdown()
+        stopping = asyncio.create_task(self._server.stop(timeout_s), name="rpc_drain")
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.wait({stopping}, timeout=_WATCHERS_GRACE_S)
+                await self._service.idle()
+        except TimeoutError:
+            pass  # stop() has its own clock and ends what is left
+        finally:
+            await self._server.stop(None)
+            await stopping
+        self._server = None
+
+    def _bind(self, server: grpc.aio.Server, credentials: grpc.ServerCredentials | None) -> None:
+        listen = self._listen
+        if listen.unix_socket is not None:
+            self._add_port(server, f"unix:{listen.unix_socket}", None, "grpc.unix_socket")
+        if listen.port is not None:
+            host = f"[{listen.host}]" if ":" in listen.host else listen.host
+            self.port = self._add_port(server, f"{host}:{listen.port}", credentials, "grpc.port")
+
+    @staticmethod
+    def _add_port(
+        server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None, setting: str
+    ) -> int:
+        try:
+            if credentials is None:
+                return server.add_insecure_port(address)
+            return server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            text = f"{setting}: cannot listen on {address}; is it in use, or not an address of this machine?"
+            raise ConfigError(text) from error
+
+    async def _set_health(self, name: str, *, is_well: bool) -> None:
+        statuses = health_pb2.HealthCheckResponse
+        await self._health.set(name, statuses.SERVING if is_well else statuses.NOT_SERVING)
+
+
+def _credentials(listen: Listen) -> grpc.ServerCredentials | None:
+    """TLS by certificate and key file, None without. Reads files."""
+    cert, key = listen.tls_cert_file, listen.tls_key_file
+    if cert is None and key is None:
+        return None
+    if cert is None or key is None:
+        raise ConfigError("grpc.tls_cert_file and grpc.tls_key_file: set both or none")
+    try:
+        # grpc says nothing about a file it cannot use; ssl names what is wrong.
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key)
+        return grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"grpc.tls_cert_file, grpc.tls_key_file: {cert}, {key}: {error}") from error
+
+
+def _add_reflection(server: grpc.aio.Server) -> None:
+    """Reflection under both of its names: v1 has the messages of v1alpha, field by field."""
+    names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME, _REFLECTION_V1)
+    servicer = reflection.aio.ReflectionServicer(names)
+    method = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    for name in (reflection.SERVICE_NAME, _REFLECTION_V1):
+        handler = grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": method})
+        server.add_generic_rpc_handlers((handler,))

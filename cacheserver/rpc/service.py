@@ -1,0 +1,450 @@
+"""PromptCacheService: a message in, the cache asked, a message out. Nothing is decided here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import grpc
+
+from cacheserver.accounting.books import CounterBooks
+from cacheserver.cache import PromptCache
+from cacheserver.errors import (
+    ImageChangedError,
+    ImageTooLargeError,
+    InvalidRequestError,
+    KeyGoneError,
+    NoSignedUrlsError,
+    NotCachedError,
+    OffsetOutOfRangeError,
+    PermissionDeniedError,
+)
+from cacheserver.generation.images import BadImageError, ImageFacts
+from cacheserver.identity import differences, identify
+from cacheserver.interfaces import Clock
+from cacheserver.model import (
+    CachedImage,
+    CacheKey,
+    GeneratedImage,
+    ImageRequest,
+    Namespace,
+    Outcome,
+    Pending,
+    Permission,
+    Served,
+    TierName,
+    VariantPolicy,
+)
+from cacheserver.pb import promptcache_pb2 as pb
+from cacheserver.rpc import headers, messages, replies, wire
+from cacheserver.rpc.auth import Authenticator
+from cacheserver.rpc.calls import Call, Calls, Parts
+from cacheserver.rpc.messages import Asked, Delivery, Problems, PutHeader, Resume
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["PromptCacheService"].full_name
+
+DEFAULT_NAMESPACE = "default"
+
+_ITEMS_PER_TURN = 200
+"""Keying so many requests takes about 10 ms; then other calls get their turn."""
+
+
+class Inspect(Protocol):
+    """Decodes an image to tell what it is."""
+
+    async def __call__(self, data: bytes, *, expect_format: str) -> ImageFacts:
+        """The facts of `data`; raises BadImageError if it is no whole picture of that format ("png", …)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds on what one call may move, in bytes, and how often it reports progress, in seconds."""
+
+    max_image_bytes: int = 50_000_000
+    chunk_bytes: int = 256 * 1024
+    progress_s: float = 2.0
+
+
+class PromptCacheService:
+    """The rpcs of promptcache.v1.PromptCacheService."""
+
+    def __init__(  # noqa: PLR0913 - the parts it stands between, by keyword
+        self,
+        *,
+        cache: PromptCache,
+        namespaces: Iterable[Namespace],
+        default_model: str,
+        authenticator: Authenticator,
+        books: CounterBooks,
+        inspect: Inspect,
+        clock: Clock,
+        limits: Limits,
+    ) -> None:
+        """`default_model` is that of namespaces that have none of their own."""
+        self._cache = cache
+        self._namespaces = {
+            namespace.name: replace(namespace, default_model=namespace.default_model or default_model)
+            for namespace in namespaces
+        }
+        self._books = books
+        self._inspect = inspect
+        self._clock = clock
+        self._limits = limits
+        self._calls = Calls(authenticator=authenticator, books=books, clock=clock)
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """What a grpc.aio server needs to serve this.
+
+        Messages are parsed inside the handlers: grpc's own deserializer answers UNKNOWN to bytes it cannot
+        parse, and names our types.
+        """
+        calls = self._calls
+        return grpc.method_handlers_generic_handler(
+            SERVICE_NAME,
+            {
+                "GetImage": calls.unary("GetImage", pb.GetImageRequest, self.get_image),
+                "StreamImage": calls.streams_out("StreamImage", pb.StreamImageRequest, self.stream_image),
+                "BatchGetImages": calls.not_implemented("BatchGetImages"),
+                "FindCached": calls.unary("FindCached", pb.FindCachedRequest, self.find_cached),
+                "PutImage": calls.streams_in("PutImage", pb.PutImageRequest, self.put_image),
+                "PurgeImages": calls.unary("PurgeImages", pb.PurgeImagesRequest, self.purge_images),
+                "ExplainKey": calls.unary("ExplainKey", pb.ExplainKeyRequest, self.explain_key),
+                "WarmImages": calls.not_implemented("WarmImages"),
+                "GetStats": calls.unary("GetStats", pb.GetStatsRequest, self.get_stats),
+            },
+        )
+
+    async def idle(self) -> None:
+        """Return when every call that has begun is answered."""
+        await self._calls.idle()
+
+    # ── asking ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def get_image(self, message: pb.GetImageRequest, call: Call) -> bytes:
+        """Images from the fastest tier that has them; what is missing is generated."""
+        with self._booked(call):
+            asked = self._asked(message, call)
+            if asked.delivery is Delivery.URL and not self._cache.can_sign_urls:
+                raise NoSignedUrlsError("No tier of this service can sign URLs: ask for INLINE or use StreamImage.")
+            answer = await self._answer(asked, call)
+            if isinstance(answer, Pending):
+                call.trailers.append(("cache-status", headers.pending_status()))
+                return replies.pending_response(answer).SerializeToString()
+            response = await self._deliver(answer, asked)
+            self._book(answer, call)
+        slowest = replies.slowest(answer)
+        status = headers.cache_status(slowest, asked.terms.cache_policy, self._clock.now_s())
+        call.trailers.append(("cache-status", status))
+        return response
+
+    async def stream_image(self, message: pb.StreamImageRequest, call: Call) -> AsyncGenerator[bytes, None]:
+        """Progress while waiting, then each image as a header and chunks."""
+        with self._booked(call):
+            asked = self._asked(message.request, call, prefix="request.")
+            resume = messages.read_resume(message, asked.terms, Problems())
+            waiting = asyncio.create_task(self._answer(asked, call), name="stream_image")
+            try:
+                while not await self._is_done_within(waiting, self._limits.progress_s):
+                    yield self._progress(asked, call)
+                answer = waiting.result()
+            finally:
+                await _end(waiting)
+            if isinstance(answer, Pending):
+                for event in _pending_headers(answer):
+                    yield event
+                return
+            _check_resume(answer[0].entry, resume)
+            self._book(answer, call)
+        for index, served in enumerate(answer):
+            header = pb.ImageHeader(
+                image=replies.image_facts(served.entry),
+                status=replies.status_of_image(served),
+                read_offset=resume.read_offset,
+                index=index,
+            )
+            yield pb.StreamImageResponse(header=header).SerializeToString()
+            for chunk in _chunks(served.entry, resume.read_offset, self._limits.chunk_bytes):
+                yield wire.chunk_event(chunk)
+
+    def _asked(self, message: pb.GetImageRequest, call: Call, prefix: str = "") -> Asked:
+        namespace = self._namespace(message.namespace, Permission.READ, call, prefix)
+        return messages.read_get_image(message, namespace, call, Problems(prefix))
+
+    async def _answer(self, asked: Asked, call: Call) -> list[Served] | Pending:
+        if isinstance(asked.what, CacheKey):
+            served = await self._cache.get_by_key(
+                asked.what, namespace=asked.namespace, caller=call.caller, terms=asked.terms
+            )
+            answer = served if isinstance(served, Pending) else [served]
+        else:
+            identity = identify(asked.what, asked.namespace, asked.match_level)
+            answer = await self._cache.get(
+                asked.what, identity, namespace=asked.namespace, caller=call.caller, terms=asked.terms
+            )
+        if isinstance(answer, Pending):
+            for _ in answer.keys:
+                self._books.answered(call.namespace, Outcome.PENDING, None, seconds=self._seconds(call))
+        return answer
+
+    async def _deliver(self, answer: list[Served], asked: Asked) -> bytes:
+        """The response with bytes inline or URLs, all pictures the same way: `max_inline_bytes` is for the answer."""
+        rest = pb.GetImageResponse(
+            status=replies.status_of_answer(answer),
+            image_status=[replies.status_of_image(served) for served in answer],
+        )
+        is_small = sum(served.entry.size_bytes for served in answer) <= asked.max_inline_bytes
+        if asked.delivery is not Delivery.URL and is_small:
+            pictures = [(replies.image_facts(served.entry), served.entry.image.data) for served in answer]
+            return wire.image_response(pictures, rest)
+        if asked.delivery is Delivery.INLINE or not self._cache.can_sign_urls:
+            text = f"The answer is larger than {asked.max_inline_bytes} bytes. It is kept: fetch it with StreamImage."
+            raise ImageTooLargeError(text)
+        rest.images.extend([await self._image_by_url(served.entry) for served in answer])
+        return rest.SerializeToString()
+
+    async def _image_by_url(self, entry: CachedImage) -> pb.Image:
+        url, expire_time_s = await self._cache.signed_url(entry)
+        facts = replies.image_facts(entry)
+        facts.url = url
+        facts.url_expire_time.CopyFrom(replies.timestamp(expire_time_s))
+        return facts
+
+    async def _is_done_within(self, task: asyncio.Task[list[Served] | Pending], seconds: float) -> bool:
+        timer = asyncio.ensure_future(self._clock.sleep(seconds))
+        try:
+            await asyncio.wait({task, timer}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            timer.cancel()
+        return task.done()
+
+    def _progress(self, asked: Asked, call: Call) -> bytes:
+        if isinstance(asked.what, CacheKey):
+            keys = [asked.what]
+        else:
+            key = identify(asked.what, asked.namespace, asked.match_level).key
+            keys = [key.with_variant(variant) for variant in range(asked.terms.n)]
+        # The other policies choose their variants on the way: which ones is known when they are there.
+        is_known = isinstance(asked.what, CacheKey) or asked.terms.variant_policy is VariantPolicy.FIRST
+        progress = pb.Progress(
+            keys=[key.name for key in keys] if is_known else [],
+            waited=replies.duration(self._seconds(call)),
+            estimated_wait=replies.duration(self._cache.estimated_wait_s(keys)),
+        )
+        return pb.StreamImageResponse(progress=progress).SerializeToString()
+
+    # ── finding, storing, removing ──────────────────────────────────────────────────────────────────────────
+
+    async def find_cached(self, message: pb.FindCachedRequest, call: Call) -> bytes:
+        """In which tier each image is."""
+        namespace = self._namespace(message.namespace, Permission.READ, call)
+        keys = await self._find_keys(message, namespace)
+        found, silent = await self._cache.find(keys)
+        response = pb.FindCachedResponse(
+            items=[replies.found_item(item) for item in found], unknown_tiers=[replies.TIERS[tier] for tier in silent]
+        )
+        return response.SerializeToString()
+
+    async def _find_keys(self, message: pb.FindCachedRequest, namespace: Namespace) -> list[CacheKey]:
+        if len(message.items) > messages.MAX_FIND_ITEMS:
+            raise InvalidRequestError({"items": f"must be at most {messages.MAX_FIND_ITEMS}"})
+        problems = Problems()
+        keys: list[CacheKey] = []
+        for i, item in enumerate(message.items):
+            if i % _ITEMS_PER_TURN == _ITEMS_PER_TURN - 1:
+                await asyncio.sleep(0)
+            what = messages.read_find_item(item, f"items[{i}]", namespace, problems)
+            if problems.are_enough:
+                break
+            if problems.are_none:
+                keys.append(self._key(what, item.variant, namespace))
+        problems.check()
+        return keys
+
+    @staticmethod
+    def _key(what: ImageRequest | CacheKey, variant: int, namespace: Namespace) -> CacheKey:
+        return what if isinstance(what, CacheKey) else identify(what, namespace).key.with_variant(variant)
+
+    async def put_image(self, parts: Parts[pb.PutImageRequest], call: Call) -> bytes:
+        """Store an image the caller already has."""
+        message = await _first_header(parts)
+        namespace = self._namespace(message.namespace, Permission.PUT, call, prefix="header.")
+        header = messages.read_put_header(message, namespace, self._clock.now_s(), Problems("header."))
+        image = await self._inspected(await _rest(parts, self._limits.max_image_bytes), header)
+        entry, created = await self._cache.put(
+            image,
+            identify(header.request, namespace),
+            namespace=namespace,
+            replace=header.replace,
+            tags=header.tags,
+            ttl_s=header.ttl_s,
+            create_time_s=header.create_time_s,
+        )
+        return pb.PutImageResponse(image=replies.image_facts(entry), created=created).SerializeToString()
+
+    async def _inspected(self, data: bytes, header: PutHeader) -> GeneratedImage:
+        request = header.request
+        try:
+            facts = await self._inspect(data, expect_format=request.output_format)
+        except BadImageError as error:
+            raise InvalidRequestError({"chunk": str(error)}) from error
+        if header.sha256 not in ("", facts.sha256):
+            raise InvalidRequestError({"header.digest": "the bytes have another digest: send them again"})
+        return GeneratedImage(
+            data=data,
+            content_type=facts.content_type,
+            width=facts.width,
+            height=facts.height,
+            sha256=facts.sha256,
+            model=request.model,
+            size=f"{facts.width}x{facts.height}",
+            quality=request.quality,
+            background=request.background,
+            seed=request.seed,
+            paid_microusd=header.paid_microusd,
+        )
+
+    async def purge_images(self, message: pb.PurgeImagesRequest, call: Call) -> bytes:
+        """Remove images from every tier, or count them."""
+        namespace = self._namespace(message.namespace, Permission.PURGE, call)
+        problems = Problems()
+        key, tag, request = None, None, None
+        match message.WhichOneof("selector"):
+            case "key":
+                key = messages.read_key(message.key, "key", namespace, problems)
+            case "spec":
+                request = messages.read_spec(message.spec, "spec", namespace, problems)
+            case "tag":
+                tag = messages.read_tag(message.tag, "tag", problems)
+            case _ if not message.everything:
+                problems.add("selector", "set key, spec, tag, or everything to true")
+        problems.check()
+        identity = None if request is None else identify(request, namespace)
+        result = await self._cache.purge(namespace, key=key, identity=identity, tag=tag, dry_run=message.dry_run)
+        counts = replies.tier_counts(result.per_tier)
+        return pb.PurgeImagesResponse(images=result.images, tiers=counts).SerializeToString()
+
+    # ── explaining ──────────────────────────────────────────────────────────────────────────────────────────
+
+    async def explain_key(self, message: pb.ExplainKeyRequest, call: Call) -> bytes:
+        """How a request becomes its key and, for two requests, why their keys differ."""
+        namespace = self._namespace(message.namespace, Permission.READ, call)
+        problems = Problems()
+        level = messages.read_match_level(message.match_level, problems)
+        paths = ["spec", "other"] if message.HasField("other") else ["spec"]
+        requests = [messages.read_spec(getattr(message, path), path, namespace, problems) for path in paths]
+        problems.check()
+        first, *others = [identify(request, namespace, level) for request in requests]
+        response = pb.ExplainKeyResponse(explanation=replies.explanation(first))
+        for other in others:
+            response.other.CopyFrom(replies.explanation(other))
+            response.differences.extend(replies.differences(differences(first, other)))
+        return response.SerializeToString()
+
+    async def get_stats(self, message: pb.GetStatsRequest, call: Call) -> bytes:
+        """The counters since the service started."""
+        if message.namespace:
+            namespaces: frozenset[str] | None = frozenset(
+                {self._namespace(message.namespace, Permission.READ, call).name}
+            )
+        elif Permission.READ in call.caller.permissions:
+            namespaces = call.caller.namespaces
+        else:
+            raise PermissionDeniedError("This caller may not read.")
+        return replies.stats_response(self._books.snapshot(namespaces)).SerializeToString()
+
+    # ── common ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _namespace(self, name: str, permission: Permission, call: Call, prefix: str = "") -> Namespace:
+        """The namespace a call names. Rights come first, so that nobody learns which others exist."""
+        name = name or DEFAULT_NAMESPACE
+        if not call.caller.may(permission, name):
+            raise PermissionDeniedError(f"This caller may not {permission} in this namespace.")
+        namespace = self._namespaces.get(name)
+        if namespace is None:
+            raise InvalidRequestError({f"{prefix}namespace": "is not a namespace of this service"})
+        call.namespace = namespace.name
+        return namespace
+
+    def _seconds(self, call: Call) -> float:
+        return self._clock.monotonic_s() - call.started_s
+
+    def _book(self, answer: list[Served], call: Call) -> None:
+        for served in answer:
+            self._books.answered(
+                call.namespace,
+                _outcome(served),
+                served.tier,
+                seconds=self._seconds(call),
+                image_bytes=served.entry.size_bytes,
+                saved_microusd=served.saved_microusd,
+            )
+
+    @contextmanager
+    def _booked(self, call: Call) -> Iterator[None]:
+        """Books the call if it fails. Without a known namespace there is no row for it."""
+        try:
+            yield
+        except Exception as error:
+            is_absent = isinstance(error, NotCachedError | KeyGoneError)
+            if call.namespace:
+                outcome = Outcome.NOT_CACHED if is_absent else Outcome.ERROR
+                self._books.answered(call.namespace, outcome, None, seconds=self._seconds(call))
+            raise
+
+
+def _outcome(served: Served) -> Outcome:
+    if served.collapsed:
+        return Outcome.COLLAPSED
+    return Outcome.MISS if served.tier is TierName.UPSTREAM else Outcome.HIT
+
+
+async def _end(task: asyncio.Task[list[Served] | Pending]) -> None:
+    """Cancel a wait, see it end, and look at how it ended: nobody else does when its caller has gone."""
+    task.cancel()
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()
+
+
+def _check_resume(entry: CachedImage, resume: Resume) -> None:
+    if resume.sha256 not in ("", entry.image.sha256):
+        raise ImageChangedError("The key holds another picture now: begin the download again, without if_digest.")
+    if resume.read_offset > entry.size_bytes:
+        raise OffsetOutOfRangeError(f"read_offset lies beyond the {entry.size_bytes} bytes of the picture.")
+
+
+def _pending_headers(pending: Pending) -> Iterator[bytes]:
+    for index, key in enumerate(pending.keys):
+        header = pb.ImageHeader(image=replies.pending_image(key), status=replies.pending_status(pending), index=index)
+        yield pb.StreamImageResponse(header=header).SerializeToString()
+
+
+def _chunks(entry: CachedImage, offset: int, chunk_bytes: int) -> Iterator[memoryview]:
+    data = memoryview(entry.image.data)
+    return (data[start : start + chunk_bytes] for start in range(offset, len(data), chunk_bytes))
+
+
+async def _first_header(parts: Parts[pb.PutImageRequest]) -> pb.PutImageHeader:
+    async for part in parts:
+        if part.WhichOneof("part") != "header":
+            break
+        return part.header
+    raise InvalidRequestError({"header": "must be the first message"})
+
+
+async def _rest(parts: Parts[pb.PutImageRequest], max_bytes: int) -> bytes:
+    """The bytes of the chunks, bounded while they come."""
+    chunks: list[bytes] = []
+    total = 0
+    async for part in parts:
+        if part.WhichOneof("part") != "chunk":
+            raise InvalidRequestError({"chunk": "every message after the header must be a chunk"})
+        total += len(part.chunk)
+        if total > max_bytes:
+            raise InvalidRequestError({"chunk": f"the image is larger than {max_bytes} bytes"})
+        chunks.append(part.chunk)
+    return b"".join(chunks)

@@ -1,0 +1,148 @@
+"""Errors as gRPC statuses, from one table.
+
+gRPC retry policies see codes only, so the code tells what to do: UNAVAILABLE means try again, everything
+else means do not. The reason says what happened, in a google.rpc.ErrorInfo of domain "promptcache.v1".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc
+from google.protobuf.any_pb2 import Any
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, PreconditionFailure, QuotaFailure, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from cacheserver.errors import (
+    CacheServerError,
+    InvalidRequestError,
+    TierUnreachableError,
+    UpstreamInvalidError,
+)
+
+DOMAIN = "promptcache.v1"
+
+CODES: dict[str, grpc.StatusCode] = {
+    "INVALID_FIELD": grpc.StatusCode.INVALID_ARGUMENT,
+    "MALFORMED_MESSAGE": grpc.StatusCode.INVALID_ARGUMENT,
+    "NOT_IMPLEMENTED": grpc.StatusCode.UNIMPLEMENTED,
+    "UNAUTHENTICATED": grpc.StatusCode.UNAUTHENTICATED,
+    "PERMISSION_DENIED": grpc.StatusCode.PERMISSION_DENIED,
+    "NOT_CACHED": grpc.StatusCode.NOT_FOUND,
+    "KEY_GONE": grpc.StatusCode.NOT_FOUND,
+    "OFFSET_OUT_OF_RANGE": grpc.StatusCode.OUT_OF_RANGE,
+    "REQUEST_ID_RUNNING": grpc.StatusCode.ABORTED,
+    "DEADLINE_TOO_SHORT": grpc.StatusCode.DEADLINE_EXCEEDED,
+    # The request as it stands will not work: change it, or have someone change the service.
+    "PROMPT_REFUSED": grpc.StatusCode.FAILED_PRECONDITION,
+    "PROMPT_DENIED": grpc.StatusCode.FAILED_PRECONDITION,
+    "PII_FOUND": grpc.StatusCode.FAILED_PRECONDITION,
+    "IMAGE_TOO_LARGE": grpc.StatusCode.FAILED_PRECONDITION,
+    "IMAGE_CHANGED": grpc.StatusCode.FAILED_PRECONDITION,
+    "NO_SIGNED_URLS": grpc.StatusCode.FAILED_PRECONDITION,
+    "REQUEST_ID_SPENT": grpc.StatusCode.FAILED_PRECONDITION,
+    "UPSTREAM_NOT_ENTITLED": grpc.StatusCode.FAILED_PRECONDITION,
+    # Something countable is used up: trying again uses up more.
+    "BUDGET_EXHAUSTED": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "UPSTREAM_QUOTA_EXHAUSTED": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "VARIANTS_EXHAUSTED": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    # Try again.
+    "QUEUE_FULL": grpc.StatusCode.UNAVAILABLE,
+    "UPSTREAM_LIMITED": grpc.StatusCode.UNAVAILABLE,
+    "UPSTREAM_DOWN": grpc.StatusCode.UNAVAILABLE,
+    "UPSTREAM_BAD_IMAGE": grpc.StatusCode.UNAVAILABLE,
+    "CACHE_UNKNOWN": grpc.StatusCode.UNAVAILABLE,
+    "TIER_UNKNOWN": grpc.StatusCode.UNAVAILABLE,
+    "TIER_UNREACHABLE": grpc.StatusCode.UNAVAILABLE,
+    "SHUTTING_DOWN": grpc.StatusCode.UNAVAILABLE,
+    "INTERNAL": grpc.StatusCode.INTERNAL,
+}
+"""Every published reason and its code. It grows by addition only."""
+
+_DEFAULT_RETRY_S = 1.0
+
+# A client refuses trailers above 8 KiB, and base64 adds a third: these keep the worst status well below.
+_MAX_VIOLATIONS = 10
+_MAX_FIELD_CHARACTERS = 100
+_MAX_TEXT_CHARACTERS = 200
+_MAX_MESSAGE_CHARACTERS = 400
+
+
+@dataclass(frozen=True, slots=True)
+class RpcStatus:
+    """How a call failed, as gRPC sends it: code, message, and trailers with the google.rpc details."""
+
+    code: grpc.StatusCode
+    reason: str
+    message: str
+    trailers: tuple[tuple[str, str | bytes], ...]
+
+
+def status_of(error: Exception, *, request_id: str) -> RpcStatus:
+    """The status that `error` becomes. What is no CacheServerError becomes INTERNAL and reveals nothing."""
+    if not isinstance(error, CacheServerError) or error.reason not in CODES:
+        error = CacheServerError(f"Internal error. The service's log has it under request id {request_id}.")
+    code = CODES[error.reason]
+    message = _shorten(str(error), _MAX_MESSAGE_CHARACTERS)
+    packed = Status(code=code.value[0], message=message)
+    for detail in _details(error, code, message, request_id):
+        any_detail = Any()
+        any_detail.Pack(detail)
+        packed.details.append(any_detail)
+    trailers: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", packed.SerializeToString())]
+    if code is grpc.StatusCode.UNAVAILABLE:
+        trailers.append(("grpc-retry-pushback-ms", str(round(_retry_after_s(error) * 1000))))
+    return RpcStatus(code, error.reason, message, tuple(trailers))
+
+
+def _details(error: CacheServerError, code: grpc.StatusCode, message: str, request_id: str) -> list[Message]:
+    """ErrorInfo, and the detail that fits the code."""
+    metadata = {"request_id": request_id}
+    if isinstance(error, TierUnreachableError):
+        metadata["tiers"] = ",".join(error.tiers)
+    details: list[Message] = [ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)]
+    if violations := _violations(error):
+        details.append(_bad_request(violations))
+    elif code is grpc.StatusCode.FAILED_PRECONDITION:
+        failure = PreconditionFailure.Violation(type=error.reason, description=message)
+        details.append(PreconditionFailure(violations=[failure]))
+    elif code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        quota = QuotaFailure.Violation(subject=error.reason, description=message)
+        details.append(QuotaFailure(violations=[quota]))
+    elif code is grpc.StatusCode.UNAVAILABLE:
+        details.append(RetryInfo(retry_delay=_duration(_retry_after_s(error))))
+    return details
+
+
+def _violations(error: CacheServerError) -> dict[str, str]:
+    if isinstance(error, InvalidRequestError):
+        return error.violations
+    if isinstance(error, UpstreamInvalidError):
+        return {f"spec.{error.field}" if error.field else "spec": str(error)}
+    return {}
+
+
+def _bad_request(violations: dict[str, str]) -> BadRequest:
+    named = [
+        BadRequest.FieldViolation(
+            field=_shorten(field, _MAX_FIELD_CHARACTERS), description=_shorten(text, _MAX_TEXT_CHARACTERS)
+        )
+        for field, text in list(violations.items())[:_MAX_VIOLATIONS]
+    ]
+    return BadRequest(field_violations=named)
+
+
+def _retry_after_s(error: CacheServerError) -> float:
+    return _DEFAULT_RETRY_S if error.retry_after_s is None else error.retry_after_s
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromMilliseconds(round(seconds * 1000))
+    return duration
+
+
+def _shorten(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"

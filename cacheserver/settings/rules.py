@@ -1,0 +1,150 @@
+"""What must hold between settings, and what is worth a warning."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from cacheserver.errors import ConfigError
+from cacheserver.model import TierName
+from cacheserver.settings.schema import PAINTER, Settings, is_loopback
+
+_TIER_ORDER = (TierName.MEMORY, TierName.REDIS, TierName.DISK, TierName.S3)
+
+
+def check_rules(settings: Settings) -> None:
+    """Return if the settings can work together.
+
+    Raises:
+        ConfigError: one line that names a setting, what is wrong and how to mend it.
+    """
+    for rule in _RULES:
+        rule(settings)
+
+
+def warnings(settings: Settings) -> list[str]:
+    """What works and may not be meant, a line each."""
+    lines = []
+    if not is_loopback(settings.server.grpc_host) and settings.server.tls_cert_file is None:
+        what = "callers' tokens travel" if settings.callers else "everything travels"
+        lines.append(
+            f"server.grpc_host: without tls_cert_file {what} in the clear; fine only behind a proxy that does TLS"
+        )
+    if settings.insecure:
+        lines.append("insecure: whoever can connect may use, fill and purge the cache and spend money")
+    if settings.redis.url is None and settings.redis.embedded and not settings.serves_loopback_only:
+        lines.append("redis.url: not set, and our own Valkey runs only on loopback: no Redis level")
+    return lines
+
+
+def _upstream_is_there(settings: Settings) -> None:
+    if not settings.upstreams:
+        raise ConfigError(
+            "upstreams: there is none; set OPENAI_API_KEY or add [[upstreams]] (the painter's placeholders are only "
+            "for a loopback service without callers and without a Redis or bucket of yours)"
+        )
+
+
+def _painter_is_harmless(settings: Settings) -> None:
+    for index, upstream in enumerate(settings.upstreams):
+        alone = len(settings.upstreams) == 1 and settings.is_a_trial
+        if upstream.kind == PAINTER and not (alone and list(upstream.models) == [PAINTER]):
+            raise ConfigError(
+                f"upstreams[{index}].kind: the painter draws placeholders; it runs only as model painter, with no "
+                "other upstream, no callers, no Redis or bucket of yours and on loopback; remove it or those"
+            )
+
+
+def _models_are_served_once(settings: Settings) -> None:
+    served: dict[str, str] = {}
+    for index, upstream in enumerate(settings.upstreams):
+        for model in upstream.models:
+            if model in served:
+                raise ConfigError(
+                    f"upstreams[{index}].models: {model} is served by upstream {served[model]} already; name it in one"
+                )
+            served[model] = upstream.name
+
+
+def _default_models_are_served(settings: Settings) -> None:
+    wanted = {"default_model": settings.default_model} | {
+        f"namespaces.{name}.default_model": each.default_model for name, each in settings.namespace_settings.items()
+    }
+    for setting, model in wanted.items():
+        if model is not None and model not in settings.model_names:
+            raise ConfigError(
+                f"{setting}: no upstream serves {model}; there {_are(settings.model_names)}; "
+                "name one of them, or add it to an upstream's models"
+            )
+
+
+def _callers_guard_the_door(settings: Settings) -> None:
+    if settings.callers or settings.insecure or settings.serves_loopback_only:
+        return
+    name = "grpc_host" if not is_loopback(settings.server.grpc_host) else "http_host"
+    raise ConfigError(
+        f"server.{name}: {getattr(settings.server, name)} can be reached from other machines and there are no callers; "
+        "add [[callers]], bind to 127.0.0.1, or set insecure = true"
+    )
+
+
+def _callers_are_distinct(settings: Settings) -> None:
+    for setting in ("name", "token_sha256"):
+        values = [getattr(each, setting) for each in settings.callers]
+        for index, value in enumerate(values):
+            if value in values[:index]:
+                what = "name" if setting == "name" else "token"
+                raise ConfigError(f"callers[{index}].{setting}: another caller has this {what}; give each its own")
+
+
+def _callers_namespaces_exist(settings: Settings) -> None:
+    for index, caller in enumerate(settings.callers):
+        for name in set(caller.namespaces) - set(settings.namespaces) - {"*"}:
+            raise ConfigError(
+                f"callers[{index}].namespaces: there is no namespace {name}; add [namespaces.{name}] "
+                f"(there {_are(sorted(settings.namespaces))})"
+            )
+
+
+def _tiers_are_in_order(settings: Settings) -> None:
+    names = settings.tier_names
+    if list(names) != [tier for tier in _TIER_ORDER if tier in names] or TierName.MEMORY not in names:
+        raise ConfigError('tiers: should begin with "memory" and be in the order "memory", "redis", "disk", "s3"')
+
+
+def _tiers_can_be_had(settings: Settings) -> None:
+    names = settings.tier_names
+    if TierName.S3 in names and not (settings.s3.bucket or settings.s3.local):
+        raise ConfigError('tiers: has "s3" and s3.bucket is not set; set it, or take "s3" out')
+    if TierName.S3 not in names and settings.s3.bucket:
+        raise ConfigError('tiers: lacks "s3" and s3.bucket is set; add "s3", or remove s3.bucket')
+    if TierName.REDIS in names and settings.redis.url is None and not settings.runs_own_valkey:
+        raise ConfigError(
+            'tiers: has "redis", redis.url is not set and our own Valkey needs redis.embedded and loopback; '
+            'set redis.url, or take "redis" out'
+        )
+
+
+def _tls_files_are_there(settings: Settings) -> None:
+    for name in ("tls_cert_file", "tls_key_file"):
+        file = getattr(settings.server, name)
+        if file is not None and not os.access(file, os.R_OK):
+            raise ConfigError(f"server.{name}: {file} cannot be read; mend the path or its permissions")
+
+
+_RULES = (
+    _callers_guard_the_door,
+    _upstream_is_there,
+    _callers_are_distinct,
+    _callers_namespaces_exist,
+    _tiers_are_in_order,
+    _tiers_can_be_had,
+    _painter_is_harmless,
+    _models_are_served_once,
+    _default_models_are_served,
+    _tls_files_are_there,
+)
+
+
+def _are(names: Sequence[str]) -> str:
+    return f"is {names[0]}" if len(names) == 1 else f"are {', '.join(names)}"

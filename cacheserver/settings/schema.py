@@ -1,0 +1,406 @@
+"""Every setting: its unit is in its name, its default and one sentence beside it."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from pydantic import model_validator as check
+
+from cacheserver.model import MAX_VARIANT, PARTITION_PATTERN, Caller, Namespace, Permission, Priority, TierName
+
+DEFAULT_NAMESPACE = "default"
+PAINTER = "painter"
+"""The painter's kind, its upstream's name and its only model."""
+
+_MIB = 1024 * 1024
+_GIB = 1024 * _MIB
+_REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
+
+
+def _partition_name(name: str) -> str:
+    if not PARTITION_PATTERN.fullmatch(name):
+        raise ValueError("should be 1 to 63 characters of a-z, 0-9, _ and -, the first a letter or digit")
+    return name
+
+
+def _http_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("should be a URL that begins with http:// or https://")
+    if "@" in parts.netloc:
+        raise ValueError("should not hold a user or password; they have settings of their own")
+    return url
+
+
+def _redis_url(url: SecretStr) -> SecretStr:
+    if url.get_secret_value().partition("://")[0] not in _REDIS_SCHEMES:
+        raise ValueError(f"should begin with one of {', '.join(f'{scheme}://' for scheme in _REDIS_SCHEMES)}")
+    return url
+
+
+def _pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as exc:
+        raise ValueError(f"should be a regular expression: {exc}") from exc
+    return pattern
+
+
+def _names_to_themselves(models: Any) -> Any:
+    return {model: model for model in models} if isinstance(models, list) else models
+
+
+Port = Annotated[int, Field(ge=0, le=65_535)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Bytes = Annotated[int, Field(gt=0)]
+Name = Annotated[str, AfterValidator(_partition_name)]
+HttpUrl = Annotated[str, AfterValidator(_http_url)]
+PriorityName = Literal["warm_up", "batch", "standard", "interactive"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, validate_default=True)
+
+
+class ServerSettings(_Section):
+    """Where the service listens."""
+
+    grpc_host: str = Field(default="127.0.0.1", description="Address the gRPC port is bound to.")
+    grpc_port: Port = Field(default=50_051, description="TCP port of gRPC; 0 takes any free one.")
+    grpc_unix_socket: Path | None = Field(default=None, description="Unix socket on which gRPC is served as well.")
+    http_host: str = Field(default="127.0.0.1", description="Address the HTTP port is bound to.")
+    http_port: Port = Field(default=8080, description="TCP port of HTTP (metrics, health); 0 takes any free one.")
+    tls_cert_file: Path | None = Field(default=None, description="Certificate chain for gRPC, PEM; needs tls_key_file.")
+    tls_key_file: Path | None = Field(default=None, description="Private key for gRPC, PEM; needs tls_cert_file.")
+    drain_timeout_s: Seconds = Field(default=30.0, description="Seconds that calls may go on after SIGTERM.")
+    max_receive_bytes: Bytes = Field(default=24 * _MIB, description="Largest gRPC message taken, in bytes.")
+    max_concurrent_calls: int = Field(default=4_096, gt=0, description="Calls served at a time; more are turned away.")
+
+    @check(mode="after")
+    def _tls_is_whole(self) -> Self:
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise ValueError("tls_cert_file and tls_key_file are set together or not at all")
+        return self
+
+
+class MemorySettings(_Section):
+    """L1, in this process."""
+
+    max_bytes: Bytes = Field(default=256 * _MIB, description="Memory for images and their metadata, in bytes.")
+    max_entry_bytes: Bytes | None = Field(
+        default=None, description="Largest image kept, in bytes; unset: an eighth of max_bytes, at most 32 MiB."
+    )
+
+    @property
+    def entry_limit_bytes(self) -> int:
+        """The largest image kept."""
+        return self.max_entry_bytes or min(self.max_bytes // 8, 32 * _MIB)
+
+
+class RedisSettings(_Section):
+    """L2: your Redis or Valkey, or one of our own."""
+
+    url: Annotated[SecretStr, AfterValidator(_redis_url)] | None = Field(
+        default=None,
+        description=(
+            "Your Redis or Valkey: redis://, rediss:// (TLS), unix://, redis+sentinel://host:port,host:port/service/db "
+            "or redis+cluster://host:port,host:port. Unset: our own, see embedded."
+        ),
+    )
+    prefix: str = Field(default="cacheserver:", description="Begins the name of every key.")
+    timeout_s: Seconds = Field(default=0.25, description="Seconds to connect, and seconds a command may take.")
+    ttl_s: Seconds = Field(default=86_400.0, description="Seconds an image stays; it starts anew when it is promoted.")
+    ttl_jitter: float = Field(default=0.1, ge=0, le=0.5, description="Share of ttl_s, 0 to 0.5, by which it varies.")
+    max_entry_bytes: Bytes = Field(default=16 * _MIB, description="Largest image stored, in bytes.")
+    embedded: bool = Field(
+        default=True, description="Run a Valkey of our own when url is unset and the service is on loopback."
+    )
+    embedded_max_bytes: Bytes = Field(default=512 * _MIB, description="Memory for our own Valkey's data, in bytes.")
+
+
+class S3Settings(_Section):
+    """L3: a bucket of any S3-compatible store."""
+
+    bucket: str | None = Field(default=None, min_length=1, description="Bucket, which must exist. Unset: no S3.")
+    endpoint: HttpUrl | None = Field(default=None, description="URL of the store. Unset: Amazon's.")
+    region: str = Field(default="us-east-1", description="Region to sign requests for.")
+    prefix: str = Field(default="", description="Begins the name of every object.")
+    public_endpoint: HttpUrl | None = Field(
+        default=None, description="URL by which callers reach the store, for signed URLs. Unset: endpoint."
+    )
+    access_key: SecretStr | None = Field(
+        default=None, description="Access key id. Unset: found the way boto3 finds it."
+    )
+    secret_key: SecretStr | None = Field(default=None, description="Secret access key; needs access_key.")
+    threads: int = Field(default=16, ge=1, le=256, description="Requests at a time.")
+    read_timeout_s: Seconds = Field(default=2.0, description="Seconds a read may take.")
+    write_timeout_s: Seconds = Field(default=30.0, description="Seconds a write may take.")
+    max_entry_bytes: Bytes = Field(default=64 * _MIB, description="Largest image stored, in bytes.")
+    url_expires_s: int = Field(default=3600, ge=1, le=604_800, description="Seconds a signed URL is good for.")
+    local: bool = Field(
+        default=False, description="Run an S3 server of our own, to try the whole stack; the same as --local-s3."
+    )
+
+    @check(mode="after")
+    def _fits_together(self) -> Self:
+        if (self.access_key is None) != (self.secret_key is None):
+            raise ValueError("access_key and secret_key are set together or not at all")
+        if self.local and (self.bucket or self.endpoint):
+            raise ValueError("local (--local-s3) runs its own server; remove it, or bucket and endpoint")
+        if self.endpoint and not self.bucket:
+            raise ValueError("endpoint is set and bucket is not; name the bucket")
+        return self
+
+
+class DiskSettings(_Section):
+    """A directory: L3 where there is no S3, or a level in front of it."""
+
+    path: Path | None = Field(default=None, description="The directory. Unset: images in data_dir.")
+    max_bytes: Bytes = Field(default=10 * _GIB, description="Most disk space for images, in bytes.")
+    fsync: bool = Field(default=True, description="Whether an image counts as stored only when the disk says so.")
+
+
+class GenerationSettings(_Section):
+    """The miss path: what it may spend and how much it does at a time."""
+
+    when_unknown: Literal["pay", "refuse"] = Field(
+        default="pay",
+        description="pay or refuse: what to do about a miss while the last tier cannot be asked whether it is one.",
+    )
+    unknown_budget_microusd_per_hour: int = Field(
+        default=10_000_000,
+        ge=0,
+        description="Most micro-dollars an hour that such misses may cost; beyond, they are refused.",
+    )
+    max_concurrent: int = Field(default=16, ge=1, description="Generations at a time.")
+    queue_max: int = Field(default=2_000, ge=0, description="Generations that may wait; more are refused.")
+    max_image_pixels: int = Field(default=40_000_000, gt=0, description="Largest image believed, width times height.")
+    max_image_bytes: Bytes = Field(default=64 * _MIB, description="Largest image taken from an upstream, in bytes.")
+
+
+class UpstreamSettings(_Section):
+    """One endpoint, credential and set of models that may be called."""
+
+    name: Name = Field(description="Its name in metrics and logs.")
+    kind: Literal["openai", "painter"] = Field(
+        default="openai",
+        description="openai: an images API in OpenAI's shape. painter: local placeholders, to try things.",
+    )
+    base_url: HttpUrl = Field(
+        default="https://api.openai.com/v1",
+        description="Where the API is: for api_style openai with the version, for azure without any path.",
+    )
+    api_key: SecretStr | None = Field(default=None, description="The key itself. Better: one of the next two.")
+    api_key_env: str | None = Field(default=None, description="Environment variable that holds the key.")
+    api_key_file: Path | None = Field(default=None, description="File that holds the key.")
+    models: Annotated[dict[str, str], BeforeValidator(_names_to_themselves), Field(min_length=1)] = Field(
+        default={"gpt-image-2": "gpt-image-2"},
+        description="Our model names and what the provider calls them (azure: deployments); a list where they agree.",
+    )
+    api_style: Literal["openai", "azure"] = Field(
+        default="openai", description="openai or azure: how the provider wants to be addressed."
+    )
+    api_version: str = Field(default="2025-04-01-preview", description="Azure's api-version.")
+    url_hosts: tuple[str, ...] = Field(
+        default=(), description="Hosts that image URLs in an answer may name, besides base_url's own."
+    )
+    connect_timeout_s: Seconds = Field(default=5.0, description="Seconds to connect.")
+    read_timeout_s: Seconds = Field(
+        default=600.0, description="Seconds a generation may take; large images take minutes."
+    )
+    max_n: int = Field(default=10, ge=1, le=10, description="Images asked for in one call.")
+
+    @check(mode="after")
+    def _one_key(self) -> Self:
+        if sum(source is not None for source in (self.api_key, self.api_key_env, self.api_key_file)) > 1:
+            raise ValueError("set one of api_key, api_key_env and api_key_file, not several")
+        return self
+
+    def key(self) -> str:
+        """The key to send; empty if the endpoint takes none."""
+        return self.api_key.get_secret_value() if self.api_key else ""
+
+
+class CallerSettings(_Section):
+    """Who may call, known by a bearer token."""
+
+    name: Name = Field(description="Its name in logs and reports.")
+    token_sha256: str | None = Field(
+        default=None, pattern="^[0-9a-f]{64}$", description="SHA-256 of the token, 64 hexadecimal digits."
+    )
+    token_file: Path | None = Field(default=None, description="File that holds the token itself.")
+    namespaces: tuple[str, ...] = Field(
+        default=(DEFAULT_NAMESPACE,), min_length=1, description='Namespaces it may use; ["*"] is all of them.'
+    )
+    allow: tuple[Permission, ...] = Field(
+        default=(Permission.READ, Permission.GENERATE),
+        min_length=1,
+        description="What it may do: read, generate, put, purge, admin.",
+    )
+    max_priority: PriorityName = Field(
+        default="interactive", description="warm_up, batch, standard or interactive: the highest it may ask for."
+    )
+
+    @check(mode="after")
+    def _one_token(self) -> Self:
+        if (self.token_sha256 is None) == (self.token_file is None):
+            raise ValueError("set one of token_sha256 and token_file")
+        return self
+
+
+class NamespaceSettings(_Section):
+    """Policy for a group of callers."""
+
+    partition: Name | None = Field(default=None, description="What shares images. Unset: the namespace's own name.")
+    profile: Literal["exact", "standard", "catalog"] = Field(
+        default="standard",
+        description="exact, standard or catalog: how prompts are normalized before they are compared.",
+    )
+    catalog_patterns: tuple[Annotated[str, AfterValidator(_pattern)], ...] = Field(
+        default=(), description="Regular expressions for what the profile catalog drops from prompts, such as a SKU."
+    )
+    default_model: str | None = Field(
+        default=None, description="Model for requests that name none. Unset: the service's."
+    )
+    default_priority: PriorityName = Field(
+        default="standard", description="Priority of requests that name none, as in max_priority of callers."
+    )
+    max_variants: int = Field(
+        default=10, ge=1, le=MAX_VARIANT + 1, description="Most different images for one request."
+    )
+    ttl_s: Seconds | None = Field(default=None, description="Seconds an image may be served. Unset: for ever.")
+    max_ttl_s: Seconds | None = Field(
+        default=None, description="Longest ttl a caller may ask for, in seconds. Unset: any."
+    )
+
+    @check(mode="after")
+    def _lifetimes_agree(self) -> Self:
+        if self.ttl_s and self.max_ttl_s and self.ttl_s > self.max_ttl_s:
+            raise ValueError("ttl_s should not be above max_ttl_s")
+        return self
+
+
+class LogSettings(_Section):
+    """What is logged, to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="debug, info, warning or error: the least logged."
+    )
+    format: Literal["auto", "json", "console"] = Field(
+        default="auto", description="auto: for people on a terminal, JSON anywhere else."
+    )
+
+
+class Settings(_Section):
+    """All settings, checked: what is here can work together. Made by `load_settings`."""
+
+    data_dir: Path = Field(default=Path(".cacheserver"), description="Directory for all that is kept on this machine.")
+    tiers: tuple[TierName, ...] | None = Field(
+        default=None,
+        description=(
+            'The levels, fastest first, of "memory", "redis", "disk", "s3". Unset: memory, Redis if there is one, '
+            "then S3 if there is a bucket, else disk."
+        ),
+    )
+    insecure: bool = Field(default=False, description="Serve everyone who can connect: no callers needed off loopback.")
+    default_model: str | None = Field(
+        default=None, description="Model for requests and namespaces that name none. Unset: the first upstream's first."
+    )
+    server: ServerSettings = ServerSettings()
+    memory: MemorySettings = MemorySettings()
+    redis: RedisSettings = RedisSettings()
+    s3: S3Settings = S3Settings()
+    disk: DiskSettings = DiskSettings()
+    generation: GenerationSettings = GenerationSettings()
+    upstreams: tuple[UpstreamSettings, ...] = ()
+    callers: tuple[CallerSettings, ...] = ()
+    namespace_settings: dict[Name, NamespaceSettings] = Field(default_factory=dict, alias="namespaces")
+    log: LogSettings = LogSettings()
+
+    @property
+    def tier_names(self) -> tuple[TierName, ...]:
+        """The levels in use, fastest first."""
+        if self.tiers is not None:
+            return self.tiers
+        has_redis = self.redis.url is not None or self.runs_own_valkey
+        last = TierName.S3 if self.s3.bucket or self.s3.local else TierName.DISK
+        return (TierName.MEMORY, *([TierName.REDIS] if has_redis else []), last)
+
+    @property
+    def disk_path(self) -> Path:
+        """The directory of the disk tier."""
+        return self.disk.path or self.data_dir / "images"
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Every model that an upstream makes images with."""
+        return tuple(model for upstream in self.upstreams for model in upstream.models)
+
+    @property
+    def model(self) -> str:
+        """The model for requests that name none."""
+        return self.default_model or self.model_names[0]
+
+    @property
+    def namespaces(self) -> dict[str, Namespace]:
+        """The namespaces by name; "default" is always among them."""
+        written = {DEFAULT_NAMESPACE: NamespaceSettings()} | self.namespace_settings
+        return {name: _namespace(name, each, self.model) for name, each in written.items()}
+
+    @property
+    def caller_tokens(self) -> list[tuple[bytes, Caller]]:
+        """The SHA-256 of each caller's token (32 bytes) and the caller."""
+        return [(bytes.fromhex(each.token_sha256 or ""), _caller(each)) for each in self.callers]
+
+    @property
+    def serves_loopback_only(self) -> bool:
+        """Whether nobody on another machine can connect."""
+        return is_loopback(self.server.grpc_host) and is_loopback(self.server.http_host)
+
+    @property
+    def runs_own_valkey(self) -> bool:
+        """Whether the service starts a Valkey of its own, if there is one for the platform."""
+        wanted = self.tiers is None or TierName.REDIS in self.tiers
+        return wanted and self.redis.embedded and self.redis.url is None and self.serves_loopback_only
+
+    @property
+    def is_a_trial(self) -> bool:
+        """Whether placeholders can do no harm: no callers, no Redis or bucket of yours, loopback only."""
+        yours = self.callers or self.redis.url or self.s3.bucket
+        return not yours and self.serves_loopback_only
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only programs of this machine can connect to `host`."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _namespace(name: str, written: NamespaceSettings, model: str) -> Namespace:
+    return Namespace(
+        name=name,
+        partition=written.partition or name,
+        profile=written.profile,
+        catalog_patterns=written.catalog_patterns,
+        default_model=written.default_model or model,
+        default_priority=Priority[written.default_priority.upper()],
+        max_variants=written.max_variants,
+        ttl_s=written.ttl_s,
+        max_ttl_s=written.max_ttl_s,
+    )
+
+
+def _caller(written: CallerSettings) -> Caller:
+    return Caller(
+        name=written.name,
+        permissions=frozenset(written.allow),
+        namespaces=None if "*" in written.namespaces else frozenset(written.namespaces),
+        max_priority=Priority[written.max_priority.upper()],
+    )

@@ -1,0 +1,46 @@
+"""Work that outlives the call that began it, and its owner."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import structlog
+
+from cacheserver.errors import CacheServerError
+
+_log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+
+class OwnedTasks:
+    """Tasks that are kept until they end; a bug in one is logged, and all are awaited at shutdown."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def own(self, work: Coroutine[None, None, T], name: str) -> asyncio.Task[T]:
+        """Run `work` as a task of ours."""
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    async def aclose(self, grace_s: float) -> None:
+        """Await all tasks at most `grace_s`, then cancel what is left."""
+        if not self._tasks:
+            return
+        _, late = await asyncio.wait(self._tasks, timeout=grace_s)
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # An error of ours has reached whoever still waits; anything else is a bug.
+            if not isinstance(error, CacheServerError):
+                _log.error("task_failed", task=task.get_name(), exc_info=error)

@@ -1,0 +1,285 @@
+"""An entry as bytes, for Redis and disk, and its metadata as JSON, for object storage too.
+
+    magic            4 bytes   "PCEN"
+    codec version    2
+    metadata length  4         all numbers big-endian
+    metadata                   JSON; states the image's length and xxh3-128
+    head checksum   16         xxh3-128 of all the above
+    image                      to the end
+
+The checksums find damage, not forgery; the identity digest in the metadata settles whose picture it is.
+A new version is readable for one release before `WRITE_VERSION` is raised to it, so that a rolling upgrade
+never meets an entry it cannot read; what is newer still is unknown, not absent.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass, replace
+
+from xxhash import xxh3_128_digest, xxh3_128_hexdigest
+
+from cacheserver.errors import CorruptEntryError, EntryTooLargeError, NewerEntryError
+from cacheserver.model import CachedImage, CacheKey, GeneratedImage, JsonValue, Labels, Usage
+
+WRITE_VERSION = 1
+"""The codec version we write."""
+
+READ_VERSION = 1
+"""The newest codec version we can read."""
+
+MAX_METADATA_BYTES = 512 * 1024
+"""Most that an entry's metadata may take; a revised prompt of 32,000 characters fits."""
+
+_PREAMBLE = struct.Struct(">4sHI")
+_MAGIC = b"PCEN"
+_CHECKSUM_BYTES = 16
+
+PREAMBLE_BYTES = _PREAMBLE.size
+"""How much of an entry tells how long its head is."""
+
+MAX_HEAD_BYTES = PREAMBLE_BYTES + MAX_METADATA_BYTES + _CHECKSUM_BYTES
+"""Most that lies before the image."""
+
+_MAX_INT32 = 2**31 - 1
+_MAX_INT64 = 2**63 - 1
+_MAX_SECONDS = 253_402_300_799  # the year 9999, where protobuf's timestamps end
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """All of an entry but its bytes, and what its bytes must be.
+
+    `bare` is the entry with an empty image; `xxh3` the hexadecimal xxh3-128 of the image.
+    """
+
+    bare: CachedImage
+    size_bytes: int
+    xxh3: str
+
+    @property
+    def labels(self) -> Labels:
+        """What purge selects the entry by."""
+        return Labels(namespace=self.bare.namespace, tags=self.bare.tags)
+
+    def entry(self, data: bytes) -> CachedImage:
+        """The whole entry, its bytes verified.
+
+        Raises:
+            CorruptEntryError: `data` is not the image that was stored.
+        """
+        if len(data) != self.size_bytes:
+            raise CorruptEntryError(f"the stored image has {len(data)} bytes and should have {self.size_bytes}")
+        if xxh3_128_hexdigest(data) != self.xxh3:
+            raise CorruptEntryError("the stored image does not match its checksum")
+        return replace(self.bare, image=replace(self.bare.image, data=data))
+
+
+def encode(entry: CachedImage) -> bytes:
+    """The entry as bytes.
+
+    Raises:
+        EntryTooLargeError: its metadata is above MAX_METADATA_BYTES.
+    """
+    metadata = pack_metadata(entry)
+    head = _PREAMBLE.pack(_MAGIC, WRITE_VERSION, len(metadata)) + metadata
+    return b"".join((head, xxh3_128_digest(head), entry.image.data))
+
+
+def decode(stored: bytes) -> CachedImage:
+    """The entry that `encode` made `stored` from.
+
+    Raises:
+        CorruptEntryError: damaged or not an entry.
+        NewerEntryError: written by a newer release.
+    """
+    end = head_length(stored)
+    return decode_head(stored[:end]).entry(stored[end:])
+
+
+def head_length(start: bytes) -> int:
+    """How many bytes lie before the image, from the first PREAMBLE_BYTES or more.
+
+    Raises:
+        CorruptEntryError: damaged or not an entry.
+        NewerEntryError: written by a newer release.
+    """
+    if len(start) < PREAMBLE_BYTES:
+        raise CorruptEntryError("the stored entry is cut short")
+    magic, version, metadata_bytes = _PREAMBLE.unpack_from(start)
+    if magic != _MAGIC:
+        raise CorruptEntryError("what is stored is not an entry")
+    check_version(version)
+    if metadata_bytes > MAX_METADATA_BYTES:
+        raise CorruptEntryError("the stored entry claims more metadata than there can be")
+    return PREAMBLE_BYTES + int(metadata_bytes) + _CHECKSUM_BYTES
+
+
+def decode_head(head: bytes) -> Metadata:
+    """The metadata in the first `head_length` bytes.
+
+    Raises:
+        CorruptEntryError: damaged or not an entry.
+    """
+    if len(head) != head_length(head):
+        raise CorruptEntryError("the stored entry is cut short")
+    checked, checksum = head[:-_CHECKSUM_BYTES], head[-_CHECKSUM_BYTES:]
+    if xxh3_128_digest(checked) != checksum:
+        raise CorruptEntryError("the stored metadata does not match its checksum")
+    return unpack_metadata(checked[PREAMBLE_BYTES:])
+
+
+def check_version(version: int) -> None:
+    """Return if this release can read codec version `version`.
+
+    Raises:
+        CorruptEntryError: there never was such a version.
+        NewerEntryError: written by a newer release.
+    """
+    if version > READ_VERSION:
+        raise NewerEntryError(f"the stored entry has codec version {version}; this release reads up to {READ_VERSION}")
+    if version < 1:
+        raise CorruptEntryError("the stored entry has codec version 0, which never was")
+
+
+def answers(entry: CachedImage, key: CacheKey, now_s: float) -> bool:
+    """Whether a stored entry may be served for `key`: of its partition and identity, and fresh."""
+    return entry.key.partition == key.partition and key.matches(entry.key.digest) and entry.is_fresh(now_s)
+
+
+def pack_metadata(entry: CachedImage) -> bytes:
+    """The entry's metadata as JSON.
+
+    Raises:
+        EntryTooLargeError: it is above MAX_METADATA_BYTES.
+    """
+    image = entry.image
+    usage = image.usage
+    fields: dict[str, JsonValue] = {
+        "key": entry.key.name,
+        "identity": entry.key.digest.hex(),
+        "namespace": entry.namespace,
+        "prompt_digest": entry.prompt_digest.hex(),
+        "create_time_s": entry.create_time_s,
+        "expire_time_s": entry.expire_time_s,
+        "tags": list(entry.tags),
+        "size_bytes": len(image.data),
+        "xxh3": xxh3_128_hexdigest(image.data),
+        "sha256": image.sha256,
+        "content_type": image.content_type,
+        "width": image.width,
+        "height": image.height,
+        "model": image.model,
+        "size": image.size,
+        "quality": image.quality,
+        "background": image.background,
+        "revised_prompt": image.revised_prompt,
+        "seed": image.seed,
+        "usage": None if usage is None else [getattr(usage, name) for name in _USAGE_FIELDS],
+        "upstream": image.upstream,
+        "upstream_request_id": image.upstream_request_id,
+        "generation_s": image.generation_s,
+        "paid_microusd": image.paid_microusd,
+    }
+    text = json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # A provider's JSON may hold half a surrogate pair; such a revised prompt must not cost us the picture.
+    packed = text.encode("utf-8", "surrogatepass")
+    if len(packed) > MAX_METADATA_BYTES:
+        raise EntryTooLargeError(f"the entry has {len(packed)} bytes of metadata; at most {MAX_METADATA_BYTES} fit")
+    return packed
+
+
+def unpack_metadata(packed: bytes) -> Metadata:
+    """The metadata that `pack_metadata` made `packed` from. Fields we do not know are passed over.
+
+    Raises:
+        CorruptEntryError: `packed` is not that.
+    """
+    try:
+        fields = json.loads(packed.decode("utf-8", "surrogatepass"))
+        return Metadata(
+            bare=_entry(fields),
+            size_bytes=_whole(fields["size_bytes"], 0, _MAX_INT64),
+            xxh3=_text(fields["xxh3"]),
+        )
+    except (ValueError, TypeError, KeyError, RecursionError) as exc:
+        raise CorruptEntryError("the stored metadata does not parse") from exc
+
+
+_USAGE_FIELDS = ("input_tokens", "input_text_tokens", "input_image_tokens", "output_tokens", "total_tokens")
+
+
+def _entry(fields: dict[str, JsonValue]) -> CachedImage:
+    expire_time = fields["expire_time_s"]
+    return CachedImage(
+        key=_key(_text(fields["key"]), bytes.fromhex(_text(fields["identity"]))),
+        image=_image(fields),
+        namespace=_text(fields["namespace"]),
+        prompt_digest=bytes.fromhex(_text(fields["prompt_digest"])),
+        create_time_s=_seconds(fields["create_time_s"]),
+        expire_time_s=None if expire_time is None else _seconds(expire_time),
+        tags=tuple(_text(tag) for tag in _list(fields["tags"])),
+    )
+
+
+def _image(fields: dict[str, JsonValue]) -> GeneratedImage:
+    seed, usage = fields["seed"], fields["usage"]
+    return GeneratedImage(
+        data=b"",
+        content_type=_text(fields["content_type"]),
+        width=_whole(fields["width"], 0, _MAX_INT32),
+        height=_whole(fields["height"], 0, _MAX_INT32),
+        sha256=_text(fields["sha256"]),
+        model=_text(fields["model"]),
+        size=_text(fields["size"]),
+        quality=_text(fields["quality"]),
+        background=_text(fields["background"]),
+        revised_prompt=_text(fields["revised_prompt"]),
+        seed=None if seed is None else _whole(seed, -_MAX_INT64 - 1, _MAX_INT64),
+        usage=None if usage is None else _usage(_list(usage)),
+        upstream=_text(fields["upstream"]),
+        upstream_request_id=_text(fields["upstream_request_id"]),
+        generation_s=_seconds(fields["generation_s"]),
+        paid_microusd=_whole(fields["paid_microusd"], 0, _MAX_INT64),
+    )
+
+
+def _key(name: str, digest: bytes) -> CacheKey:
+    key = CacheKey.parse(name)
+    if not key.matches(digest) or len(digest) != 32:  # noqa: PLR2004 - a SHA-256
+        raise ValueError("the key and the identity digest disagree")
+    return replace(key, digest=digest)
+
+
+def _usage(values: list[JsonValue]) -> Usage:
+    counts = (_whole(value, 0, _MAX_INT64) for value in values)
+    return Usage(**dict(zip(_USAGE_FIELDS, counts, strict=True)))
+
+
+def _text(value: JsonValue) -> str:
+    if not isinstance(value, str):
+        raise TypeError("not a text")
+    return value
+
+
+def _list(value: JsonValue) -> list[JsonValue]:
+    if not isinstance(value, list):
+        raise TypeError("not a list")
+    return value
+
+
+def _whole(value: JsonValue, lowest: int, highest: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError("not a whole number")
+    if not lowest <= value <= highest:
+        raise ValueError("a number out of its range")
+    return value
+
+
+def _seconds(value: JsonValue) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError("not a number")
+    if not 0 <= value <= _MAX_SECONDS:  # also false for what is not a number
+        raise ValueError("a time out of its range")
+    return float(value)

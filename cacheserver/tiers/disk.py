@@ -1,0 +1,314 @@
+"""Entries in a directory: L3 where there is no S3, or a level on NVMe before it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from io import FileIO
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from cacheserver.errors import ConfigError, CorruptEntryError, EntryTooLargeError, TierError
+from cacheserver.interfaces import Clock
+from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Labels, TierName
+from cacheserver.tiers import codec
+from cacheserver.tiers.workers import Workers
+
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
+
+_LEFTOVER_S = 3_600.0
+_CLOSE_S = 10.0
+
+
+class DiskTier:
+    """A file per entry, named by its key, the least recently used going first at a bound of bytes. A `Tier`.
+
+    Files come into being whole, by a rename, and need no index beside them: their sizes and times are read
+    again at start. One process owns the directory. Equal pictures under two keys are stored twice: sharing
+    them would take counts of references that a crash can break.
+
+        <directory>/v1/<partition>/<first two hex digits of the fingerprint>/<key>
+        <directory>/tmp/       what is being written
+
+    Made by `open`.
+    """
+
+    name = TierName.DISK
+
+    def __init__(  # noqa: PLR0913 - settings
+        self, directory: Path, *, clock: Clock, max_bytes: int, max_entry_bytes: int, sync: bool, threads: int
+    ) -> None:
+        self._directory = directory
+        self._temporary = directory / "tmp"
+        self._clock = clock
+        self._max_bytes = max_bytes
+        self._max_entry_bytes = max_entry_bytes
+        self._sync = sync
+        self._workers = Workers(threads=threads, name="disk")
+        # Guards the two below, and every change of which file stands under a name.
+        self._lock = threading.Lock()
+        self._sizes: OrderedDict[str, int] = OrderedDict()
+        self._total_bytes = 0
+
+    @staticmethod
+    async def open(  # noqa: PLR0913 - settings, each with its default
+        directory: Path,
+        *,
+        clock: Clock,
+        max_bytes: int = 10 * 1024 * 1024 * 1024,
+        max_entry_bytes: int = 64 * 1024 * 1024,
+        sync: bool = True,
+        threads: int = 8,
+    ) -> DiskTier:
+        """The tier in `directory`, which is made if missing, with what an earlier process left in it.
+
+        Args:
+            directory: on one file system, and nobody else's.
+            clock: decides what is fresh.
+            max_bytes: most that all files together may take.
+            max_entry_bytes: a larger image is refused with EntryTooLargeError.
+            sync: whether a put waits until the disk has it, and so survives a power cut.
+            threads: most calls at a time.
+
+        Raises:
+            ConfigError: the directory cannot be made, read or written.
+        """
+        tier = DiskTier(
+            directory,
+            clock=clock,
+            max_bytes=max_bytes,
+            max_entry_bytes=max_entry_bytes,
+            sync=sync,
+            threads=threads,
+        )
+        try:
+            await tier._workers.run(tier._prepare)
+        except OSError as exc:
+            await tier.aclose()
+            raise ConfigError(f"directory {directory} cannot be used: {exc.strerror}") from exc
+        return tier
+
+    @property
+    def size_bytes(self) -> int:
+        """How much the files take now, with those being written."""
+        return self._total_bytes
+
+    async def get(self, key: CacheKey) -> CachedImage | None:
+        """See `Tier.get`."""
+        return await self._run("get", self._get, key)
+
+    async def find(self, keys: Sequence[CacheKey]) -> list[bool]:
+        """See `Tier.find`."""
+        return await self._run("find", self._find, keys)
+
+    async def put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:
+        """See `Tier.put`."""
+        return await self._run("put", self._put, key, entry, replace=replace)
+
+    async def delete(self, key: CacheKey) -> bool:
+        """See `Tier.delete`."""
+        return await self._run("delete", self._delete, key.name)
+
+    async def scan(self, partition: str) -> AsyncIterator[CacheKey]:
+        """See `Tier.scan`."""
+        parent = self._directory / KEY_VERSION / partition
+        for directory in await self._run("scan", _children, parent):
+            for file in await self._run("scan", _children, directory):
+                if (key := _key(file.name)) is not None:
+                    yield key
+
+    async def labels(self, key: CacheKey) -> Labels | None:
+        """See `Tier.labels`."""
+        return await self._run("labels", self._labels, key)
+
+    async def ping(self) -> None:
+        """See `Tier.ping`."""
+        await self._run("ping", self._probe)
+
+    async def aclose(self) -> None:
+        """See `Tier.aclose`."""
+        await self._workers.aclose(_CLOSE_S)
+
+    async def _run(self, op: str, call: Callable[_Args, _Result], *args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+        try:
+            return await self._workers.run(call, *args, **kwargs)
+        except OSError as exc:
+            raise TierError(f"the disk failed at {op}: {exc.strerror}") from exc
+
+    # What follows runs in threads.
+
+    def _prepare(self) -> None:
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._temporary.mkdir(exist_ok=True)
+        self._probe()
+        for file in _children(self._temporary):
+            # What is younger may be the work of a process that is just ending.
+            if self._clock.now_s() - file.stat().st_mtime > _LEFTOVER_S:
+                file.unlink(missing_ok=True)
+        found = sorted((status.st_mtime_ns, name, status.st_size) for name, status in self._stored())
+        self._sizes.update((name, size) for _, name, size in found)
+        self._total_bytes = sum(self._sizes.values())
+        with self._lock:
+            self._evict()
+
+    def _stored(self) -> Iterator[tuple[str, os.stat_result]]:
+        for partition in _children(self._directory / KEY_VERSION):
+            for directory in _children(partition):
+                for file in _children(directory):
+                    if _key(file.name) is not None:
+                        yield file.name, file.stat()
+
+    def _probe(self) -> None:
+        with tempfile.TemporaryFile(dir=self._temporary) as file:
+            file.write(b"probe")
+
+    def _get(self, key: CacheKey) -> CachedImage | None:
+        entry = self._servable(key)
+        if entry is None:
+            return None
+        with suppress(FileNotFoundError):  # evicted since
+            os.utime(self._path(key.name))
+        with self._lock:
+            if key.name in self._sizes:
+                self._sizes.move_to_end(key.name)
+        return entry
+
+    def _find(self, keys: Sequence[CacheKey]) -> list[bool]:
+        return [self._path(key.name).exists() for key in keys]
+
+    def _servable(self, key: CacheKey) -> CachedImage | None:
+        try:
+            with self._path(key.name).open("rb", buffering=0) as file:
+                metadata, head_bytes = _read_head(file)
+                if os.fstat(file.fileno()).st_size != head_bytes + metadata.size_bytes:
+                    raise CorruptEntryError("the file has not the length it should have")
+                entry = metadata.entry(file.read(metadata.size_bytes))
+        except FileNotFoundError:
+            return None
+        return entry if codec.answers(entry, key, self._clock.now_s()) else None
+
+    def _put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:
+        if entry.size_bytes > self._max_entry_bytes:
+            raise EntryTooLargeError(f"the image has {entry.size_bytes} bytes; the disk takes {self._max_entry_bytes}")
+        stored = codec.encode(entry)
+        if len(stored) > self._max_bytes:
+            raise EntryTooLargeError(f"the entry has {len(stored)} bytes; the disk holds {self._max_bytes} in all")
+        is_placed = False
+        self._reserve(len(stored))
+        try:
+            with self._written(stored) as temporary, self._lock:
+                held = None if replace else self._holder(key)
+                if held is not None:
+                    return held.image.sha256 == entry.image.sha256
+                self._place(temporary, key.name, len(stored))
+                is_placed = True
+        finally:
+            if not is_placed:
+                self._release(len(stored))
+        if self._sync:
+            _sync_directory(self._path(key.name).parent)
+        return True
+
+    def _holder(self, key: CacheKey) -> CachedImage | None:
+        try:
+            return self._servable(key)
+        except CorruptEntryError:
+            return None
+
+    def _reserve(self, size: int) -> None:
+        """Make room for a file of `size` bytes, which counts while it is being written."""
+        with self._lock:
+            self._total_bytes += size
+            self._evict()
+            is_full = self._total_bytes > self._max_bytes
+        if is_full:
+            self._release(size)
+            raise TierError(f"{size} bytes do not fit beside what is being written to the disk")
+
+    def _release(self, size: int) -> None:
+        with self._lock:
+            self._total_bytes -= size
+
+    @contextmanager
+    def _written(self, stored: bytes) -> Iterator[Path]:
+        """A temporary file that holds `stored`; gone afterwards unless it was moved."""
+        handle, name = tempfile.mkstemp(dir=self._temporary)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(stored)
+                file.flush()
+                if self._sync:
+                    os.fsync(handle)
+            yield Path(name)
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+    def _place(self, temporary: Path, name: str, size: int) -> None:
+        path = self._path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.replace(path)
+        self._total_bytes -= self._sizes.pop(name, 0)
+        self._sizes[name] = size
+
+    def _evict(self) -> None:
+        while self._total_bytes > self._max_bytes and self._sizes:
+            self._remove(next(iter(self._sizes)))
+
+    def _delete(self, name: str) -> bool:
+        with self._lock:
+            return self._remove(name)
+
+    def _remove(self, name: str) -> bool:
+        try:
+            self._path(name).unlink()
+            is_removed = True
+        except FileNotFoundError:
+            is_removed = False
+        self._total_bytes -= self._sizes.pop(name, 0)
+        return is_removed
+
+    def _labels(self, key: CacheKey) -> Labels | None:
+        try:
+            with self._path(key.name).open("rb", buffering=0) as file:
+                return _read_head(file)[0].labels
+        except (FileNotFoundError, CorruptEntryError):
+            return None
+
+    def _path(self, name: str) -> Path:
+        version, partition, fingerprint, _ = name.split(".", 3)
+        return self._directory / version / partition / fingerprint[:2] / name
+
+
+def _read_head(file: FileIO) -> tuple[codec.Metadata, int]:
+    """The metadata a file begins with, and where its image begins."""
+    start = file.read(codec.PREAMBLE_BYTES)
+    length = codec.head_length(start)
+    return codec.decode_head(start + file.read(length - len(start))), length
+
+
+def _children(directory: Path) -> list[Path]:
+    """What is in a directory; nothing if it is not there."""
+    try:
+        return list(directory.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _key(name: str) -> CacheKey | None:
+    try:
+        return CacheKey.parse(name)
+    except ValueError:
+        return None  # somebody else's file
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

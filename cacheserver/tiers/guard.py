@@ -1,0 +1,266 @@
+"""A guarded tier: a deadline for every call, a breaker that spares the dead, and the books."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from cacheserver.errors import (
+    CorruptEntryError,
+    EntryTooLargeError,
+    NewerEntryError,
+    TierError,
+    TierOpenError,
+    TierTimeoutError,
+)
+from cacheserver.interfaces import Books, Clock, SigningTier, Tier
+from cacheserver.model import CachedImage, CacheKey, Labels, TierName
+
+_FIND_BATCH = 100
+"""Keys that one read deadline covers; a deadline for 10,000 keys would be none."""
+
+
+class Breaker:
+    """Decides whether a tier may be asked: opens after failures in a row, closes after a probe that worked.
+
+    The probes are the breaker's own, in a task it owns, so that no caller ever pays for one.
+
+    Args:
+        tier: whose breaker it is.
+        probe: returns if the tier would work now, raises TierError if not; a tier's `ping`.
+        clock: times the probes.
+        books: told when the breaker opens and closes.
+        failures_to_open: failures in a row that open it.
+        probe_deadline_s: how long a probe may take.
+        first_probe_s: wait before the first probe; doubled after each failed one.
+        slowest_probe_s: longest wait between probes.
+    """
+
+    def __init__(  # noqa: PLR0913 - settings, each with its default
+        self,
+        *,
+        tier: TierName,
+        probe: Callable[[], Awaitable[None]],
+        clock: Clock,
+        books: Books,
+        failures_to_open: int = 5,
+        probe_deadline_s: float = 2.0,
+        first_probe_s: float = 0.5,
+        slowest_probe_s: float = 10.0,
+    ) -> None:
+        self._tier = tier
+        self._probe = probe
+        self._clock = clock
+        self._books = books
+        self._failures_to_open = failures_to_open
+        self._probe_deadline_s = probe_deadline_s
+        self._first_probe_s = first_probe_s
+        self._slowest_probe_s = slowest_probe_s
+        self._failures = 0
+        self._probing: asyncio.Task[None] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the tier is spared now."""
+        return self._probing is not None
+
+    def check(self) -> None:
+        """Return if the tier may be asked.
+
+        Raises:
+            TierOpenError: not now.
+        """
+        if self._probing is None:
+            return
+        if self._probing.done():
+            # It ends by itself only when it has closed the breaker; else it died of a bug, which must be seen.
+            self._probing.result()
+        raise TierOpenError(f"{self._tier} failed {self._failures_to_open} times in a row and is being probed")
+
+    def succeeded(self) -> None:
+        """The tier answered."""
+        self._failures = 0
+
+    def failed(self) -> None:
+        """The tier did not answer, or not as it should."""
+        self._failures += 1
+        if self._failures >= self._failures_to_open:
+            self.open()
+
+    def open(self) -> None:
+        """Spare the tier until a probe works."""
+        if self._probing is None:
+            self._probing = asyncio.create_task(self._probe_until_well(), name=f"probe-{self._tier}")
+            self._books.breaker(self._tier, is_open=True)
+
+    async def aclose(self) -> None:
+        """End the probing."""
+        if self._probing is None:
+            return
+        self._probing.cancel()
+        await asyncio.wait({self._probing})
+
+    async def _probe_until_well(self) -> None:
+        wait_s = self._first_probe_s
+        while True:
+            await self._clock.sleep(wait_s)
+            if await self._is_well():
+                break
+            wait_s = min(wait_s * 2, self._slowest_probe_s)
+        self._failures = 0
+        self._probing = None
+        self._books.breaker(self._tier, is_open=False)
+
+    async def _is_well(self) -> bool:
+        try:
+            async with asyncio.timeout(self._probe_deadline_s) as limit:
+                await self._probe()
+        except TierError:
+            return False
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            return False
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """How long a guarded tier's calls may take, in seconds.
+
+    `read_s` holds for a get, labels, ping, a step of a scan and each hundred keys of a find; `write_s` for a
+    put, delete or signing.
+    """
+
+    read_s: float
+    write_s: float
+
+
+class GuardedTier:
+    """A tier with a deadline for every call, a breaker and the books. Itself a `Tier`.
+
+    A damaged or newer entry and one too large are no failures: the tier did what it should.
+
+    Args:
+        tier: the tier to guard; closed with this.
+        breaker: decides whether the tier may be asked; closed with this.
+        books: told how long every call took, and of each damaged entry.
+        clock: measures the calls.
+        deadlines: how long a call may take.
+    """
+
+    def __init__(self, tier: Tier, *, deadlines: Deadlines, breaker: Breaker, books: Books, clock: Clock) -> None:
+        self._tier = tier
+        self._breaker = breaker
+        self._books = books
+        self._clock = clock
+        self._deadlines = deadlines
+
+    @property
+    def name(self) -> TierName:
+        """Which tier this is."""
+        return self._tier.name
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the breaker spares the tier now: every call but aclose raises TierOpenError at once."""
+        return self._breaker.is_open
+
+    def spare(self) -> None:
+        """Open the breaker: the tier is known not to answer."""
+        self._breaker.open()
+
+    async def get(self, key: CacheKey) -> CachedImage | None:
+        """See `Tier.get`."""
+        async with self._guarded("get", self._deadlines.read_s):
+            return await self._tier.get(key)
+
+    async def find(self, keys: Sequence[CacheKey]) -> list[bool]:
+        """See `Tier.find`."""
+        found: list[bool] = []
+        for start in range(0, len(keys), _FIND_BATCH):
+            async with self._guarded("find", self._deadlines.read_s):
+                found += await self._tier.find(keys[start : start + _FIND_BATCH])
+        return found
+
+    async def put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:
+        """See `Tier.put`."""
+        async with self._guarded("put", self._deadlines.write_s):
+            return await self._tier.put(key, entry, replace=replace)
+
+    async def delete(self, key: CacheKey) -> bool:
+        """See `Tier.delete`."""
+        async with self._guarded("delete", self._deadlines.write_s):
+            return await self._tier.delete(key)
+
+    async def scan(self, partition: str) -> AsyncIterator[CacheKey]:
+        """See `Tier.scan`."""
+        keys = self._tier.scan(partition)
+        while True:
+            async with self._guarded("scan", self._deadlines.read_s):
+                try:
+                    key = await anext(keys)
+                except StopAsyncIteration:
+                    return
+            yield key
+
+    async def labels(self, key: CacheKey) -> Labels | None:
+        """See `Tier.labels`."""
+        async with self._guarded("labels", self._deadlines.read_s):
+            return await self._tier.labels(key)
+
+    async def ping(self) -> None:
+        """See `Tier.ping`."""
+        async with self._guarded("ping", self._deadlines.read_s):
+            await self._tier.ping()
+
+    async def aclose(self) -> None:
+        """Close the breaker and the tier."""
+        await self._breaker.aclose()
+        await self._tier.aclose()
+
+    @asynccontextmanager
+    async def _guarded(self, op: str, deadline_s: float) -> AsyncIterator[None]:
+        self._breaker.check()
+        started_s = self._clock.monotonic_s()
+        try:
+            async with asyncio.timeout(deadline_s) as limit:
+                yield
+        except TimeoutError as exc:
+            if not limit.expired():
+                raise
+            self._breaker.failed()
+            raise TierTimeoutError(f"{self.name} did not finish {op} within {deadline_s:g} s") from exc
+        except EntryTooLargeError:
+            raise
+        except CorruptEntryError:
+            self._breaker.succeeded()
+            self._books.corrupt(self.name)
+            raise
+        except NewerEntryError:
+            self._breaker.succeeded()
+            raise
+        except TierError:
+            self._breaker.failed()
+            raise
+        else:
+            self._breaker.succeeded()
+        finally:
+            self._books.tier_seconds(self.name, op, self._clock.monotonic_s() - started_s)
+
+
+class GuardedSigningTier(GuardedTier):
+    """A guarded tier that hands out URLs. Itself a `SigningTier`; the arguments are GuardedTier's."""
+
+    def __init__(
+        self, tier: SigningTier, *, deadlines: Deadlines, breaker: Breaker, books: Books, clock: Clock
+    ) -> None:
+        super().__init__(tier, deadlines=deadlines, breaker=breaker, books=books, clock=clock)
+        self._signing_tier = tier
+
+    async def signed_url(self, entry: CachedImage, expires_s: int) -> str:
+        """See `SigningTier.signed_url`."""
+        async with self._guarded("signed_url", self._deadlines.write_s):
+            return await self._signing_tier.signed_url(entry, expires_s)

@@ -1,0 +1,341 @@
+"""L2: entries in Redis or Valkey, alone, behind Sentinel or as a Cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import re
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+from urllib.parse import urlsplit
+
+from redis.asyncio import ConnectionPool, Redis, RedisCluster, Sentinel
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.connection import parse_url
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import SentinelConnectionPool
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from cacheserver.errors import CorruptEntryError, EntryTooLargeError, TierError, TierTimeoutError
+from cacheserver.interfaces import Clock
+from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Labels, TierName
+from cacheserver.tiers import codec
+
+Client = Redis | RedisCluster
+
+URL_FORMS = (
+    "redis://host:port/db, rediss://host:port/db, unix:///path?db=0, "
+    "redis+sentinel://host:port,host:port/service/db, redis+cluster://host:port,host:port"
+)
+"""The addresses `connect` understands; rediss+sentinel and rediss+cluster are the same over TLS."""
+
+_HEAD_GUESS_BYTES = 4_096
+_BATCH = 500
+_PUT_ATTEMPTS = 4
+
+# Overwrites a value only if it is still the one the caller found unfit: another writer may have been faster.
+_REPLACE_UNFIT = """
+if redis.call('TYPE', KEYS[1]).ok == 'string' then
+  local start = redis.call('GETRANGE', KEYS[1], 0, ARGV[1])
+  if redis.sha1hex(start) ~= ARGV[2] then return 0 end
+end
+redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[4])
+return 1
+"""
+
+
+def connect(url: str, *, timeout_s: float = 0.25, connect_timeout_s: float = 0.25, max_connections: int = 64) -> Client:
+    """A client for any of URL_FORMS that gives up instead of hanging; nothing is sent yet.
+
+    A connection that turns out to be stale is replaced and the command sent once more; what timed out is not
+    sent again. Options of redis-py may follow as a query (`?ssl_ca_certs=/path`), for the sentinels themselves
+    `sentinel_username` and `sentinel_password`. Close the client with `disconnect`.
+
+    Args:
+        url: the address. Its user and password are the data nodes'.
+        timeout_s: how long sending a command, or reading its answer, may take.
+        connect_timeout_s: how long connecting may take.
+        max_connections: most connections to one node; whoever asks for one more gets an error.
+
+    Raises:
+        ValueError: the URL cannot be used. The message does not show it: it may hold a password.
+    """
+    limits: dict[str, Any] = {
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": connect_timeout_s,
+        # redis-py's own policy retries for seconds, and timeouts too.
+        "retry": Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
+    }
+    try:
+        return _client(url, limits, max_connections)
+    except (ValueError, TypeError, RedisError):
+        # Not chained: urllib and redis-py quote the part they cannot read, which may be the password.
+        raise ValueError(
+            f"not a Redis URL; the forms are {URL_FORMS}. In a password /, @, :, ? and # are percent-encoded."
+        ) from None
+
+
+async def disconnect(client: Client) -> None:
+    """Close every connection of a client made by `connect`."""
+    await client.aclose()
+    if isinstance(client, Redis) and isinstance(client.connection_pool, SentinelConnectionPool):
+        for sentinel in client.connection_pool.sentinel_manager.sentinels:
+            await sentinel.aclose()
+
+
+class RedisTier:
+    """Entries as values with an expiry, so that Redis may drop the idle ones. A `Tier`.
+
+    An entry lies under `<prefix>{<identity>}.<variant>`: the braces are Redis Cluster's hash tag, so that all
+    variants of an identity share a slot. It stays for `ttl_s`, give or take `ttl_jitter` of it, lest what was
+    written together expires together; never longer than it is fresh.
+
+    Args:
+        client: from `connect`; closed with the tier.
+        clock: decides what is fresh.
+        rng: spreads the expiry.
+        prefix: begins every name.
+        ttl_s: how long an entry stays, in seconds.
+        ttl_jitter: share of `ttl_s`, 0 to 1, by which it varies.
+        max_entry_bytes: a larger image is refused with EntryTooLargeError; a larger value is not read.
+        max_concurrency: most calls at a time; more wait. At most the client's max_connections.
+    """
+
+    name = TierName.REDIS
+
+    def __init__(  # noqa: PLR0913 - settings, each with its default
+        self,
+        client: Client,
+        *,
+        clock: Clock,
+        rng: random.Random,
+        prefix: str = "promptcache:",
+        ttl_s: float = 86_400.0,
+        ttl_jitter: float = 0.1,
+        max_entry_bytes: int = 16 * 1024 * 1024,
+        max_concurrency: int = 64,
+    ) -> None:
+        self._client = client
+        self._clock = clock
+        self._rng = rng
+        self._prefix = prefix
+        self._ttl_s = ttl_s
+        self._ttl_jitter = ttl_jitter
+        self._max_entry_bytes = max_entry_bytes
+        # One byte more than an entry can have, so that a larger value shows.
+        self._read_end = codec.MAX_HEAD_BYTES + max_entry_bytes
+        # redis-py refuses a call beyond its connections at once, which would look like a failure of Redis.
+        self._turns = asyncio.Semaphore(max_concurrency)
+
+    async def get(self, key: CacheKey) -> CachedImage | None:
+        """See `Tier.get`."""
+        stored = await self._read(key)
+        return self._servable(key, stored) if stored else None
+
+    async def find(self, keys: Sequence[CacheKey]) -> list[bool]:
+        """See `Tier.find`."""
+        found: list[bool] = []
+        for start in range(0, len(keys), _BATCH):
+            async with self._turn("find"):
+                pipeline = self._client.pipeline(transaction=False)
+                for key in keys[start : start + _BATCH]:
+                    pipeline.exists(self._name(key))
+                found += [bool(count) for count in await pipeline.execute()]
+        return found
+
+    async def put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:
+        """See `Tier.put`."""
+        if entry.size_bytes > self._max_entry_bytes:
+            raise EntryTooLargeError(f"the image has {entry.size_bytes} bytes; Redis takes {self._max_entry_bytes}")
+        stored, name = codec.encode(entry), self._name(key)
+        if replace:
+            async with self._turn("put"):
+                await self._client.set(name, stored, px=self._ttl_ms(entry))
+            return True
+        return await self._put_if_free(key, entry, stored)
+
+    async def delete(self, key: CacheKey) -> bool:
+        """See `Tier.delete`."""
+        async with self._turn("delete"):
+            return bool(await self._client.delete(self._name(key)))
+
+    async def scan(self, partition: str) -> AsyncIterator[CacheKey]:
+        """See `Tier.scan`."""
+        start = f"{self._prefix}{{{KEY_VERSION}.{partition}."
+        pattern = re.sub(r"([*?\[\]\\^])", r"\\\1", start) + "*"
+        names = self._client.scan_iter(match=pattern, count=_BATCH)
+        while True:
+            async with self._turn("scan"):
+                try:
+                    name = await anext(names)
+                except StopAsyncIteration:
+                    return
+            if (key := self._key(name)) is not None:
+                yield key
+
+    async def labels(self, key: CacheKey) -> Labels | None:
+        """See `Tier.labels`."""
+        try:
+            start = await self._read(key, end=_HEAD_GUESS_BYTES - 1)
+            if not start:
+                return None
+            length = codec.head_length(start)
+            if length > len(start):
+                start = await self._read(key, end=length - 1)
+            return codec.decode_head(start[:length]).labels
+        except CorruptEntryError:
+            return None
+
+    async def ping(self) -> None:
+        """See `Tier.ping`."""
+        async with self._turn("ping"):
+            # A full server and a replica still read; only a write shows that writes work.
+            await self._client.set(f"{self._prefix}ping", b"", px=60_000)
+
+    async def aclose(self) -> None:
+        """See `Tier.aclose`."""
+        await disconnect(self._client)
+
+    async def _put_if_free(self, key: CacheKey, entry: CachedImage, stored: bytes) -> bool:
+        for _ in range(_PUT_ATTEMPTS):
+            async with self._turn("put"):
+                if await self._client.set(self._name(key), stored, px=self._ttl_ms(entry), nx=True):
+                    return True
+            seen = b""
+            with suppress(CorruptEntryError):  # what is damaged may be overwritten
+                seen = await self._read(key)
+                if seen and (holder := self._servable(key, seen)) is not None:
+                    return holder.image.sha256 == entry.image.sha256
+            if await self._replace_unfit(key, seen, entry, stored):
+                return True
+        raise TierError("the entry in Redis changed each time it was to be replaced")
+
+    async def _replace_unfit(self, key: CacheKey, seen: bytes, entry: CachedImage, stored: bytes) -> bool:
+        seen_digest = hashlib.sha1(seen, usedforsecurity=False).hexdigest()
+        async with self._turn("put"):
+            replaced = await self._client.execute_command(
+                "EVAL", _REPLACE_UNFIT, 1, self._name(key), self._read_end, seen_digest, stored, self._ttl_ms(entry)
+            )
+        return bool(replaced)
+
+    async def _read(self, key: CacheKey, end: int | None = None) -> bytes:
+        """The value up to byte `end`, or to the most an entry can have; empty if there is none."""
+        last = self._read_end if end is None else end
+        async with self._turn("get"):
+            stored: bytes = await self._client.execute_command("GETRANGE", self._name(key), 0, last)
+            return stored
+
+    def _servable(self, key: CacheKey, stored: bytes) -> CachedImage | None:
+        entry = codec.decode(stored)
+        return entry if codec.answers(entry, key, self._clock.now_s()) else None
+
+    def _ttl_ms(self, entry: CachedImage) -> int:
+        ttl_s = self._ttl_s * self._rng.uniform(1 - self._ttl_jitter, 1 + self._ttl_jitter)
+        if entry.expire_time_s is not None:
+            ttl_s = min(ttl_s, entry.expire_time_s - self._clock.now_s())
+        return max(1, int(ttl_s * 1000))
+
+    def _name(self, key: CacheKey) -> str:
+        return f"{self._prefix}{{{key.identity_name}}}.{key.variant}"
+
+    def _key(self, name: bytes) -> CacheKey | None:
+        spelled = name.decode("utf-8", "replace").removeprefix(self._prefix)
+        try:
+            return CacheKey.parse(spelled.replace("{", "").replace("}", ""))
+        except ValueError:
+            return None  # somebody else's value under our prefix
+
+    @asynccontextmanager
+    async def _turn(self, op: str) -> AsyncIterator[None]:
+        async with self._turns:
+            try:
+                yield
+            except (RedisError, RedisClusterException, OSError) as exc:
+                raise _tier_error(op, exc) from exc
+
+
+def _tier_error(op: str, exc: Exception) -> TierError:
+    """What `exc` means for a tier. Servers quote the command in some messages, so theirs stay out of ours."""
+    if isinstance(exc, RedisTimeoutError):
+        return TierTimeoutError(f"Redis did not answer {op} in time")
+    if isinstance(exc, ResponseError) and str(exc).startswith("WRONGTYPE"):
+        return CorruptEntryError("what is stored in Redis is not an entry")
+    for kinds, meaning in _MEANINGS:
+        if isinstance(exc, kinds):
+            return TierError(f"Redis refuses {op}: {meaning}")
+    if isinstance(exc, RedisConnectionError):
+        return TierError(f"Redis cannot be reached: {exc}")
+    return TierError(f"Redis failed at {op}: {type(exc).__name__}")
+
+
+_MEANINGS = (
+    ((AuthenticationError, AuthorizationError, NoPermissionError), "user or password is wrong, or may not do this"),
+    ((OutOfMemoryError,), "it is full, and its maxmemory-policy evicts nothing"),
+    ((ReadOnlyError,), "it is a read-only replica"),
+)
+
+
+def _client(url: str, limits: dict[str, Any], max_connections: int) -> Client:
+    scheme, _, rest = url.partition("://")
+    parts = urlsplit(f"//{rest}")
+    if scheme in {"redis", "rediss", "unix"}:
+        return _single(url, {**limits, "max_connections": max_connections})
+    user, _, hosts = parts.netloc.rpartition("@")
+    # The query has redis-py's options; it knows their types, and how a user and password are spelled.
+    options = {**parse_url(f"redis://{user}@host/?{parts.query}"), **limits, "max_connections": max_connections}
+    del options["host"]
+    if scheme.startswith("rediss+"):
+        options["ssl"] = True
+    if scheme in {"redis+sentinel", "rediss+sentinel"}:
+        return _sentinel(_addresses(hosts, 26_379), parts.path, limits, options)
+    if scheme in {"redis+cluster", "rediss+cluster"} and parts.path in {"", "/"}:
+        return RedisCluster(startup_nodes=[ClusterNode(*address) for address in _addresses(hosts, 6_379)], **options)
+    raise ValueError("no such scheme")
+
+
+def _single(url: str, options: dict[str, Any]) -> Client:
+    parts = urlsplit(url)
+    # redis-py passes over a missing path and a database that is not a number.
+    form = r"/.+" if parts.scheme == "unix" else r"/?[0-9]*"
+    if not re.fullmatch(form, parts.path):
+        raise ValueError("no such path or database")
+    return _checked(Redis.from_pool(ConnectionPool(**{**parse_url(url), **options})))
+
+
+def _sentinel(addresses: list[tuple[str, int]], path: str, limits: dict[str, Any], options: dict[str, Any]) -> Client:
+    match = re.fullmatch(r"/([^/]+)(?:/([0-9]+))?", path)
+    if match is None:
+        raise ValueError("no service")
+    service, db = match.groups(default="0")
+    sentinel_options = {name: options.pop(f"sentinel_{name}", None) for name in ("username", "password")}
+    sentinel_options |= {**limits, "ssl": options.get("ssl", False)}
+    sentinel = Sentinel(addresses, sentinel_kwargs=sentinel_options, **options)  # type: ignore[no-untyped-call]  # theirs
+    return _checked(sentinel.master_for(service, db=int(db)))
+
+
+def _checked(client: Redis) -> Redis:
+    """`client`, once a connection that will not be used has refused the options it does not know."""
+    pool = client.connection_pool
+    pool.connection_class(**pool.connection_kwargs)
+    return client
+
+
+def _addresses(hosts: str, default_port: int) -> list[tuple[str, int]]:
+    parts = [urlsplit(f"//{host}") for host in hosts.split(",")]
+    if not all(part.hostname for part in parts):
+        raise ValueError("no host")
+    return [(str(part.hostname), part.port or default_port) for part in parts]

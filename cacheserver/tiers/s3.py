@@ -1,0 +1,473 @@
+"""L3: entries in object storage, each the plain image, so that a signed URL shows the picture."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+import threading
+import zlib
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionClosedError,
+    ConnectTimeoutError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ReadTimeoutError,
+)
+from xxhash import xxh3_128_hexdigest
+
+from cacheserver.errors import CorruptEntryError, EntryTooLargeError, TierError, TierTimeoutError
+from cacheserver.interfaces import Clock
+from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Labels, TierName
+from cacheserver.tiers import codec
+from cacheserver.tiers.workers import Workers
+
+if TYPE_CHECKING:
+    from botocore.response import StreamingBody
+    from mypy_boto3_s3 import S3Client
+
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
+
+_CACHE_CONTROL = "private, max-age=31536000, immutable"
+_MAX_INLINE_METADATA = 1_900
+"""Of the 2,048 bytes that S3 allows for user metadata, what the other headers leave."""
+
+_CHUNK_BYTES = 1024 * 1024
+_PUT_ATTEMPTS = 4
+_CONFLICT_ATTEMPTS = 3
+_FIND_THREADS = 8
+_CLOSE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Clients:
+    """boto3 clients, one per kind of patience: a write may take longer than a read is worth."""
+
+    reading: S3Client
+    writing: S3Client
+    signing: S3Client
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """An object as it came: its version, its own headers, its length, and its bytes if they were read."""
+
+    etag: str
+    headers: Mapping[str, str]
+    size_bytes: int
+    data: bytes | None = None
+
+
+class S3Tier:
+    """An object per entry; the metadata travels in its headers. A `SigningTier`.
+
+        <prefix>v1/<partition>/<first two hex digits of the fingerprint>/<key>
+        <the same>.meta.<xxh3-128>     metadata too long for headers, written before the object that names it
+
+    Writes are conditional on what was read, so that of two writers one wins and the other hears of it. boto3
+    blocks; its calls run in threads of this tier's own. Needs s3:GetObject, s3:PutObject, s3:DeleteObject and
+    s3:ListBucket (without the last S3 says 403 for what is absent).
+
+    Args:
+        bucket: its name.
+        clock: decides what is fresh, and times reading a body.
+        prefix: begins every object's name.
+        region: of the bucket; None leaves it to boto3's own settings.
+        endpoint: `https://…` of an S3-compatible server; None is Amazon's.
+        public_endpoint: the endpoint in signed URLs, where callers know it by another name.
+        access_key: with `secret_key`, credentials; None leaves them to boto3's own ways of finding them.
+        secret_key: see `access_key`.
+        connect_timeout_s: how long connecting may take.
+        read_timeout_s: how long a read may go without a byte, and at most in all.
+        write_timeout_s: how long a write may go without a byte.
+        max_entry_bytes: a larger image is refused with EntryTooLargeError; a larger object is not read.
+        threads: most calls at a time; more wait.
+
+    Raises:
+        ValueError: an endpoint is not a URL.
+    """
+
+    name = TierName.S3
+
+    def __init__(  # noqa: PLR0913 - settings, each with its default
+        self,
+        *,
+        bucket: str,
+        clock: Clock,
+        prefix: str = "",
+        region: str | None = None,
+        endpoint: str | None = None,
+        public_endpoint: str | None = None,
+        access_key: str | None = None,
+        secret_key: str | None = None,
+        connect_timeout_s: float = 1.0,
+        read_timeout_s: float = 2.0,
+        write_timeout_s: float = 30.0,
+        max_entry_bytes: int = 64 * 1024 * 1024,
+        threads: int = 16,
+    ) -> None:
+        for address in (endpoint, public_endpoint):
+            if address is not None and not re.fullmatch(r"https?://[^/\s]+/?", address):
+                raise ValueError("an S3 endpoint is http://host:port or https://host:port, without a path")
+        self._bucket = bucket
+        self._clock = clock
+        self._prefix = prefix
+        self._region = region
+        self._endpoint = endpoint
+        self._public_endpoint = public_endpoint
+        self._access_key = access_key
+        self._secret_key = secret_key
+        self._connect_timeout_s = connect_timeout_s
+        self._read_timeout_s = read_timeout_s
+        self._write_timeout_s = write_timeout_s
+        self._max_entry_bytes = max_entry_bytes
+        self._threads = threads
+        self._workers = Workers(threads=threads, name="s3")
+        self._lock = threading.Lock()
+        self._made_clients: _Clients | None = None
+
+    async def get(self, key: CacheKey) -> CachedImage | None:
+        """See `Tier.get`."""
+        return await self._run("get", self._get, key)
+
+    async def find(self, keys: Sequence[CacheKey]) -> list[bool]:
+        """See `Tier.find`."""
+        shares = [keys[i::_FIND_THREADS] for i in range(min(_FIND_THREADS, len(keys)))]
+        answers = await asyncio.gather(*(self._run("find", self._find, share) for share in shares))
+        found = [False] * len(keys)
+        for i, answer in enumerate(answers):
+            found[i::_FIND_THREADS] = answer
+        return found
+
+    async def put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:
+        """See `Tier.put`."""
+        return await self._run("put", self._put, key, entry, replace=replace)
+
+    async def delete(self, key: CacheKey) -> bool:
+        """See `Tier.delete`."""
+        return await self._run("delete", self._delete, key)
+
+    async def scan(self, partition: str) -> AsyncIterator[CacheKey]:
+        """See `Tier.scan`."""
+        token: str | None = None
+        while True:
+            names, token = await self._run("scan", self._list, f"{self._prefix}{KEY_VERSION}/{partition}/", token)
+            for name in names:
+                if (key := _key(name.rpartition("/")[2])) is not None:
+                    yield key
+            if token is None:
+                return
+
+    async def labels(self, key: CacheKey) -> Labels | None:
+        """See `Tier.labels`."""
+        return await self._run("labels", self._labels, key)
+
+    async def signed_url(self, entry: CachedImage, expires_s: int) -> str:
+        """See `SigningTier.signed_url`. S3 honours a URL for at most seven days."""
+        return await self._run("signed_url", self._signed_url, entry, expires_s)
+
+    async def ping(self) -> None:
+        """See `Tier.ping`. The error says which permission is missing, as far as S3 does."""
+        await self._run("ping", self._probe)
+
+    async def aclose(self) -> None:
+        """See `Tier.aclose`."""
+        await self._workers.aclose(_CLOSE_S)
+        if (clients := self._made_clients) is not None:
+            for client in (clients.reading, clients.writing, clients.signing):
+                client.close()
+
+    async def _run(self, op: str, call: Callable[_Args, _Result], *args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+        try:
+            return await self._workers.run(call, *args, **kwargs)
+        except (BotoCoreError, ClientError) as exc:
+            raise _tier_error(op, exc) from exc
+
+    # What follows runs in threads.
+
+    def _get(self, key: CacheKey) -> CachedImage | None:
+        name = self._object(key)
+        stored = self._read(name, self._max_entry_bytes)
+        return None if stored is None else self._servable(key, name, stored)
+
+    def _servable(self, key: CacheKey, name: str, stored: _Stored) -> CachedImage | None:
+        metadata = self._metadata(name, stored.headers)
+        if stored.data is None:
+            raise CorruptEntryError(f"the object has {stored.size_bytes} bytes, more than an entry can")
+        entry = metadata.entry(stored.data)
+        return entry if codec.answers(entry, key, self._clock.now_s()) else None
+
+    def _find(self, keys: Sequence[CacheKey]) -> list[bool]:
+        return [self._head(self._object(key)) is not None for key in keys]
+
+    def _put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:
+        if entry.size_bytes > self._max_entry_bytes:
+            raise EntryTooLargeError(f"the image has {entry.size_bytes} bytes; S3 takes {self._max_entry_bytes}")
+        name = self._object(key)
+        headers, sidecar = _headers(entry)
+        if sidecar is not None:
+            self._ask(self._clients.writing.put_object, Key=_sidecar(name, headers), Body=sidecar)
+        seen = self._head(name) if replace else None
+        for _ in range(_PUT_ATTEMPTS):
+            if self._write(name, entry, headers, seen):
+                self._drop_sidecar(name, seen.headers if seen else {}, unless=headers)
+                return True
+            seen = self._read(name, self._max_entry_bytes)
+            holder = self._holder(key, name, seen)
+            if holder is not None or replace:
+                self._drop_sidecar(name, headers, unless=seen.headers if seen else {})
+                # Equal bytes may be our own: an answer that was lost on the way.
+                return holder is not None and holder.image.sha256 == entry.image.sha256
+        raise TierError("the object in S3 changed each time it was to be replaced")
+
+    def _write(self, name: str, entry: CachedImage, headers: dict[str, str], seen: _Stored | None) -> bool:
+        """Write the object if what lies there is still what was seen; whether it was."""
+        condition: dict[str, Any] = {"IfNoneMatch": "*"} if seen is None else {"IfMatch": seen.etag}
+        checksum = base64.b64encode(zlib.crc32(entry.image.data).to_bytes(4, "big")).decode()
+        for _ in range(_CONFLICT_ATTEMPTS):
+            try:
+                self._ask(
+                    self._clients.writing.put_object,
+                    Key=name,
+                    Body=entry.image.data,
+                    ContentType=entry.image.content_type,
+                    CacheControl=_CACHE_CONTROL,
+                    ChecksumCRC32=checksum,
+                    Metadata=headers,
+                    **condition,
+                )
+            except ClientError as exc:
+                if _code(exc) in _CHANGED or _is_absent(exc):
+                    return False
+                if _code(exc) != "ConditionalRequestConflict":
+                    raise
+            else:
+                return True
+        raise TierError("other writers of the same object keep S3 from deciding")
+
+    def _holder(self, key: CacheKey, name: str, stored: _Stored | None) -> CachedImage | None:
+        try:
+            return None if stored is None else self._servable(key, name, stored)
+        except CorruptEntryError:
+            return None
+
+    def _delete(self, key: CacheKey) -> bool:
+        name = self._object(key)
+        stored = self._head(name)
+        if stored is None:
+            return False
+        self._ask(self._clients.writing.delete_object, Key=name)
+        self._drop_sidecar(name, stored.headers, unless={})
+        return True
+
+    def _drop_sidecar(self, name: str, headers: Mapping[str, str], *, unless: Mapping[str, str]) -> None:
+        """Delete the sidecar that `headers` speak of, unless others speak of it too."""
+        if "sidecar" in headers and headers["sidecar"] != unless.get("sidecar"):
+            self._ask(self._clients.writing.delete_object, Key=_sidecar(name, headers))
+
+    def _list(self, start: str, token: str | None) -> tuple[list[str], str | None]:
+        """A page of the names that begin with `start`, and what continues it."""
+        further: dict[str, Any] = {} if token is None else {"ContinuationToken": token}
+        page = self._ask(self._clients.reading.list_objects_v2, Prefix=start, **further)
+        return [item["Key"] for item in page.get("Contents", [])], page.get("NextContinuationToken")
+
+    def _labels(self, key: CacheKey) -> Labels | None:
+        name = self._object(key)
+        stored = self._head(name)
+        try:
+            return None if stored is None else self._metadata(name, stored.headers).labels
+        except CorruptEntryError:
+            return None
+
+    def _signed_url(self, entry: CachedImage, expires_s: int) -> str:
+        name = self._object(entry.key)
+        stored = self._head(name)
+        if not (_is_of(entry, stored) or self._put(entry.key, entry, replace=False)):
+            raise TierError("another picture lies in S3 where this one should, so its URL cannot be signed")
+        return self._clients.signing.generate_presigned_url(
+            "get_object",
+            Params={"Bucket": self._bucket, "Key": name, "ResponseContentType": entry.image.content_type},
+            ExpiresIn=expires_s,
+        )
+
+    def _probe(self) -> None:
+        self._ask(self._clients.writing.put_object, Key=f"{self._prefix}ping", Body=b"")
+        # Whoever may not list is told 403 here, and would be on every miss.
+        self._read(f"{self._prefix}ping.absent", 0)
+
+    def _head(self, name: str) -> _Stored | None:
+        try:
+            answer = self._ask(self._clients.reading.head_object, Key=name)
+        except ClientError as exc:
+            if _is_absent(exc):
+                return None
+            raise
+        return _Stored(answer["ETag"], answer["Metadata"], answer["ContentLength"])
+
+    def _read(self, name: str, max_bytes: int) -> _Stored | None:
+        """The object; its bytes only if they are at most `max_bytes`."""
+        deadline_s = self._clock.monotonic_s() + self._read_timeout_s
+        try:
+            answer = self._ask(self._clients.reading.get_object, Key=name)
+        except ClientError as exc:
+            if _is_absent(exc):
+                return None
+            raise
+        size = answer["ContentLength"]
+        with closing(answer["Body"]) as body:
+            data = self._body(body, deadline_s) if size <= max_bytes else None
+        return _Stored(answer["ETag"], answer["Metadata"], size, data)
+
+    def _body(self, body: StreamingBody, deadline_s: float) -> bytes:
+        chunks: list[bytes] = []
+        while chunk := body.read(_CHUNK_BYTES):
+            chunks.append(chunk)
+            if self._clock.monotonic_s() > deadline_s:
+                raise TierTimeoutError(f"S3 did not send the object within {self._read_timeout_s:g} s")
+        return b"".join(chunks)
+
+    def _metadata(self, name: str, headers: Mapping[str, str]) -> codec.Metadata:
+        try:
+            codec.check_version(int(headers["codec-version"]))
+        except (KeyError, ValueError) as exc:
+            raise CorruptEntryError("the object in S3 is not an entry") from exc
+        if "entry" in headers:
+            return codec.unpack_metadata(_decompressed(_from_base64(headers["entry"])))
+        if "sidecar" not in headers:
+            raise CorruptEntryError("the object in S3 has lost its metadata")
+        sidecar = self._read(_sidecar(name, headers), codec.MAX_METADATA_BYTES)
+        if sidecar is None or sidecar.data is None or xxh3_128_hexdigest(sidecar.data) != headers["sidecar"]:
+            raise CorruptEntryError("the sidecar of the object in S3 is missing or damaged")
+        return codec.unpack_metadata(_decompressed(sidecar.data))
+
+    def _ask(self, call: Callable[..., _Result], **arguments: object) -> _Result:
+        try:
+            return call(Bucket=self._bucket, **arguments)
+        except ConnectionClosedError:
+            # A pooled connection that the server had closed. Every call here may be repeated.
+            return call(Bucket=self._bucket, **arguments)
+
+    def _object(self, key: CacheKey) -> str:
+        return f"{self._prefix}{KEY_VERSION}/{key.partition}/{key.fingerprint.hex()[:2]}/{key.name}"
+
+    @property
+    def _clients(self) -> _Clients:
+        """Made on first use, in a thread: it takes boto3 a while, and a look for credentials."""
+        with self._lock:
+            if self._made_clients is None:
+                session = boto3.Session(aws_access_key_id=self._access_key, aws_secret_access_key=self._secret_key)
+                self._made_clients = _Clients(
+                    reading=self._client(session, self._endpoint, self._read_timeout_s),
+                    writing=self._client(session, self._endpoint, self._write_timeout_s),
+                    signing=self._client(session, self._public_endpoint or self._endpoint, self._read_timeout_s),
+                )
+            return self._made_clients
+
+    def _client(self, session: boto3.Session, endpoint: str | None, timeout_s: float) -> S3Client:
+        config = Config(
+            connect_timeout=self._connect_timeout_s,
+            read_timeout=timeout_s,
+            # Another tier or the next request is a better second attempt.
+            retries={"total_max_attempts": 1},
+            max_pool_connections=self._threads,
+            signature_version="s3v4",
+            # We give S3 a CRC32 to check and check an xxh3 ourselves; boto3's own checksums would come on top.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            s3={
+                # Other servers seldom have a host name per bucket.
+                "addressing_style": "auto" if endpoint is None else "path",
+                # TLS and the CRC32 in a signed header protect the body; without TLS it is signed whole.
+                "payload_signing_enabled": endpoint is not None and endpoint.startswith("http:"),
+            },
+        )
+        return session.client("s3", endpoint_url=endpoint, region_name=self._region, config=config)
+
+
+_CHANGED = {"PreconditionFailed", "412"}
+_ABSENT = {"NoSuchKey", "404"}
+
+
+def _code(exc: ClientError) -> str:
+    return str(exc.response.get("Error", {}).get("Code", ""))
+
+
+def _is_absent(exc: ClientError) -> bool:
+    # A missing bucket says NoSuchBucket to a GET, which is not absence; to a HEAD it can only say 404.
+    return _code(exc) in _ABSENT
+
+
+def _headers(entry: CachedImage) -> tuple[dict[str, str], bytes | None]:
+    """The metadata as an object's own headers, and as its sidecar if that is too long for them."""
+    packed = zlib.compress(codec.pack_metadata(entry))
+    headers = {"codec-version": str(codec.WRITE_VERSION), "sha256": entry.image.sha256}
+    text = base64.b64encode(packed).decode()
+    if len(text) <= _MAX_INLINE_METADATA:
+        return {**headers, "entry": text}, None
+    return {**headers, "sidecar": xxh3_128_hexdigest(packed)}, packed
+
+
+def _is_of(entry: CachedImage, stored: _Stored | None) -> bool:
+    """Whether S3 has acknowledged this very digest."""
+    return stored is not None and (stored.headers.get("sha256"), stored.size_bytes) == (
+        entry.image.sha256,
+        entry.size_bytes,
+    )
+
+
+def _sidecar(name: str, headers: Mapping[str, str]) -> str:
+    return f"{name}.meta.{headers['sidecar']}"
+
+
+def _from_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as exc:
+        raise CorruptEntryError("the metadata of the object in S3 does not parse") from exc
+
+
+def _decompressed(packed: bytes) -> bytes:
+    unzip = zlib.decompressobj()
+    try:
+        plain = unzip.decompress(packed, codec.MAX_METADATA_BYTES + 1)
+    except zlib.error as exc:
+        raise CorruptEntryError("the metadata of the object in S3 does not parse") from exc
+    if not unzip.eof:
+        raise CorruptEntryError("the metadata of the object in S3 is cut short or too long")
+    return plain
+
+
+def _key(name: str) -> CacheKey | None:
+    try:
+        return CacheKey.parse(name)
+    except ValueError:
+        return None  # a sidecar, or somebody else's object
+
+
+def _tier_error(op: str, exc: BotoCoreError | ClientError) -> TierError:
+    """What `exc` means for a tier. boto3's messages quote URLs, which hold keys, so they stay out of ours."""
+    if isinstance(exc, ReadTimeoutError | ConnectTimeoutError):
+        return TierTimeoutError(f"S3 did not answer {op} in time")
+    if isinstance(exc, NoCredentialsError | PartialCredentialsError):
+        return TierError(f"no credentials for S3 {op}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile")
+    if isinstance(exc, BotoCoreError):
+        return TierError(f"S3 cannot be reached for {op}: {type(exc).__name__}")
+    status = exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    if _code(exc) == "NoSuchBucket":
+        return TierError(f"S3 has no such bucket; see s3.bucket (at {op}: {status} NoSuchBucket)")
+    if status == 403:  # noqa: PLR2004 - forbidden
+        return TierError(
+            f"S3 refuses {op} ({status} {_code(exc)}): see the credentials, and that they allow s3:GetObject, "
+            "s3:PutObject, s3:DeleteObject and s3:ListBucket on s3.bucket"
+        )
+    return TierError(f"S3 failed at {op}: {status} {_code(exc)}")

@@ -1,0 +1,176 @@
+"""A whole cache for tests: real memory, real directories as tiers, a fake upstream, and faults on command."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from random import Random
+
+from prometheus_client import CollectorRegistry
+
+from cacheserver.accounting.books import CounterBooks
+from cacheserver.cache import PromptCache
+from cacheserver.control import LocalReplays
+from cacheserver.errors import TierError
+from cacheserver.generation.generator import Generator
+from cacheserver.generation.prices import PriceTable
+from cacheserver.identity import identify
+from cacheserver.interfaces import Replays, Tier
+from cacheserver.keep import Keeper
+from cacheserver.model import (
+    CachedImage,
+    CacheKey,
+    Caller,
+    Identity,
+    ImageRequest,
+    Labels,
+    Namespace,
+    Pending,
+    Permission,
+    Served,
+    Terms,
+    TierName,
+)
+from cacheserver.paying import UnknownPolicy
+from cacheserver.tiers.disk import DiskTier
+from cacheserver.tiers.memory import MemoryCache
+from tests.fakes import FakeClock
+from tests.provider import FakeUpstream
+
+MODEL = "gpt-image-2"
+EVERYTHING = Caller("tester", frozenset(Permission))
+
+
+class FaultyTier:
+    """A real tier that goes silent, or waits at a gate, when told to. It answers to any name."""
+
+    def __init__(self, tier: Tier, name: TierName) -> None:
+        self._tier = tier
+        self._name = name
+        self.is_down = False
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.gets: list[str] = []
+
+    @property
+    def name(self) -> TierName:
+        return self._name
+
+    async def _pass(self) -> None:
+        await self.gate.wait()
+        if self.is_down:
+            raise TierError("down for a test")
+
+    async def get(self, key: CacheKey) -> CachedImage | None:
+        self.gets.append(key.name)
+        await self._pass()
+        return await self._tier.get(key)
+
+    async def find(self, keys: Sequence[CacheKey]) -> list[bool]:
+        await self._pass()
+        return await self._tier.find(keys)
+
+    async def put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:
+        await self._pass()
+        return await self._tier.put(key, entry, replace=replace)
+
+    async def delete(self, key: CacheKey) -> bool:
+        await self._pass()
+        return await self._tier.delete(key)
+
+    async def scan(self, partition: str) -> AsyncIterator[CacheKey]:
+        await self._pass()
+        async for key in self._tier.scan(partition):
+            yield key
+
+    async def labels(self, key: CacheKey) -> Labels | None:
+        await self._pass()
+        return await self._tier.labels(key)
+
+    async def ping(self) -> None:
+        await self._pass()
+
+    async def aclose(self) -> None:
+        await self._tier.aclose()
+
+
+class House:
+    """A cache with a fast tier (`redis`) and a last one (`s3`), both real directories, and all its parts."""
+
+    def __init__(self, *, clock: FakeClock, redis: FaultyTier, s3: FaultyTier, **settings: object) -> None:
+        self.clock = clock
+        self.redis = redis
+        self.s3 = s3
+        self.namespace = Namespace("default", "default")
+        self.upstream = FakeUpstream("fake", [MODEL])
+        self.books = CounterBooks(clock=clock, registry=CollectorRegistry())
+        self.replays: Replays = LocalReplays(monotonic_s=clock.monotonic_s)
+        self.restart(**settings)
+
+    def restart(
+        self,
+        *,
+        memory_bytes: int = 64 * 1024 * 1024,
+        unknown: UnknownPolicy | None = None,
+        max_concurrent: int = 100,
+        queue_max: int = 1000,
+    ) -> None:
+        """A new process on the same tiers."""
+        self.memory = MemoryCache(clock=self.clock, max_bytes=memory_bytes)
+        tiers = [self.redis, self.s3]
+        self.keeper = Keeper(memory=self.memory, tiers=tiers, books=self.books, clock=self.clock)
+        self.generator = Generator(
+            upstreams={MODEL: self.upstream},
+            default_model=MODEL,
+            clock=self.clock,
+            books=self.books,
+            prices=PriceTable.load(),
+            max_concurrent=max_concurrent,
+            queue_max=queue_max,
+        )
+        self.cache = PromptCache(
+            memory=self.memory,
+            tiers=tiers,
+            keeper=self.keeper,
+            generation=self.generator,
+            replays=self.replays,
+            books=self.books,
+            clock=self.clock,
+            unknown=unknown or UnknownPolicy(),
+            rng=Random(7),  # noqa: S311 - picks pictures
+        )
+
+    def identity(self, prompt: str = "a red fox", **fields: object) -> tuple[ImageRequest, Identity]:
+        request = ImageRequest(prompt=prompt, model=MODEL, **fields)  # type: ignore[arg-type] # test convenience
+        return request, identify(request, self.namespace)
+
+    async def ask(
+        self, prompt: str = "a red fox", *, caller: Caller = EVERYTHING, **terms: object
+    ) -> list[Served] | Pending:
+        request, identity = self.identity(prompt)
+        asked = Terms(**terms)  # type: ignore[arg-type] # test convenience
+        return await self.cache.get(request, identity, namespace=self.namespace, caller=caller, terms=asked)
+
+    async def get(self, prompt: str = "a red fox", **terms: object) -> Served:
+        answer = await self.ask(prompt, **terms)
+        assert not isinstance(answer, Pending)
+        return answer[0]
+
+    async def settle(self) -> None:
+        """Let everything that can run without time passing run."""
+        while True:
+            tasks = {*self.keeper._writes}
+            if not tasks:
+                return
+            await asyncio.wait(tasks)
+
+    async def aclose(self) -> None:
+        self.upstream.release()
+        await self.cache.aclose(5)
+        await self.keeper.aclose(5)
+
+
+async def open_tier(directory: Path, name: TierName, clock: FakeClock) -> FaultyTier:
+    await asyncio.to_thread(directory.mkdir, parents=True, exist_ok=True)
+    return FaultyTier(await DiskTier.open(directory, clock=clock, sync=False), name)

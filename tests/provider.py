@@ -1,0 +1,426 @@
+"""Stand-ins for a provider: one over real HTTP, shaped like OpenAI's images API, and one inside the process."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import math
+import random
+import re
+import socket
+import struct
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+from urllib.parse import parse_qs, urlsplit
+
+from PIL import Image
+
+from cacheserver.errors import UpstreamError
+from cacheserver.model import GeneratedImage, ImageRequest
+
+API_KEY = "sk-test-provider-key"
+GPT_IMAGE_MODELS = ("gpt-image-2", "gpt-image-2-2026-04-21")
+OPEN_MODELS = ("qwen-image",)
+"""Models of a self-hosted server: any further parameter is taken."""
+
+_PARAMETERS = frozenset(
+    {"prompt", "model", "n", "user", "safety_identifier", "size", "quality", "background", "moderation"}
+    | {"output_format", "output_compression"}
+)
+_CHOICES: Mapping[str, frozenset[str]] = {
+    "quality": frozenset({"low", "medium", "high", "auto"}),
+    "background": frozenset({"transparent", "opaque", "auto"}),
+    "output_format": frozenset({"png", "jpeg", "webp"}),
+    "moderation": frozenset({"low", "auto"}),
+}
+_DEPLOYMENT = re.compile(r"/openai/deployments/([^/]+)/images/generations")
+
+
+def small_image(number: int, image_format: str = "png", size: tuple[int, int] = (64, 48)) -> bytes:
+    """A real picture, another one for every number."""
+    digest = hashlib.sha256(str(number).encode()).digest()
+    picture = Image.new("RGB", size, tuple(digest[:3]))
+    picture.paste(tuple(digest[3:6]), (0, 0, 1 + digest[6] % size[0], 1 + digest[7] % size[1]))
+    file = io.BytesIO()
+    picture.save(file, format=image_format)
+    return file.getvalue()
+
+
+def large_png(number: int, min_size_bytes: int) -> bytes:
+    """A valid PNG of at least so many bytes and little more, another one for every number."""
+    side = math.ceil(math.sqrt(min_size_bytes / 3))
+    noise = random.Random(number).randbytes(side * side * 3)  # noqa: S311 - pixels, not secrets
+    picture = Image.frombytes("RGB", (side, side), noise)
+    file = io.BytesIO()
+    picture.save(file, format="PNG", compress_level=0)
+    return file.getvalue()
+
+
+@dataclass(frozen=True)
+class HttpRequest:
+    method: str
+    target: str
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def path(self) -> str:
+        return urlsplit(self.target).path
+
+    @property
+    def query(self) -> dict[str, list[str]]:
+        return parse_qs(urlsplit(self.target).query)
+
+    def json(self) -> dict[str, Any]:
+        parsed: dict[str, Any] = json.loads(self.body)
+        return parsed
+
+
+@dataclass
+class Reply:
+    """An HTTP answer, and what goes wrong while it is sent."""
+
+    status: int = 200
+    body: bytes = b""
+    content_type: str = "application/json"
+    headers: dict[str, str] = field(default_factory=dict)
+    cut_after: int | None = None  # bytes of the body, then the connection is reset
+    hang_after: int | None = None  # bytes of the body, then silence
+
+
+def error_reply(
+    status: int,
+    code: str | None = None,
+    *,
+    kind: str = "invalid_request_error",
+    message: str = "Something is wrong.",
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    **more: Any,
+) -> Reply:
+    error = {"message": message, "type": kind, "param": param, "code": code, **more}
+    return Reply(status, json.dumps({"error": error}).encode(), headers=dict(headers or {}))
+
+
+class OpenAIStandIn:
+    """A local HTTP server shaped like OpenAI's images API. As strict as the real one with GPT image models.
+
+    `calls` counts generations asked for, `images` pictures made, `requests` keeps what was received.
+    `by_url` answers with URLs on this server; `image_url` with that URL, whatever it is.
+    """
+
+    def __init__(self, *, api_key: str = API_KEY, models: Sequence[str] = (*GPT_IMAGE_MODELS, *OPEN_MODELS)) -> None:
+        self.api_key = api_key
+        self.models = tuple(models)
+        self.calls = 0
+        self.images = 0
+        self.connections = 0
+        self.requests: list[HttpRequest] = []
+        self.headers: dict[str, str] = {}  # sent with every answer, as x-ratelimit-*
+        self.by_url = False
+        self.image_url: str | None = None
+        self.min_image_bytes = 0
+        self.native_format: str | None = None  # what is made whatever output_format says
+        self._next: deque[Callable[[HttpRequest], Reply | None]] = deque()
+        self._edit: deque[Callable[[dict[str, Any]], None]] = deque()
+        self._files: dict[str, Reply] = {}
+        self._open = asyncio.Event()
+        self._open.set()
+        self._arrival = asyncio.Condition()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.port: int = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks)
+        await self._server.wait_closed()
+
+    @property
+    def root_url(self) -> str:
+        """What Azure calls the endpoint."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def base_url(self) -> str:
+        return f"{self.root_url}/v1"
+
+    def hold(self) -> None:
+        """Generations wait from now on, until `release`."""
+        self._open.clear()
+
+    def release(self) -> None:
+        self._open.set()
+
+    async def arrived(self, calls: int) -> None:
+        """Return when so many generations have been asked for in all."""
+        async with self._arrival:
+            await self._arrival.wait_for(lambda: self.calls >= calls)
+
+    def image_bytes(self, *, min_size_bytes: int) -> bytes:
+        """A valid PNG of at least so many bytes; `min_image_bytes` makes the answers so large."""
+        return large_png(self.images, min_size_bytes)
+
+    def fail_next(self, status: int, code: str | None = None, *, times: int = 1, **error: Any) -> None:
+        """Answer the next generations with an error; keywords as in `error_reply`."""
+        self.answer_next(error_reply(status, code, **error), times=times)
+
+    def answer_next(self, reply: Reply, *, times: int = 1) -> None:
+        """Answer the next generations with exactly this."""
+        self._next.extend([lambda _: reply] * times)
+
+    def hang_next(self) -> None:
+        """Take the next generation and never answer."""
+        self._next.append(lambda _: None)
+
+    def edit_next(self, edit: Callable[[dict[str, Any]], None]) -> None:
+        """Answer the next generation as ever, but for what `edit` does to the JSON."""
+        self._edit.append(edit)
+
+    def file(self, name: str, reply: Reply) -> str:
+        """A URL on this server that answers with `reply`."""
+        self._files[f"/files/{name}"] = reply
+        return f"{self.root_url}/files/{name}"
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        self.connections += 1
+        # Ending quietly on both: the client hung up, or the stand-in is being closed.
+        with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+            while (request := await _read_request(reader)) is not None:
+                await self._send(writer, await self._reply(request))
+        writer.transport.abort()
+
+    async def _send(self, writer: asyncio.StreamWriter, reply: Reply | None) -> None:
+        if reply is None:
+            await asyncio.Event().wait()
+        assert reply is not None
+        headers = {
+            "content-type": reply.content_type,
+            "content-length": str(len(reply.body)),
+            "x-request-id": f"req_{self.calls}",
+            **self.headers,
+            **reply.headers,
+        }
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items() if value)
+        writer.write(f"HTTP/1.1 {reply.status} Something\r\n{head}\r\n".encode())
+        for limit in (reply.cut_after, reply.hang_after):
+            if limit is not None:
+                writer.write(reply.body[:limit])
+                await writer.drain()
+                if limit == reply.hang_after:
+                    await asyncio.Event().wait()
+                connection = writer.get_extra_info("socket")
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                raise ConnectionResetError
+        writer.write(reply.body)
+        await writer.drain()
+
+    async def _reply(self, request: HttpRequest) -> Reply | None:
+        self.requests.append(request)
+        azure = _DEPLOYMENT.fullmatch(request.path)
+        if request.method == "POST" and (azure or request.path == "/v1/images/generations"):
+            return await self._generation(request, azure.group(1) if azure else None)
+        if request.method == "GET" and request.path in {"/v1/models", "/openai/models"}:
+            listed = [{"id": model, "object": "model"} for model in self.models]
+            return self._unauthorized(request) or Reply(body=json.dumps({"object": "list", "data": listed}).encode())
+        if request.method == "GET" and request.path in self._files:
+            return self._files[request.path]
+        return error_reply(404, message="Invalid URL")
+
+    async def _generation(self, request: HttpRequest, deployment: str | None) -> Reply | None:
+        self.calls += 1
+        async with self._arrival:
+            self._arrival.notify_all()
+        await self._open.wait()
+        if self._next:
+            return self._next.popleft()(request)
+        body = request.json()
+        if deployment is not None:
+            if "model" in body:
+                return error_reply(400, "unknown_parameter", param="model")
+            body["model"] = deployment
+        return self._unauthorized(request) or _violation(body, self.models) or self._made(body)
+
+    def _unauthorized(self, request: HttpRequest) -> Reply | None:
+        azure = request.path.startswith("/openai/")
+        sent = request.headers.get("api-key" if azure else "authorization", "")
+        if sent == (self.api_key if azure else f"Bearer {self.api_key}"):
+            return None
+        return error_reply(401, "invalid_api_key", message=f"Incorrect API key provided: {sent}")
+
+    def _made(self, body: dict[str, Any]) -> Reply:
+        n = body.get("n") or 1
+        image_format = body.get("output_format") or "png"
+        size, quality = body.get("size") or "auto", body.get("quality") or "auto"
+        size = "1024x1024" if size == "auto" else size
+        quality = "medium" if quality == "auto" else quality
+        tokens_in, tokens_out = math.ceil(len(body["prompt"]) / 4), n * _output_tokens(size, quality)
+        answer: dict[str, Any] = {
+            "created": 1_800_000_000,
+            "background": "transparent" if body.get("background") == "transparent" else "opaque",
+            "output_format": image_format,
+            "quality": quality,
+            "size": size,
+            "data": [self._item(image_format) for _ in range(n)],
+            "usage": {
+                "total_tokens": tokens_in + tokens_out,
+                "input_tokens": tokens_in,
+                "output_tokens": tokens_out,
+                "input_tokens_details": {"text_tokens": tokens_in, "image_tokens": 0},
+                "output_tokens_details": {"image_tokens": tokens_out, "text_tokens": 0},
+            },
+        }
+        if self._edit:
+            self._edit.popleft()(answer)
+        return Reply(body=json.dumps(answer).encode())
+
+    def _item(self, image_format: str) -> dict[str, Any]:
+        self.images += 1
+        image_format = self.native_format or image_format
+        data = (
+            large_png(self.images, self.min_image_bytes)
+            if self.min_image_bytes
+            else small_image(self.images, image_format)
+        )
+        if self.image_url is not None:
+            return {"url": self.image_url}
+        if self.by_url:
+            return {"url": self.file(f"{self.images}.{image_format}", Reply(body=data, content_type="image/any"))}
+        return {"b64_json": base64.b64encode(data).decode()}
+
+
+def _violation(body: Mapping[str, Any], models: Sequence[str]) -> Reply | None:
+    """What the real API refuses; of a self-hosted server's models any further parameter is taken."""
+    model, prompt, n = body.get("model"), body.get("prompt"), body.get("n") or 1
+    if model not in models:
+        return error_reply(404, "model_not_found", param="model", message=f"The model {model} does not exist")
+    unknown = sorted(body.keys() - _PARAMETERS) if model not in OPEN_MODELS else []
+    if unknown:
+        return error_reply(400, "unknown_parameter", param=unknown[0], message=f"Unknown parameter: '{unknown[0]}'.")
+    wrong = {
+        "prompt": not (isinstance(prompt, str) and 1 <= len(prompt) <= 32_000),
+        "n": not (isinstance(n, int) and 1 <= n <= 10),
+        "size": not re.fullmatch(r"auto|\d{2,4}x\d{2,4}", body.get("size") or "auto"),
+        "output_compression": "output_compression" in body and body.get("output_format", "png") == "png",
+        **{name: body.get(name) is not None and body[name] not in choices for name, choices in _CHOICES.items()},
+    }
+    param = next((name for name, is_wrong in wrong.items() if is_wrong), None)
+    return error_reply(400, "invalid_value", param=param, message=f"Invalid value: {body}.") if param else None
+
+
+def _output_tokens(size: str, quality: str) -> int:
+    """What gpt-image-2 counts for one picture."""
+    width, height = (int(side) for side in size.split("x"))
+    factor = {"low": 16, "medium": 48, "high": 96}[quality]
+    short = round(factor * min(width, height) / max(width, height))
+    return math.ceil(factor * short * (2_000_000 + width * height) / 4_000_000)
+
+
+async def _read_request(reader: asyncio.StreamReader) -> HttpRequest | None:
+    try:
+        head = await reader.readuntil(b"\r\n\r\n")
+    except asyncio.IncompleteReadError:
+        return None
+    first, *lines = head.decode("latin-1").strip().split("\r\n")
+    method, target, _ = first.split(" ")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    body = await reader.readexactly(int(headers.get("content-length", "0")))
+    return HttpRequest(method, target, headers, body)
+
+
+class FakeUpstream:
+    """An Upstream inside the process: a distinct real PNG per picture, at a price."""
+
+    def __init__(
+        self, name: str = "fake", models: Sequence[str] = ("gpt-image-2",), *, cost_microusd: int = 53_000
+    ) -> None:
+        self._name = name
+        self.models = tuple(models)
+        self.cost_microusd = cost_microusd
+        self.calls = 0
+        self.images = 0
+        self.checks = 0
+        self.closed = False
+        self.asked: list[tuple[ImageRequest, tuple[int, ...]]] = []
+        self.during: Callable[[], Awaitable[None]] | None = None  # runs inside each call, once it is released
+        self._errors: deque[UpstreamError] = deque()
+        self._numbers = itertools.count()
+        self._open = asyncio.Event()
+        self._open.set()
+        self._arrival = asyncio.Condition()
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def hold(self) -> None:
+        """Calls wait from now on, until `release`."""
+        self._open.clear()
+
+    def release(self) -> None:
+        self._open.set()
+
+    async def arrived(self, calls: int) -> None:
+        """Return when so many calls have begun in all."""
+        async with self._arrival:
+            await self._arrival.wait_for(lambda: self.calls >= calls)
+
+    def fail_next(self, error: UpstreamError) -> None:
+        self._errors.append(error)
+
+    async def generate(self, request: ImageRequest, variants: Sequence[int]) -> list[GeneratedImage]:
+        self.calls += 1
+        self.asked.append((request, tuple(variants)))
+        async with self._arrival:
+            self._arrival.notify_all()
+        await self._open.wait()
+        if self.during is not None:
+            await self.during()
+        if self._errors:
+            raise self._errors.popleft()
+        return [self._image(request) for _ in variants]
+
+    async def check(self) -> None:
+        self.checks += 1
+        if self._errors:
+            raise self._errors.popleft()
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+    def _image(self, request: ImageRequest) -> GeneratedImage:
+        self.images += 1
+        number = next(self._numbers)
+        data = small_image(number, request.output_format)
+        return GeneratedImage(
+            data=data,
+            content_type=f"image/{request.output_format}",
+            width=64,
+            height=48,
+            sha256=hashlib.sha256(data).hexdigest(),
+            model=request.model,
+            size="1024x1024" if request.size == "auto" else request.size,
+            quality="medium" if request.quality == "auto" else request.quality,
+            background="opaque" if request.background == "auto" else request.background,
+            seed=request.seed,
+            upstream=self._name,
+            upstream_request_id=f"{self._name}-{number}",
+            generation_s=12.5,
+            paid_microusd=self.cost_microusd,
+        )

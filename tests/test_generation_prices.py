@@ -1,0 +1,183 @@
+"""What pictures cost, to the micro-dollar."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cacheserver.errors import ConfigError
+from cacheserver.generation.prices import PriceTable, split, token_count
+from cacheserver.model import ImageRequest, JsonValue
+
+TABLE = PriceTable.load()
+SQUARE, PORTRAIT, LANDSCAPE = "1024x1024", "1024x1536", "1536x1024"
+
+
+def usage(output: int, *, text: int = 0, image: int = 0, text_out: int = 0) -> dict[str, JsonValue]:
+    return {
+        "total_tokens": text + image + output,
+        "input_tokens": text + image,
+        "output_tokens": output,
+        "input_tokens_details": {"text_tokens": text, "image_tokens": image},
+        "output_tokens_details": {"image_tokens": output - text_out, "text_tokens": text_out},
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "quality", "size", "microusd"),
+    [
+        ("gpt-image-2", "low", SQUARE, 6_000),
+        ("gpt-image-2", "medium", SQUARE, 53_000),
+        ("gpt-image-2", "high", SQUARE, 211_000),
+        ("gpt-image-2", "low", PORTRAIT, 5_000),
+        ("gpt-image-2", "high", LANDSCAPE, 165_000),
+        ("gpt-image-2-2026-04-21", "high", SQUARE, 211_000),
+        ("gpt-image-1.5", "high", LANDSCAPE, 200_000),
+        ("gpt-image-1-mini", "medium", PORTRAIT, 15_000),
+        ("gpt-image-1", "high", SQUARE, 167_000),
+        ("gpt-image-1-mini", "high", SQUARE, 0),
+        ("gpt-image-2", "auto", SQUARE, 0),
+        ("gpt-image-2", "high", "2048x2048", 0),
+        ("gpt-image-2.6-flare", "high", SQUARE, 0),
+        ("qwen-image", "high", SQUARE, 0),
+    ],
+)
+def test_without_usage_the_table_says_what_one_picture_costs(
+    model: str, quality: str, size: str, microusd: int
+) -> None:
+    assert TABLE.cost_microusd(model, size, quality, None, 1) == microusd
+    assert TABLE.cost_microusd(model, size, quality, None, 4) == 4 * microusd
+
+
+@pytest.mark.parametrize(
+    ("model", "counts", "microusd"),
+    [
+        ("gpt-image-2", usage(196, text=10), 10 * 5 + 196 * 30),
+        ("gpt-image-2", usage(1756), 52_680),
+        ("gpt-image-2", usage(7024, text=1, image=100), 5 + 800 + 210_720),
+        ("gpt-image-1.5", usage(1156, text_out=100), 1056 * 32 + 100 * 10),
+        ("gpt-image-1-mini", usage(272, image=3), 2184),  # 7.5 rounds half to even: 8 + 2176
+        ("gpt-image-1-mini", usage(272, image=5), 2188),  # 12.5: 12 + 2176
+        ("gpt-image-2.6-sunburst", usage(1000), 30_000),
+        ("gpt-image-2", {"input_tokens": 10, "output_tokens": 196}, 10 * 5 + 196 * 30),
+    ],
+)
+def test_the_providers_own_count_wins_over_the_table(model: str, counts: dict[str, JsonValue], microusd: int) -> None:
+    assert TABLE.cost_microusd(model, SQUARE, "high", counts, 1) == microusd
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {},
+        usage(0),
+        {"output_tokens": "196"},
+        {"output_tokens": True},
+        {"output_tokens": -1},
+        {"output_tokens": 10**12},
+        {"output_tokens": 196.5},
+    ],
+)
+def test_a_count_that_cannot_be_believed_falls_back_to_the_table(counts: dict[str, JsonValue]) -> None:
+    assert TABLE.cost_microusd("gpt-image-2", SQUARE, "high", counts, 2) == 422_000
+
+
+def test_an_unknown_model_costs_nothing() -> None:
+    assert TABLE.cost_microusd("qwen-image", SQUARE, "high", usage(1000), 1) == 0
+    assert TABLE.estimate_microusd(ImageRequest("a cat", "qwen-image"), 1) == 0
+
+
+def test_a_name_of_our_own_is_priced_as_what_the_provider_calls_it() -> None:
+    named = TABLE.naming(
+        {"house-style": "gpt-image-1-mini", "gpt-image-2": "our-azure-deployment", "other": "qwen-image"}
+    )
+    assert named.cost_microusd("house-style", SQUARE, "low", None, 1) == 5_000
+    assert named.estimate_microusd(ImageRequest("cats", "house-style", size=SQUARE, quality="low"), 1) == 5_000 + 4 * 2
+    assert named.cost_microusd("gpt-image-2", SQUARE, "low", None, 1) == 6_000
+    assert named.cost_microusd("other", SQUARE, "low", None, 1) == 0
+    assert "house-style" not in TABLE.models
+
+
+@pytest.mark.parametrize(
+    ("quality", "size", "microusd"),
+    [
+        ("high", SQUARE, 211_000),
+        ("low", PORTRAIT, 5_000),
+        ("low", "auto", 6_000),
+        ("auto", PORTRAIT, 165_000),
+        ("auto", "auto", 211_000),
+        ("max", SQUARE, 211_000),
+        ("high", "2048x2048", 844_000),
+        ("low", "512x512", 6_000),
+    ],
+)
+def test_an_estimate_takes_the_dearest_of_what_is_left_open(quality: str, size: str, microusd: int) -> None:
+    request = ImageRequest("cats", "gpt-image-2", size=size, quality=quality)
+    assert TABLE.estimate_microusd(request, 3) == 3 * microusd + 4 * 5
+
+
+def test_a_model_with_token_prices_only_is_estimated_by_the_dearest_picture_there_is() -> None:
+    request = ImageRequest("cats", "gpt-image-2.6-flare")
+    assert TABLE.estimate_microusd(request, 1) == 250_000 + 4 * 5
+
+
+@settings(deadline=None)
+@given(
+    model=st.sampled_from(sorted(TABLE.models)),
+    quality=st.sampled_from(["low", "medium", "high", "auto"]),
+    size=st.sampled_from([SQUARE, PORTRAIT, LANDSCAPE]),
+    n=st.integers(1, 10),
+)
+def test_an_estimate_is_never_below_the_tables_price(model: str, quality: str, size: str, n: int) -> None:
+    request = ImageRequest("cats", model, size=size, quality=quality)
+    assert TABLE.estimate_microusd(request, n) >= TABLE.cost_microusd(model, size, quality, None, n)
+
+
+@settings(deadline=None)
+@given(total=st.integers(0, 10**9), n=st.integers(1, 10))
+def test_shares_add_up_and_differ_by_at_most_one(total: int, n: int) -> None:
+    shares = split(total, n)
+    assert len(shares) == n
+    assert sum(shares) == total
+    assert max(shares) - min(shares) <= 1
+
+
+def test_a_count_is_read_through_anything_that_is_not_an_object() -> None:
+    assert token_count({"input_tokens_details": [1]}, "input_tokens_details", "text_tokens") == 0
+    assert token_count({"input_tokens_details": {"text_tokens": 3}}, "input_tokens_details", "text_tokens") == 3
+
+
+def test_the_table_that_comes_with_us_is_dated_and_exact() -> None:
+    assert TABLE.as_of == "2026-11-23"
+    assert TABLE.models["gpt-image-2"].usd_per_image["medium"][SQUARE] == Decimal("0.053")
+
+
+def test_a_table_of_your_own_replaces_it(tmp_path: Path) -> None:
+    path = tmp_path / "prices.toml"
+    path.write_text('as_of = "2027-01-01"\n[models.house.usd_per_image.auto]\nauto = 0.0001\n')
+    assert PriceTable.load(path).cost_microusd("house", "auto", "auto", None, 3) == 300
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not toml =",
+        'as_of = "2027-01-01"',
+        'as_of = "x"\nmodels = 3',
+        'as_of = "x"\n[models.a]\nusd_per_image = { low = 3 }',
+        'as_of = "x"\n[models.a.usd_per_image.low]\nauto = -1',
+        'as_of = "x"\n[models.a.usd_per_image.low]\nauto = "much"',
+        'as_of = "x"\n[models.a.usd_per_image.low]\nauto = nan',
+    ],
+)
+def test_a_broken_table_is_a_configuration_error_that_names_the_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "prices.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"prices\.toml"):
+        PriceTable.load(path)
+    with pytest.raises(ConfigError, match="absent"):
+        PriceTable.load(tmp_path / "absent.toml")

@@ -1,0 +1,181 @@
+"""L1 behaves like a dictionary with losses and never holds more than its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from cacheserver.model import CachedImage, CacheKey, Labels
+from cacheserver.tiers.memory import MemoryCache, entry_bytes
+from tests.fakes import FakeClock
+from tests.tier_contract import StoreContract, make_entry, make_key, with_data
+
+
+class AsStore:
+    """Memory behind the calls that the shared cases use."""
+
+    def __init__(self, memory: MemoryCache) -> None:
+        self._memory = memory
+
+    async def get(self, key: CacheKey) -> CachedImage | None:
+        return self._memory.get(key)
+
+    async def find(self, keys: Sequence[CacheKey]) -> list[bool]:
+        return [self._memory.contains(key) for key in keys]
+
+    async def put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:  # noqa: ARG002 - it always does
+        self._memory.put(key, entry)
+        return True
+
+    async def delete(self, key: CacheKey) -> bool:
+        return self._memory.delete(key)
+
+    async def scan(self, partition: str) -> AsyncIterator[CacheKey]:
+        for key in self._memory.scan(partition):
+            yield key
+
+    async def labels(self, key: CacheKey) -> Labels | None:
+        return self._memory.labels(key)
+
+
+class TestMemoryAsStore(StoreContract):
+    @pytest.fixture
+    def tier(self, clock: FakeClock) -> AsStore:
+        return AsStore(MemoryCache(clock=clock))
+
+
+ONE_KILOBYTE = entry_bytes(make_entry(data=bytes(1000)))
+
+
+def memory_for(entries: int, clock: FakeClock, *, max_entry_bytes: int = 1_000_000) -> MemoryCache:
+    return MemoryCache(clock=clock, max_bytes=entries * ONE_KILOBYTE, max_entry_bytes=max_entry_bytes)
+
+
+def put(memory: MemoryCache, prompt: str, data: bytes = bytes(1000)) -> CachedImage:
+    entry = make_entry(make_key(prompt), data)
+    memory.put(entry.key, entry)
+    return entry
+
+
+def test_the_least_recently_used_goes_first(clock: FakeClock) -> None:
+    memory = memory_for(2, clock)
+    put(memory, "a")
+    put(memory, "b")
+    memory.get(make_key("a"))
+    put(memory, "c")
+    assert [memory.contains(make_key(prompt)) for prompt in "abc"] == [True, False, True]
+
+
+def test_looking_without_getting_is_no_use(clock: FakeClock) -> None:
+    memory = memory_for(2, clock)
+    put(memory, "a")
+    put(memory, "b")
+    assert memory.contains(make_key("a"))
+    assert memory.labels(make_key("a")) is not None
+    put(memory, "c")
+    assert not memory.contains(make_key("a"))
+
+
+def test_the_bytes_are_handed_out_and_not_copied(clock: FakeClock) -> None:
+    memory = memory_for(2, clock)
+    entry = put(memory, "a")
+    got = memory.get(entry.key)
+    assert got is not None
+    assert got.image.data is entry.image.data
+
+
+def test_an_entry_above_the_limit_is_not_admitted_and_drives_nothing_out(clock: FakeClock) -> None:
+    memory = memory_for(3, clock, max_entry_bytes=2 * ONE_KILOBYTE)
+    put(memory, "a")
+    put(memory, "big", bytes(2 * ONE_KILOBYTE))
+    assert not memory.contains(make_key("big"))
+    assert memory.contains(make_key("a"))
+
+
+def test_an_older_entry_is_not_served_in_place_of_one_too_large(clock: FakeClock) -> None:
+    memory = memory_for(3, clock, max_entry_bytes=2 * ONE_KILOBYTE)
+    old = put(memory, "a")
+    memory.put(old.key, with_data(old, bytes(2 * ONE_KILOBYTE)))
+    assert memory.get(old.key) is None
+    assert memory.size_bytes == 0
+
+
+def test_an_expired_entry_gives_its_bytes_back(clock: FakeClock) -> None:
+    memory = memory_for(3, clock)
+    entry = make_entry(expire_time_s=clock.now_s() + 1)
+    memory.put(entry.key, entry)
+    clock.advance(1)
+    assert not memory.contains(entry.key)
+    assert memory.get(entry.key) is None
+    assert (len(memory), memory.size_bytes) == (0, 0)
+
+
+def test_memory_of_no_bytes_keeps_nothing(clock: FakeClock) -> None:
+    memory = MemoryCache(clock=clock, max_bytes=0)
+    put(memory, "a", b"")
+    assert len(memory) == 0
+
+
+def test_long_texts_count(clock: FakeClock) -> None:
+    memory = memory_for(3, clock)
+    before = entry_bytes(make_entry(revised_prompt=""))
+    assert entry_bytes(make_entry(revised_prompt="猫" * 1000)) == before + 4000
+    assert memory.size_bytes == 0
+
+
+class DictionaryWithLosses(RuleBasedStateMachine):
+    """Compares memory with a dictionary: it may have lost an entry, but never has another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = FakeClock()
+        self.memory = memory_for(4, self.clock, max_entry_bytes=3 * ONE_KILOBYTE)
+        self.model: dict[str, CachedImage] = {}
+
+    keys = st.builds(make_key, st.sampled_from("abcdefg"), variant=st.integers(0, 1))
+
+    @rule(key=keys, size=st.integers(0, 4 * ONE_KILOBYTE), lasts_s=st.none() | st.integers(1, 20))
+    def put(self, key: CacheKey, size: int, lasts_s: int | None) -> None:
+        expire_time_s = None if lasts_s is None else self.clock.now_s() + lasts_s
+        entry = make_entry(key, bytes(size), expire_time_s=expire_time_s)
+        self.memory.put(key, entry)
+        self.model[key.name] = entry
+        # What was just put is there, unless it is above the limit.
+        assert self.memory.contains(key) == (entry_bytes(entry) <= 3 * ONE_KILOBYTE)
+
+    @rule(key=keys)
+    def get(self, key: CacheKey) -> None:
+        was_there = self.memory.contains(key)
+        entry = self.memory.get(key)
+        assert was_there == (entry is not None)
+        if entry is not None:
+            assert entry is self.model[key.name]
+            assert entry.is_fresh(self.clock.now_s())
+
+    @rule(key=keys)
+    def delete(self, key: CacheKey) -> None:
+        self.memory.delete(key)
+        self.model.pop(key.name, None)
+        assert self.memory.get(key) is None
+
+    @rule(seconds=st.integers(1, 10))
+    def wait(self, seconds: int) -> None:
+        self.clock.advance(seconds)
+
+    @invariant()
+    def never_above_its_bytes(self) -> None:
+        assert self.memory.size_bytes <= 4 * ONE_KILOBYTE
+
+    @invariant()
+    def counts_every_byte(self) -> None:
+        held = [self.model[key.name] for key in self.memory.scan("studio")]
+        assert self.memory.size_bytes == sum(entry_bytes(entry) for entry in held)
+        assert len(self.memory) == len(held)
+
+
+TestDictionaryWithLosses = DictionaryWithLosses.TestCase
+TestDictionaryWithLosses.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

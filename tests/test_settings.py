@@ -1,0 +1,432 @@
+"""Settings: what is set where, what is refused and in which words, and that the example file is complete."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic.fields import FieldInfo
+
+import cacheserver
+from cacheserver.errors import ConfigError
+from cacheserver.model import Caller, Permission, Priority, TierName
+from cacheserver.settings import environment_names, is_loopback, load_settings, setting_names, warnings
+
+EXAMPLE = Path(cacheserver.__file__).with_name("config.example.toml")
+TOKEN_SHA256 = hashlib.sha256(b"secret").hexdigest()
+KEY = {"OPENAI_API_KEY": "sk-very-secret"}
+
+Write = Callable[[str], Path]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write_file(text: str) -> Path:
+        file = tmp_path / "config.toml"
+        file.write_text(text)
+        return file
+
+    return write_file
+
+
+# ---- Defaults
+
+
+def test_nothing_configured_is_a_painter_on_loopback_with_our_own_valkey_and_a_directory() -> None:
+    settings = load_settings(None, {})
+    assert [upstream.kind for upstream in settings.upstreams] == ["painter"]
+    assert settings.model == "painter"
+    assert settings.tier_names == (TierName.MEMORY, TierName.REDIS, TierName.DISK)
+    assert settings.runs_own_valkey
+    assert settings.disk_path == Path(".cacheserver/images")
+    assert settings.memory.entry_limit_bytes == 32 * 1024 * 1024
+    assert warnings(settings) == []
+
+
+def test_a_small_memory_takes_an_eighth_of_itself_per_image() -> None:
+    assert load_settings(None, {"CACHESERVER_MEMORY_MAX_BYTES": "8000"}).memory.entry_limit_bytes == 1000
+
+
+@pytest.mark.parametrize(
+    ("env", "tiers"),
+    [
+        ({}, ["memory", "redis", "disk"]),
+        ({"CACHESERVER_S3_BUCKET": "b"}, ["memory", "redis", "s3"]),
+        ({"CACHESERVER_REDIS__EMBEDDED": "false"}, ["memory", "disk"]),
+        ({"CACHESERVER_REDIS__EMBEDDED": "false", "CACHESERVER_REDIS_URL": "redis://r"}, ["memory", "redis", "disk"]),
+        ({"CACHESERVER_SERVER__GRPC_HOST": "0.0.0.0", "CACHESERVER_INSECURE": "true"}, ["memory", "disk"]),
+        ({"CACHESERVER_TIERS": "memory, disk, s3", "CACHESERVER_S3_BUCKET": "b"}, ["memory", "disk", "s3"]),
+    ],
+)
+def test_the_tiers_follow_from_what_is_configured(env: dict[str, str], tiers: list[str]) -> None:
+    assert list(load_settings(None, KEY | env).tier_names) == tiers
+
+
+def test_local_s3_counts_as_embedded() -> None:
+    settings = load_settings(None, {}, local_s3=True)
+    assert settings.s3.local
+    assert settings.tier_names[-1] == TierName.S3
+    assert settings.model == "painter"
+
+
+# ---- Where settings come from
+
+
+def test_the_environment_overrides_the_file(write: Write) -> None:
+    file = write("data_dir = 'a'\n[redis]\nttl_s = 5\nprefix = 'p:'")
+    settings = load_settings(file, {"CACHESERVER_REDIS__TTL_S": "7", "CACHESERVER_DATA_DIR": "b"})
+    assert (settings.redis.ttl_s, settings.redis.prefix, settings.data_dir) == (7.0, "p:", Path("b"))
+
+
+def test_the_public_environment_names_work() -> None:
+    env = {
+        "CACHESERVER_GRPC_PORT": "1",
+        "CACHESERVER_HTTP_PORT": "2",
+        "CACHESERVER_DATA_DIR": "/d",
+        "CACHESERVER_MEMORY_MAX_BYTES": "3",
+        "CACHESERVER_REDIS_URL": "redis://r",
+        "CACHESERVER_S3_BUCKET": "b",
+        "CACHESERVER_S3_ENDPOINT": "http://s3",
+        "CACHESERVER_S3_PREFIX": "p/",
+    }
+    settings = load_settings(None, KEY | env)
+    assert (settings.server.grpc_port, settings.server.http_port, settings.memory.max_bytes) == (1, 2, 3)
+    assert settings.data_dir == Path("/d")
+    assert settings.redis.url is not None
+    assert settings.redis.url.get_secret_value() == "redis://r"
+    assert (settings.s3.bucket, settings.s3.endpoint, settings.s3.prefix) == ("b", "http://s3", "p/")
+
+
+def test_a_variable_that_is_set_to_nothing_is_unset() -> None:
+    assert load_settings(None, {"CACHESERVER_REDIS_URL": "", "OPENAI_API_KEY": ""}).redis.url is None
+
+
+def test_the_config_file_is_found_in_the_working_directory_or_where_the_environment_says(tmp_path: Path) -> None:
+    (tmp_path / "cacheserver.toml").write_text("data_dir = 'here'")
+    (tmp_path / "other.toml").write_text("data_dir = 'there'")
+    assert load_settings(None, {}).data_dir == Path("here")
+    assert load_settings(None, {"CACHESERVER_CONFIG": "other.toml"}).data_dir == Path("there")
+
+
+def test_repeated_tables_can_come_from_the_environment_as_json() -> None:
+    upstreams = [{"name": "a", "api_key": "k", "models": ["m"]}]
+    settings = load_settings(None, {"CACHESERVER_UPSTREAMS": json.dumps(upstreams)})
+    assert settings.upstreams[0].models == {"m": "m"}
+
+
+def test_an_openai_key_in_the_environment_is_an_upstream() -> None:
+    settings = load_settings(None, KEY | {"OPENAI_BASE_URL": "http://relay/v1"})
+    (upstream,) = settings.upstreams
+    assert (upstream.kind, upstream.base_url, upstream.key()) == ("openai", "http://relay/v1", "sk-very-secret")
+    assert settings.model == "gpt-image-2"
+
+
+def test_a_configured_upstream_wins_over_the_openai_key(write: Write) -> None:
+    file = write("[[upstreams]]\nname = 'mine'\nbase_url = 'http://gpu/v1'\nmodels = { fast = 'flux' }")
+    settings = load_settings(file, KEY)
+    assert [(upstream.name, upstream.key(), upstream.models) for upstream in settings.upstreams] == [
+        ("mine", "", {"fast": "flux"})
+    ]
+
+
+def test_keys_and_tokens_come_from_files_and_variables(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("from-file\n")
+    (tmp_path / "token").write_text("secret\n")
+    file = write("""
+        [[upstreams]]
+        name = "a"
+        api_key_file = "key"
+        models = ["a"]
+        [[upstreams]]
+        name = "b"
+        api_key_env = "MY_KEY"
+        models = ["b"]
+        [[callers]]
+        name = "shop"
+        token_file = "token"
+    """)
+    settings = load_settings(file, {"MY_KEY": "from-env"})
+    assert [upstream.key() for upstream in settings.upstreams] == ["from-file", "from-env"]
+    ((digest, _),) = settings.caller_tokens
+    assert digest.hex() == TOKEN_SHA256
+
+
+# ---- What settings become
+
+
+def test_callers_become_callers(write: Write) -> None:
+    file = write(f"""
+        [[callers]]
+        name = "shop"
+        token_sha256 = "{TOKEN_SHA256}"
+        allow = ["read", "put"]
+        namespaces = ["default", "shop"]
+        max_priority = "batch"
+        [[callers]]
+        name = "ops"
+        token_sha256 = "{"0" * 64}"
+        namespaces = ["*"]
+        [namespaces.shop]
+    """)
+    (digest, shop), (_, ops) = load_settings(file, KEY).caller_tokens
+    assert digest == hashlib.sha256(b"secret").digest()
+    assert shop == Caller(
+        "shop", frozenset({Permission.READ, Permission.PUT}), frozenset({"default", "shop"}), Priority.BATCH
+    )
+    assert ops.namespaces is None
+    assert ops.permissions == {Permission.READ, Permission.GENERATE}
+
+
+def test_namespaces_become_namespaces_and_default_is_always_there(write: Write) -> None:
+    file = write("""
+        [namespaces.shop]
+        partition = "pictures"
+        profile = "catalog"
+        catalog_patterns = ['SKU-\\d+']
+        default_priority = "batch"
+        ttl_s = 60
+    """)
+    namespaces = load_settings(file, {}).namespaces
+    assert set(namespaces) == {"default", "shop"}
+    assert (namespaces["default"].partition, namespaces["default"].default_model) == ("default", "painter")
+    shop = namespaces["shop"]
+    assert (shop.name, shop.partition, shop.profile, shop.catalog_patterns) == (
+        "shop",
+        "pictures",
+        "catalog",
+        (r"SKU-\d+",),
+    )
+    assert (shop.default_priority, shop.ttl_s, shop.max_ttl_s) == (Priority.BATCH, 60.0, None)
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.1.2.3", True),
+        ("::1", True),
+        ("[::1]", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("example.com", False),
+        ("", False),
+    ],
+)
+def test_loopback_is_told_without_asking_dns(host: str, loopback: bool) -> None:  # noqa: FBT001 - a table's column
+    assert is_loopback(host) is loopback
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "insecure = true\n[server]\ngrpc_host = '0.0.0.0'",
+            ["everything travels in the clear", "insecure", "no Redis"],
+        ),
+        (
+            f"[server]\ngrpc_host = '::'\n[[callers]]\nname = 'a'\ntoken_sha256 = '{TOKEN_SHA256}'",
+            ["tokens travel in the clear", "no Redis"],
+        ),
+    ],
+)
+def test_what_works_and_may_not_be_meant_is_warned_of(write: Write, text: str, words: list[str]) -> None:
+    lines = warnings(load_settings(write(text), KEY))
+    assert len(lines) == len(words)
+    assert all(word in line for word, line in zip(words, lines, strict=True))
+
+
+# ---- What is refused
+
+_CALLER = f"[[callers]]\nname = 'a'\ntoken_sha256 = '{TOKEN_SHA256}'\n"
+_REFUSED: list[tuple[str, dict[str, str], str]] = [
+    # Typos name the nearest setting, in the same table if there is one.
+    ("[redis]\ntimeout = 1", {}, r"redis\.timeout: there is no such setting; did you mean redis\.timeout_s\?"),
+    ("[sever]\ngrpc_port = 1", {}, r"sever: .* did you mean server\?"),
+    ("datadir = 'x'", {}, r"datadir: .* did you mean data_dir\?"),
+    ("[[upstreams]]\nname = 'a'\nbaseurl = 'x'", {}, r"upstreams\[0\]\.baseurl: .* upstreams\[\]\.base_url\?"),
+    ("[namespaces.shop]\nttl = 1", {}, r"namespaces\.shop\.ttl: .* namespaces\.NAME\.ttl_s\?"),
+    ("", {"CACHESERVER_GRCP_PORT": "1"}, r"CACHESERVER_GRCP_PORT: .* did you mean CACHESERVER_GRPC_PORT\?"),
+    ("", {"CACHESERVER_REDIS__TLL_S": "1"}, r"CACHESERVER_REDIS__TLL_S: .* CACHESERVER_REDIS__TTL_S\?"),
+    # Values out of range say what would be right, and where the value came from.
+    ("[redis]\ntimeout_s = 0", {}, r"redis\.timeout_s: should be greater than 0\. It is: Seconds to connect"),
+    ("", {"CACHESERVER_GRPC_PORT": "70000"}, r"server\.grpc_port \(set by CACHESERVER_GRPC_PORT\): .* 65535"),
+    ("", {"CACHESERVER_MEMORY_MAX_BYTES": "1 GB"}, r"memory\.max_bytes \(set by .*\): should be a valid integer"),
+    ("[generation]\nwhen_unknown = 'ask'", {}, r"generation\.when_unknown: should be 'pay' or 'refuse'"),
+    ("[redis]\nurl = 'http://r'", KEY, r"redis\.url: should begin with one of redis://"),
+    ("[s3]\nbucket = 'b'\nendpoint = 's3.example.com'", KEY, r"s3\.endpoint: should be a URL"),
+    ("[s3]\nbucket = 'b'\nendpoint = 'http://u:pw@s3'", KEY, r"s3\.endpoint: should not hold a user or password"),
+    ("redis = 3", {"CACHESERVER_REDIS__TTL_S": "1"}, r"redis: should be a table"),
+    ("[namespaces.'Bad Name']", {}, r"namespaces\.Bad Name.*: should be 1 to 63 characters"),
+    ("[namespaces.a]\ncatalog_patterns = ['(']", {}, r"catalog_patterns\[0\]: should be a regular expression"),
+    ("[namespaces.a]\nttl_s = 9\nmax_ttl_s = 8", {}, r"namespaces\.a: ttl_s should not be above max_ttl_s"),
+    # Settings that do not go together.
+    ("[server]\ntls_cert_file = 'x'", {}, r"server: tls_cert_file and tls_key_file are set together"),
+    ("[server]\ntls_cert_file = 'x'\ntls_key_file = 'x'", {}, r"server\.tls_cert_file: x cannot be read"),
+    ("[s3]\naccess_key = 'x'", {}, r"s3: access_key and secret_key are set together"),
+    ("[s3]\nendpoint = 'http://s3'", {}, r"s3: endpoint is set and bucket is not"),
+    ("[s3]\nlocal = true\nbucket = 'b'", KEY, r"s3: local \(--local-s3\) runs its own server"),
+    ("", {"CACHESERVER_REDIS_URL": "redis://a", "CACHESERVER_REDIS__URL": "redis://b"}, r"sets the same; remove one"),
+    ("", {"OPENAI_BASE_URL": "http://x"}, r"OPENAI_BASE_URL: is set without OPENAI_API_KEY"),
+    ("", KEY | {"OPENAI_BASE_URL": "x"}, r"upstreams\[0\]\.base_url \(set by OPENAI_BASE_URL\): should be a URL"),
+    ("", {"CACHESERVER_UPSTREAMS": "sk-very-secret"}, r"CACHESERVER_UPSTREAMS: is not JSON"),
+    # Callers.
+    ("[server]\ngrpc_host = '0.0.0.0'", KEY, r"server\.grpc_host: 0\.0\.0\.0 can be reached .* add \[\[callers\]\]"),
+    ("[server]\nhttp_host = '::'", KEY, r"server\.http_host: :: can be reached"),
+    ("[[callers]]\nname = 'a'", KEY, r"callers\[0\]: set one of token_sha256 and token_file"),
+    ("[[callers]]\nname = 'a'\ntoken_sha256 = 'very-secret'", KEY, r"callers\[0\]\.token_sha256: .*64 hexadecimal"),
+    ("[[callers]]\nname = 'a'\ntoken_file = 'gone'", KEY, r"callers\[0\]\.token_file: gone cannot be read: No such"),
+    (_CALLER + _CALLER, KEY, r"callers\[1\]\.name: another caller has this name"),
+    (_CALLER + _CALLER.replace("'a'", "'b'"), KEY, r"callers\[1\]\.token_sha256: another caller has this token"),
+    (_CALLER + "namespaces = ['shop']", KEY, r"callers\[0\]\.namespaces: there is no namespace shop; add \[namespaces"),
+    (_CALLER + "allow = ['write']", KEY, r"callers\[0\]\.allow\[0\]: should be 'read', 'generate'"),
+    # Tiers.
+    ("tiers = ['memory', 's3']", {}, r"s3\.bucket is not set"),
+    ("tiers = ['memory', 'disk']\n[s3]\nbucket = 'b'", KEY, r'tiers: lacks "s3"'),
+    ("tiers = ['redis', 'memory']", {}, r'tiers: should begin with "memory"'),
+    ("tiers = ['memory', 'memory']", {}, r'tiers: should begin with "memory"'),
+    ("tiers = ['memory', 'upstream']", {}, r'tiers: should begin with "memory"'),
+    ("tiers = ['disk']", {}, r'tiers: should begin with "memory"'),
+    ("tiers = ['memory', 'redis']\n[redis]\nembedded = false", {}, r'tiers: has "redis", redis\.url is not set'),
+    # A placeholder never reaches production.
+    ("[redis]\nurl = 'redis://r'", {}, r"upstreams: there is none; set OPENAI_API_KEY"),
+    ("[s3]\nbucket = 'b'", {}, r"upstreams: there is none"),
+    (_CALLER, {}, r"upstreams: there is none"),
+    ("insecure = true\n[server]\ngrpc_host = '0.0.0.0'", {}, r"upstreams: there is none"),
+    (
+        _CALLER + "[[upstreams]]\nname = 'p'\nkind = 'painter'\nmodels = ['painter']",
+        {},
+        r"upstreams\[0\]\.kind: the pa",
+    ),
+    ("[[upstreams]]\nname = 'p'\nkind = 'painter'\nmodels = ['gpt-image-2']", {}, r"upstreams\[0\]\.kind: the painter"),
+    # Upstreams.
+    ("[[upstreams]]\nname = 'a'\napi_key_env = 'GONE'", {}, r"api_key_env: GONE is not set in the environment"),
+    (
+        "[[upstreams]]\nname = 'a'\napi_key_env = 'A'\napi_key = 'very-secret'",
+        {},
+        r"upstreams\[0\]: set one of api_key",
+    ),
+    ("[[upstreams]]\nname = 'a'\nmodels = []", {}, r"upstreams\[0\]\.models: "),
+    ("[[upstreams]]\nname = 'a'\n[[upstreams]]\nname = 'b'", {}, r"upstreams\[1\]\.models: gpt-image-2 is served by"),
+    ("default_model = 'x'", KEY, r"default_model: no upstream serves x; there is gpt-image-2"),
+    ("[namespaces.a]\ndefault_model = 'x'", {}, r"namespaces\.a\.default_model: no upstream serves x"),
+    # Files.
+    ("a = b", {}, r"config\.toml: is not TOML: .*line 1"),
+]
+
+
+@pytest.mark.parametrize(("text", "env", "message"), _REFUSED)
+def test_what_cannot_work_is_refused_in_one_line(write: Write, text: str, env: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
+        load_settings(write(text), env)
+    assert "\n" not in str(refused.value)
+    assert "very-secret" not in str(refused.value)
+
+
+def test_an_empty_secret_file_is_refused(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(" \n")
+    with pytest.raises(ConfigError, match=r"upstreams\[0\]\.api_key_file: key is empty"):
+        load_settings(write("[[upstreams]]\nname = 'a'\napi_key_file = 'key'"), {})
+    (tmp_path / "key").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"upstreams\[0\]\.api_key_file: key cannot be read: it is not text"):
+        load_settings(write("[[upstreams]]\nname = 'a'\napi_key_file = 'key'"), {})
+
+
+def test_a_config_file_that_is_named_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="CACHESERVER_CONFIG: there is no file gone"):
+        load_settings(None, {"CACHESERVER_CONFIG": "gone"})
+    with pytest.raises(ConfigError, match="--config: there is no file"):
+        load_settings(tmp_path / "gone", {})
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load_settings(tmp_path, {})
+
+
+def test_secrets_stay_out_of_the_representation(write: Write) -> None:
+    file = write("""
+        [redis]
+        url = "redis://:very-secret@r"
+        [s3]
+        bucket = "b"
+        access_key = "very-secret"
+        secret_key = "very-secret"
+        [[upstreams]]
+        name = "a"
+        api_key = "very-secret"
+    """)
+    assert "very-secret" not in repr(load_settings(file, {}))
+
+
+# ---- The example file
+
+
+def _uncommented() -> dict[str, Any]:
+    return tomllib.loads(re.sub(r"(?m)^#(?=[a-z0-9_]+ =|\[)", "", EXAMPLE.read_text()))
+
+
+def _named_in_full(document: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the uncommented example by their full names, in their order."""
+    tables: dict[str, dict[str, Any]] = {}
+    for name, value in document.items():
+        if name == "namespaces":
+            tables["namespaces.NAME."] = value["shop"]
+        elif isinstance(value, list) and isinstance(value[0], dict):
+            tables[f"{name}[]."] = value[0]
+        elif isinstance(value, dict):
+            tables[f"{name}."] = value
+        else:
+            tables.setdefault("", {})[name] = value
+    return {prefix + name: value for prefix, table in tables.items() for name, value in table.items()}
+
+
+def test_the_example_file_as_it_is_changes_nothing() -> None:
+    assert load_settings(EXAMPLE, {}) == load_settings(None, {})
+
+
+def test_the_example_file_has_every_setting_and_no_other() -> None:
+    assert list(_named_in_full(_uncommented())) == list(setting_names())
+
+
+@pytest.mark.parametrize(("name", "field"), setting_names().items())
+def test_the_example_file_says_what_a_setting_is_and_shows_its_default(name: str, field: FieldInfo) -> None:
+    assert field.description
+    text = EXAMPLE.read_text().replace("\n# ", " ").replace("# ", "\n")
+    assert field.description in text
+    shown = _named_in_full(_uncommented())[name]
+    if field.is_required():
+        return
+    if field.default is None:
+        assert "nset:" in field.description or "needs " in field.description or name in _OPTIONAL
+    else:
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        assert shown == (str(default) if isinstance(default, Path) else default)
+
+
+_OPTIONAL = {
+    "server.grpc_unix_socket",
+    "upstreams[].api_key",
+    "upstreams[].api_key_env",
+    "upstreams[].api_key_file",
+    "callers[].token_sha256",
+    "callers[].token_file",
+}
+
+
+def test_every_setting_has_its_environment_variable() -> None:
+    by_path = {path: variable for variable, path in environment_names().items()}
+    assert by_path["data_dir",] == "CACHESERVER_DATA_DIR"
+    tables = {name.split("[")[0].split(".")[0] for name in setting_names() if "[]" in name or "NAME" in name}
+    for name in setting_names():
+        path = tuple(name.split("."))
+        assert path in by_path or re.split(r"[.\[]", name)[0] in tables

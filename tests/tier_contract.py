@@ -1,0 +1,279 @@
+"""What every tier promises, as tests. A tier's own test file subclasses this and says how to make the tier."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from typing import Protocol, cast
+
+import pytest
+
+from cacheserver.errors import EntryTooLargeError
+from cacheserver.interfaces import Books, Tier
+from cacheserver.model import CachedImage, CacheKey, GeneratedImage, Labels, TierName, Usage
+from cacheserver.tiers.guard import Breaker, Deadlines, GuardedTier
+from tests.fakes import FakeClock
+
+MAX_ENTRY_BYTES = 100_000
+"""What the tiers under test are told to take at most."""
+
+
+def make_key(prompt: str = "a cat", *, partition: str = "studio", variant: int = 0) -> CacheKey:
+    """The full key of a request, as the identity makes it."""
+    digest = hashlib.sha256(prompt.encode()).digest()
+    fingerprint = hashlib.md5(prompt.encode(), usedforsecurity=False).digest()
+    return CacheKey(partition, fingerprint, digest, variant)
+
+
+def as_public(key: CacheKey) -> CacheKey:
+    """The key as a caller that was given its name spells it: with half the digest."""
+    return CacheKey.parse(key.name)
+
+
+def make_entry(
+    key: CacheKey | None = None,
+    data: bytes = b"\x89PNG a cat",
+    *,
+    create_time_s: float = 1_800_000_000.0,
+    expire_time_s: float | None = None,
+    tags: tuple[str, ...] = ("spring", "shop"),
+    revised_prompt: str = "a cat, sitting; 一只猫 🐈",
+) -> CachedImage:
+    image = GeneratedImage(
+        data=data,
+        content_type="image/png",
+        width=1024,
+        height=1536,
+        sha256=hashlib.sha256(data).hexdigest(),
+        model="gpt-image-2",
+        size="1024x1536",
+        quality="high",
+        background="opaque",
+        revised_prompt=revised_prompt,
+        seed=-7,
+        usage=Usage(
+            input_tokens=50, input_text_tokens=40, input_image_tokens=10, output_tokens=4160, total_tokens=4210
+        ),
+        upstream="openai",
+        upstream_request_id="req_1",
+        generation_s=31.25,
+        paid_microusd=166_400,
+    )
+    return CachedImage(
+        key=key or make_key(),
+        image=image,
+        namespace="studio-eu",
+        prompt_digest=hashlib.sha256(b"A cat").digest(),
+        create_time_s=create_time_s,
+        expire_time_s=expire_time_s,
+        tags=tags,
+    )
+
+
+def with_data(entry: CachedImage, data: bytes) -> CachedImage:
+    return replace(entry, image=replace(entry.image, data=data, sha256=hashlib.sha256(data).hexdigest()))
+
+
+def foreign(entry: CachedImage) -> CachedImage:
+    """The same picture under another identity whose name is the same: a forged collision."""
+    digest = entry.key.digest[:16] + bytes(16)
+    return replace(entry, key=replace(entry.key, digest=digest))
+
+
+class _NoBooks:
+    """Books that nobody reads."""
+
+    def tier_seconds(self, tier: TierName, op: str, seconds: float) -> None:
+        """Not kept."""
+
+    def breaker(self, tier: TierName, *, is_open: bool) -> None:
+        """Not kept."""
+
+    def corrupt(self, tier: TierName) -> None:
+        """Not kept."""
+
+
+def guarded_tier(tier: Tier, clock: FakeClock, *, read_deadline_s: float = 10.0) -> GuardedTier:
+    """`tier` as the service uses it."""
+    books = cast("Books", _NoBooks())
+    breaker = Breaker(tier=tier.name, probe=tier.ping, clock=clock, books=books)
+    deadlines = Deadlines(read_s=read_deadline_s, write_s=30.0)
+    return GuardedTier(tier, deadlines=deadlines, breaker=breaker, books=books, clock=clock)
+
+
+async def keys_of(tier: Store, partition: str) -> set[str]:
+    return {key.name async for key in tier.scan(partition)}
+
+
+class Store(Protocol):
+    """What memory has in common with the tiers."""
+
+    async def get(self, key: CacheKey) -> CachedImage | None: ...
+    async def find(self, keys: Sequence[CacheKey]) -> list[bool]: ...
+    async def put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool: ...
+    async def delete(self, key: CacheKey) -> bool: ...
+    def scan(self, partition: str) -> AsyncIterator[CacheKey]: ...
+    async def labels(self, key: CacheKey) -> Labels | None: ...
+
+
+class StoreContract:
+    """What memory and the tiers have in common. Subclasses give the fixture `tier`, empty and their own."""
+
+    async def test_what_was_put_is_got(self, tier: Store) -> None:
+        entry = make_entry()
+        assert await tier.put(entry.key, entry, replace=False)
+        assert await tier.get(entry.key) == entry
+
+    async def test_a_public_key_gets_the_entry_too(self, tier: Store) -> None:
+        entry = make_entry()
+        await tier.put(entry.key, entry, replace=False)
+        assert await tier.get(as_public(entry.key)) == entry
+
+    async def test_nothing_is_got_where_nothing_was_put(self, tier: Store) -> None:
+        assert await tier.get(make_key()) is None
+        assert await tier.labels(make_key()) is None
+        assert await tier.find([make_key()]) == [False]
+
+    async def test_variants_are_kept_apart(self, tier: Store) -> None:
+        keys = [make_key(variant=n) for n in (0, 1, 10)]
+        for key in keys:
+            await tier.put(key, make_entry(key, b"%d" % key.variant), replace=False)
+        assert [entry.image.data for key in keys if (entry := await tier.get(key))] == [b"0", b"1", b"10"]
+
+    async def test_partitions_are_kept_apart(self, tier: Store) -> None:
+        await tier.put(make_key(partition="studio"), make_entry(), replace=False)
+        assert await tier.get(make_key(partition="shop")) is None
+
+    async def test_a_stand_in_keeps_the_key_it_was_made_for(self, tier: Store) -> None:
+        entry = make_entry()
+        await tier.put(entry.key.stand_in, entry, replace=False)
+        assert await tier.get(entry.key) is None
+        assert await tier.get(entry.key.stand_in) == entry
+
+    async def test_another_identity_under_the_same_name_is_a_miss(self, tier: Store) -> None:
+        entry = make_entry()
+        await tier.put(entry.key, foreign(entry), replace=True)
+        assert await tier.get(entry.key) is None
+
+    async def test_an_entry_is_got_until_it_expires(self, tier: Store, clock: FakeClock) -> None:
+        entry = make_entry(expire_time_s=clock.now_s() + 60)
+        await tier.put(entry.key, entry, replace=False)
+        clock.advance(59.9)
+        assert await tier.get(entry.key) == entry
+        clock.advance(0.1)
+        assert await tier.get(entry.key) is None
+
+    async def test_replacing_leaves_the_new_entry(self, tier: Store) -> None:
+        entry = make_entry()
+        await tier.put(entry.key, entry, replace=False)
+        other = with_data(entry, b"other")
+        assert await tier.put(entry.key, other, replace=True)
+        assert await tier.get(entry.key) == other
+
+    async def test_replacing_where_nothing_is_stores(self, tier: Store) -> None:
+        entry = make_entry()
+        assert await tier.put(entry.key, entry, replace=True)
+        assert await tier.get(entry.key) == entry
+
+    async def test_find_answers_for_each_key_in_its_place(self, tier: Store) -> None:
+        keys = [make_key(f"prompt {n}") for n in range(250)]
+        for key in keys[::50]:
+            await tier.put(key, make_entry(key), replace=False)
+        assert await tier.find(keys) == [n % 50 == 0 for n in range(250)]
+
+    async def test_find_of_nothing_is_nothing(self, tier: Store) -> None:
+        assert await tier.find([]) == []
+
+    async def test_delete_says_whether_there_was_something(self, tier: Store) -> None:
+        entry = make_entry()
+        await tier.put(entry.key, entry, replace=False)
+        assert await tier.delete(as_public(entry.key))
+        assert await tier.get(entry.key) is None
+        assert not await tier.delete(entry.key)
+
+    async def test_scan_yields_every_key_of_the_partition_stand_ins_too(self, tier: Store) -> None:
+        keys = [make_key("a"), make_key("a", variant=3), make_key("b"), make_key("c").stand_in]
+        for key in [*keys, make_key("d", partition="studio-2"), make_key("e", partition="st")]:
+            await tier.put(key, make_entry(key), replace=False)
+        assert await keys_of(tier, "studio") == {key.name for key in keys}
+        assert await keys_of(tier, "nobody") == set()
+
+    async def test_labels_are_the_entrys(self, tier: Store) -> None:
+        entry = make_entry()
+        await tier.put(entry.key, entry, replace=False)
+        assert await tier.labels(as_public(entry.key)) == Labels(namespace="studio-eu", tags=("spring", "shop"))
+
+    async def test_a_revised_prompt_of_any_length_comes_back(self, tier: Store) -> None:
+        # Neither the headers of an object nor a first look at a value's head hold this one.
+        prompt = "".join(chr(0x4E00 + (n * n) % 20_000) for n in range(32_000))
+        entry = make_entry(revised_prompt=prompt)
+        assert await tier.put(entry.key, entry, replace=False)
+        assert await tier.get(entry.key) == entry
+        assert await tier.labels(entry.key) == Labels(namespace="studio-eu", tags=("spring", "shop"))
+        assert await keys_of(tier, "studio") == {entry.key.name}
+        assert await tier.delete(entry.key)
+        assert await keys_of(tier, "studio") == set()
+
+
+class TierContract(StoreContract):
+    """What every `Tier` promises. Its fixture's tier takes MAX_ENTRY_BYTES."""
+
+    async def test_a_second_writer_of_other_bytes_hears_of_the_first(self, tier: Tier) -> None:
+        entry = make_entry()
+        await tier.put(entry.key, entry, replace=False)
+        assert not await tier.put(entry.key, with_data(entry, b"other"), replace=False)
+        assert await tier.get(entry.key) == entry
+
+    async def test_a_second_writer_of_equal_bytes_is_told_they_are_there(self, tier: Tier) -> None:
+        entry = make_entry()
+        await tier.put(entry.key, entry, replace=False)
+        assert await tier.put(entry.key, make_entry(create_time_s=5.0), replace=False)
+
+    async def test_of_many_writers_one_wins(self, tier: Tier) -> None:
+        entries = [with_data(make_entry(), b"writer %d" % n) for n in range(8)]
+        won = await asyncio.gather(*(tier.put(entry.key, entry, replace=False) for entry in entries))
+        assert won.count(True) == 1
+        assert await tier.get(make_key()) == entries[won.index(True)]
+
+    async def test_an_expired_entry_is_overwritten(self, tier: Tier, clock: FakeClock) -> None:
+        old = make_entry(expire_time_s=clock.now_s() + 60)
+        await tier.put(old.key, old, replace=False)
+        clock.advance(60)
+        new = make_entry(data=b"new")
+        assert await tier.put(new.key, new, replace=False)
+        assert await tier.get(new.key) == new
+
+    async def test_another_identitys_entry_is_overwritten(self, tier: Tier) -> None:
+        entry = make_entry()
+        await tier.put(entry.key, foreign(entry), replace=True)
+        assert await tier.put(entry.key, entry, replace=False)
+        assert await tier.get(entry.key) == entry
+
+    async def test_an_entry_that_lasts_no_longer_is_not_kept_longer(self, tier: Tier, clock: FakeClock) -> None:
+        entry = make_entry(expire_time_s=clock.now_s() - 1)
+        await tier.put(entry.key, entry, replace=False)
+        assert await tier.get(entry.key) is None
+
+    async def test_an_image_at_the_size_limit_is_taken_and_a_larger_one_is_not(self, tier: Tier) -> None:
+        entry = make_entry(data=bytes(MAX_ENTRY_BYTES))
+        assert await tier.put(entry.key, entry, replace=False)
+        assert await tier.get(entry.key) == entry
+        for replace_it in (False, True):
+            with pytest.raises(EntryTooLargeError):
+                await tier.put(entry.key, make_entry(data=bytes(MAX_ENTRY_BYTES + 1)), replace=replace_it)
+        assert await tier.get(entry.key) == entry
+
+    async def test_an_empty_image_is_an_image(self, tier: Tier) -> None:
+        entry = make_entry(data=b"")
+        assert await tier.put(entry.key, entry, replace=False)
+        assert await tier.get(entry.key) == entry
+
+    async def test_a_tier_that_works_answers_a_ping(self, tier: Tier) -> None:
+        await tier.ping()
+
+    async def test_many_readers_and_writers_at_once_get_what_was_put(self, tier: Tier) -> None:
+        entries = [make_entry(make_key(f"prompt {n}"), b"%d" % n * 1000) for n in range(60)]
+        await asyncio.gather(*(tier.put(entry.key, entry, replace=n % 2 == 0) for n, entry in enumerate(entries)))
+        assert await asyncio.gather(*(tier.get(entry.key) for entry in entries)) == entries
