@@ -123,6 +123,7 @@ class OpenAIStandIn:
         self.images = 0
         self.connections = 0
         self.requests: list[HttpRequest] = []
+        self.made: dict[str, set[bytes]] = {}  # by prompt, the pictures made for it
         self.headers: dict[str, str] = {}  # sent with every answer, as x-ratelimit-*
         self.by_url = False
         self.image_url: str | None = None
@@ -277,7 +278,7 @@ class OpenAIStandIn:
             "output_format": image_format,
             "quality": quality,
             "size": size,
-            "data": [self._item(image_format) for _ in range(n)],
+            "data": [self._item(image_format, body["prompt"]) for _ in range(n)],
             "usage": {
                 "total_tokens": tokens_in + tokens_out,
                 "input_tokens": tokens_in,
@@ -290,7 +291,7 @@ class OpenAIStandIn:
             self._edit.popleft()(answer)
         return Reply(body=json.dumps(answer).encode())
 
-    def _item(self, image_format: str) -> dict[str, Any]:
+    def _item(self, image_format: str, prompt: str) -> dict[str, Any]:
         self.images += 1
         image_format = self.native_format or image_format
         data = (
@@ -298,6 +299,7 @@ class OpenAIStandIn:
             if self.min_image_bytes
             else small_image(self.images, image_format)
         )
+        self.made.setdefault(prompt, set()).add(data)
         if self.image_url is not None:
             return {"url": self.image_url}
         if self.by_url:

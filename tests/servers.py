@@ -229,6 +229,12 @@ class TcpProxy:
         """Let so many more bytes of answers through, then `cut`."""
         self._remaining = n_bytes
 
+    def retarget(self, host: str, port: int) -> None:
+        """Reset every connection and lead new ones to another server."""
+        self._target = (host, port)
+        for writer in list(self._writers):
+            _reset(writer)
+
     def hang(self) -> None:
         """Accept everything and forward nothing, until `resume`."""
         self._open.clear()

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import tomllib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import typer.testing
 from PIL import Image
+from structlog.testing import capture_logs
 
+from cacheserver.app import start
 from cacheserver.cli import app
 from cacheserver.errors import ConfigError, PromptRefusedError
 from cacheserver.model import Caller, Permission, TierName
@@ -24,8 +26,16 @@ from tests.fakes import FakeClock
 from tests.house import House, open_tier
 from tests.provider import large_png, small_image
 from tests.rpc_front import Front, open_front
+from tests.servers import S3Server, ValkeyServer
 
 Run = Callable[..., Awaitable[typer.testing.Result]]
+
+
+@pytest.fixture(autouse=True)
+def _quiet_service() -> Iterator[None]:
+    """The service shares this process, and its log lines are not what a command prints."""
+    with capture_logs():
+        yield
 
 
 @pytest.fixture
@@ -109,9 +119,9 @@ async def test_get_without_a_file_only_tells(run: Run) -> None:
 async def test_get_numbers_the_files_of_several_images(run: Run, tmp_path: Path) -> None:
     result = await run("get", "a red fox", "-n", "3", "-o", str(tmp_path / "fox.png"))
     assert result.exit_code == 0, result.output
-    written = {file.name: file.read_bytes() for file in tmp_path.glob("fox*")}
-    assert sorted(written) == ["fox-1.png", "fox-2.png", "fox-3.png"]
-    assert len(set(written.values())) == 3
+    written = {(tmp_path / f"fox-{number}.png").read_bytes() for number in (1, 2, 3)}
+    assert len(written) == 3
+    assert not (tmp_path / "fox.png").exists()
 
 
 async def test_get_next_is_another_picture_and_its_key_fetches_it(run: Run, tmp_path: Path) -> None:
@@ -414,3 +424,115 @@ async def test_serve_refuses_in_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr("cacheserver.app.run", refuse)
     assert (await command("serve")).stderr == "redis.url: wrong\n"
+
+
+# --- doctor ---
+
+
+def configured(tmp_path: Path, **sections: dict[str, Any]) -> list[str]:
+    """A config file with these sections, as flags."""
+    lines = [f'data_dir = "{tmp_path}"']
+    for name, section in sections.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in section.items())]
+    (tmp_path / "c.toml").write_text("\n".join(lines))
+    return ["doctor", "--config", str(tmp_path / "c.toml")]
+
+
+def findings(result: typer.testing.Result) -> dict[str, tuple[str, str]]:
+    return {each["what"]: (each["verdict"], f"{each['text']} {each['remedy']}") for each in printed(result)["findings"]}
+
+
+NO_UPSTREAM: dict[str, str | None] = {"OPENAI_API_KEY": None, "OPENAI_BASE_URL": None}
+DEAD_UPSTREAM: dict[str, str | None] = {"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": "http://127.0.0.1:1/v1"}
+
+
+async def test_doctor_finds_the_embedded_default_well_and_the_service_not_running(tmp_path: Path) -> None:
+    result = await command(*configured(tmp_path, server={"grpc_port": 1}), env=NO_UPSTREAM)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0] == "well   config: tiers: memory > redis > disk"
+    assert "well   redis: our own server, started with the service" in lines
+    assert "well   disk: wrote, read and removed a test entry" in lines
+    assert "note   upstream painter: draws placeholders, no real images" in lines
+    assert "       start it with scripts/serve, or give its --address" in lines
+
+
+async def test_doctor_tries_a_redis_and_a_bucket_of_yours(
+    tmp_path: Path, valkey_server: ValkeyServer, s3_server: S3Server
+) -> None:
+    bucket = await asyncio.to_thread(s3_server.new_bucket)
+    s3 = {
+        "bucket": bucket,
+        "endpoint": s3_server.endpoint,
+        "access_key": s3_server.access_key,
+        "secret_key": s3_server.secret_key,
+    }
+    flags = configured(tmp_path, redis={"url": valkey_server.url}, s3=s3)
+    found = findings(await command(*flags, "--json", env=DEAD_UPSTREAM))
+    assert found["redis"][0] == found["s3"][0] == "well"
+    assert found["upstream openai"][0] == "broken"
+    assert "UPSTREAM_DOWN" in found["upstream openai"][1]
+
+
+async def test_doctor_says_what_is_broken_and_how_to_mend_it(tmp_path: Path, s3_server: S3Server) -> None:
+    s3 = {
+        "bucket": "no-such-bucket",
+        "endpoint": s3_server.endpoint,
+        "access_key": s3_server.access_key,
+        "secret_key": s3_server.secret_key,
+    }
+    flags = configured(tmp_path, redis={"url": "redis://127.0.0.1:1"}, s3=s3)
+    result = await command(*flags, "--json", env=DEAD_UPSTREAM)
+    assert result.exit_code == 1
+    assert not printed(result)["ok"]
+    found = findings(result)
+    assert found["redis"][0] == found["s3"][0] == "broken"
+    assert "check redis.url" in found["redis"][1]
+    assert "bucket no-such-bucket" in found["s3"][1]
+
+
+async def test_doctor_refuses_a_redis_that_evicts_control_state(
+    tmp_path: Path, own_valkey: Callable[[], ValkeyServer]
+) -> None:
+    server = await asyncio.to_thread(own_valkey)
+    await asyncio.to_thread(server.execute, "CONFIG SET maxmemory-policy allkeys-lru")
+    result = await command(*configured(tmp_path, redis={"url": server.url}), "--json", env=DEAD_UPSTREAM)
+    assert findings(result)["redis"][0] == "broken"
+    assert "volatile-lfu" in findings(result)["redis"][1]
+
+
+async def test_doctor_asks_the_running_service(tmp_path: Path) -> None:
+    settings = Settings.model_validate(
+        {
+            "data_dir": tmp_path / "data",
+            "tiers": ["memory", "disk"],
+            "server": {"grpc_port": 0, "http_port": 0},
+            "upstreams": [{"name": "painter", "kind": "painter", "models": ["painter"]}],
+        }
+    )
+    service = await start(settings)
+    try:
+        http_port = int(service.http_address.rpartition(":")[2])
+        flags = configured(tmp_path, server={"http_port": http_port})
+        result = await command(*flags, "--json", address=service.grpc_address, env=NO_UPSTREAM)
+        assert findings(result)["service"] == ("well", "runs, and all its tiers answer ")
+        flags = configured(tmp_path, server={"http_port": 1})
+        result = await command(*flags, "--json", address=service.grpc_address, env=NO_UPSTREAM)
+        assert findings(result)["service"][0] == "note"
+    finally:
+        await service.stop()
+
+
+async def test_doctor_knows_a_service_that_wants_a_token(house: House, tmp_path: Path) -> None:
+    async with open_front(house, anonymous=None) as front:
+        address = f"127.0.0.1:{front.server.port}"
+        result = await command(*configured(tmp_path), "--json", address=address, env=NO_UPSTREAM)
+        assert findings(result)["service"][0] == "note"
+        assert "CACHESERVER_TOKEN" in findings(result)["service"][1]
+
+
+async def test_doctor_of_a_wrong_config_is_one_line(tmp_path: Path) -> None:
+    result = await command(*configured(tmp_path, redis={"ur": "x"}))
+    assert result.exit_code == 1
+    assert "redis.ur" in result.stderr
+    assert len(result.stderr.splitlines()) == 1

@@ -1,4 +1,7 @@
-"""The client against a gRPC server whose answers each test writes down. Both twins go through every test."""
+"""The client against a gRPC server whose answers each test writes down, and then against the real service.
+
+Both twins, sync and asyncio, go through every test.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,23 @@ import asyncio
 import hashlib
 import inspect
 import json
+import os
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import grpc.aio
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
@@ -60,6 +68,11 @@ from cacheserver.client import (
 )
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.pb import promptcache_pb2_grpc as pb_grpc
+from tests.fakes import FakeClock
+from tests.house import House, open_tier
+from tests.provider import large_png
+from tests.rpc_front import open_front
+from tests.servers import TcpProxy
 
 PNG = b"\x89PNG" + bytes(range(256)) * 40
 DIGEST = f"sha256:{hashlib.sha256(PNG).hexdigest()}"
@@ -166,6 +179,27 @@ class Service(pb_grpc.PromptCacheServiceServicer):
         return await self._unary([request async for request in requests], context)
 
 
+def self_signed() -> tuple[bytes, bytes]:
+    """A certificate for 127.0.0.1 that vouches for itself, and its key; both PEM."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "cacheserver test")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return certificate.public_bytes(pem), private
+
+
 class InThreads:
     """The sync client with its calls moved to threads, so that one suite can await both twins."""
 
@@ -188,10 +222,12 @@ class InThreads:
 
 
 @asynccontextmanager
-async def serving(service: Service, address: str = "127.0.0.1:0") -> AsyncIterator[str]:
+async def serving(
+    service: Service, address: str = "127.0.0.1:0", credentials: grpc.ServerCredentials | None = None
+) -> AsyncIterator[str]:
     server = grpc.aio.server()
     pb_grpc.add_PromptCacheServiceServicer_to_server(service, server)  # type: ignore[no-untyped-call] # generated without types
-    port = server.add_insecure_port(address)
+    port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     await server.start()
     try:
         yield address if address.startswith("unix:") else f"127.0.0.1:{port}"
@@ -398,6 +434,17 @@ async def test_a_unix_socket_is_an_address(kind: str, tmp_path: Path, service: S
     service.script = [answer()]
     async with serving(service, f"unix:{tmp_path}/s") as address, connected(kind, address) as client:
         assert (await client.get_image("a red fox")).data == PNG
+
+
+async def test_tls_trusts_the_certificates_it_is_given(kind: str, service: Service) -> None:
+    certificate, key = self_signed()
+    service.script = [answer()]
+    async with serving(service, credentials=grpc.ssl_server_credentials([(key, certificate)])) as address:
+        async with connected(kind, address, root_certificates=certificate, token="s3cret") as client:
+            assert (await client.get_image("a red fox")).data == PNG
+        async with connected(kind, address, tls=True) as distrustful:
+            with pytest.raises(UnreachableError):
+                await distrustful.get_image("a red fox")
 
 
 async def test_an_image_above_grpcs_own_limit_arrives(client: Any, service: Service) -> None:
@@ -920,3 +967,117 @@ def test_the_twins_have_the_same_methods_and_parameters() -> None:
                 yield name, [str(each) for each in inspect.signature(method).parameters.values()]
 
     assert dict(surface(Client)) == dict(surface(AsyncClient))
+
+
+# --- the real service ---
+
+
+@pytest.fixture
+async def house(clock: FakeClock, tmp_path: Path) -> AsyncIterator[House]:
+    redis = await open_tier(tmp_path / "redis", TierName.REDIS, clock)
+    s3 = await open_tier(tmp_path / "s3", TierName.S3, clock)
+    house = House(clock=clock, redis=redis, s3=s3)
+    yield house
+    await house.aclose()
+    await redis.aclose()
+    await s3.aclose()
+
+
+@pytest.fixture
+async def real(kind: str, house: House) -> AsyncIterator[Any]:
+    async with open_front(house) as front, connected(kind, f"127.0.0.1:{front.server.port}") as client:
+        yield client
+
+
+async def test_the_service_answers_the_client_all_the_way(real: Any, house: House) -> None:
+    first = await real.get_image("a red fox")
+    again = await real.get_image("a red fox")
+    assert (first.tier, again.tier) == (TierName.UPSTREAM, TierName.MEMORY)
+    assert first.data == again.data
+    assert again.image.digest == f"sha256:{hashlib.sha256(first.data).hexdigest()}"
+    assert (again.status.matched, again.status.state) == (MatchLevel.EXACT, State.READY)
+    assert (await real.get_by_key(first.key)).data == first.data
+    another = await real.get_image("a red fox", variant_policy=VariantPolicy.NEXT, exclude_keys=[first.key])
+    assert another.data != first.data
+    several = await real.get_image("a red fox", n=2)
+    assert several.keys == (first.key, another.key)
+    assert house.upstream.calls == 2
+
+
+async def test_the_service_finds_explains_purges_and_counts(real: Any) -> None:
+    key = (await real.get_image("a red fox", tags=["spring"])).key
+    found = await real.find_cached(["a red fox", "a blue fox"])
+    assert [item.presence for item in found.items] == [Presence.CACHED, Presence.ABSENT]
+    assert (await real.explain("A red fox")).explanation.key == key
+    assert (await real.purge(tag="spring", dry_run=True)).images == 1
+    assert (await real.purge(tag="spring")).images == 1
+    with pytest.raises(KeyGoneError):
+        await real.get_by_key(key)
+    assert (await real.stats("default")).total.requests == 2
+
+
+async def test_the_service_takes_an_image_and_streams_it_back(real: Any, house: House, tmp_path: Path) -> None:
+    data = large_png(1, 1_000_000)
+    stored = await real.put(data, "a large fox", paid_microusd=7)
+    assert stored.created
+    events = await collected(real, "a large fox")
+    assert bytes_of(events) == data
+    (tmp_path / "got").mkdir()
+    begun = await real.download(tmp_path / "got" / "fox.png", key=stored.image.key)
+    assert begun.status.saved_microusd == 7
+    assert contents(tmp_path / "got") == {"fox.png": data}
+    with pytest.raises(ImageTooLargeError):
+        await real.get_image("a large fox", max_inline_bytes=1_000)
+    assert house.upstream.calls == 0
+
+
+async def test_the_service_resumes_a_download_that_the_network_breaks(
+    kind: str, house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = large_png(1, 2_000_000)
+    async with open_front(house) as front:
+        await front.put(pb.PutImageHeader(spec=pb.ImageSpec(prompt="a large fox")), data)
+        async with (
+            TcpProxy("127.0.0.1", front.server.port) as proxy,
+            connected(kind, f"127.0.0.1:{proxy.port}") as client,
+        ):
+            broken = asyncio.Event()
+            cut = proxy.cut
+
+            def cut_and_tell() -> None:
+                cut()
+                broken.set()
+
+            monkeypatch.setattr(proxy, "cut", cut_and_tell)
+            proxy.cut_after(700_000)
+            download = asyncio.create_task(collected(client, "a large fox"))
+            await broken.wait()
+            proxy.resume()
+            assert bytes_of(await download) == data
+
+
+async def test_the_services_errors_name_the_field(real: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        await real.get_image("a red fox", size="17x99999")
+    assert list(caught.value.violations) == ["spec.size"]
+    with pytest.raises(NotCachedError) as missed:
+        await real.get_image("a red fox", cache_policy=CachePolicy.ONLY_IF_CACHED)
+    assert missed.value.reason == "NOT_CACHED"
+
+
+async def test_the_example_runs(house: House, tmp_path: Path) -> None:
+    example = Path(__file__).parent.parent / "scripts" / "examples" / "python_client.py"
+    async with open_front(house) as front:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            str(example),
+            cwd=tmp_path,
+            env=os.environ | {"CACHESERVER_ADDRESS": f"127.0.0.1:{front.server.port}", "PYTHONPATH": str(Path.cwd())},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        output, _ = await process.communicate()
+    assert process.returncode == 0
+    lines = output.decode().splitlines()
+    assert lines[0] == "first from upstream, again from memory, same bytes: True"
+    assert "only if cached: NOT_CACHED" in lines
+    assert lines[-1] == "downloaded to fox.png, same bytes: True"

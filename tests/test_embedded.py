@@ -93,7 +93,7 @@ async def _supervised(
         return is_ready()
 
     lock = await DirectoryLock.acquire(directory, clock=clock)
-    program = Program(name="sleeper", argv=["sh", "-c", script], log_file=directory / "sleeper.log")
+    program = Program(name="sleeper", argv=["sh", "-c", script], log_file=directory / "sleeper.log", stop_timeout_s=0.2)
     supervised = SupervisedChild(program, lock_fd=lock.fd, is_ready=ready, clock=clock)
     try:
         yield supervised
@@ -310,10 +310,7 @@ async def test_a_child_that_is_never_ready_is_ended_and_its_last_lines_are_quote
         assert supervised.pid is None
 
 
-async def test_a_child_that_ignores_sigterm_is_killed(
-    tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(child, "_STOP_TIMEOUT_S", 0.1)
+async def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path, clock: FakeClock) -> None:
     trapped = tmp_path / "trapped"
     script = f"trap '' TERM; touch {trapped}; while :; do sleep 60; done"
     async with _supervised(tmp_path, script, clock, is_ready=trapped.exists) as supervised:

@@ -109,7 +109,7 @@ def test_a_size_between_our_limit_and_pillows_is_refused_by_ours() -> None:
         look(large + PICTURES["png"][33:])
 
 
-@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0"}])
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"icc_profile": b"x" * 128}])
 def test_the_size_of_a_webp_is_read_before_its_decoder_is_made(
     options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +118,11 @@ def test_the_size_of_a_webp_is_read_before_its_decoder_is_made(
     monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("decoded all the same"))
     with pytest.raises(BadImageError, match="300x200"):
         look(data, max_pixels=59_999)
+
+
+def test_a_webp_of_a_kind_nobody_knows_is_refused() -> None:
+    with pytest.raises(BadImageError):
+        look(b"RIFF\x16\0\0\0WEBPVP9 " + bytes(14))
 
 
 def test_a_file_with_too_many_bytes_is_refused() -> None:

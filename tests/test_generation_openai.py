@@ -75,7 +75,9 @@ def no_secret_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     caplog.set_level(logging.DEBUG)
     with structlog.testing.capture_logs() as events:
         yield
-    logged = caplog.text + repr(events)
+    records = caplog.get_records("call")
+    assert all(record.exc_info is None for record in records)
+    logged = "\n".join(record.getMessage() for record in records) + repr(events)
     assert "zebras" not in logged
     assert API_KEY not in logged
     assert "/files/" not in logged
@@ -291,6 +293,18 @@ async def test_a_damaged_picture_among_good_ones_is_left_out_and_all_is_still_pa
     images = await upstream.generate(asked(quality="low"), range(3))
     assert len(images) == 2
     assert sum(image.paid_microusd for image in images) == 9 * 5 + 3 * 196 * 30
+
+
+async def test_without_usage_every_picture_of_the_answer_is_paid_for(
+    upstream: OpenAIUpstream, provider: OpenAIStandIn
+) -> None:
+    def damage(answer: dict[str, Any]) -> None:
+        del answer["usage"]
+        answer["data"][0] = {}
+
+    provider.edit_next(damage)
+    images = await upstream.generate(asked(quality="low"), range(3))
+    assert [image.paid_microusd for image in images] == [9_000, 9_000]
 
 
 async def test_fewer_pictures_than_asked_for_are_taken(upstream: OpenAIUpstream, provider: OpenAIStandIn) -> None:
@@ -649,15 +663,23 @@ async def test_bytes_that_are_not_http_do_not_enter_the_message(make: Make) -> N
     assert "RemoteProtocolError" in str(error)
 
 
-async def test_silence_ends_at_the_deadline(make: Make, provider: OpenAIStandIn) -> None:
-    upstream = make(timeout_s=0.05)
-    provider.hang_next()
-    assert "no answer within" in str(await failure(upstream))
-    provider.answer_next(Reply(body=b"x" * 100, hang_after=50))
-    assert "no answer within" in str(await failure(upstream))
-    # Long enough for the call itself on a busy machine; only the download hangs.
+@pytest.mark.parametrize("sent_bytes", [None, 0, 50])
+async def test_silence_ends_at_the_deadline(make: Make, provider: OpenAIStandIn, sent_bytes: int | None) -> None:
+    if sent_bytes is None:
+        provider.hang_next()
+    else:
+        provider.answer_next(Reply(body=b"x" * 100, hang_after=sent_bytes))
+    error = await failure(make(timeout_s=0.05))
+    assert type(error) is UpstreamDownError
+    assert "no answer within" in str(error)
+
+
+async def test_silence_of_a_download_ends_at_the_same_deadline(make: Make, provider: OpenAIStandIn) -> None:
     provider.image_url = provider.file("slow", Reply(body=b"x" * 100, hang_after=50))
-    assert "no picture within" in str(await failure(make(timeout_s=1.0)))
+    # Long enough for the call itself on a busy machine; only the download hangs.
+    error = await failure(make(timeout_s=1.0))
+    assert type(error) is UpstreamDownError
+    assert "no picture within" in str(error)
 
 
 async def test_a_closed_port_is_tried_twice_and_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -301,6 +301,21 @@ async def test_a_breaker_that_closed_opens_again_from_the_start(
     assert books.breakers == [True, False, True, False]
 
 
+async def test_a_tier_known_not_to_answer_is_spared_until_a_probe_works(
+    guarded: GuardedTier, faulty: FaultyTier, books: TierBooks, clock: FakeClock
+) -> None:
+    guarded.spare()
+    guarded.spare()
+    with pytest.raises(TierOpenError):
+        await guarded.get(make_key())
+    assert faulty.calls == []
+    await _settle()
+    clock.advance(0.5)
+    await _settle()
+    assert await guarded.get(make_key()) is not None
+    assert books.breakers == [True, False]
+
+
 async def test_a_probe_that_hangs_has_failed(guarded: GuardedTier, faulty: FaultyTier, clock: FakeClock) -> None:
     await _open(guarded, faulty)
     faulty.fault = faulty.hangs

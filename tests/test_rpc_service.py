@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import pytest
 import structlog
 from google.protobuf.duration_pb2 import Duration
@@ -156,10 +157,18 @@ class TestGetImage:
 
     async def test_extra_parameters_reach_the_upstream_with_whole_numbers_as_integers(self, front: Front) -> None:
         request = ask()
-        request.spec.extra.update({"steps": 30, "guidance": 7.5, "loras": [{"name": "ink", "weight": 1}], "off": None})
+        request.spec.extra.update(
+            {"steps": 30, "guidance": 7.5, "loras": [{"name": "ink", "weight": 1}], "off": None, "hd": True}
+        )
         await front.stub.GetImage(request)
         [(seen, _)] = front.house.upstream.asked
-        assert seen.extra == {"steps": 30, "guidance": 7.5, "loras": [{"name": "ink", "weight": 1}], "off": None}
+        assert seen.extra == {
+            "steps": 30,
+            "guidance": 7.5,
+            "loras": [{"name": "ink", "weight": 1}],
+            "off": None,
+            "hd": True,
+        }
         assert type(seen.extra["steps"]) is int
 
     async def test_usage_is_told_where_the_provider_gave_it(
@@ -200,6 +209,12 @@ class TestHeaders:
         call = front.stub.GetImage(ask(), metadata=(("cache-control", "no-cache"),))
         assert (await call).images[0].digest != first.images[0].digest
         assert dict(await call.trailing_metadata())["cache-status"].startswith("cacheserver; fwd=request; stored")
+
+    async def test_no_cache_means_nothing_for_a_key_which_never_generates(self, front: Front) -> None:
+        [image] = (await front.stub.GetImage(ask())).images
+        by_key = pb.GetImageRequest(key=image.key)
+        again = await front.stub.GetImage(by_key, metadata=(("cache-control", "no-cache"),))
+        assert list(again.images) == [image]
 
     async def test_max_age_refuses_older_pictures_unless_the_message_says_otherwise(self, front: Front) -> None:
         await front.stub.GetImage(ask())

@@ -1,4 +1,4 @@
-"""The command `cacheserver`: each file beside this one is the command of its name."""
+"""The command `cacheserver`: each file beside this one that has the name of a command is that command."""
 
 from __future__ import annotations
 
@@ -6,15 +6,8 @@ import os
 
 import typer
 
-from cacheserver.cli.explain import explain
-from cacheserver.cli.find import find
-from cacheserver.cli.get import get
+from cacheserver.cli import doctor, explain, find, get, purge, put, serve, stats, token
 from cacheserver.cli.options import flat
-from cacheserver.cli.purge import purge
-from cacheserver.cli.put import put
-from cacheserver.cli.serve import serve
-from cacheserver.cli.stats import stats
-from cacheserver.cli.token import token
 
 app = typer.Typer(
     help="A multi-level prompt cache in front of image models.",
@@ -23,7 +16,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for _command in (serve, get, find, put, purge, explain, stats, token):
+for _command in (
+    serve.serve,
+    get.get,
+    find.find,
+    put.put,
+    purge.purge,
+    explain.explain,
+    stats.stats,
+    token.token,
+    doctor.doctor,
+):
     app.command(_command.__name__)(flat(_command))
 
 

@@ -26,14 +26,19 @@ class Output:
         """With `stdout_is_taken`, what people read goes to standard error."""
         self.as_json = as_json
         self.err = _console(stderr=True)
-        self._out = self.err if stdout_is_taken else _console(stderr=False)
+        self.out = self.err if stdout_is_taken else _console(stderr=False)
 
     def result(self, facts: Mapping[str, Any], draw: Callable[[Console], None]) -> None:
         """Print `facts` as JSON, or have `draw` print them for people."""
         if self.as_json:
-            print(json.dumps(facts, ensure_ascii=False))
+            self.json(facts)
         else:
-            draw(self._out)
+            draw(self.out)
+
+    @staticmethod
+    def json(facts: Mapping[str, Any]) -> None:
+        """Print one JSON object on standard output."""
+        print(json.dumps(facts, ensure_ascii=False))
 
     def failure(self, error: CacheError) -> int:
         """Print what failed; returns the exit code that fits."""
@@ -55,7 +60,7 @@ class Output:
 
     def _problem(self, facts: Mapping[str, Any], lines: list[str]) -> None:
         if self.as_json:
-            print(json.dumps({"error": facts}, ensure_ascii=False))
+            self.json({"error": facts})
         else:
             for line in lines:
                 self.err.print(line, style="red")

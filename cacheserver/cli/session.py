@@ -27,11 +27,16 @@ def session(link: Link, *, stdout_is_taken: bool = False) -> Iterator[tuple[Clie
         raise typer.Exit(FAILED) from error
 
 
+def token_of(link: Link) -> str | None:
+    """The token to call with, if any. Raises OSError where its file cannot be read."""
+    given = link.token_file.read_text().strip() if link.token_file else os.environ.get("CACHESERVER_TOKEN")
+    return given or None
+
+
+def trusted_by(link: Link) -> bytes | None:
+    """The certificates to trust; None is the usual authorities. Raises OSError where the file cannot be read."""
+    return link.ca_file.read_bytes() if link.ca_file else None
+
+
 def _client(link: Link) -> Client:
-    token = link.token_file.read_text().strip() if link.token_file else os.environ.get("CACHESERVER_TOKEN")
-    return Client(
-        link.address,
-        token=token or None,
-        tls=link.tls,
-        root_certificates=link.ca_file.read_bytes() if link.ca_file else None,
-    )
+    return Client(link.address, token=token_of(link), tls=link.tls, root_certificates=trusted_by(link))

@@ -39,7 +39,6 @@ _PORTS = range(10_000, 30_000)  # below the ephemeral range: no outgoing connect
 
 _POLL_S = 0.02
 _START_TIMEOUT_S = 60.0
-_STOP_TIMEOUT_S = 10.0
 _FIRST_BACKOFF_S = 0.1
 _LONGEST_BACKOFF_S = 30.0
 _STEADY_S = 60.0
@@ -56,6 +55,7 @@ class Program:
     argv: Sequence[str]
     log_file: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    stop_timeout_s: float = 10.0
 
 
 class SupervisedChild:
@@ -94,7 +94,7 @@ class SupervisedChild:
         self._tasks = [asyncio.create_task(self._supervise()), asyncio.create_task(self._bound_log())]
 
     async def stop(self) -> None:
-        """End it: SIGTERM, and SIGKILL when it still runs after ten seconds."""
+        """End it: SIGTERM, and SIGKILL when it still runs after its `stop_timeout_s`."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -165,10 +165,10 @@ class SupervisedChild:
         try:
             if process is not None and process.returncode is None:
                 process.terminate()
-                async with asyncio.timeout(_STOP_TIMEOUT_S):
+                async with asyncio.timeout(self._program.stop_timeout_s):
                     await process.wait()
         except TimeoutError:
-            _log.warning("child_killed", child=self._program.name, after_s=_STOP_TIMEOUT_S)
+            _log.warning("child_killed", child=self._program.name, after_s=self._program.stop_timeout_s)
         finally:
             if process is not None and process.returncode is None:
                 process.kill()

@@ -29,6 +29,7 @@ _FILER = 6
 _LONGEST_SOCKET = "filer.sock"
 _GO_MEMORY = {"GOMEMLIMIT": "200MiB", "GOGC": "50"}  # a third of the memory for some more CPU per PUT
 _READY_TIMEOUT_S = 1.0
+_STOP_TIMEOUT_S = 3.0  # now and then it hangs in its own shutdown; what it acknowledged survives SIGKILL
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,7 @@ class LocalS3:
             ),
             log_file=self._directory / "weed.log",
             environment={"HOME": str(self._directory), **_GO_MEMORY},
+            stop_timeout_s=_STOP_TIMEOUT_S,
         )
 
     @property
@@ -165,6 +167,7 @@ def weed_command(*, binary: Path, data_dir: Path, socket_dir: Path, ports: Seque
         "-ip=127.0.0.1",
         "-ip.bind=127.0.0.1",
         "-master.telemetry=false",
+        "-master.resumeState=false",  # resuming, every other start waits five seconds for the volumes
         f"-s3.port={s3}",
         f"-s3.port.grpc={s3_grpc}",
         f"-master.port={master}",
@@ -176,6 +179,7 @@ def weed_command(*, binary: Path, data_dir: Path, socket_dir: Path, ports: Seque
         f"-admin.port={admin}",  # listened on even without the page
         f"-admin.port.grpc={admin_grpc}",
         "-admin.ui=false",
+        "-volume.preStopSeconds=0",
         "-webdav=false",
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",

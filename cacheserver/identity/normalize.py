@@ -6,8 +6,8 @@ in capitals. Only identities are made of normalized prompts; upstreams get the p
 - `exact`: Unicode NFC and nothing else.
 - `standard`: characters folded that differ only in width or style (characters.py), white space to single
   spaces, terminal punctuation dropped, case folded but in words written in capitals, words with digits, single
-  letters and homographs (homographs.py). Quoted text, tags, web addresses and parameters stay as written
-  (verbatim.py). A prompt whose quote marks are unclear stays as written altogether.
+  letters and homographs (homographs.py). Quoted and announced text, tags, web addresses and parameters stay as
+  written (verbatim.py). A prompt whose quote marks are unclear stays as written altogether.
 - `catalog`: standard, and what the namespace's patterns name is dropped (catalog.py).
 
 Every profile is idempotent and, an operator's patterns aside, takes time linear in the prompt's length. Any

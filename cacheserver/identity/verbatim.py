@@ -38,6 +38,12 @@ class _Family(NamedTuple):
     is_single: bool = False
 
 
+class _Span(NamedTuple):
+    start: int
+    end: int
+    is_quoted: bool
+
+
 class _Role(Enum):
     QUOTE = auto()
     NOT_A_QUOTE = auto()
@@ -96,26 +102,18 @@ def split(text: str) -> list[Part]:
     """
     parts = []
     position = 0
-    for start, end in _verbatim_spans(text):
+    for start, end, is_quoted in _with_drawn_text(text, list(_verbatim_spans(text))):
         if start > position:
             parts.append(Part(text[position:start], verbatim=False))
-        parts.append(Part(_with_straight_quotes(text[start:end]), verbatim=True))
+        written = text[start:end]
+        parts.append(Part(_with_straight_quotes(written) if is_quoted else written, verbatim=True))
         position = end
-    parts += _end_parts(text[position:])
+    if position < len(text):
+        parts.append(Part(text[position:], verbatim=False))
     return parts
 
 
-def _end_parts(text: str) -> Iterator[Part]:
-    """What follows the last quotation."""
-    drawn = _DRAWN.search(text)
-    position = drawn.end() if drawn else len(text)
-    if position:
-        yield Part(text[:position], verbatim=False)
-    if position < len(text):
-        yield Part(text[position:], verbatim=True)
-
-
-def _verbatim_spans(text: str) -> Iterator[tuple[int, int]]:
+def _verbatim_spans(text: str) -> Iterator[_Span]:
     opened: set[_Family] = set()
     position = 0
     while found := _NOTABLE.search(text, position):
@@ -135,13 +133,22 @@ def _verbatim_spans(text: str) -> Iterator[tuple[int, int]]:
             position = _end_of_quote(text, start, family)
         elif len(found[0]) == 1:
             raise UnclearQuotesError  # a closing bracket that nothing opened
-        yield start, position
+        yield _Span(start, position, is_quoted=len(found[0]) == 1)
 
 
-def _with_straight_quotes(span: str) -> str:
-    if span[0] not in _FAMILY_OF:
-        return span
-    return STRAIGHT_QUOTES.get(span[0], span[0]) + span[1:-1] + STRAIGHT_QUOTES.get(span[-1], span[-1])
+def _with_drawn_text(text: str, spans: list[_Span]) -> list[_Span]:
+    """`spans`, and all that follows words that announce text to be drawn without a quotation after them."""
+    drawn = _DRAWN.search(text, max((span.end for span in spans if span.is_quoted), default=0))
+    if drawn is None:
+        return spans
+    before = [span for span in spans if span.start < drawn.start()]
+    begin = max([drawn.end(), *(span.end for span in before)])
+    return [*before, _Span(begin, len(text), is_quoted=False)] if begin < len(text) else before
+
+
+def _with_straight_quotes(quotation: str) -> str:
+    first, last = quotation[0], quotation[-1]
+    return STRAIGHT_QUOTES.get(first, first) + quotation[1:-1] + STRAIGHT_QUOTES.get(last, last)
 
 
 def _end_of_bracket(text: str, start: int) -> int:

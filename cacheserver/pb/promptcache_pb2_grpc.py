@@ -39,6 +39,7 @@ class PromptCacheServiceStub:
     INVALID_ARGUMENT (MALFORMED_MESSAGE): the bytes are not the message they should be.
     UNAUTHENTICATED (UNAUTHENTICATED): no bearer token, or one nobody knows.
     PERMISSION_DENIED (PERMISSION_DENIED): the caller may not use the namespace or the operation.
+    UNIMPLEMENTED (NOT_IMPLEMENTED): a field or call marked experimental.
     """
 
     def __init__(self, channel):
@@ -108,6 +109,7 @@ class PromptCacheServiceServicer:
     INVALID_ARGUMENT (MALFORMED_MESSAGE): the bytes are not the message they should be.
     UNAUTHENTICATED (UNAUTHENTICATED): no bearer token, or one nobody knows.
     PERMISSION_DENIED (PERMISSION_DENIED): the caller may not use the namespace or the operation.
+    UNIMPLEMENTED (NOT_IMPLEMENTED): a field or call marked experimental.
     """
 
     def GetImage(self, request, context):
@@ -282,6 +284,7 @@ class PromptCacheService:
     INVALID_ARGUMENT (MALFORMED_MESSAGE): the bytes are not the message they should be.
     UNAUTHENTICATED (UNAUTHENTICATED): no bearer token, or one nobody knows.
     PERMISSION_DENIED (PERMISSION_DENIED): the caller may not use the namespace or the operation.
+    UNIMPLEMENTED (NOT_IMPLEMENTED): a field or call marked experimental.
     """
 
     @staticmethod

@@ -105,7 +105,7 @@ _EXPERIMENTAL_LEVELS = frozenset({MatchLevel.CANONICAL, MatchLevel.SEMANTIC})
 
 _NOT_A_KEY = "is not a key: pass one from an earlier answer, unchanged"
 
-NO_KEY = CacheKey("", b"", b"", 0)
+_NO_KEY = CacheKey("", b"", b"", 0)
 """What stands for a key that could not be read; the violation noted with it keeps it from being used."""
 
 
@@ -187,7 +187,7 @@ def _read_what(message: pb.GetImageRequest, namespace: Namespace, problems: Prob
             return read_key(message.key, "key", namespace, problems)
         case _:
             problems.add("spec", "spec or key must be set")
-            return NO_KEY
+            return _NO_KEY
 
 
 def _check_by_key(message: pb.GetImageRequest, problems: Problems) -> None:
@@ -202,7 +202,9 @@ def _check_by_key(message: pb.GetImageRequest, problems: Problems) -> None:
 
 def _read_terms(message: pb.GetImageRequest, namespace: Namespace, call: Call, problems: Problems) -> Terms:
     directives = read_cache_control(call.metadata.get("cache-control", ""))
-    policy = directives.cache_policy or CachePolicy.USE_CACHE
+    policy = CachePolicy.USE_CACHE
+    if directives.cache_policy is not None and not message.HasField("key"):
+        policy = directives.cache_policy
     if message.cache_policy != pb.CACHE_POLICY_UNSPECIFIED:
         policy = _read_enum(message.cache_policy, _CACHE_POLICIES, policy, "cache_policy", problems)
     priority = namespace.default_priority
@@ -360,7 +362,7 @@ def read_find_item(item: pb.FindItem, path: str, namespace: Namespace, problems:
             return read_key(item.key, f"{path}.key", namespace, problems)
         case _:
             problems.add(f"{path}.spec", "spec or key must be set")
-            return NO_KEY
+            return _NO_KEY
 
 
 def read_key(name: str, path: str, namespace: Namespace, problems: Problems) -> CacheKey:
@@ -373,7 +375,7 @@ def read_key(name: str, path: str, namespace: Namespace, problems: Problems) -> 
         key = CacheKey.parse(name)
     except ValueError:
         problems.add(path, _NOT_A_KEY)
-        return NO_KEY
+        return _NO_KEY
     if key.partition != namespace.partition or key.is_stand_in:
         problems.add(path, "is not a key of this namespace")
     return key

@@ -105,10 +105,10 @@ class RpcServer:
     def _bind(self, server: grpc.aio.Server, credentials: grpc.ServerCredentials | None) -> None:
         listen = self._listen
         if listen.unix_socket is not None:
-            self._add_port(server, f"unix:{listen.unix_socket}", None, "grpc.unix_socket")
+            self._add_port(server, f"unix:{listen.unix_socket}", None, "server.grpc_unix_socket")
         if listen.port is not None:
             host = f"[{listen.host}]" if ":" in listen.host else listen.host
-            self.port = self._add_port(server, f"{host}:{listen.port}", credentials, "grpc.port")
+            self.port = self._add_port(server, f"{host}:{listen.port}", credentials, "server.grpc_port")
 
     @staticmethod
     def _add_port(
@@ -133,13 +133,14 @@ def _credentials(listen: Listen) -> grpc.ServerCredentials | None:
     if cert is None and key is None:
         return None
     if cert is None or key is None:
-        raise ConfigError("grpc.tls_cert_file and grpc.tls_key_file: set both or none")
+        raise ConfigError("server.tls_cert_file and server.tls_key_file: set both or none")
     try:
-        # grpc says nothing about a file it cannot use; ssl names what is wrong.
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key)
+        # grpc says nothing about a file it cannot use; ssl names what is wrong. Without a password of its own it
+        # would ask the terminal for that of an encrypted key, which grpc cannot read anyway.
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key, password=bytes)
         return grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
     except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"grpc.tls_cert_file, grpc.tls_key_file: {cert}, {key}: {error}") from error
+        raise ConfigError(f"server.tls_cert_file, server.tls_key_file: {cert}, {key}: {error}") from error
 
 
 def _add_reflection(server: grpc.aio.Server) -> None:

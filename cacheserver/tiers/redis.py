@@ -15,11 +15,12 @@ from redis.asyncio import ConnectionPool, Redis, RedisCluster, Sentinel
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import SentinelConnectionPool
+from redis.asyncio.sentinel import MasterNotFoundError, SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
+    ClusterError,
     NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
@@ -77,6 +78,8 @@ def connect(url: str, *, timeout_s: float = 0.25, connect_timeout_s: float = 0.2
     limits: dict[str, Any] = {
         "socket_timeout": timeout_s,
         "socket_connect_timeout": connect_timeout_s,
+        # With RESP3 a server may ask redis-py to be more patient than we want.
+        "protocol": 2,
         # redis-py's own policy retries for seconds, and timeouts too.
         "retry": Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
     }
@@ -276,16 +279,21 @@ def _tier_error(op: str, exc: Exception) -> TierError:
         return CorruptEntryError("what is stored in Redis is not an entry")
     for kinds, meaning in _MEANINGS:
         if isinstance(exc, kinds):
-            return TierError(f"Redis refuses {op}: {meaning}")
+            return TierError(f"Redis {meaning} (at {op})")
     if isinstance(exc, RedisConnectionError):
         return TierError(f"Redis cannot be reached: {exc}")
     return TierError(f"Redis failed at {op}: {type(exc).__name__}")
 
 
 _MEANINGS = (
-    ((AuthenticationError, AuthorizationError, NoPermissionError), "user or password is wrong, or may not do this"),
-    ((OutOfMemoryError,), "it is full, and its maxmemory-policy evicts nothing"),
-    ((ReadOnlyError,), "it is a read-only replica"),
+    (
+        (AuthenticationError, AuthorizationError, NoPermissionError),
+        "refuses us: user or password is wrong, or may not do this",
+    ),
+    ((OutOfMemoryError,), "refuses to write: it is full, and its maxmemory-policy evicts nothing"),
+    ((ReadOnlyError,), "refuses to write: it is a read-only replica"),
+    ((MasterNotFoundError,), "cannot be reached: no sentinel answers, or none knows the service"),
+    ((RedisClusterException, ClusterError), "cannot be reached: no node of the cluster answers for the slot"),
 )
 
 

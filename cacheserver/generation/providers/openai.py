@@ -133,8 +133,9 @@ class OpenAIUpstream:
         self._clock = clock
         self._limits: RateLimits | None = None
         ssl_context = httpx.create_ssl_context()
-        # At INFO httpx logs each URL, and a signed image URL is a secret.
-        logging.getLogger("httpx").setLevel(logging.WARNING)
+        # They log each URL, and a signed image URL is a secret; and what they read, which may be the prompt.
+        for library in ("httpx", "httpcore"):
+            logging.getLogger(library).setLevel(logging.WARNING)
         self._client = httpx.AsyncClient(
             verify=ssl_context,
             # A proxy from the environment is for the internet; on loopback there is none to pass.
