@@ -92,7 +92,7 @@ class ImageOptions(SpecOptions, total=False):
         exclude_keys: With NEXT, keys of pictures not wanted again.
         priority: How urgent; capped by the caller's right.
         request_id: Idempotency key of a NEXT, REFRESH or NO_STORE call, at most 128 characters. Made up for
-            NEXT and REFRESH if not given, so that no retry of the client pays twice.
+            them if not given, so that no retry of the client pays twice.
         tags: Labels for purge and reports stored with a picture this call makes.
         allow_degraded: A picture of lower quality is welcome where the asked one cannot be had.
         match_level: The loosest match to accept.
