@@ -426,7 +426,7 @@ def _rpc_server(
             inspect_in_thread, max_pixels=generation.max_image_pixels, max_bytes=generation.max_image_bytes
         ),
         clock=clock,
-        limits=Limits(max_image_bytes=generation.max_image_bytes),
+        limits=Limits(max_concurrent_calls=server.max_concurrent_calls, max_image_bytes=generation.max_image_bytes),
     )
     listen = Listen(
         host=server.grpc_host,
@@ -435,7 +435,12 @@ def _rpc_server(
         tls_cert_file=server.tls_cert_file,
         tls_key_file=server.tls_key_file,
     )
-    return RpcServer(service, listen=listen, tiers=[tier.name for tier in lower.tiers])
+    return RpcServer(
+        service,
+        listen=listen,
+        tiers=[tier.name for tier in lower.tiers],
+        max_receive_bytes=server.max_receive_bytes,
+    )
 
 
 def _add_gauges(registry: CollectorRegistry, cache: PromptCache, memory: MemoryCache) -> None:

@@ -17,6 +17,7 @@ CacheServerError                      carries the published reason that callers 
 ├── VariantsExhaustedError            VARIANTS_EXHAUSTED
 ├── CacheUnknownError                 CACHE_UNKNOWN: the last tier cannot be asked, and we were told not to pay
 ├── TierUnreachableError              TIER_UNREACHABLE: a purge that did not reach every tier
+├── OverloadedError                   OVERLOADED: more calls than are served at a time
 ├── ShuttingDownError                 SHUTTING_DOWN
 ├── UpstreamError                     a generation failed
 │   ├── PromptRefusedError            PROMPT_REFUSED
@@ -158,6 +159,13 @@ class TierUnreachableError(CacheServerError):
     def __init__(self, tiers: Sequence[TierName]) -> None:
         super().__init__(f"not purged in: {', '.join(tiers)}. Purge again when they are back.")
         self.tiers = tuple(tiers)
+
+
+class OverloadedError(CacheServerError):
+    """More calls are in progress than the service takes."""
+
+    reason = "OVERLOADED"
+    retry_after_s = 1.0
 
 
 class ShuttingDownError(CacheServerError):

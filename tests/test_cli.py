@@ -124,6 +124,12 @@ async def test_get_numbers_the_files_of_several_images(run: Run, tmp_path: Path)
     assert not (tmp_path / "fox.png").exists()
 
 
+async def test_get_next_after_get_is_another_picture_than_the_first(run: Run, tmp_path: Path) -> None:
+    first = printed(await run("get", "a red fox", "-o", str(tmp_path / "1.png"), "--json"))
+    second = printed(await run("get", "a red fox", "--next", "-o", str(tmp_path / "2.png"), "--json"))
+    assert first["images"][0]["key"] != second["images"][0]["key"]
+
+
 async def test_get_next_is_another_picture_and_its_key_fetches_it(run: Run, tmp_path: Path) -> None:
     first = printed(await run("get", "a red fox", "--next", "-o", str(tmp_path / "1.png"), "--json"))
     second = printed(await run("get", "a red fox", "--next", "-o", str(tmp_path / "2.png"), "--json"))

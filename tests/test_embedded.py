@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -23,6 +23,7 @@ from cacheserver.embedded.seaweed import LocalS3
 from cacheserver.embedded.valkey import EmbeddedValkey
 from cacheserver.errors import ConfigError
 from tests.fakes import FakeClock
+from tests.waiting import until
 
 _MAX_BYTES = 64 * 1024 * 1024
 
@@ -38,16 +39,6 @@ class _RealClock:
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
-
-
-async def _eventually(condition: Callable[[], bool | Awaitable[bool]], *, within_s: float = 15.0) -> None:
-    """Wait for what happens in another process, which nothing tells us of."""
-    async with asyncio.timeout(within_s):
-        while True:
-            holds = condition()
-            if holds if isinstance(holds, bool) else await holds:
-                return
-            await asyncio.sleep(0.02)
 
 
 def _is_running(pid: int) -> bool:
@@ -122,8 +113,8 @@ async def test_valkey_is_started_again_with_its_data_when_it_dies(tmp_path: Path
         first = server.pid
         assert first is not None
         os.kill(first, signal.SIGKILL)
-        await _eventually(lambda: server.pid not in (None, first))
-        await _eventually(lambda: _still_has_it(server))
+        await until(lambda: server.pid not in (None, first))
+        await until(lambda: _still_has_it(server))
 
 
 async def _still_has_it(server: EmbeddedValkey) -> bool:
@@ -222,7 +213,7 @@ async def test_a_server_dies_with_a_service_that_is_killed_and_the_next_service_
     server = _valkey(tmp_path) if module == "valkey" else LocalS3(data_dir=tmp_path, clock=_RealClock())
     await server.start()
     await server.stop()
-    await _eventually(lambda: not _is_running(pid))
+    await until(lambda: not _is_running(pid))
 
 
 async def test_local_s3_takes_puts_at_once_and_keeps_them_across_a_restart(tmp_path: Path) -> None:
@@ -271,11 +262,11 @@ async def test_a_child_that_keeps_dying_is_started_ever_more_slowly(tmp_path: Pa
     async with _supervised(tmp_path, f"echo run >> {runs}", clock) as supervised:
         await supervised.start()
         for restarts, backoff_s in enumerate([0.1, 0.2, 0.4, 0.8], start=1):
-            await _eventually(lambda: clock.sleepers == 2)  # the log's and the backoff's
+            await until(lambda: clock.sleepers == 2)  # the log's and the backoff's
             clock.advance(backoff_s * 0.9)
             assert clock.sleepers == 2
             clock.advance(backoff_s * 0.2)
-            await _eventually(lambda: runs.read_text().count("run") == restarts + 1)  # noqa: B023 - awaited here
+            await until(lambda: runs.read_text().count("run") == restarts + 1)  # noqa: B023 - awaited here
 
 
 async def test_a_child_that_dies_after_a_steady_run_is_started_again_at_once(tmp_path: Path, clock: FakeClock) -> None:
@@ -286,9 +277,9 @@ async def test_a_child_that_dies_after_a_steady_run_is_started_again_at_once(tmp
             pid = supervised.pid
             assert pid is not None
             os.kill(pid, signal.SIGKILL)
-            await _eventually(lambda: clock.sleepers == 2)
+            await until(lambda: clock.sleepers == 2)
             clock.advance(0.11)
-            await _eventually(lambda: supervised.pid is not None)
+            await until(lambda: supervised.pid is not None)
 
 
 async def test_a_child_that_is_never_ready_is_ended_and_its_last_lines_are_quoted(
@@ -300,11 +291,11 @@ async def test_a_child_that_is_never_ready_is_ended_and_its_last_lines_are_quote
 
     async with _supervised(tmp_path, "echo cannot open the gate; exec sleep 60", clock, is_ready=never) as supervised:
         start = asyncio.create_task(supervised.start())
-        await _eventually(lambda: bool(clock.sleepers))
-        await _eventually(lambda: "gate" in (tmp_path / "sleeper.log").read_text())
+        await until(lambda: bool(clock.sleepers))
+        await until(lambda: "gate" in (tmp_path / "sleeper.log").read_text())
         while not start.done():
             clock.advance(1)
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0)
         with pytest.raises(ConfigError, match=r"sleeper was not ready after 60 s; .*: cannot open the gate"):
             await start
         assert supervised.pid is None
@@ -317,7 +308,7 @@ async def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path, clock: Fak
         start = asyncio.create_task(supervised.start())
         while not start.done():
             clock.advance(0.1)
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0)
         pid = supervised.pid
         assert pid is not None
         await supervised.stop()
@@ -329,9 +320,9 @@ async def test_a_childs_log_stays_bounded(tmp_path: Path, clock: FakeClock, monk
     log = tmp_path / "sleeper.log"
     async with _supervised(tmp_path, "echo hello; exec sleep 60", clock) as supervised:
         await supervised.start()
-        await _eventually(lambda: clock.sleepers == 1 and log.read_text() == "hello\n")
+        await until(lambda: clock.sleepers == 1 and log.read_text() == "hello\n")
         clock.advance(60)
-        await _eventually(lambda: log.read_text() == "")
+        await until(lambda: log.read_text() == "")
         assert (tmp_path / "sleeper.log.1").read_text() == "hello\n"
 
 
@@ -342,7 +333,7 @@ async def test_a_child_sees_none_of_our_environment(
     log = tmp_path / "sleeper.log"
     async with _supervised(tmp_path, "env; echo end", clock) as supervised:
         await supervised.start()
-        await _eventually(lambda: log.exists() and log.read_text().endswith("end\n"))
+        await until(lambda: log.exists() and log.read_text().endswith("end\n"))
     assert "OPENAI_API_KEY" not in log.read_text()
 
 
@@ -350,7 +341,7 @@ async def test_the_lock_waits_for_the_child_of_a_dead_service(tmp_path: Path, cl
     dying = await DirectoryLock.acquire(tmp_path, clock=clock)
     (tmp_path / "lock").write_text("not a process")
     taking_over = asyncio.create_task(DirectoryLock.acquire(tmp_path, clock=clock))
-    await _eventually(lambda: clock.sleepers == 1)
+    await until(lambda: clock.sleepers == 1)
     dying.release()
     clock.advance(1)
     (await taking_over).release()
@@ -360,7 +351,7 @@ async def test_the_lock_gives_up_on_a_child_that_does_not_end(tmp_path: Path, cl
     stuck = await DirectoryLock.acquire(tmp_path, clock=clock)
     (tmp_path / "lock").write_text("")
     taking_over = asyncio.create_task(DirectoryLock.acquire(tmp_path, clock=clock))
-    await _eventually(lambda: clock.sleepers == 1)
+    await until(lambda: clock.sleepers == 1)
     clock.advance(11)
     with pytest.raises(ConfigError, match="data_dir: "):
         await taking_over

@@ -23,6 +23,7 @@ from tests.fakes import FakeClock
 from tests.house import House, open_tier
 from tests.provider import large_png, small_image
 from tests.rpc_front import Front, Signer, ask, authorization, failure, open_front, spec
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -55,8 +56,7 @@ def events_of(events: list[pb.StreamImageResponse]) -> list[str | None]:
 
 
 async def asleep(clock: FakeClock, sleepers: int = 1) -> None:
-    while clock.sleepers < sleepers:  # noqa: ASYNC110 - nothing announces a sleeper
-        await asyncio.sleep(0.001)
+    await until(lambda: clock.sleepers >= sleepers)
 
 
 class TestGetImage:
@@ -603,8 +603,7 @@ class TestGetStats:
         await front.house.upstream.arrived(1)
         calls.append(asyncio.ensure_future(front.stub.GetImage(ask())))
         [flight] = front.house.cache._flights.of(front.house.identity()[1].key)
-        while len(flight.waiters) < len(calls):  # noqa: ASYNC110 - nothing announces a waiter
-            await asyncio.sleep(0.001)
+        await until(lambda: len(flight.waiters) == len(calls))
         front.house.upstream.release()
         responses = await asyncio.gather(*calls)
         assert sorted(response.status.collapsed for response in responses) == [False, True, True, True]
@@ -724,3 +723,15 @@ class TestRights:
 async def _stats(front: Front, token: str) -> pb.GetStatsResponse:
     response: pb.GetStatsResponse = await front.stub.GetStats(pb.GetStatsRequest(), metadata=authorization(token))
     return response
+
+
+async def test_more_calls_than_the_service_takes_are_told_to_come_again(house: House) -> None:
+    async with open_front(house, limits=Limits(max_concurrent_calls=1)) as front:
+        house.upstream.hold()
+        running = front.stub.GetImage(ask())
+        await house.upstream.arrived(1)
+        turned_away = await failure(front.stub.GetImage(ask("a blue fox")))
+        assert (turned_away.code, turned_away.reason) == ("UNAVAILABLE", "OVERLOADED")
+        house.upstream.release()
+        assert (await running).status.tier == pb.TIER_UPSTREAM
+        assert (await front.stub.GetImage(ask())).status.tier == pb.TIER_MEMORY

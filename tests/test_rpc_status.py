@@ -48,6 +48,7 @@ PUBLISHED = {
     "CACHE_UNKNOWN": "UNAVAILABLE",
     "TIER_UNKNOWN": "UNAVAILABLE",
     "TIER_UNREACHABLE": "UNAVAILABLE",
+    "OVERLOADED": "UNAVAILABLE",
     "SHUTTING_DOWN": "UNAVAILABLE",
     "INTERNAL": "INTERNAL",
 }
@@ -131,6 +132,11 @@ def test_unavailable_says_when_to_try_again_to_people_and_to_grpc() -> None:
 def test_unavailable_without_a_known_time_still_says_one() -> None:
     status = status_of(errors.TierTimeoutError("redis get timed out"), request_id="r")
     assert ("grpc-retry-pushback-ms", "1000") in status.trailers
+
+
+def test_a_client_is_never_told_to_retry_at_once_which_would_hang_it() -> None:
+    status = status_of(errors.UpstreamLimitedError("slow down", retry_after_s=0.0), request_id="r")
+    assert ("grpc-retry-pushback-ms", "50") in status.trailers
 
 
 @pytest.mark.parametrize("error", [errors.PromptRefusedError("no"), errors.NotCachedError("no")])

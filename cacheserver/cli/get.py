@@ -19,7 +19,10 @@ from cacheserver.cli.session import session
 from cacheserver.client import (
     CachePolicy,
     Chunk,
+    Client,
     ImageHeader,
+    ImageSpec,
+    Presence,
     State,
     StreamEvent,
     VariantPolicy,
@@ -55,7 +58,9 @@ def get(  # noqa: PLR0913 - one parameter per option
     spec: Spec,
     namespace: Namespace = None,
     policy: Annotated[CachePolicy | None, typer.Option(help="How the cache is used.", show_default="use_cache")] = None,
-    another: Annotated[bool, typer.Option("--next", help="Another picture than those given before.")] = False,
+    another: Annotated[
+        bool, typer.Option("--next", help="Another picture than the first, and than --next gave before.")
+    ] = False,
     tag: Annotated[list[str] | None, typer.Option(help="Label for purge and reports; repeatable.")] = None,
     max_wait: Annotated[
         float | None, typer.Option(min=0, help="Seconds to wait before leaving with the key; 0 only starts it.")
@@ -77,6 +82,7 @@ def get(  # noqa: PLR0913 - one parameter per option
             n=n,
             cache_policy=policy,
             variant_policy=VariantPolicy.NEXT if another else None,
+            exclude_keys=_seen(client, ImageSpec(prompt, **spec.options()), namespace) if another and prompt else (),
             tags=tag or (),
             max_wait_s=max_wait,
             **spec.options(),
@@ -89,6 +95,12 @@ def get(  # noqa: PLR0913 - one parameter per option
         printed.result(_facts(got), lambda console: _draw(got, console))
     if output is not None and not all(each.is_ready for each in got):
         raise typer.Exit(NOT_THERE)
+
+
+def _seen(client: Client, spec: ImageSpec, namespace: str | None) -> list[str]:
+    """The key of the first picture, if it is cached: whoever asks for another one has seen that."""
+    found = client.find_cached([spec], namespace=namespace)
+    return [item.key for item in found.items if item.presence is Presence.CACHED]
 
 
 def _check(prompt: str | None, key: str | None, output: Path | None, n: int, *, as_json: bool) -> None:

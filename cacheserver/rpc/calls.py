@@ -17,7 +17,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
 
-from cacheserver.errors import MalformedMessageError, NotImplementedYetError
+from cacheserver.errors import MalformedMessageError, NotImplementedYetError, OverloadedError
 from cacheserver.interfaces import Books, Clock
 from cacheserver.model import Caller
 from cacheserver.rpc.auth import Authenticator
@@ -71,7 +71,9 @@ class Parts(Generic[M]):
 class Calls:
     """Makes grpc handlers of plain rpc methods, and knows how many calls are in progress."""
 
-    def __init__(self, *, authenticator: Authenticator, books: Books, clock: Clock) -> None:
+    def __init__(self, *, authenticator: Authenticator, books: Books, clock: Clock, max_in_progress: int) -> None:
+        """Calls beyond `max_in_progress` are turned away before they cost anything."""
+        self._max_in_progress = max_in_progress
         self._authenticator = authenticator
         self._books = books
         self._clock = clock
@@ -130,7 +132,7 @@ class Calls:
         ids = {"request_id": call.request_id, **_trace_id(call.metadata)}
         with structlog.contextvars.bound_contextvars(**ids):
             try:
-                call.caller = self._authenticator.authenticate(call.metadata)
+                call.caller = self._admit(call)
                 yield call
             except (asyncio.CancelledError, grpc.aio.BaseError):
                 # The caller has gone, or its deadline passed. BaseError: grpc cannot write to it any more.
@@ -148,6 +150,11 @@ class Calls:
         context.add_done_callback(self._end)  # type: ignore[arg-type]  # the stub has a class for any callable
         metadata = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
         return Call(rpc, metadata, _request_id(metadata), context.time_remaining(), self._clock.monotonic_s())
+
+    def _admit(self, call: Call) -> Caller:
+        if self._in_progress > self._max_in_progress:
+            raise OverloadedError(f"More than {self._max_in_progress} calls at a time; try again.")
+        return self._authenticator.authenticate(call.metadata)
 
     def _end(self, ctx: Context) -> None:  # noqa: ARG002 - grpc names and passes it
         self._in_progress -= 1

@@ -16,11 +16,10 @@ from cacheserver.errors import ConfigError
 from cacheserver.model import TierName
 from cacheserver.rpc.service import SERVICE_NAME, PromptCacheService
 
-MAX_RECEIVE_BYTES = 16 * 1024 * 1024
-"""Largest message taken: a full FindCached. Larger ones are refused by grpc itself, before they are read."""
+MAX_RECEIVE_BYTES = 24 * 1024 * 1024
+"""Largest message taken unless set otherwise: a full FindCached. grpc itself refuses larger ones unread."""
 
 _OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
     ("grpc.max_send_message_length", -1),
     # A second process on the port is an error we want to hear of, not a share of the calls.
     ("grpc.so_reuseport", 0),
@@ -50,9 +49,17 @@ class Listen:
 class RpcServer:
     """Serves the rpcs, with health and reflection, which need no token."""
 
-    def __init__(self, service: PromptCacheService, *, listen: Listen, tiers: Iterable[TierName]) -> None:
+    def __init__(
+        self,
+        service: PromptCacheService,
+        *,
+        listen: Listen,
+        tiers: Iterable[TierName],
+        max_receive_bytes: int = MAX_RECEIVE_BYTES,
+    ) -> None:
         """`tiers` are those that get a health name of their own, as "tier.redis"."""
         self._service = service
+        self._max_receive_bytes = max_receive_bytes
         self._listen = listen
         self._tiers = tuple(tiers)
         self._health = health.aio.HealthServicer()
@@ -67,7 +74,8 @@ class RpcServer:
             ConfigError: an address cannot be listened on, or the certificate cannot be used.
         """
         credentials = await asyncio.to_thread(_credentials, self._listen)
-        server = grpc.aio.server(options=_OPTIONS)
+        received = ("grpc.max_receive_message_length", self._max_receive_bytes)
+        server = grpc.aio.server(options=(*_OPTIONS, received))
         server.add_generic_rpc_handlers((self._service.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         _add_reflection(server)

@@ -62,8 +62,9 @@ class Inspect(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds on what one call may move, in bytes, and how often it reports progress, in seconds."""
+    """Bounds on calls: bytes that one may move, how many run at a time, seconds between reports of progress."""
 
+    max_concurrent_calls: int = 4_096
     max_image_bytes: int = 50_000_000
     chunk_bytes: int = 256 * 1024
     progress_s: float = 2.0
@@ -94,7 +95,9 @@ class PromptCacheService:
         self._inspect = inspect
         self._clock = clock
         self._limits = limits
-        self._calls = Calls(authenticator=authenticator, books=books, clock=clock)
+        self._calls = Calls(
+            authenticator=authenticator, books=books, clock=clock, max_in_progress=limits.max_concurrent_calls
+        )
 
     def handler(self) -> grpc.GenericRpcHandler:
         """What a grpc.aio server needs to serve this.

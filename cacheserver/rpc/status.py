@@ -56,11 +56,14 @@ CODES: dict[str, grpc.StatusCode] = {
     "CACHE_UNKNOWN": grpc.StatusCode.UNAVAILABLE,
     "TIER_UNKNOWN": grpc.StatusCode.UNAVAILABLE,
     "TIER_UNREACHABLE": grpc.StatusCode.UNAVAILABLE,
+    "OVERLOADED": grpc.StatusCode.UNAVAILABLE,
     "SHUTTING_DOWN": grpc.StatusCode.UNAVAILABLE,
     "INTERNAL": grpc.StatusCode.INTERNAL,
 }
 """Every published reason and its code. It grows by addition only."""
 
+# grpc clients told to retry at once (a pushback of 0 ms) never retry, and hang until their deadline.
+_SHORTEST_RETRY_S = 0.05
 _DEFAULT_RETRY_S = 1.0
 
 # A client refuses trailers above 8 KiB, and base64 adds a third: these keep the worst status well below.
@@ -135,7 +138,7 @@ def _bad_request(violations: dict[str, str]) -> BadRequest:
 
 
 def _retry_after_s(error: CacheServerError) -> float:
-    return _DEFAULT_RETRY_S if error.retry_after_s is None else error.retry_after_s
+    return max(_SHORTEST_RETRY_S, _DEFAULT_RETRY_S if error.retry_after_s is None else error.retry_after_s)
 
 
 def _duration(seconds: float) -> Duration:

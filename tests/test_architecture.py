@@ -1,0 +1,100 @@
+"""The dependency rule: values <- interfaces <- cache <- {rpc, http, cli} <- app, and libraries in their rooms."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import cacheserver
+
+PACKAGE = Path(cacheserver.__file__).parent
+
+VALUES = {"model", "errors", "interfaces", "clock", "tasks"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "model": set(),
+    "errors": {"model"},
+    "interfaces": {"model", "errors"},
+    "clock": set(),
+    "tasks": {"errors"},
+    "log": set(),
+    "identity": VALUES,
+    "tiers": VALUES,
+    "generation": VALUES,
+    "accounting": VALUES,
+    "embedded": VALUES,
+    "flight": VALUES,
+    "variants": VALUES,
+    "control": VALUES | {"tiers"},
+    "keep": VALUES | {"tiers"},
+    "purge": VALUES | {"tiers", "keep"},
+    "paying": VALUES | {"flight"},
+    "resent": VALUES | {"flight"},
+    "cache": VALUES | {"tiers", "flight", "keep", "purge", "paying", "resent", "variants"},
+    "settings": VALUES | {"identity"},
+    "http": VALUES,
+    "rpc": VALUES | {"cache", "purge", "identity", "accounting", "generation", "pb"},
+    "client": {"pb", "model"},
+    "pb": {"pb"},
+}
+"""What each room may import of ours, besides itself. cli/ and app.py see everything: they put it together."""
+
+LIBRARIES: dict[str, set[str]] = {
+    "grpc": {"rpc", "client", "pb"},
+    "grpc_health": {"rpc"},
+    "grpc_reflection": {"rpc"},
+    "google": {"rpc", "client", "pb"},
+    "redis": {"tiers/redis.py", "control"},
+    "boto3": {"tiers/s3.py"},
+    "botocore": {"tiers/s3.py"},
+    "PIL": {"generation"},
+    "httpx": {"generation", "cli", "embedded"},
+    "starlette": {"http"},
+    "uvicorn": {"http"},
+    "prometheus_client": {"accounting", "http", "app"},
+    "pydantic": {"settings"},
+    "pydantic_settings": {"settings"},
+    "typer": {"cli"},
+    "rich": {"cli"},
+}
+"""Where a library may be imported; everywhere else its place is taken by an interface of ours."""
+
+
+def room(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            yield node.module or ""
+            if node.module == "cacheserver":
+                yield from (f"cacheserver.{alias.name}" for alias in node.names)
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_every_room_has_a_rule() -> None:
+    assert {room(file) for file in FILES} == {*MAY_IMPORT, "cli", "app", "__init__"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_room_imports_only_what_lies_below_it(file: Path) -> None:
+    here = room(file)
+    if here in {"cli", "app", "__init__"}:
+        return
+    ours = {name.split(".")[1] for name in imports(file) if name.startswith("cacheserver.")}
+    assert ours - {here} <= MAY_IMPORT[here]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_library_stays_in_its_room(file: Path) -> None:
+    here = {room(file), str(file.relative_to(PACKAGE))}
+    for library in {name.split(".")[0] for name in imports(file)} & LIBRARIES.keys():
+        assert here & LIBRARIES[library], f"{library} in {file.relative_to(PACKAGE)}"
