@@ -16,6 +16,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from cacheserver.errors import PromptRefusedError
+from cacheserver.flight import Flight
 from cacheserver.model import CacheKey, Caller, Namespace, Permission, Priority, TierName, Usage
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.rpc.service import Limits
@@ -735,3 +736,33 @@ async def test_more_calls_than_the_service_takes_are_told_to_come_again(house: H
         house.upstream.release()
         assert (await running).status.tier == pb.TIER_UPSTREAM
         assert (await front.stub.GetImage(ask())).status.tier == pb.TIER_MEMORY
+
+
+async def test_a_url_for_a_picture_that_is_not_stored_is_refused_before_any_spend(house: House) -> None:
+    async with open_front(house) as front:
+        refused = await failure(front.stub.GetImage(ask(delivery="DELIVERY_URL", cache_policy="CACHE_POLICY_NO_STORE")))
+    assert (refused.reason, list(refused.fields)) == ("INVALID_FIELD", ["delivery"])
+    assert house.upstream.calls == 0
+
+
+async def test_a_tier_hit_that_joined_a_load_is_counted_as_a_hit_of_that_tier(front: Front) -> None:
+    house = front.house
+    await front.stub.GetImage(ask())
+    await house.settle()
+    house.memory.delete(house.identity()[1].key)
+    house.redis.gate.clear()
+    calls = [asyncio.ensure_future(front.stub.GetImage(ask())) for _ in range(3)]
+    [flight] = await flights(house)
+    await until(lambda: len(flight.waiters) == len(calls))
+    house.redis.gate.set()
+    assert {response.status.tier for response in await asyncio.gather(*calls)} == {pb.TIER_REDIS}
+    stats = await front.stub.GetStats(pb.GetStatsRequest(namespace="default"))
+    rows = {(row.outcome, row.tier): row for row in stats.rows}
+    assert rows[pb.OUTCOME_HIT, pb.TIER_REDIS].requests == 3
+    assert stats.total.coalesced_microusd == 0
+
+
+async def flights(house: House) -> list[Flight]:
+    key = house.identity()[1].key
+    await until(lambda: bool(house.cache._flights.of(key)))
+    return house.cache._flights.of(key)

@@ -28,6 +28,7 @@ from cacheserver.interfaces import Clock
 from cacheserver.model import (
     CachedImage,
     CacheKey,
+    CachePolicy,
     GeneratedImage,
     ImageRequest,
     Namespace,
@@ -131,8 +132,7 @@ class PromptCacheService:
         """Images from the fastest tier that has them; what is missing is generated."""
         with self._booked(call):
             asked = self._asked(message, call)
-            if asked.delivery is Delivery.URL and not self._cache.can_sign_urls:
-                raise NoSignedUrlsError("No tier of this service can sign URLs: ask for INLINE or use StreamImage.")
+            self._check_delivery(asked)
             answer = await self._answer(asked, call)
             if isinstance(answer, Pending):
                 call.trailers.append(("cache-status", headers.pending_status()))
@@ -193,6 +193,15 @@ class PromptCacheService:
                 self._books.answered(call.namespace, Outcome.PENDING, None, seconds=self._seconds(call))
         return answer
 
+    def _check_delivery(self, asked: Asked) -> None:
+        """Refuse before any spend what could not be delivered after it."""
+        if asked.delivery is not Delivery.URL:
+            return
+        if asked.terms.cache_policy is CachePolicy.NO_STORE:
+            raise InvalidRequestError({"delivery": "NO_STORE leaves nothing for a URL to lead to: use INLINE"})
+        if not self._cache.can_sign_urls:
+            raise NoSignedUrlsError("No tier of this service can sign URLs: ask for INLINE or use StreamImage.")
+
     async def _deliver(self, answer: list[Served], asked: Asked) -> bytes:
         """The response with bytes inline or URLs, all pictures the same way: `max_inline_bytes` is for the answer."""
         rest = pb.GetImageResponse(
@@ -203,9 +212,10 @@ class PromptCacheService:
         if asked.delivery is not Delivery.URL and is_small:
             pictures = [(replies.image_facts(served.entry), served.entry.image.data) for served in answer]
             return wire.image_response(pictures, rest)
-        if asked.delivery is Delivery.INLINE or not self._cache.can_sign_urls:
-            text = f"The answer is larger than {asked.max_inline_bytes} bytes. It is kept: fetch it with StreamImage."
-            raise ImageTooLargeError(text)
+        is_stored = asked.terms.cache_policy is not CachePolicy.NO_STORE
+        if asked.delivery is Delivery.INLINE or not is_stored or not self._cache.can_sign_urls:
+            kept = "It is kept: fetch it with" if is_stored else "NO_STORE kept nothing of it: ask again with"
+            raise ImageTooLargeError(f"The answer is larger than {asked.max_inline_bytes} bytes. {kept} StreamImage.")
         rest.images.extend([await self._image_by_url(served.entry) for served in answer])
         return rest.SerializeToString()
 
@@ -400,9 +410,9 @@ class PromptCacheService:
 
 
 def _outcome(served: Served) -> Outcome:
-    if served.collapsed:
-        return Outcome.COLLAPSED
-    return Outcome.MISS if served.tier is TierName.UPSTREAM else Outcome.HIT
+    if served.tier is not TierName.UPSTREAM:
+        return Outcome.HIT
+    return Outcome.COLLAPSED if served.collapsed else Outcome.MISS
 
 
 async def _end(task: asyncio.Task[list[Served] | Pending]) -> None:
