@@ -208,7 +208,11 @@ class TcpProxy:
     async def __aexit__(self, *_: object) -> None:
         assert self._server is not None
         self._server.close()
+        self.resume()
         self.cut()
+        if self._tasks:
+            # What is cut ends by itself. To cancel it is the last resort: asyncio of Python 3.11 calls that an error.
+            await asyncio.wait(self._tasks, timeout=1)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

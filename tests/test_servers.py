@@ -64,3 +64,17 @@ async def test_what_hung_in_the_proxy_goes_on_after_resume(valkey_server: Valkey
         assert not done
         proxy.resume()
         assert await answer == b"+PONG\r\n"
+
+
+async def test_a_proxy_closed_on_an_open_connection_is_no_error_to_the_loop(valkey_server: ValkeyServer) -> None:
+    reported: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+    async with TcpProxy("127.0.0.1", valkey_server.port) as proxy:
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+        writer.write(b"PING\r\n")
+        assert await reader.readexactly(7) == b"+PONG\r\n"
+        proxy.hang()
+    with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+        await reader.readexactly(1)
+    writer.close()
+    assert reported == []

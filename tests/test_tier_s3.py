@@ -369,6 +369,16 @@ async def test_a_connection_that_went_stale_costs_no_call(s3_server: S3Server, c
         assert await tier.get(make_key()) == make_entry()
 
 
+async def test_a_probe_that_hangs_keeps_its_thread_no_longer_than_a_read(s3_server: S3Server, clock: FakeClock) -> None:
+    async with (
+        TcpProxy("127.0.0.1", s3_server.port) as proxy,
+        open_tier(s3_server, clock, endpoint=f"http://127.0.0.1:{proxy.port}", read_timeout_s=0.1) as tier,
+    ):
+        proxy.hang()
+        with pytest.raises(TierTimeoutError):
+            await asyncio.wait_for(tier.ping(), timeout=5)
+
+
 @asynccontextmanager
 async def answering(*answers: bytes | Callable[[asyncio.StreamWriter], Awaitable[None]]) -> AsyncIterator[str]:
     """The endpoint of a server that gives these answers, one per request, whatever it is asked; the last for ever."""

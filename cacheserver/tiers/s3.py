@@ -301,7 +301,8 @@ class S3Tier:
         )
 
     def _probe(self) -> None:
-        self._ask(self._clients.writing.put_object, Key=f"{self._prefix}ping", Body=b"")
+        # With a read's patience: whoever probes waits no longer, and a thread that did would be missed by reads.
+        self._ask(self._clients.reading.put_object, Key=f"{self._prefix}ping", Body=b"")
         # Whoever may not list is told 403 here, and would be on every miss.
         self._read(f"{self._prefix}ping.absent", 0)
 

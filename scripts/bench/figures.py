@@ -6,6 +6,8 @@ import json
 import math
 import os
 import platform
+import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 _PROC_STAT = Path("/proc/stat")
+_WIDE = 200
 
 
 def percentile(values: Iterable[float], percent: float) -> float:
@@ -24,8 +27,20 @@ def percentile(values: Iterable[float], percent: float) -> float:
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
-def busy_core_s() -> float:
-    """Seconds that the machine's cores were busy since it started, all processes together; NaN where /proc is not."""
+class BusyCores:
+    """How many cores of the whole machine were busy on average since this was made."""
+
+    def __init__(self) -> None:
+        self._since_s = time.monotonic()
+        self._busy_s = _busy_s()
+
+    def read(self) -> float:
+        """The figure as of now; NaN where there is no /proc."""
+        return (_busy_s() - self._busy_s) / (time.monotonic() - self._since_s)
+
+
+def _busy_s() -> float:
+    """Seconds of work that the cores have done, since the machine started."""
     if not _PROC_STAT.exists():
         return math.nan
     user, nice, system, _idle, _iowait, irq, softirq = map(int, _PROC_STAT.read_text().split()[1:8])
@@ -34,14 +49,15 @@ def busy_core_s() -> float:
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table; the first column is text, the others are figures."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table()
     for column in columns:
         table.add_column(column, justify="right" if table.columns else "left")
     for row in rows:
         table.add_row(*row)
-    console = Console()
     # In a file or a pipe nothing has to fit a screen, and a wrapped table reads badly.
-    console.print(table, width=console.width if console.is_terminal else 200)
+    console = Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
+    console.print(title, style="bold")
+    console.print(table)
 
 
 def print_verdict(shortfalls: Sequence[str]) -> None:

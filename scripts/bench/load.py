@@ -31,9 +31,9 @@ class Read:
     wrong: bool = False
 
     @property
-    def seconds(self) -> float:
-        """From when the read was due, so that a service which holds up the callers does not look faster for it."""
-        return self.end_s - self.due_s
+    def ms(self) -> float:
+        """Its latency, from when it was due: a service which holds up the callers does not look faster for it."""
+        return (self.end_s - self.due_s) * 1e3
 
     @property
     def is_hit(self) -> bool:
