@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import signal
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -16,13 +17,13 @@ from typing import Any
 
 import structlog
 from prometheus_client import CollectorRegistry, Gauge
-from redis.exceptions import RedisError
 
 from cacheserver.accounting.books import CounterBooks
 from cacheserver.cache import PromptCache
 from cacheserver.clock import SystemClock
-from cacheserver.control import LocalReplays, RedisReplays, eviction_policies
+from cacheserver.control import LocalReplays, RedisReplays, refuse_eviction_of_control_state
 from cacheserver.embedded import valkey
+from cacheserver.embedded.lock import DirectoryLock
 from cacheserver.embedded.seaweed import LocalS3
 from cacheserver.embedded.valkey import EmbeddedValkey
 from cacheserver.errors import ConfigError, TierError
@@ -36,7 +37,7 @@ from cacheserver.http.server import HttpServer
 from cacheserver.interfaces import Books, Clock, Replays, SigningTier, Tier, Upstream
 from cacheserver.keep import Keeper
 from cacheserver.log import set_up_logging
-from cacheserver.model import Caller, Permission, TierName
+from cacheserver.model import Caller, Permission, Priority, TierName
 from cacheserver.paying import UnknownPolicy
 from cacheserver.rpc.auth import Authenticator
 from cacheserver.rpc.server import Listen, RpcServer
@@ -65,13 +66,41 @@ class Lower:
     signer: SigningTier | None = None
 
 
+class Patience:
+    """How long stopping waits: `span_s` for all calls and loads together, then as long for what is being stored."""
+
+    def __init__(self, span_s: float, *, clock: Clock) -> None:
+        self._span_s = span_s
+        self._clock = clock
+        self._until_s: float | None = None
+
+    def for_calls_s(self) -> float:
+        """Seconds left for calls and loads; they run from the first time this is asked."""
+        now_s = self._clock.monotonic_s()
+        if self._until_s is None:
+            self._until_s = now_s + self._span_s
+        return max(0.0, self._until_s - now_s)
+
+    def for_writes_s(self) -> float:
+        """Seconds for what is being stored: what was paid for is not lost because a call took all the time."""
+        return self._span_s
+
+    def lose(self) -> None:
+        """Wait for nothing any more."""
+        self._span_s = 0.0
+        self._until_s = self._clock.monotonic_s()
+
+
 class Service:
     """A running service."""
 
-    def __init__(self, settings: Settings, *, rpc: RpcServer, http: HttpServer, undo: AsyncExitStack) -> None:
+    def __init__(
+        self, settings: Settings, *, rpc: RpcServer, http: HttpServer, patience: Patience, undo: AsyncExitStack
+    ) -> None:
         self._settings = settings
         self._rpc = rpc
         self._http = http
+        self._patience = patience
         self._undo = undo
 
     @property
@@ -88,6 +117,10 @@ class Service:
         """Drain and end: health first, then calls, then loads, then what is still being written."""
         await self._undo.aclose()
 
+    def hurry(self) -> None:
+        """Let what is still to be stopped wait for nothing; cancel a `stop` that is under way, too."""
+        self._patience.lose()
+
 
 async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
     """Build everything and serve.
@@ -98,15 +131,16 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
     clock = clock or SystemClock()
     registry = CollectorRegistry()
     books = CounterBooks(clock=clock, registry=registry)
-    drain_s = settings.server.drain_timeout_s
+    patience = Patience(settings.server.drain_timeout_s, clock=clock)
     async with AsyncExitStack() as undo:
+        await _lock_disk(settings, clock=clock, undo=undo)
         lower = await build_tiers(settings, books=books, clock=clock, undo=undo)
         await _look_at_tiers(lower, settings)
         memory = MemoryCache(
             clock=clock, max_bytes=settings.memory.max_bytes, max_entry_bytes=settings.memory.entry_limit_bytes
         )
         keeper = Keeper(memory=memory, tiers=lower.tiers, books=books, clock=clock)
-        undo.push_async_callback(keeper.aclose, drain_s)
+        undo.push_async_callback(lambda: keeper.aclose(patience.for_writes_s()))
         generator = build_generator(settings, books=books, clock=clock)
         undo.push_async_callback(generator.aclose)
         cache = PromptCache(
@@ -124,7 +158,7 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
             signer=lower.signer,
             url_expires_s=settings.s3.url_expires_s,
         )
-        undo.push_async_callback(cache.aclose, drain_s)
+        undo.push_async_callback(lambda: cache.aclose(patience.for_calls_s()))
         rpc = _rpc_server(settings, cache=cache, books=books, clock=clock, lower=lower)
         ready = asyncio.Event()
         http = HttpServer(
@@ -135,13 +169,13 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
         await http.start()
         undo.push_async_callback(http.stop)
         await rpc.start()
-        undo.push_async_callback(rpc.drain, drain_s)
+        undo.push_async_callback(lambda: rpc.drain(patience.for_calls_s()))
         undo.callback(ready.clear)
         watching = asyncio.create_task(_watch_tiers(rpc, lower.tiers, clock), name="watch tiers")
         undo.push_async_callback(_end, watching)
-        _add_gauges(registry, cache, memory)
+        _add_gauges(registry, cache, generator, memory)
         ready.set()
-        service = Service(settings, rpc=rpc, http=http, undo=undo.pop_all())
+        service = Service(settings, rpc=rpc, http=http, patience=patience, undo=undo.pop_all())
     _log.info(
         "serving",
         grpc=service.grpc_address,
@@ -177,6 +211,9 @@ async def _serve(settings: Settings) -> None:
         await _end(starting)
         return
     service = starting.result()
+    # What exists now stays: a full collection that walks it again stops the service for about 100 ms.
+    gc.collect()
+    gc.freeze()
     await stop_asked
     _log.info("draining", seconds=settings.server.drain_timeout_s)
     stopping = asyncio.create_task(service.stop(), name="stop")
@@ -185,6 +222,7 @@ async def _serve(settings: Settings) -> None:
     hurrying.cancel()
     if not stopping.done():
         _log.warning("ended_before_drained")
+        service.hurry()
         await _end(stopping)
         return
     stopping.result()
@@ -192,6 +230,14 @@ async def _serve(settings: Settings) -> None:
 
 
 # ── tiers ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _lock_disk(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -> None:
+    """See to it that no other service writes the disk tier. Raises ConfigError."""
+    if TierName.DISK in settings.tier_names:
+        setting = "disk.path" if settings.disk.path else "data_dir"
+        lock = await DirectoryLock.acquire(settings.disk_path, clock=clock, setting=setting)
+        undo.callback(lock.release)
 
 
 async def build_tiers(settings: Settings, *, books: Books, clock: Clock, undo: AsyncExitStack) -> Lower:
@@ -333,20 +379,6 @@ async def _look_at_tiers(lower: Lower, settings: Settings) -> None:
         await refuse_eviction_of_control_state(lower.client)
 
 
-async def refuse_eviction_of_control_state(client: Client) -> None:
-    """Return unless a reachable Redis is set to evict keys without expiry; raise ConfigError if it is."""
-    try:
-        async with asyncio.timeout(_CONTROL_TIMEOUT_S):
-            policies = await eviction_policies(client)
-    except (RedisError, OSError, TimeoutError):
-        return  # it is away, and was named above
-    if evicting := [policy for policy in policies if policy.startswith("allkeys")]:
-        raise ConfigError(
-            f"redis.url: this Redis has maxmemory-policy {evicting[0]} and would drop control state; "
-            "set maxmemory-policy to volatile-lfu"
-        )
-
-
 def _tier_states(tiers: Sequence[GuardedTier]) -> dict[TierName, bool]:
     return {tier.name: not tier.is_open for tier in tiers}
 
@@ -443,12 +475,19 @@ def _rpc_server(
     )
 
 
-def _add_gauges(registry: CollectorRegistry, cache: PromptCache, memory: MemoryCache) -> None:
+def _add_gauges(registry: CollectorRegistry, cache: PromptCache, generator: Generator, memory: MemoryCache) -> None:
     """Metrics that are read where they stand, when somebody asks."""
     in_flight = Gauge("cacheserver_in_flight", "Loads in progress", registry=registry)
     in_flight.set_function(lambda: cache.in_flight)
+    depth = Gauge("cacheserver_queue_depth", "Generations that wait", ["priority"], registry=registry)
+    for priority in Priority:
+        depth.labels(priority.name.lower()).set_function(functools.partial(_waiting, generator, priority))
     tier_bytes = Gauge("cacheserver_tier_bytes", "Bytes a tier holds", ["tier"], registry=registry)
     tier_bytes.labels(TierName.MEMORY).set_function(lambda: memory.size_bytes)
+
+
+def _waiting(generator: Generator, priority: Priority) -> int:
+    return generator.queue_depth.get(priority, 0)
 
 
 async def _end(task: asyncio.Task[Any]) -> None:

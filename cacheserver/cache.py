@@ -33,10 +33,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace as with_fields
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from cacheserver.errors import (
     CacheUnknownError,
@@ -114,8 +114,6 @@ class PromptCache:
         self._paying = Paying(generation=generation, books=books, clock=clock, unknown=unknown)
         self._unstored: set[str] = set()
         self._purger = Purger(memory=memory, tiers=tiers, keeper=keeper)
-        self._purging = asyncio.Lock()
-        self._purges = 0
 
     @property
     def can_sign_urls(self) -> bool:
@@ -217,14 +215,14 @@ class PromptCache:
         entry = self._entry(image, identity, namespace, ttl_s=ttl_s, tags=tags, create_time_s=create_time_s)
         if not replace:
             for variant in range(namespace.max_variants):
-                walked = await self._walk(identity.key.with_variant(variant))
-                if isinstance(walked, _Absent):
-                    if walked.is_unknown:
-                        raise CacheUnknownError("The last tier cannot say which variants it has; put again later.")
+                found, is_unknown = await self._walk(identity.key.with_variant(variant))
+                if found is not None and found.entry.image.sha256 == image.sha256:
+                    return found.entry, False
+                if is_unknown:
+                    raise CacheUnknownError("The last tier cannot say which variants it has; put again later.")
+                if found is None:
                     entry = with_fields(entry, key=identity.key.with_variant(variant))
                     break
-                if walked.entry.image.sha256 == image.sha256:
-                    return walked.entry, False
             else:
                 text = f"All {namespace.max_variants} variants of this request are taken; purge one or replace."
                 raise VariantsExhaustedError(text)
@@ -244,18 +242,7 @@ class PromptCache:
         Raises TierUnreachableError when a tier could not be reached, after purging the others.
         """
         selector = PurgeSelector(namespace, key, None if identity is None else identity.key, tag)
-        if dry_run:
-            return await self._purger.purge(selector, dry_run=True)
-        async with self._purging:
-            self._purges += 1
-            try:
-                return await self._purger.purge(selector, dry_run=False)
-            finally:
-                self._purges += 1
-
-    def _may_promote(self, purges: int) -> bool:
-        """Whether no purge ran since the count was `purges`, nor runs now: what it removes must not come back."""
-        return purges == self._purges and purges % 2 == 0
+        return await self._purger.purge(selector, dry_run=dry_run)
 
     async def aclose(self, grace_s: float) -> None:
         """Let running loads end within `grace_s`, then cancel them."""
@@ -275,6 +262,8 @@ class PromptCache:
             flight = self._flights.board(waiter)
             if promise is not None:
                 promise.flight = flight
+        if flight is not None:
+            self._paying.judge_late(flight, waiter)
         is_held = False
         try:
             if await self._answered(waiter):
@@ -315,8 +304,11 @@ class PromptCache:
     def _here(self, key: CacheKey) -> CachedImage | None:
         return self._memory.get(key) or self._keeper.held(key)
 
+    def _is_here(self, key: CacheKey) -> bool:
+        return self._memory.contains(key) or self._keeper.held(key) is not None
+
     def _find_here(self, key: CacheKey) -> Found:
-        if self._memory.contains(key) or self._keeper.held(key) is not None:
+        if self._is_here(key):
             return Found(key, TierName.MEMORY)
         return Found(key, in_flight=any(key.variant in flight.brings for flight in self._flights.of(key)))
 
@@ -348,15 +340,14 @@ class PromptCache:
     async def _load(self, flight: Flight) -> None:
         unknown: set[int] = set()
         walked: set[int] = set()
-        while todo := [variant for variant in flight.lacking if variant not in walked]:
+        while todo := [variant for variant in flight.looked_for if variant not in walked]:
             walked.update(todo)
-            for variant, found in zip(
-                todo, await asyncio.gather(*(self._walk(flight.key.with_variant(v)) for v in todo)), strict=True
-            ):
-                if isinstance(found, _Found):
-                    flight.land(variant, Loaded(found.entry, found.tier))
-                elif found.is_unknown:
+            walks = (self._walk(flight.key.with_variant(v), partial(flight.suits, v)) for v in todo)
+            for variant, (found, is_unknown) in zip(todo, await asyncio.gather(*walks), strict=True):
+                if is_unknown:
                     unknown.add(variant)
+                if found is not None:
+                    flight.land(variant, found)
         # From the last look at who lacks what until the flight is sealed nothing awaits: nobody joins unseen.
         lead = self._paying.judge(flight, unknown)
         if lead is not None:
@@ -364,75 +355,84 @@ class PromptCache:
             flight.seal(making)
             await self._generate(flight, lead, making, unknown)
 
-    async def _walk(self, key: CacheKey) -> _Found | _Absent:
-        """Ask memory and the lower tiers, fastest first, then the stand-in slot; promote what is found."""
-        purges = self._purges
-        if (entry := self._here(key)) is not None:
-            return _Found(entry, TierName.MEMORY)
+    async def _walk(self, key: CacheKey, suits: Callable[[Loaded], bool] = lambda _: True) -> _Walked:
+        """Ask memory and the lower tiers, fastest first, then the stand-in slot; promote what is found.
+
+        An entry that does not suit is passed over, since a slower tier may have its successor.
+        """
+        changes = self._keeper.changes
+        entry = self._here(key)
+        passed_over = None if entry is None else Loaded(entry, TierName.MEMORY)
+        if passed_over is not None and suits(passed_over):
+            return _Walked(passed_over)
         missed: list[Tier] = []
         is_unknown = False
         for tier in self._tiers:
             is_unknown = False
             try:
-                entry = await tier.get(key)
+                entry = await self._read(tier, key)
             except CorruptEntryError:
                 missed.append(tier)
             except TierError:
                 is_unknown = True
             else:
-                if entry is not None:
-                    if self._may_promote(purges):
-                        self._keeper.promote(key, entry, missed)
-                    return _Found(entry, tier.name)
-                missed.append(tier)
-        stand_in = await self._find_stand_in(key)
-        if stand_in is None:
-            return _Absent(is_unknown=is_unknown)
-        if not is_unknown and self._may_promote(purges):
+                if entry is None:
+                    missed.append(tier)
+                elif suits(found := Loaded(entry, tier.name)):
+                    self._keeper.promote(key, entry, missed, changes=changes)
+                    return _Walked(found)
+                else:
+                    passed_over = passed_over or found
+        stand_in = await self._find_stand_in(key, changes)
+        if passed_over is not None:
+            return _Walked(stand_in if stand_in is not None and suits(stand_in) else passed_over)
+        if stand_in is not None and not is_unknown and self._keeper.is_current(changes):
             # The last tier has no such variant after all: the stand-in takes the place it stood in for.
-            return _Found(await self._keeper.keep(stand_in.entry), stand_in.tier)
-        return stand_in
+            stand_in = Loaded(await self._keeper.keep(stand_in.entry), stand_in.tier)
+        return _Walked(stand_in, is_unknown)
 
-    async def _find_stand_in(self, key: CacheKey) -> _Found | None:
+    async def _find_stand_in(self, key: CacheKey, changes: int) -> Loaded | None:
         slot = key.stand_in
         if (entry := self._here(slot)) is not None:
-            return _Found(entry, TierName.MEMORY)
+            return Loaded(entry, TierName.MEMORY)
         for tier in self._tiers[:-1]:
             try:
-                entry = await tier.get(slot)
+                entry = await self._read(tier, slot)
             except TierError:
                 continue  # a makeshift copy: the tier that cannot say costs at most a second picture
             if entry is not None:
-                self._keeper.promote(slot, entry, ())
-                return _Found(entry, tier.name)
+                self._keeper.promote(slot, entry, (), changes=changes)
+                return Loaded(entry, tier.name)
         return None
 
+    async def _read(self, tier: Tier, key: CacheKey) -> CachedImage | None:
+        return None if self._keeper.is_outdated(tier, key) else await tier.get(key)
+
     async def _generate(self, flight: Flight, lead: Waiter, making: list[int], unknown: set[int]) -> None:
-        request, identity = lead.request, lead.identity
+        request, identity, terms = lead.request, lead.identity, lead.terms
         priority = max(waiter.terms.priority for waiter in flight.waiters)
         while making:
             images = await self._generation.generate(
                 request, making, priority=priority, on_spending=flight.begin_spending
             )
+            # From here until the keeper holds them nothing awaits: what was paid for cannot be lost on the way.
             self._books.spent(lead.namespace.name, sum(image.paid_microusd for image in images))
             made, making = making[: len(images)], making[len(images) :]
-            terms = lead.terms
             entries = [
                 self._entry(image, identity, lead.namespace, variant=variant, ttl_s=terms.ttl_s, tags=terms.tags)
                 for variant, image in zip(made, images, strict=True)
             ]
-            kept = await asyncio.gather(*(self._keep(entry, flight, unknown) for entry in entries))
-            for variant, entry in zip(made, kept, strict=True):
-                flight.land(variant, Loaded(entry, TierName.UPSTREAM, payer=lead))
+            payers = [flight.payer(variant) or lead for variant in made]
+            kept = await asyncio.gather(*[self._keep(entry, flight, unknown) for entry in entries])
+            for variant, entry, payer in zip(made, kept, payers, strict=True):
+                flight.land(variant, Loaded(entry, TierName.UPSTREAM, payer=payer))
 
-    async def _keep(self, entry: CachedImage, flight: Flight, unknown: set[int]) -> CachedImage:
+    def _keep(self, entry: CachedImage, flight: Flight, unknown: set[int]) -> Awaitable[CachedImage]:
         variant = entry.key.variant
-        if any(waiter.refresh for waiter in flight.waiters) or variant in flight.loaded:
-            return await self._keeper.keep(entry, replace=True)
-        if variant in unknown:
-            await self._keeper.keep_stand_in(entry)
-            return entry
-        return await self._keeper.keep(entry)
+        is_refreshed = any(waiter.refresh and variant in waiter.variants for waiter in flight.waiters)
+        if variant in unknown and not is_refreshed:
+            return self._keeper.keep_stand_in(entry)
+        return self._keeper.keep(entry, replace=is_refreshed or variant in flight.loaded)
 
     def _entry(  # noqa: PLR0913 - an entry's facts
         self,
@@ -464,8 +464,10 @@ class PromptCache:
         if waiter.terms.variant_policy is VariantPolicy.FIRST or waiter.refresh:
             return waiter.variants
         limit, n = waiter.namespace.max_variants, waiter.terms.n
-        found, _ = await self.find([waiter.key.with_variant(variant) for variant in range(limit)])
+        keys = [waiter.key.with_variant(variant) for variant in range(limit)]
+        found, _ = await self.find(keys)
         stored = {item.key.variant for item in found if item.tier is not None}
+        stored |= {key.variant for key in keys if self._is_here(key.stand_in)}
         # Read again after the await: what took off meanwhile counts as stored, or two calls would make one picture.
         stored |= {variant for flight in self._flights.of(waiter.key) for variant in flight.brings}
         if waiter.terms.variant_policy is VariantPolicy.RANDOM:
@@ -487,39 +489,37 @@ class PromptCache:
             raise RequestIdRunningError("A NO_STORE call with this request_id still runs.")
         if call_id:
             self._unstored.add(call_id)
-        return await asyncio.shield(self._tasks.own(self._make_unstored(waiter, call_id), "unstored"))
-
-    async def _make_unstored(self, waiter: Waiter, call_id: str) -> list[Served]:
+        spending = asyncio.Event()
+        making = self._tasks.own(self._make_unstored(waiter, call_id, spending.set), "unstored")
+        making.add_done_callback(lambda _: self._unstored.discard(call_id))
         try:
-            if call_id and await self._resent.is_spent(call_id):
-                raise RequestIdSpentError("This request_id was used before, and NO_STORE kept nothing of it.")
-            served: list[Served] = []
-            while missing := waiter.variants[len(served) :]:
-                images = await self._generation.generate(
-                    waiter.request, missing, priority=waiter.terms.priority, on_spending=lambda: None
-                )
-                self._books.spent(waiter.namespace.name, sum(image.paid_microusd for image in images))
-                for variant, image in zip(missing, images, strict=False):
-                    entry = self._entry(image, waiter.identity, waiter.namespace, variant=variant, ttl_s=None, tags=())
-                    served.append(self._served(Loaded(entry, TierName.UPSTREAM, payer=waiter), waiter))
-            if call_id:
-                await self._resent.remember(call_id, Replay(waiter.key.identity_name, ()))
+            return await asyncio.shield(making)
         finally:
-            self._unstored.discard(call_id)
+            if not spending.is_set():
+                making.cancel()
+
+    async def _make_unstored(self, waiter: Waiter, call_id: str, on_spending: Callable[[], None]) -> list[Served]:
+        if call_id and await self._resent.is_spent(call_id):
+            raise RequestIdSpentError("This request_id was used before, and NO_STORE kept nothing of it.")
+        served: list[Served] = []
+        while missing := waiter.variants[len(served) :]:
+            images = await self._generation.generate(
+                waiter.request, missing, priority=waiter.terms.priority, on_spending=on_spending
+            )
+            self._books.spent(waiter.namespace.name, sum(image.paid_microusd for image in images))
+            for variant, image in zip(missing, images, strict=False):
+                entry = self._entry(image, waiter.identity, waiter.namespace, variant=variant, ttl_s=None, tags=())
+                served.append(self._served(Loaded(entry, TierName.UPSTREAM, payer=waiter), waiter))
+        if call_id:
+            await self._resent.remember(call_id, Replay(waiter.key.identity_name, ()))
         return served
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    entry: CachedImage
-    tier: TierName
+class _Walked(NamedTuple):
+    """What the tiers have under a key; `is_unknown` if no intact entry of it, and the last could not say."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Absent:
-    """No tier gave the picture; `is_unknown` if the last one could not say."""
-
-    is_unknown: bool
+    found: Loaded | None
+    is_unknown: bool = False
 
 
 def _matched(entry: CachedImage, waiter: Waiter) -> MatchLevel:

@@ -99,11 +99,6 @@ class Flight:
         self.task: asyncio.Task[None] | None = None
 
     @property
-    def is_over(self) -> bool:
-        """Whether nobody can join any more."""
-        return self.dropped or (self.task is not None and self.task.done())
-
-    @property
     def wanted(self) -> set[int]:
         """All variants its waiters asked for."""
         return {v for waiter in self.waiters for v in waiter.variants}
@@ -117,6 +112,24 @@ class Flight:
     def lacking(self) -> list[int]:
         """The variants some waiter still waits for, in order."""
         return sorted({v for waiter in self.waiters for v in waiter.lacks(self.loaded)})
+
+    @property
+    def looked_for(self) -> list[int]:
+        """Those of the lacking variants that some waiter would take from a tier, in order."""
+        return sorted({v for waiter in self.waiters if not waiter.refresh for v in waiter.lacks(self.loaded)})
+
+    @property
+    def payers(self) -> list[Waiter]:
+        """The waiters who may pay, first come first."""
+        return [waiter for waiter in self.waiters if waiter.refusal is None]
+
+    def payer(self, variant: int) -> Waiter | None:
+        """Whom a picture made now is made for: the first who may pay and lacks it."""
+        return next((waiter for waiter in self.payers if variant in waiter.lacks(self.loaded)), None)
+
+    def suits(self, variant: int, loaded: Loaded) -> bool:
+        """Whether some waiter for `variant` accepts this picture."""
+        return any(waiter.accepts(loaded) for waiter in self.waiters if variant in waiter.variants)
 
     def admits(self, waiter: Waiter) -> bool:
         """Whether this flight will bring all the waiter wants.
@@ -133,11 +146,13 @@ class Flight:
     def join(self, waiter: Waiter) -> None:
         """Take the waiter on; answered at once if all it wants is here already."""
         waiter.first = not self.waiters and not self.loaded
-        self.waiters.append(waiter)
-        self._answer_who_has_all()
+        if waiter.lacks(self.loaded):
+            self.waiters.append(waiter)
+        else:
+            self._answer(waiter)
 
     def leave(self, waiter: Waiter) -> None:
-        """The caller hung up. A load nobody waits for is dropped while it has cost nothing.
+        """The caller hung up. A load nobody waits for, or is left to pay for, is dropped while it has cost nothing.
 
         Once money is spent the waiter stays on, though nobody looks: what was paid for is answered to it, and
         remembered for its request_id.
@@ -145,8 +160,12 @@ class Flight:
         if waiter not in self.waiters or self.spending:
             return
         self.waiters.remove(waiter)
-        self.dropped = not self.waiters
         waiter.answer.cancel()
+        if self.sealed and not self.payers:
+            for other in list(self.waiters):
+                if other.refusal is not None:
+                    self.refuse(other, other.refusal)
+        self.dropped = not self.waiters
         if self.dropped and self.task is not None:
             self.task.cancel()
 
@@ -167,7 +186,10 @@ class Flight:
     def land(self, variant: int, loaded: Loaded) -> None:
         """A picture is here: answer every waiter that now has all it wants."""
         self.loaded[variant] = loaded
-        self._answer_who_has_all()
+        ready = [waiter for waiter in self.waiters if not waiter.lacks(self.loaded)]
+        self.waiters = [waiter for waiter in self.waiters if waiter.lacks(self.loaded)]
+        for waiter in ready:
+            self._answer(waiter)
 
     def fail(self, error: BaseException) -> None:
         """End everyone's wait with the upstream's (or our own) failure."""
@@ -175,11 +197,9 @@ class Flight:
         for waiter in waiters:
             _fail(waiter, error)
 
-    def _answer_who_has_all(self) -> None:
-        for waiter in [w for w in self.waiters if not w.lacks(self.loaded)]:
-            self.waiters.remove(waiter)
-            if not waiter.answer.done():
-                waiter.answer.set_result([self.loaded[v] for v in waiter.variants])
+    def _answer(self, waiter: Waiter) -> None:
+        if not waiter.answer.done():
+            waiter.answer.set_result([self.loaded[v] for v in waiter.variants])
 
 
 def _fail(waiter: Waiter, error: BaseException) -> None:
@@ -221,7 +241,8 @@ class Flights:
                 flight.join(waiter)
                 return flight
         flight = Flight(waiter.key, started_s=self._monotonic_s())
-        before = row[-1].task if row else None
+        # All of them: one that was dropped while it waited for its own turn ends before the one it waited for.
+        before = [earlier.task for earlier in row if earlier.task is not None]
         row.append(flight)
         flight.join(waiter)
         flight.task = asyncio.create_task(self._fly(flight, before), name="flight")
@@ -229,9 +250,9 @@ class Flights:
         flight.task.add_done_callback(lambda task: self._ended(flight, task))
         return flight
 
-    async def _fly(self, flight: Flight, before: asyncio.Task[None] | None) -> None:
-        if before is not None:
-            await asyncio.wait({before})
+    async def _fly(self, flight: Flight, before: list[asyncio.Task[None]]) -> None:
+        if before:
+            await asyncio.wait(before)
         try:
             await self._load(flight)
         finally:

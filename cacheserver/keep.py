@@ -3,21 +3,28 @@
 Written through: the caller is answered when the last tier has the image, else when a faster one has, else
 when memory has (counted `unsaved`). What the last tier did not take is held here and offered again until it
 does, so an image outlives an outage of its tiers as long as this process lives.
+
+An image is held from the moment it is handed over, before anything awaits, and is brought home by a task of
+ours: a caller that is cancelled, or a load that is cut short at shutdown, loses nothing that was paid for.
+Every write is a task too, and writes to one place (a key in a tier) follow one another: what was asked for
+last is what lies there in the end.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from dataclasses import replace as with_fields
-from itertools import count
+from functools import partial
+from typing import Any
 
 import structlog
 
-from cacheserver.errors import TierError
+from cacheserver.errors import EntryTooLargeError, TierError
 from cacheserver.interfaces import Books, Clock, Tier
-from cacheserver.model import MAX_VARIANT, CachedImage, CacheKey
+from cacheserver.model import MAX_VARIANT, CachedImage, CacheKey, TierName
 from cacheserver.tiers.memory import MemoryCache
 
 _log = structlog.get_logger(__name__)
@@ -25,15 +32,24 @@ _log = structlog.get_logger(__name__)
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 30.0
 
+_Place = tuple[TierName, str]
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(eq=False, slots=True)
 class _Held:
-    """An image the last tier has yet to take, and the slot it lies in meanwhile."""
+    """An image the last tier has yet to take, and the slot it lies in meanwhile.
+
+    `kept` is done once the caller may be answered; `task` brings the image home. `lies_there` says whether it
+    was put into the slot in memory and the faster tiers, `unsaved` that none of these took it.
+    """
 
     slot: CacheKey
     entry: CachedImage
     replace: bool
-    unsaved: bool
+    kept: asyncio.Future[CachedImage]
+    lies_there: bool = False
+    unsaved: bool = False
+    task: asyncio.Task[None] = field(init=False)
 
 
 class Keeper:
@@ -48,149 +64,304 @@ class Keeper:
         clock: Clock,
         max_held_bytes: int = 256 * 1024 * 1024,
     ) -> None:
-        """`tiers` are the lower ones, fastest first. Beyond `max_held_bytes` nothing more is held."""
+        """`tiers` are the lower ones, fastest first. Beyond `max_held_bytes` nothing more is offered again."""
         self._memory = memory
         self._tiers = tiers
         self._books = books
         self._clock = clock
         self._max_held_bytes = max_held_bytes
         self._held: dict[str, _Held] = {}
-        self._offers: dict[str, asyncio.Task[None]] = {}
-        self._writes: dict[asyncio.Task[None], CachedImage] = {}
+        self._writes: dict[asyncio.Task[bool], CachedImage] = {}
+        self._last_writes: dict[_Place, asyncio.Task[bool]] = {}
+        self._outdated: dict[_Place, asyncio.Task[None]] = {}
+        self._changes = 0
+        self._purging = asyncio.Lock()
+        self._closing = False
+
+    # ── what is here ────────────────────────────────────────────────────────────────────────────────────────
 
     def held(self, key: CacheKey) -> CachedImage | None:
-        """The entry in slot `key` that the last tier has yet to take."""
+        """The fresh entry in slot `key` that the last tier has yet to take."""
         held = self._held.get(key.name)
-        return held.entry if held is not None and key.matches(held.entry.key.digest) else None
+        if held is None or not key.matches(held.entry.key.digest) or not held.entry.is_fresh(self._clock.now_s()):
+            return None
+        return held.entry
 
-    async def keep(self, entry: CachedImage, *, replace: bool = False) -> CachedImage:
-        """Store a new image and return the entry as stored. No failing tier fails this: what was paid for is kept.
+    def is_outdated(self, tier: Tier, key: CacheKey) -> bool:
+        """Whether `tier` may still have what lay under `key` before it was replaced."""
+        return (tier.name, key.name) in self._outdated
 
-        Without `replace` an image that finds its variant taken in the last tier takes the next free one.
+    @property
+    def changes(self) -> int:
+        """How often entries were replaced or purged so far."""
+        return self._changes
+
+    def is_current(self, changes: int) -> bool:
+        """Whether nothing was replaced or purged since `changes` was read, nor is being purged now.
+
+        What was read before such a change must not be written after it: it would come back.
         """
-        if not self._tiers:
-            self._memory.put(entry.key, entry)
-            return entry
-        try:
-            kept = await self._store(entry, replace=replace)
-        except TierError as error:
-            _log.warning("last_tier_write_failed", tier=self._tiers[-1].name, error=type(error).__name__)
-            await self._hold(entry.key, entry, replace=replace)
-            return entry
-        self._memory.put(kept.key, kept)
-        self._copy(kept.key, kept, self._tiers[:-1], replace=True)
-        return kept
+        return changes == self._changes and not self._purging.locked()
 
-    async def keep_stand_in(self, entry: CachedImage) -> None:
+    # ── coming in ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def keep(self, entry: CachedImage, *, replace: bool = False) -> asyncio.Future[CachedImage]:
+        """Store a new image; await the entry as stored. No failing tier fails this: what was paid for is kept.
+
+        Without `replace` an image that finds its variant taken takes the next free one.
+        """
+        return asyncio.shield(self._hold(entry.key, entry, replace=replace).kept)
+
+    def keep_stand_in(self, entry: CachedImage) -> asyncio.Future[CachedImage]:
         """Store an image paid for while the last tier could not say whether it had this variant.
 
         It lies in the stand-in slot of the faster tiers, where a reader looks that finds the last tier silent
         or without the variant, and becomes a variant of its own when the last tier is back.
         """
-        await self._hold(entry.key.stand_in, entry, replace=False)
+        return asyncio.shield(self._hold(entry.key.stand_in, entry, replace=False).kept)
 
-    def promote(self, key: CacheKey, entry: CachedImage, tiers: Sequence[Tier]) -> None:
-        """Copy a hit into memory and, behind the answer, into the faster `tiers` that missed it."""
-        self._memory.put(key, entry)
-        self._copy(key, entry, tiers, replace=False)
+    def promote(self, key: CacheKey, entry: CachedImage, tiers: Sequence[Tier], *, changes: int) -> None:
+        """Copy a hit into memory and, behind the answer, into the faster `tiers` that missed it.
 
-    def forget(self, match: Callable[[CachedImage], bool]) -> int:
-        """Stop writing and holding entries that are being purged; how many were held."""
-        for task in [task for task, entry in self._writes.items() if match(entry)]:
-            task.cancel()
-        names = [name for name, held in self._held.items() if match(held.entry)]
-        for name in names:
-            self._drop(name)
-        return len(names)
+        Does nothing unless what was read when `changes` was is still current.
+        """
+        if self.is_current(changes):
+            self._memory.put(key, entry)
+            for tier in tiers:
+                self._write(tier, key, entry, replace=False)
+
+    @asynccontextmanager
+    async def purging(self, match: Callable[[CachedImage], bool]) -> AsyncIterator[None]:
+        """The time of a purge: nothing is promoted, what matches is held no more, and no write of it still runs."""
+        async with self._purging:
+            self._changes += 1
+            for held in [held for held in self._held.values() if held.kept.done() and match(held.entry)]:
+                self._drop(held)
+            await _ended([task for task, entry in self._writes.items() if match(entry)])
+            try:
+                yield
+            finally:
+                self._changes += 1
 
     async def aclose(self, grace_s: float) -> None:
-        """Await what is being written and offer what is held once more, all within `grace_s`."""
-        for offer in self._offers.values():
-            offer.cancel()
-        last_tries = [asyncio.create_task(self._settle(name)) for name in self._held]
-        if pending := {*last_tries, *self._writes}:
-            _, late = await asyncio.wait(pending, timeout=grace_s)
+        """Offer what is held once more and await what is being written, all within `grace_s`."""
+        self._closing = True
+        last_tries = [asyncio.create_task(self._try_last(held)) for held in self._held.values()]
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(grace_s):
+                    await _ended(last_tries)
+                    while self._writes:
+                        await _ended(self._writes)
+        finally:
+            keeping = [held.task for held in self._held.values()]
+            late: list[asyncio.Task[Any]] = [*last_tries, *keeping, *self._writes, *self._outdated.values()]
             for task in late:
                 task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
+            await _ended(late)
         if self._held:
             _log.error("images_not_in_last_tier_at_shutdown", images=len(self._held), tier=self._tiers[-1].name)
 
-    async def _store(self, entry: CachedImage, *, replace: bool) -> CachedImage:
-        """Write to the last tier, which alone decides who holds a variant number."""
-        for variant in count(entry.key.variant):
-            if variant > MAX_VARIANT:
-                raise TierError("every variant number of this identity is taken")
-            numbered = with_fields(entry, key=entry.key.with_variant(variant))
-            if await self._tiers[-1].put(numbered.key, numbered, replace=replace and variant == entry.key.variant):
-                return numbered
-        raise AssertionError("count() has no end")
+    # ── one image's way home ────────────────────────────────────────────────────────────────────────────────
 
-    async def _hold(self, slot: CacheKey, entry: CachedImage, *, replace: bool) -> None:
-        self._memory.put(slot, entry)
-        writes = (self._try(tier.put(slot, entry, replace=True), tier) for tier in self._tiers[:-1])
-        saved = any(await asyncio.gather(*writes))
-        held_bytes = sum(held.entry.size_bytes for held in self._held.values())
-        if held_bytes + entry.size_bytes > self._max_held_bytes:
-            _log.error("image_not_held", size_bytes=entry.size_bytes, held_bytes=held_bytes, saved=saved)
+    def _hold(self, slot: CacheKey, entry: CachedImage, *, replace: bool) -> _Held:
+        while not replace and not slot.is_stand_in and (other := self._held.get(slot.name)) is not None:
+            if other.entry.image.sha256 == entry.image.sha256:
+                return other
+            slot = slot.with_variant(slot.variant + 1)
+            entry = with_fields(entry, key=slot)
+        if (predecessor := self._held.get(slot.name)) is not None:
+            self._drop(predecessor)
+        held = _Held(slot, entry, replace, kept=asyncio.get_running_loop().create_future())
+        self._held[slot.name] = held
+        held.task = asyncio.create_task(self._bring_home(held), name="keep")
+        held.task.add_done_callback(partial(_ended_bringing, held))
+        return held
+
+    async def _bring_home(self, held: _Held) -> None:
+        if not held.slot.is_stand_in and await self._offer(held):
             return
-        self._drop(slot.name)
-        self._held[slot.name] = _Held(slot, entry, replace, unsaved=not saved)
-        self._books.unsaved(int(not saved))
-        task = asyncio.create_task(self._offer(slot.name), name="offer")
-        self._offers[slot.name] = task
-        task.add_done_callback(_report_bug)
-
-    async def _offer(self, name: str) -> None:
+        await self._save(held)
         wait_s = _FIRST_RETRY_S
-        while name in self._held:
+        while self._is_held(held) and not self._closing:
             await self._clock.sleep(wait_s)
             wait_s = min(2 * wait_s, _LAST_RETRY_S)
-            await self._settle(name)
+            if await self._offer(held):
+                return
 
-    async def _settle(self, name: str) -> None:
-        """Offer a held image to the last tier once; if it takes it, the image leaves its makeshift slot."""
-        held = self._held[name]
+    async def _try_last(self, held: _Held) -> None:
+        if not held.kept.done():
+            await _ended([held.task])
+            return
+        held.task.cancel()
+        await self._offer(held)
+
+    async def _offer(self, held: _Held) -> bool:
+        """Offer an image to the last tier once; whether there is nothing more to do for it."""
         try:
             kept = await self._store(held.entry, replace=held.replace)
+        except EntryTooLargeError:
+            _log.error("image_too_large_for_last_tier", size_bytes=held.entry.size_bytes, tier=self._tiers[-1].name)
+            await self._save(held)
+            self._release(held)
+            return True
         except TierError:
-            return  # still held: offered again, and named at shutdown
-        if self._held.get(name) is not held:
-            return
-        self._release(name)
-        if held.slot != kept.key:
-            self._memory.delete(held.slot)
-        self._memory.put(kept.key, kept)
-        self._copy(kept.key, kept, self._tiers[:-1], replace=True)
-
-    def _drop(self, name: str) -> None:
-        if name in self._held:
-            self._offers[name].cancel()
-            self._release(name)
-
-    def _release(self, name: str) -> None:
-        held = self._held.pop(name)
-        del self._offers[name]
-        self._books.unsaved(-int(held.unsaved))
-
-    def _copy(self, key: CacheKey, entry: CachedImage, tiers: Sequence[Tier], *, replace: bool) -> None:
-        for tier in tiers:
-            task = asyncio.create_task(self._write(tier, key, entry, replace=replace), name=f"copy to {tier.name}")
-            self._writes[task] = entry
-            task.add_done_callback(self._writes.pop)
-            task.add_done_callback(_report_bug)
-
-    async def _write(self, tier: Tier, key: CacheKey, entry: CachedImage, *, replace: bool) -> None:
-        await self._try(tier.put(key, entry, replace=replace), tier)
-
-    async def _try(self, write: Coroutine[None, None, bool], tier: Tier) -> bool:
-        try:
-            return await write
-        except TierError as error:
-            _log.info("copy_not_written", tier=tier.name, error=type(error).__name__)
             return False
+        if self._is_held(held):
+            self._release(held)
+            self._settle(held, kept)
+        _answer(held, kept)
+        return True
+
+    async def _store(self, entry: CachedImage, *, replace: bool) -> CachedImage:
+        """Write to the last tier, which alone decides who holds a variant number."""
+        for variant in range(entry.key.variant, MAX_VARIANT + 1):
+            numbered = with_fields(entry, key=entry.key.with_variant(variant))
+            if await self._take_number(numbered, replace=replace and variant == entry.key.variant):
+                return numbered
+        raise TierError("every variant number of this identity is taken")
+
+    async def _take_number(self, entry: CachedImage, *, replace: bool) -> bool:
+        if self._tiers:
+            return await asyncio.shield(self._write(self._tiers[-1], entry.key, entry, replace=replace))
+        holder = self._memory.get(entry.key)
+        return replace or holder is None or holder.image.sha256 == entry.image.sha256
+
+    def _settle(self, held: _Held, kept: CachedImage) -> None:
+        """The last tier has it: copy it into memory and the faster tiers, and clear its makeshift slot."""
+        self._memory.put(kept.key, kept)
+        if held.replace:
+            self._changes += 1
+        for tier in self._tiers[:-1]:
+            write = self._write(tier, kept.key, kept, replace=True)
+            if held.replace:
+                self._outdate(tier, kept.key, write)
+        if held.lies_there and held.slot != kept.key:
+            self._memory.delete(held.slot)
+            for tier in self._tiers[:-1]:
+                self._outdate(tier, held.slot)
+
+    async def _save(self, held: _Held) -> None:
+        """Put an image the last tier did not take where else it can be, and answer the caller."""
+        if self._is_held(held):
+            held.lies_there = True
+            self._memory.put(held.slot, held.entry)
+            if held.replace:
+                self._changes += 1
+            writes = [self._write(tier, held.slot, held.entry, replace=True) for tier in self._tiers[:-1]]
+            await _ended(writes)
+            self._count(held, is_saved=any(_is_written(write) for write in writes))
+        _answer(held, held.entry)
+
+    def _count(self, held: _Held, *, is_saved: bool) -> None:
+        """Count an image that no lower tier has, and hold it no more if too much is held."""
+        if not self._is_held(held):
+            return
+        self._books.unsaved(int(not is_saved) - int(held.unsaved))
+        held.unsaved = not is_saved
+        held_bytes = sum(other.entry.size_bytes for other in self._held.values() if other.kept.done())
+        if held_bytes + held.entry.size_bytes > self._max_held_bytes:
+            _log.error("image_not_held", size_bytes=held.entry.size_bytes, held_bytes=held_bytes, saved=is_saved)
+            self._release(held)
+
+    def _is_held(self, held: _Held) -> bool:
+        return self._held.get(held.slot.name) is held
+
+    def _drop(self, held: _Held) -> None:
+        """Hold an image no more. Whoever still waits for it is answered, and that ends its way."""
+        self._release(held)
+        if held.kept.done():
+            held.task.cancel()
+
+    def _release(self, held: _Held) -> None:
+        if self._is_held(held):
+            del self._held[held.slot.name]
+            self._books.unsaved(-int(held.unsaved))
+
+    # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _write(self, tier: Tier, key: CacheKey, entry: CachedImage, *, replace: bool) -> asyncio.Task[bool]:
+        place = tier.name, key.name
+        before = self._last_writes.get(place)
+        put = _put_after(before, tier, key, entry, replace=replace)
+        task = self._last_writes[place] = asyncio.create_task(put, name=f"write to {tier.name}")
+        self._writes[task] = entry
+        task.add_done_callback(partial(self._written, place))
+        return task
+
+    def _written(self, place: _Place, task: asyncio.Task[bool]) -> None:
+        del self._writes[task]
+        if self._last_writes[place] is task:
+            del self._last_writes[place]
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if isinstance(error, TierError):
+            _log.info("tier_write_failed", tier=place[0], error=type(error).__name__)
+        else:
+            _log.error("tier_write_broken", tier=place[0], exc_info=error)
+
+    def _outdate(self, tier: Tier, key: CacheKey, write: asyncio.Task[bool] | None = None) -> None:
+        """See to it that `tier`'s copy is not read again before `write` has replaced it, or else it is deleted."""
+        place = tier.name, key.name
+        if (before := self._outdated.get(place)) is not None:
+            before.cancel()
+        task = self._outdated[place] = asyncio.create_task(self._replace_copy(tier, key, write), name="replace copy")
+        task.add_done_callback(partial(self._replaced, place))
+
+    def _replaced(self, place: _Place, task: asyncio.Task[None]) -> None:
+        if self._outdated[place] is task:
+            del self._outdated[place]
+        _report_bug(task)
+
+    async def _replace_copy(self, tier: Tier, key: CacheKey, write: asyncio.Task[bool] | None) -> None:
+        if write is not None:
+            await _ended([write])
+            if _is_written(write):
+                return
+        wait_s = _FIRST_RETRY_S
+        while not await _is_deleted(tier, key):
+            await self._clock.sleep(wait_s)
+            wait_s = min(2 * wait_s, _LAST_RETRY_S)
+
+
+def _answer(held: _Held, entry: CachedImage) -> None:
+    if not held.kept.done():
+        held.kept.set_result(entry)
+
+
+def _ended_bringing(held: _Held, task: asyncio.Task[None]) -> None:
+    """Nobody waits for ever, even if the task was cut off at shutdown or died of a bug."""
+    if not held.kept.done():
+        error = None if task.cancelled() else task.exception()
+        held.kept.cancel() if error is None else held.kept.set_exception(error)
+    _report_bug(task)
 
 
 def _report_bug(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
-        _log.error("write_failed", task=task.get_name(), exc_info=error)
+        _log.error("task_failed", task=task.get_name(), exc_info=error)
+
+
+async def _put_after(
+    before: asyncio.Task[bool] | None, tier: Tier, key: CacheKey, entry: CachedImage, *, replace: bool
+) -> bool:
+    if before is not None:
+        await _ended([before])
+    return await tier.put(key, entry, replace=replace)
+
+
+async def _is_deleted(tier: Tier, key: CacheKey) -> bool:
+    try:
+        await tier.delete(key)
+    except TierError:
+        return False
+    return True
+
+
+def _is_written(write: asyncio.Task[bool]) -> bool:
+    return not write.cancelled() and write.exception() is None
+
+
+async def _ended(tasks: Collection[asyncio.Task[Any]]) -> None:
+    if tasks:
+        await asyncio.wait(tasks)

@@ -43,18 +43,22 @@ class Paying:
 
         `unknown` are the variants that the last tier could not speak of. Nothing here awaits.
         """
-        payers = [waiter for waiter in flight.waiters if waiter.refusal is None]
-        for waiter in payers:
+        for waiter in flight.payers:
             if (refusal := self._refusal(waiter, is_unknown=_asks_unknown(waiter, flight, unknown))) is not None:
                 flight.refuse(waiter, refusal)
-        payers = self._within_budget([waiter for waiter in payers if waiter in flight.waiters], flight, unknown)
+        payers = self._within_budget(flight.payers, flight, unknown)
         making = {variant for waiter in payers for variant in waiter.lacks(flight.loaded)}
-        for waiter in [waiter for waiter in flight.waiters if waiter.refusal is not None]:
+        for waiter in list(flight.waiters):
             # Who never pays, as a call by key, is welcome to what others pay for.
             if waiter.refusal is not None and not waiter.lacks(flight.loaded) <= making:
                 is_unknown = _asks_unknown(waiter, flight, unknown)
                 flight.refuse(waiter, _cannot_say() if is_unknown else waiter.refusal)
         return payers[0] if payers else None
+
+    def judge_late(self, flight: Flight, waiter: Waiter) -> None:
+        """Refuse a waiter that came when the flight had been judged, if it would have been refused then."""
+        if flight.sealed and waiter in flight.payers and (refusal := self._refusal(waiter, is_unknown=False)):
+            flight.refuse(waiter, refusal)
 
     def _refusal(self, waiter: Waiter, *, is_unknown: bool) -> CacheServerError | None:
         if waiter.terms.cache_policy is CachePolicy.ONLY_IF_CACHED:

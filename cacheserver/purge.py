@@ -66,11 +66,15 @@ class Purger:
 
     async def purge(self, selector: PurgeSelector, *, dry_run: bool) -> PurgeResult:
         """Remove (or only count) what `selector` takes. Raises TierUnreachableError after doing all it could."""
+        if dry_run:
+            return await self._purge(selector, dry_run=True)
+        async with self._keeper.purging(selector.takes_entry):
+            return await self._purge(selector, dry_run=False)
+
+    async def _purge(self, selector: PurgeSelector, *, dry_run: bool) -> PurgeResult:
         names: set[str] = set()
         per_tier: dict[TierName, int] = {}
         silent: list[TierName] = []
-        if not dry_run:
-            self._keeper.forget(selector.takes_entry)
         for tier in reversed(self._tiers):
             try:
                 copies = await self._purge_tier(tier, selector, dry_run=dry_run)

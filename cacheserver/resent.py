@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
 from cacheserver.errors import KeyGoneError, RequestIdSpentError
@@ -21,12 +21,26 @@ from cacheserver.model import CachePolicy, Caller, Replay, Terms, VariantPolicy
 from cacheserver.tasks import OwnedTasks
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class Promise:
-    """What a running call with a request_id will be given, and the flight that brings it once there is one."""
+    """What a call with a request_id will be given, and the flight that brings it once there is one.
+
+    `answers` are those of everyone who sent the call.
+    """
 
     replay: Replay
     flight: Flight | None = None
+    answers: list[asyncio.Future[list[Loaded]]] = field(default_factory=list)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether somebody still waits for it, so that its flight is sure to bring it."""
+        return any(not answer.done() for answer in self.answers)
+
+    @property
+    def is_void(self) -> bool:
+        """Whether it came to nothing: everyone who sent the call hung up before money was spent, or it failed."""
+        return all(answer.done() and (answer.cancelled() or answer.exception()) for answer in self.answers)
 
 
 def replay_id(caller: Caller, terms: Terms) -> str:
@@ -60,7 +74,7 @@ class Resent:
             RequestIdSpentError: the id was used for another request.
         """
         async with self._alone(call_id):
-            promise = self._promises.get(call_id)
+            promise = self._promise(call_id)
             replay = promise.replay if promise is not None else await self._replays.recall(call_id)
             if replay is None:
                 waiter.variants = await choose(waiter)
@@ -69,9 +83,10 @@ class Resent:
                 raise RequestIdSpentError("This request_id was used for another request; use a new one.")
             else:
                 waiter.variants = replay.variants
-                if promise is None or promise.flight is None or promise.flight.is_over:
+                if promise is None or not promise.is_running:
                     _only_collect(waiter)
                     return None
+        promise.answers.append(waiter.answer)
         waiter.answer.add_done_callback(lambda answer: self._settle(call_id, promise, answer))
         return promise
 
@@ -84,6 +99,10 @@ class Resent:
         await self._replays.remember(call_id, replay)
         self._promises.pop(call_id, None)
 
+    def _promise(self, call_id: str) -> Promise | None:
+        promise = self._promises.get(call_id)
+        return None if promise is None or promise.is_void else promise
+
     @asynccontextmanager
     async def _alone(self, call_id: str) -> AsyncIterator[None]:
         async with self._asking.setdefault(call_id, asyncio.Lock()):
@@ -91,15 +110,13 @@ class Resent:
 
     def _settle(self, call_id: str, promise: Promise, answer: asyncio.Future[list[Loaded]]) -> None:
         """A promised answer is there, or will never be: remember it, or let the id be used again."""
-        if answer.cancelled():
-            # One of several who sent the call hung up; the promise lives as long as its flight.
-            if promise.flight is None or promise.flight.dropped:
-                self._promises.pop(call_id, None)
-        elif answer.exception() is not None:
-            self._promises.pop(call_id, None)
-        else:
+        if promise.is_void:
+            if self._promises.get(call_id) is promise:
+                del self._promises[call_id]
+        elif not answer.cancelled() and answer.exception() is None:
             variants = tuple(loaded.entry.key.variant for loaded in answer.result())
-            self._tasks.own(self.remember(call_id, Replay(promise.replay.identity_name, variants)), "remember")
+            promise.replay = Replay(promise.replay.identity_name, variants)
+            self._tasks.own(self.remember(call_id, promise.replay), "remember")
 
 
 def _only_collect(waiter: Waiter) -> None:

@@ -40,7 +40,7 @@ class OwnedTasks:
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            # An error of ours has reached whoever still waits; anything else is a bug.
-            if not isinstance(error, CacheServerError):
-                _log.error("task_failed", task=task.get_name(), exc_info=error)
+        error = None if task.cancelled() else task.exception()
+        # An error of ours has reached whoever still waits; anything else is a bug.
+        if error is not None and not isinstance(error, CacheServerError):
+            _log.error("task_failed", task=task.get_name(), exc_info=error)

@@ -51,14 +51,15 @@ class AnotherOne:
     ) -> tuple[int, ...]:
         """`n` variants this caller was not given by NEXT and does not exclude, and note them as given.
 
-        Stored ones first; then numbers nobody has, which will be generated; and once the request has all its
-        `max_variants`, the ones given to this caller longest ago.
+        Stored ones first; then numbers nobody has, which will be generated, an excluded one last (its picture is
+        gone, so another will be made); and once the request has all its `max_variants`, the ones given to this
+        caller longest ago.
         """
         given = self._given.get((caller, identity_name), {})
         # A number that was given and is not stored was never made, or was purged: it is free again.
         known = excluded | (given.keys() & stored)
         chosen = [variant for variant in sorted(stored) if variant not in known][:n]
-        new = (v for v in range(max_variants) if v not in stored and v not in known)
+        new = sorted((v for v in range(max_variants) if v not in stored), key=excluded.__contains__)
         chosen += [variant for variant, _ in zip(new, range(n - len(chosen)), strict=False)]
         longest_ago = [v for v in given if v in stored and v not in excluded] + sorted(stored)
         chosen += [v for v in dict.fromkeys(longest_ago) if v not in chosen][: n - len(chosen)]

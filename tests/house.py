@@ -115,10 +115,11 @@ class House:
         unknown: UnknownPolicy | None = None,
         max_concurrent: int = 100,
         queue_max: int = 1000,
+        tiers: Sequence[FaultyTier] | None = None,
     ) -> None:
-        """A new process on the same tiers."""
+        """A new process on the same tiers, or on some of them."""
         self.memory = MemoryCache(clock=self.clock, max_bytes=memory_bytes)
-        tiers = [self.redis, self.s3]
+        tiers = [self.redis, self.s3] if tiers is None else tiers
         self.keeper = Keeper(memory=self.memory, tiers=tiers, books=self.books, clock=self.clock)
         self.generator = Generator(
             upstreams={MODEL: self.upstream},

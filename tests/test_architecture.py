@@ -53,7 +53,7 @@ LIBRARIES: dict[str, set[str]] = {
     "httpx": {"generation", "cli", "embedded"},
     "starlette": {"http"},
     "uvicorn": {"http"},
-    "prometheus_client": {"accounting", "http", "app"},
+    "prometheus_client": {"accounting", "http", "app", "cli"},
     "pydantic": {"settings"},
     "pydantic_settings": {"settings"},
     "typer": {"cli"},

@@ -283,6 +283,62 @@ class TestFlights:
         served = await paying
         assert (served.tier, served.cost_microusd, served.collapsed) == (TierName.UPSTREAM, 53_000, False)
 
+    async def test_who_may_not_pay_is_refused_also_when_the_load_has_begun(self, house: House) -> None:
+        house.upstream.hold()
+        paying = asyncio.create_task(house.get())
+        await house.upstream.arrived(1)
+        with pytest.raises(PermissionDeniedError):
+            await house.ask(caller=READER)
+        with pytest.raises(NotCachedError):
+            await house.ask(cache_policy=CachePolicy.ONLY_IF_CACHED)
+        house.upstream.release()
+        assert (await paying).tier is TierName.UPSTREAM
+
+    async def test_when_the_leader_hangs_up_before_money_is_spent_the_next_one_pays(self, house: House) -> None:
+        house.restart(max_concurrent=1)
+        house.upstream.hold()
+        running = asyncio.create_task(house.get("first"))
+        await house.upstream.arrived(1)
+        leader = asyncio.create_task(house.get("second"))
+        await until(lambda: sum(house.generator.queue_depth.values()) == 1)
+        others = [asyncio.create_task(house.get("second")) for _ in range(2)]
+        await asyncio.sleep(0)
+        leader.cancel()
+        await asyncio.wait({leader})
+        house.upstream.release()
+        await running
+        served = await asyncio.gather(*others)
+        assert [(one.cost_microusd, one.collapsed) for one in served] == [(53_000, False), (0, True)]
+
+    async def test_each_picture_is_paid_for_by_the_first_who_asked_for_it(self, house: House) -> None:
+        house.s3.gate.clear()
+        one = asyncio.create_task(house.ask(n=1))
+        await until(lambda: len(house.s3.gets) == 1)
+        three = asyncio.create_task(house.ask(n=3))
+        await asyncio.sleep(0)
+        house.s3.gate.set()
+        first, rest = await one, await three
+        assert isinstance(first, list)
+        assert isinstance(rest, list)
+        assert [served.cost_microusd for served in (*first, *rest)] == [53_000, 0, 53_000, 53_000]
+
+    async def test_nothing_is_made_when_only_calls_by_key_still_wait(self, house: House) -> None:
+        house.restart(max_concurrent=1)
+        house.upstream.hold()
+        running = asyncio.create_task(house.get("first"))
+        await house.upstream.arrived(1)
+        paying = asyncio.create_task(house.get("second"))
+        await until(lambda: sum(house.generator.queue_depth.values()) == 1)
+        _, identity = house.identity("second")
+        collecting = asyncio.create_task(by_key(house, identity.key))
+        await asyncio.sleep(0)
+        paying.cancel()
+        with pytest.raises(KeyGoneError):
+            await collecting
+        house.upstream.release()
+        await running
+        assert house.upstream.calls == 1
+
     async def test_a_full_queue_is_an_error_and_spends_nothing(self, house: House) -> None:
         house.restart(max_concurrent=1, queue_max=0)
         house.upstream.hold()
@@ -363,6 +419,20 @@ class TestVariants:
         assert [one.entry.key.variant for one in seen] == [0, 1, 2, 0, 1]
         assert house.upstream.calls == 3
 
+    async def test_next_makes_another_one_though_what_it_excludes_is_gone(self, house: House) -> None:
+        house.namespace = replace(house.namespace, max_variants=2)
+        two = await house.ask(n=2)
+        assert isinstance(two, list)
+        excluded = frozenset(one.entry.key.name for one in two)
+        await house.cache.purge(house.namespace, dry_run=False)
+        served = await house.get(variant_policy=VariantPolicy.NEXT, exclude_keys=excluded)
+        assert served.tier is TierName.UPSTREAM
+
+    async def test_next_is_another_one_also_while_the_last_tier_is_silent(self, house: House) -> None:
+        house.s3.is_down = True
+        seen = [await house.get(variant_policy=VariantPolicy.NEXT) for _ in range(3)]
+        assert len({one.entry.image.data for one in seen}) == 3
+
     async def test_two_next_calls_of_one_caller_at_once_are_two_pictures(self, house: House) -> None:
         house.upstream.hold()
         asks = [asyncio.create_task(house.get(variant_policy=VariantPolicy.NEXT)) for _ in range(2)]
@@ -397,6 +467,47 @@ class TestVariants:
         house.restart()
         await house.get(**terms)
         assert house.upstream.calls == 1
+
+    async def test_a_call_hung_up_before_money_was_spent_may_be_sent_again(self, house: House) -> None:
+        first = await house.get()
+        house.upstream.hold()
+        plain = asyncio.create_task(house.ask(n=2))
+        await house.upstream.arrived(2)
+        excluded = frozenset({first.entry.key.name, first.entry.key.with_variant(1).name})
+        terms = {"variant_policy": VariantPolicy.NEXT, "request_id": "one", "exclude_keys": excluded}
+        hung_up = asyncio.create_task(house.get(**terms))
+        await until(lambda: house.cache.in_flight == 2)
+        hung_up.cancel()
+        await asyncio.wait({hung_up})
+        again = asyncio.create_task(house.get(**terms))
+        await until(lambda: house.cache.in_flight == 2)
+        house.upstream.release()
+        await plain
+        served = await again
+        assert served.entry.key.variant == 2
+        assert (await house.get(**terms)).entry == served.entry
+        assert house.upstream.images == 3
+
+    async def test_a_call_hung_up_while_others_go_on_may_be_sent_again(self, house: House) -> None:
+        await house.get()
+        house.s3.gate.clear()
+        plain = asyncio.create_task(house.ask(n=2))
+        await until(lambda: len(house.s3.gets) == 2)
+        terms = {"cache_policy": CachePolicy.REFRESH, "request_id": "one"}
+        hung_up = asyncio.create_task(house.get(**terms))
+        await asyncio.sleep(0)
+        hung_up.cancel()
+        await asyncio.wait({hung_up})
+        house.upstream.hold()
+        house.s3.gate.set()
+        await house.upstream.arrived(2)
+        again = asyncio.create_task(house.get(**terms))
+        await until(lambda: house.cache.in_flight == 2)
+        house.upstream.release()
+        await plain
+        assert (await again).cost_microusd == 53_000
+        assert house.upstream.images == 3
+        assert not house.cache._resent._promises
 
     async def test_a_failed_next_may_be_sent_again_under_its_id(self, house: House) -> None:
         house.upstream.fail_next(UpstreamDownError("down"))
@@ -499,6 +610,38 @@ class TestRefreshAndNoStore:
             await house.get(**terms)
         house.upstream.release()
         await first
+        with pytest.raises(RequestIdSpentError):
+            await house.get(**terms)
+        assert house.upstream.calls == 1
+
+    async def test_a_no_store_hung_up_while_it_waits_its_turn_is_not_paid_for(self, house: House) -> None:
+        house.restart(max_concurrent=1)
+        house.upstream.hold()
+        running = asyncio.create_task(house.get("first"))
+        await house.upstream.arrived(1)
+        terms = {"cache_policy": CachePolicy.NO_STORE, "request_id": "one"}
+        hung_up = asyncio.create_task(house.get(**terms))
+        await until(lambda: sum(house.generator.queue_depth.values()) == 1)
+        hung_up.cancel()
+        await asyncio.wait({hung_up})
+        await until(lambda: sum(house.generator.queue_depth.values()) == 0)
+        again = asyncio.create_task(house.get(**terms))
+        house.upstream.release()
+        await running
+        assert (await again).tier is TierName.UPSTREAM
+        assert house.upstream.calls == 2
+
+    async def test_a_no_store_hung_up_after_money_was_spent_is_spent(self, house: House) -> None:
+        house.upstream.hold()
+        terms = {"cache_policy": CachePolicy.NO_STORE, "request_id": "one"}
+        hung_up = asyncio.create_task(house.get(**terms))
+        await house.upstream.arrived(1)
+        hung_up.cancel()
+        await asyncio.wait({hung_up})
+        with pytest.raises(RequestIdRunningError):
+            await house.get(**terms)
+        house.upstream.release()
+        await until(lambda: not house.cache._unstored)
         with pytest.raises(RequestIdSpentError):
             await house.get(**terms)
         assert house.upstream.calls == 1

@@ -300,7 +300,7 @@ async def test_the_table_holds_many_kinds() -> None:
 
 
 async def test_a_message_above_the_bound_is_refused_by_grpc_itself(front: Front) -> None:
-    assert (await failure(front.raw("GetImage", ask("x" * 17_000_000)))).code == "RESOURCE_EXHAUSTED"
+    assert (await failure(front.raw("GetImage", ask("x" * 26_000_000)))).code == "RESOURCE_EXHAUSTED"
     assert len((await front.stub.GetImage(ask())).images) == 1
 
 

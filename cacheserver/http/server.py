@@ -61,8 +61,10 @@ class HttpServer:
             listening.bind((self._host, self._wanted_port))
         except OSError as error:
             listening.close()
-            text = f"server.http_port: cannot listen on {self._host}:{self._wanted_port}: {error.strerror}"
-            raise ConfigError(text) from error
+            raise ConfigError(
+                f"server.http_port: cannot listen on {self._host}:{self._wanted_port}: {error.strerror}; "
+                "end what has it, or set another"
+            ) from error
         return listening
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import socket
 import ssl
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -74,6 +77,7 @@ class RpcServer:
             ConfigError: an address cannot be listened on, or the certificate cannot be used.
         """
         credentials = await asyncio.to_thread(_credentials, self._listen)
+        await asyncio.to_thread(_try_address, self._listen)
         received = ("grpc.max_receive_message_length", self._max_receive_bytes)
         server = grpc.aio.server(options=(*_OPTIONS, received))
         server.add_generic_rpc_handlers((self._service.handler(),))
@@ -113,26 +117,68 @@ class RpcServer:
     def _bind(self, server: grpc.aio.Server, credentials: grpc.ServerCredentials | None) -> None:
         listen = self._listen
         if listen.unix_socket is not None:
-            self._add_port(server, f"unix:{listen.unix_socket}", None, "server.grpc_unix_socket")
+            _add_unix_socket(server, listen.unix_socket)
         if listen.port is not None:
             host = f"[{listen.host}]" if ":" in listen.host else listen.host
-            self.port = self._add_port(server, f"{host}:{listen.port}", credentials, "server.grpc_port")
-
-    @staticmethod
-    def _add_port(
-        server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None, setting: str
-    ) -> int:
-        try:
-            if credentials is None:
-                return server.add_insecure_port(address)
-            return server.add_secure_port(address, credentials)
-        except RuntimeError as error:
-            text = f"{setting}: cannot listen on {address}; is it in use, or not an address of this machine?"
-            raise ConfigError(text) from error
+            self.port = _add_port(server, f"{host}:{listen.port}", credentials)
 
     async def _set_health(self, name: str, *, is_well: bool) -> None:
         statuses = health_pb2.HealthCheckResponse
         await self._health.set(name, statuses.SERVING if is_well else statuses.NOT_SERVING)
+
+
+def _add_unix_socket(server: grpc.aio.Server, path: Path) -> None:
+    """Listen on a unix socket that only this user can open, in place of one that a dead process left."""
+    if _is_listened_on(path):  # grpc would take its place without a word
+        raise ConfigError(f"server.grpc_unix_socket: another process listens on {path}; stop it, or name another path")
+    umask = os.umask(0o077)  # a mode given afterwards would leave a moment in which anybody could connect
+    try:
+        server.add_insecure_port(f"unix:{path}")
+    except RuntimeError as error:
+        raise ConfigError(
+            f"server.grpc_unix_socket: cannot listen on {path}; name a path of at most 107 characters in a directory "
+            "that this user may write, where no other file is"
+        ) from error
+    finally:
+        os.umask(umask)
+
+
+def _is_listened_on(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:
+            return True  # by one that is slow to accept
+        except OSError:
+            return False
+        return True
+
+
+def _add_port(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
+    try:
+        if credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        raise ConfigError(f"server.grpc_port: cannot listen on {address}; end what has it, or set another") from error
+
+
+def _try_address(listen: Listen) -> None:
+    """Bind the TCP address for a moment: grpc tells why it cannot only to standard error, in words of its own."""
+    if listen.port is None:
+        return
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        is_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        raise ConfigError(
+            f"server.{'grpc_host' if is_host else 'grpc_port'}: cannot listen on {listen.host}:{listen.port}: "
+            f"{error.strerror}; {'name an address of this machine' if is_host else 'end what has it, or set another'}"
+        ) from error
 
 
 def _credentials(listen: Listen) -> grpc.ServerCredentials | None:
@@ -148,7 +194,10 @@ def _credentials(listen: Listen) -> grpc.ServerCredentials | None:
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key, password=bytes)
         return grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
     except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"server.tls_cert_file, server.tls_key_file: {cert}, {key}: {error}") from error
+        raise ConfigError(
+            f"server.tls_cert_file, server.tls_key_file: {cert} and {key} are no PEM certificate chain and its private "
+            f"key without a password: {error}"
+        ) from error
 
 
 def _add_reflection(server: grpc.aio.Server) -> None:

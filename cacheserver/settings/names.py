@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from cacheserver.settings.schema import CallerSettings, NamespaceSettings, Settings, UpstreamSettings
+from cacheserver.settings.schema import ENV_PREFIX, CallerSettings, NamespaceSettings, Settings, UpstreamSettings
 
 WHOLE_TABLES = ("upstreams", "callers", "namespaces")
 """Tables that repeat. In the environment they are set as a whole, as JSON."""
@@ -25,14 +25,14 @@ _REPEATED: dict[str, tuple[str, type[BaseModel]]] = {
     "namespaces": (_NAMED, NamespaceSettings),
 }
 
-_SHORT_NAMES: dict[str, tuple[str, ...]] = {
-    "CACHESERVER_GRPC_PORT": ("server", "grpc_port"),
-    "CACHESERVER_HTTP_PORT": ("server", "http_port"),
-    "CACHESERVER_MEMORY_MAX_BYTES": ("memory", "max_bytes"),
-    "CACHESERVER_REDIS_URL": ("redis", "url"),
-    "CACHESERVER_S3_BUCKET": ("s3", "bucket"),
-    "CACHESERVER_S3_ENDPOINT": ("s3", "endpoint"),
-    "CACHESERVER_S3_PREFIX": ("s3", "prefix"),
+_SHORT_NAMES = {
+    "CACHESERVER_GRPC_PORT": "server.grpc_port",
+    "CACHESERVER_HTTP_PORT": "server.http_port",
+    "CACHESERVER_MEMORY_MAX_BYTES": "memory.max_bytes",
+    "CACHESERVER_REDIS_URL": "redis.url",
+    "CACHESERVER_S3_BUCKET": "s3.bucket",
+    "CACHESERVER_S3_ENDPOINT": "s3.endpoint",
+    "CACHESERVER_S3_PREFIX": "s3.prefix",
 }
 
 
@@ -41,11 +41,15 @@ def setting_names() -> dict[str, FieldInfo]:
     return dict(_settings_of(Settings, ""))
 
 
-def environment_names() -> dict[str, tuple[str, ...]]:
-    """Every environment variable that sets something, and the path of what it sets."""
-    paths = [tuple(name.split(".")) for name in setting_names() if _LISTED not in name and _NAMED not in name]
-    paths += [(table,) for table in WHOLE_TABLES]
-    return {f"CACHESERVER_{'__'.join(path).upper()}": path for path in paths} | _SHORT_NAMES
+def environment_names() -> dict[str, str]:
+    """Every environment variable that sets something, and the full name of what it sets."""
+    single = [name for name in setting_names() if _LISTED not in name and _NAMED not in name]
+    return {environment_name(name): name for name in [*single, *WHOLE_TABLES]} | _SHORT_NAMES
+
+
+def environment_name(setting: str) -> str:
+    """The long name of the variable for a setting: CACHESERVER_REDIS__URL for `redis.url`."""
+    return ENV_PREFIX + setting.replace(".", "__").upper()
 
 
 def general_name(path: str) -> str:

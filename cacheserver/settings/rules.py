@@ -7,9 +7,7 @@ from collections.abc import Sequence
 
 from cacheserver.errors import ConfigError
 from cacheserver.model import TierName
-from cacheserver.settings.schema import PAINTER, Settings, is_loopback
-
-_TIER_ORDER = (TierName.MEMORY, TierName.REDIS, TierName.DISK, TierName.S3)
+from cacheserver.settings.schema import PAINTER, STORING_TIERS, Settings, is_loopback
 
 
 def check_rules(settings: Settings) -> None:
@@ -108,7 +106,7 @@ def _callers_namespaces_exist(settings: Settings) -> None:
 
 def _tiers_are_in_order(settings: Settings) -> None:
     names = settings.tier_names
-    if list(names) != [tier for tier in _TIER_ORDER if tier in names] or TierName.MEMORY not in names:
+    if list(names) != [tier for tier in STORING_TIERS if tier in names] or TierName.MEMORY not in names:
         raise ConfigError('tiers: should begin with "memory" and be in the order "memory", "redis", "disk", "s3"')
 
 

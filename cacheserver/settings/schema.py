@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ipaddress
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 from pydantic import model_validator as check
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from cacheserver.identity import PROFILES, compile_catalog_patterns
 from cacheserver.model import MAX_VARIANT, PARTITION_PATTERN, Caller, Namespace, Permission, Priority, TierName
 
+ENV_PREFIX = "CACHESERVER_"
 DEFAULT_NAMESPACE = "default"
+STORING_TIERS = (TierName.MEMORY, TierName.REDIS, TierName.DISK, TierName.S3)
+"""The tiers that settings may name, fastest first."""
+
 PAINTER = "painter"
 """The painter's kind, its upstream's name and its only model."""
 
@@ -43,12 +48,26 @@ def _redis_url(url: SecretStr) -> SecretStr:
     return url
 
 
-def _pattern(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as exc:
-        raise ValueError(f"should be a regular expression: {exc}") from exc
-    return pattern
+def _patterns(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    compile_catalog_patterns(patterns)
+    return patterns
+
+
+def _profile(profile: str) -> str:
+    if profile not in PROFILES:
+        raise ValueError(f"should be one of {', '.join(PROFILES)}")
+    return profile
+
+
+def _storing_tier(name: Any) -> Any:
+    if name not in STORING_TIERS:
+        raise ValueError(f"should be one of {', '.join(STORING_TIERS)}")
+    return name
+
+
+def _words(text: Any) -> Any:
+    """What a variable holds, which knows no lists; a list stays one."""
+    return [word.strip() for word in text.split(",")] if isinstance(text, str) else text
 
 
 def _names_to_themselves(models: Any) -> Any:
@@ -60,6 +79,7 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(gt=0)]
 Name = Annotated[str, AfterValidator(_partition_name)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
+StoringTier = Annotated[TierName, BeforeValidator(_storing_tier)]
 PriorityName = Literal["warm_up", "batch", "standard", "interactive"]
 
 
@@ -72,19 +92,24 @@ class ServerSettings(_Section):
 
     grpc_host: str = Field(default="127.0.0.1", description="Address the gRPC port is bound to.")
     grpc_port: Port = Field(default=50_051, description="TCP port of gRPC; 0 takes any free one.")
-    grpc_unix_socket: Path | None = Field(default=None, description="Unix socket on which gRPC is served as well.")
+    grpc_unix_socket: Path | None = Field(
+        default=None, description="Unix socket on which gRPC is served as well, to this user alone."
+    )
     http_host: str = Field(default="127.0.0.1", description="Address the HTTP port is bound to.")
     http_port: Port = Field(default=8080, description="TCP port of HTTP (metrics, health); 0 takes any free one.")
     tls_cert_file: Path | None = Field(default=None, description="Certificate chain for gRPC, PEM; needs tls_key_file.")
     tls_key_file: Path | None = Field(default=None, description="Private key for gRPC, PEM; needs tls_cert_file.")
-    drain_timeout_s: Seconds = Field(default=30.0, description="Seconds that calls may go on after SIGTERM.")
+    drain_timeout_s: Seconds = Field(
+        default=30.0,
+        description="Seconds that calls may go on after SIGTERM, and as long again for what is being stored.",
+    )
     max_receive_bytes: Bytes = Field(default=24 * _MIB, description="Largest gRPC message taken, in bytes.")
     max_concurrent_calls: int = Field(default=4_096, gt=0, description="Calls served at a time; more are turned away.")
 
     @check(mode="after")
     def _tls_is_whole(self) -> Self:
         if (self.tls_cert_file is None) != (self.tls_key_file is None):
-            raise ValueError("tls_cert_file and tls_key_file are set together or not at all")
+            raise ValueError("one of tls_cert_file and tls_key_file is set and the other is not; set both or none")
         return self
 
 
@@ -149,7 +174,7 @@ class S3Settings(_Section):
     @check(mode="after")
     def _fits_together(self) -> Self:
         if (self.access_key is None) != (self.secret_key is None):
-            raise ValueError("access_key and secret_key are set together or not at all")
+            raise ValueError("one of access_key and secret_key is set and the other is not; set both or none")
         if self.local and (self.bucket or self.endpoint):
             raise ValueError("local (--local-s3) runs its own server; remove it, or bucket and endpoint")
         if self.endpoint and not self.bucket:
@@ -257,11 +282,11 @@ class NamespaceSettings(_Section):
     """Policy for a group of callers."""
 
     partition: Name | None = Field(default=None, description="What shares images. Unset: the namespace's own name.")
-    profile: Literal["exact", "standard", "catalog"] = Field(
+    profile: Annotated[str, AfterValidator(_profile)] = Field(
         default="standard",
         description="exact, standard or catalog: how prompts are normalized before they are compared.",
     )
-    catalog_patterns: tuple[Annotated[str, AfterValidator(_pattern)], ...] = Field(
+    catalog_patterns: Annotated[tuple[str, ...], AfterValidator(_patterns)] = Field(
         default=(), description="Regular expressions for what the profile catalog drops from prompts, such as a SKU."
     )
     default_model: str | None = Field(
@@ -296,11 +321,20 @@ class LogSettings(_Section):
     )
 
 
-class Settings(_Section):
+class Settings(BaseSettings):
     """All settings, checked: what is here can work together. Made by `load_settings`."""
 
+    model_config = SettingsConfigDict(
+        frozen=True,
+        hide_input_in_errors=True,
+        case_sensitive=True,
+        env_prefix=ENV_PREFIX,
+        env_prefix_target="all",
+        env_nested_delimiter="__",
+    )
+
     data_dir: Path = Field(default=Path(".cacheserver"), description="Directory for all that is kept on this machine.")
-    tiers: tuple[TierName, ...] | None = Field(
+    tiers: Annotated[tuple[StoringTier, ...] | None, NoDecode, BeforeValidator(_words)] = Field(
         default=None,
         description=(
             'The levels, fastest first, of "memory", "redis", "disk", "s3". Unset: memory, Redis if there is one, '
@@ -321,6 +355,17 @@ class Settings(_Section):
     callers: tuple[CallerSettings, ...] = ()
     namespace_settings: dict[Name, NamespaceSettings] = Field(default_factory=dict, alias="namespaces")
     log: LogSettings = LogSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - the library's signature
+        init_settings: PydanticBaseSettingsSource,
+        *_others: PydanticBaseSettingsSource,
+        **_named: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what is given: `load_settings` reads the file and the environment, and checks their names."""
+        return (init_settings,)
 
     @property
     def tier_names(self) -> tuple[TierName, ...]:

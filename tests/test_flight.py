@@ -1,0 +1,142 @@
+"""Flights alone: who joins, who leaves, and that no two loads of one identity run side by side."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from cacheserver.errors import KeyGoneError
+from cacheserver.flight import Flight, Flights, Loaded, Waiter
+from cacheserver.identity import identify
+from cacheserver.model import (
+    CachedImage,
+    Caller,
+    GeneratedImage,
+    ImageRequest,
+    Namespace,
+    Permission,
+    Terms,
+    TierName,
+)
+
+NAMESPACE = Namespace("default", "default")
+REQUEST = ImageRequest(prompt="a red fox", model="gpt-image-2")
+IDENTITY = identify(REQUEST, NAMESPACE)
+EVERYTHING = Caller("tester", frozenset(Permission))
+
+
+def waiter(*variants: int, refresh: bool = False, by_key: bool = False) -> Waiter:
+    return Waiter(
+        IDENTITY.key,
+        variants,
+        NAMESPACE,
+        EVERYTHING,
+        Terms(),
+        asked=None if by_key else (REQUEST, IDENTITY),
+        refusal=KeyGoneError("gone") if by_key else None,
+        refresh=refresh,
+    )
+
+
+def made(variant: int, payer: Waiter) -> Loaded:
+    image = GeneratedImage(b"bytes", "image/png", 1, 1, "digest", "gpt-image-2", "1x1", "low", "opaque")
+    entry = CachedImage(IDENTITY.key.with_variant(variant), image, "default", IDENTITY.prompt_digest, 0.0)
+    return Loaded(entry, TierName.UPSTREAM, payer=payer)
+
+
+class Loads:
+    """Loads that seal what is lacking, spend when told to, and say how many run at a time."""
+
+    def __init__(self) -> None:
+        self.flights = Flights(self.load, monotonic_s=lambda: 0.0)
+        self.gate = asyncio.Event()
+        self.running = 0
+        self.most_at_a_time = 0
+        self.begun = 0
+
+    async def load(self, flight: Flight) -> None:
+        self.running += 1
+        self.begun += 1
+        self.most_at_a_time = max(self.most_at_a_time, self.running)
+        try:
+            making = flight.lacking
+            flight.seal(making)
+            await self.gate.wait()
+            for variant in making:
+                flight.land(variant, made(variant, flight.payer(variant) or flight.waiters[0]))
+        finally:
+            self.running -= 1
+
+    async def steps(self, count: int = 5) -> None:
+        for _ in range(count):
+            await asyncio.sleep(0)
+
+
+@pytest.fixture
+def loads() -> Loads:
+    return Loads()
+
+
+async def test_a_load_dropped_while_it_waited_its_turn_lets_nobody_overtake_the_running_one(loads: Loads) -> None:
+    first = waiter(0)
+    loads.flights.board(first)
+    await loads.steps()
+    leaving, coming = waiter(0, 1), waiter(0, 1)
+    loads.flights.board(leaving).leave(leaving)
+    loads.flights.board(coming)
+    await loads.steps()
+    assert (loads.running, loads.begun) == (1, 1)
+    loads.gate.set()
+    await coming.answer
+    assert loads.most_at_a_time == 1
+
+
+async def test_a_load_that_nobody_is_left_to_pay_for_is_dropped_and_the_others_hear_why(loads: Loads) -> None:
+    payer, guest = waiter(0), waiter(0, by_key=True)
+    flight = loads.flights.board(payer)
+    await loads.steps()
+    loads.flights.board(guest)
+    flight.leave(payer)
+    with pytest.raises(KeyGoneError):
+        await guest.answer
+    assert flight.dropped
+    await loads.steps()
+    assert len(loads.flights) == 0
+
+
+async def test_a_picture_is_made_for_the_first_who_lacks_it_and_may_pay() -> None:
+    flight = Flight(IDENTITY.key, started_s=0.0)
+    guest, first, second = waiter(0, 1, by_key=True), waiter(0), waiter(0, 1)
+    for one in (guest, first, second):
+        flight.join(one)
+    assert flight.payer(0) is first
+    assert flight.payer(1) is second
+    flight.leave(first)
+    assert flight.payer(0) is second
+
+
+async def test_everyone_is_answered_when_all_they_want_has_landed(loads: Loads) -> None:
+    waiters = [waiter(*range(n)) for n in (1, 2, 3)]
+    for one in waiters:
+        loads.flights.board(one)
+    loads.gate.set()
+    answers = await asyncio.gather(*(one.answer for one in waiters))
+    assert [len(answer) for answer in answers] == [1, 2, 3]
+    assert loads.begun == 1
+
+
+async def test_joining_costs_the_same_however_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+    lacks = Waiter.lacks
+
+    def counted(self: Waiter, loaded: dict[int, Loaded]) -> set[int]:
+        nonlocal looks
+        looks += 1
+        return lacks(self, loaded)
+
+    monkeypatch.setattr(Waiter, "lacks", counted)
+    flight = Flight(IDENTITY.key, started_s=0.0)
+    for _ in range(100):
+        flight.join(waiter(0))
+    assert looks == 100
