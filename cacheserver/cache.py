@@ -77,6 +77,8 @@ from cacheserver.tasks import OwnedTasks
 from cacheserver.tiers.memory import MemoryCache
 from cacheserver.variants import AnotherOne, random_ones, sticky_ones
 
+_REMEMBERING_S = 1.0
+
 
 class PromptCache:
     """Answers requests from the fastest tier that can, and pays for a picture only when none can."""
@@ -245,9 +247,13 @@ class PromptCache:
         return await self._purger.purge(selector, dry_run=dry_run)
 
     async def aclose(self, grace_s: float) -> None:
-        """Let running loads end within `grace_s`, then cancel them."""
+        """Let running loads end within `grace_s`, then cancel them.
+
+        What was given is remembered even then: a call sent again after a restart must not pay again.
+        """
+        until_s = self._clock.monotonic_s() + grace_s
         await self._flights.aclose(grace_s)
-        await self._tasks.aclose(grace_s)
+        await self._tasks.aclose(max(until_s - self._clock.monotonic_s(), _REMEMBERING_S))
 
     # ── one wait ────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -22,7 +22,7 @@ from cacheserver.tiers.redis import Client
 
 _log = structlog.get_logger(__name__)
 
-UNREACHABLE = (RedisError, RedisClusterException, OSError, TimeoutError)
+_UNREACHABLE = (RedisError, RedisClusterException, OSError, TimeoutError)
 """What talking to Redis may raise; a Cluster's own exception is no RedisError."""
 
 _LIFETIME_S = 86_400
@@ -80,7 +80,7 @@ class RedisReplays:
         try:
             async with asyncio.timeout(self._timeout_s):
                 stored = await self._run(_RECALL, replay_id)
-        except UNREACHABLE as error:
+        except _UNREACHABLE as error:
             _log.warning("replays_unreachable", op="recall", error=type(error).__name__)
             return None
         return _decode(stored) if stored is not None else None
@@ -92,7 +92,7 @@ class RedisReplays:
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._run(_REMEMBER, replay_id, value, str(_LIFETIME_S))
-        except UNREACHABLE as error:
+        except _UNREACHABLE as error:
             _log.warning("replays_unreachable", op="remember", error=type(error).__name__)
 
     async def _run(self, script: str, *args: str) -> bytes | None:
@@ -115,7 +115,7 @@ async def refuse_eviction_of_control_state(client: Client, *, timeout_s: float =
     try:
         async with asyncio.timeout(timeout_s):
             policies = await _eviction_policies(client)
-    except (RedisError, OSError, TimeoutError):
+    except _UNREACHABLE:
         return  # away: its tier says so
     if evicting := [policy for policy in policies if policy.startswith("allkeys")]:
         raise ConfigError(

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from pathlib import Path
+
 import pytest
 
-from tests.fakes import FakeClock
-from tests.servers import own_s3, own_valkey, s3_server, valkey_server
+pytest.register_assert_rewrite("tests.tier_contract", "tests.rpc_front")
+
+from cacheserver.model import TierName  # noqa: E402 - assertions are rewritten as modules are first imported
+from tests.fakes import FakeClock  # noqa: E402 - as above
+from tests.house import House, open_tier  # noqa: E402 - as above
+from tests.servers import own_s3, own_valkey, s3_server, valkey_server  # noqa: E402 - as above
 
 __all__ = ["own_s3", "own_valkey", "s3_server", "valkey_server"]
 
@@ -13,3 +20,18 @@ __all__ = ["own_s3", "own_valkey", "s3_server", "valkey_server"]
 @pytest.fixture
 def clock() -> FakeClock:
     return FakeClock()
+
+
+@pytest.fixture
+async def house(clock: FakeClock, tmp_path: Path) -> AsyncIterator[House]:
+    """A whole cache on two real directories, with an upstream and faults at the test's command."""
+    redis = await open_tier(tmp_path / "tiers" / "redis", TierName.REDIS, clock)
+    s3 = await open_tier(tmp_path / "tiers" / "s3", TierName.S3, clock)
+    house = House(clock=clock, redis=redis, s3=s3)
+    yield house
+    for tier in (redis, s3):
+        tier.is_down = False
+        tier.gate.set()
+    await house.aclose()
+    await redis.aclose()
+    await s3.aclose()

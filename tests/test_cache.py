@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -39,22 +37,9 @@ from cacheserver.model import (
     VariantPolicy,
 )
 from cacheserver.paying import UnknownPolicy
-from tests.fakes import FakeClock
-from tests.house import EVERYTHING, House, open_tier
+from tests.house import EVERYTHING, House
 
 READER = Caller("reader", frozenset({Permission.READ}))
-
-
-@pytest.fixture
-async def house(clock: FakeClock, tmp_path: Path) -> AsyncIterator[House]:
-    redis = await open_tier(tmp_path / "redis", TierName.REDIS, clock)
-    s3 = await open_tier(tmp_path / "s3", TierName.S3, clock)
-    house = House(clock=clock, redis=redis, s3=s3)
-    yield house
-    redis.is_down = s3.is_down = False
-    await house.aclose()
-    await redis.aclose()
-    await s3.aclose()
 
 
 class TestTiers:

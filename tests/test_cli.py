@@ -20,10 +20,9 @@ from structlog.testing import capture_logs
 from cacheserver.app import start
 from cacheserver.cli import app
 from cacheserver.errors import ConfigError, PromptRefusedError
-from cacheserver.model import Caller, Permission, TierName
+from cacheserver.model import Caller, Permission
 from cacheserver.settings import Settings
-from tests.fakes import FakeClock
-from tests.house import House, open_tier
+from tests.house import House
 from tests.provider import large_png, small_image
 from tests.rpc_front import Front, open_front
 from tests.servers import S3Server, ValkeyServer
@@ -36,17 +35,6 @@ def _quiet_service() -> Iterator[None]:
     """The service shares this process, and its log lines are not what a command prints."""
     with capture_logs():
         yield
-
-
-@pytest.fixture
-async def house(clock: FakeClock, tmp_path: Path) -> AsyncIterator[House]:
-    redis = await open_tier(tmp_path / "tiers" / "redis", TierName.REDIS, clock)
-    s3 = await open_tier(tmp_path / "tiers" / "s3", TierName.S3, clock)
-    house = House(clock=clock, redis=redis, s3=s3)
-    yield house
-    await house.aclose()
-    await redis.aclose()
-    await s3.aclose()
 
 
 @pytest.fixture

@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
 from cacheserver.errors import EntryTooLargeError, KeyGoneError
 from cacheserver.model import CachedImage, CacheKey, CachePolicy, Pending, Terms, TierName
-from tests.fakes import FakeClock
-from tests.house import EVERYTHING, FaultyTier, House, open_tier
+from tests.house import EVERYTHING, FaultyTier, House
 from tests.waiting import until
-
-
-@pytest.fixture
-async def house(clock: FakeClock, tmp_path: Path) -> AsyncIterator[House]:
-    redis = await open_tier(tmp_path / "redis", TierName.REDIS, clock)
-    s3 = await open_tier(tmp_path / "s3", TierName.S3, clock)
-    house = House(clock=clock, redis=redis, s3=s3)
-    yield house
-    redis.is_down = s3.is_down = False
-    redis.gate.set()
-    s3.gate.set()
-    await house.aclose()
-    await redis.aclose()
-    await s3.aclose()
 
 
 async def put(house: House, entry: CachedImage, *, replace: bool = False) -> CachedImage:

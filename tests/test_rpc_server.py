@@ -27,23 +27,11 @@ from cacheserver.model import Caller, TierName
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.pb import promptcache_pb2_grpc as pb_grpc
 from cacheserver.rpc.server import Listen
-from tests.fakes import FakeClock
-from tests.house import House, open_tier
+from tests.house import House
 from tests.rpc_front import Front, ask, failure, open_front
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-@pytest.fixture
-async def house(clock: FakeClock, tmp_path: Path) -> AsyncIterator[House]:
-    redis = await open_tier(tmp_path / "redis", TierName.REDIS, clock)
-    s3 = await open_tier(tmp_path / "s3", TierName.S3, clock)
-    house = House(clock=clock, redis=redis, s3=s3)
-    yield house
-    await house.aclose()
-    await redis.aclose()
-    await s3.aclose()
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -17,25 +16,14 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from cacheserver.errors import PromptRefusedError
 from cacheserver.flight import Flight
-from cacheserver.model import CacheKey, Caller, Namespace, Permission, Priority, TierName, Usage
+from cacheserver.model import CacheKey, Caller, Namespace, Permission, Priority, Usage
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.rpc.service import Limits
 from tests.fakes import FakeClock
-from tests.house import House, open_tier
+from tests.house import House
 from tests.provider import large_png, small_image
 from tests.rpc_front import Front, Signer, ask, authorization, failure, open_front, spec
 from tests.waiting import until
-
-
-@pytest.fixture
-async def house(clock: FakeClock, tmp_path: Path) -> AsyncIterator[House]:
-    redis = await open_tier(tmp_path / "redis", TierName.REDIS, clock)
-    s3 = await open_tier(tmp_path / "s3", TierName.S3, clock)
-    house = House(clock=clock, redis=redis, s3=s3)
-    yield house
-    await house.aclose()
-    await redis.aclose()
-    await s3.aclose()
 
 
 @pytest.fixture
