@@ -14,7 +14,7 @@
       ▼
     generate ─▶ keep ─▶ answer
 
-Three rules run through it.
+Five rules run through it.
 
 A wrong image is worse than a miss: every tier compares the identity digest, a flight compares it again for
 each waiter (`Waiter.accepts`), and what does not match reads as a miss.
@@ -27,6 +27,12 @@ takes the name of a picture that may exist. Before anything is paid the stand-in
 Nothing awaits between the look into memory and boarding the flight, so two loads of one identity cannot run
 side by side (the interleaving that groupcache's re-check closes). A flight ends only after `keep`, so whoever
 comes later finds the picture in a tier even if memory did not admit it.
+
+What was paid for is not lost: nothing awaits between a picture's arrival and `Keeper.keep`, which holds it until
+the last tier has it. Once money is spent no hang-up stops a load, and pictures nobody waits for are kept too.
+
+What was replaced or purged does not come back: what a walk read before is not promoted afterwards
+(`Keeper.is_current`), and a tier that may still have the predecessor is passed over (`Keeper.is_outdated`).
 """
 
 from __future__ import annotations
@@ -113,7 +119,7 @@ class PromptCache:
         self._another_one = AnotherOne(monotonic_s=clock.monotonic_s)
         self._tasks = OwnedTasks()
         self._resent = Resent(replays=replays, tasks=self._tasks)
-        self._paying = Paying(generation=generation, books=books, clock=clock, unknown=unknown)
+        self._paying = Paying(generation=generation, clock=clock, unknown=unknown)
         self._unstored: set[str] = set()
         self._purger = Purger(memory=memory, tiers=tiers, keeper=keeper)
 
@@ -359,7 +365,10 @@ class PromptCache:
         if lead is not None:
             making = flight.lacking
             flight.seal(making)
-            await self._generate(flight, lead, making, unknown)
+            try:
+                await self._generate(flight, lead, making, unknown)
+            finally:
+                self._paying.settle(flight)
 
     async def _walk(self, key: CacheKey, suits: Callable[[Loaded], bool] = lambda _: True) -> _Walked:
         """Ask memory and the lower tiers, fastest first, then the stand-in slot; promote what is found.
@@ -437,6 +446,7 @@ class PromptCache:
         variant = entry.key.variant
         is_refreshed = any(waiter.refresh and variant in waiter.variants for waiter in flight.waiters)
         if variant in unknown and not is_refreshed:
+            self._books.paid_unknown()
             return self._keeper.keep_stand_in(entry)
         return self._keeper.keep(entry, replace=is_refreshed or variant in flight.loaded)
 

@@ -99,14 +99,9 @@ class Flight:
         self.task: asyncio.Task[None] | None = None
 
     @property
-    def wanted(self) -> set[int]:
-        """All variants its waiters asked for."""
-        return {v for waiter in self.waiters for v in waiter.variants}
-
-    @property
     def brings(self) -> set[int]:
-        """All variants it was asked for or has brought."""
-        return self.wanted | self.loaded.keys()
+        """All variants it has brought or was asked for by who may pay; a call by key alone brings nothing."""
+        return {v for waiter in self.payers for v in waiter.variants} | self.loaded.keys()
 
     @property
     def lacking(self) -> list[int]:

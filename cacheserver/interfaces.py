@@ -215,7 +215,7 @@ class Books(Protocol):
         ...
 
     def paid_unknown(self) -> None:
-        """Money is about to be spent though the last tier could not be asked."""
+        """A picture was paid for though the last tier could not be asked."""
         ...
 
     def unsaved(self, change: int) -> None:

@@ -10,7 +10,7 @@ from cachetools import TTLCache
 
 from cacheserver.errors import CacheServerError, CacheUnknownError, NotCachedError, PermissionDeniedError
 from cacheserver.flight import Flight, Waiter
-from cacheserver.interfaces import Books, Clock, Generation
+from cacheserver.interfaces import Clock, Generation
 from cacheserver.model import CachePolicy, Permission
 
 _HOUR_S = 3600
@@ -31,11 +31,11 @@ class UnknownPolicy:
 class Paying:
     """Refuses the waiters of a flight that may not pay; whoever is first among the others leads."""
 
-    def __init__(self, *, generation: Generation, books: Books, clock: Clock, unknown: UnknownPolicy) -> None:
+    def __init__(self, *, generation: Generation, clock: Clock, unknown: UnknownPolicy) -> None:
         self._generation = generation
-        self._books = books
         self._unknown = unknown
         self._count = itertools.count()
+        self._reserved: dict[Flight, int] = {}
         self._spent_on_unknown: TTLCache[int, int] = TTLCache(math.inf, ttl=_HOUR_S, timer=clock.monotonic_s)
 
     def judge(self, flight: Flight, unknown: set[int]) -> Waiter | None:
@@ -55,6 +55,12 @@ class Paying:
                 flight.refuse(waiter, _cannot_say() if is_unknown else waiter.refusal)
         return payers[0] if payers else None
 
+    def settle(self, flight: Flight) -> None:
+        """The load is over: what it reserved of the budget is spent if it paid for a picture, else free again."""
+        estimate = self._reserved.pop(flight, 0)
+        if estimate and any(loaded.payer is not None for loaded in flight.loaded.values()):
+            self._spent_on_unknown[next(self._count)] = estimate
+
     def judge_late(self, flight: Flight, waiter: Waiter) -> None:
         """Refuse a waiter that came when the flight had been judged, if it would have been refused then."""
         if flight.sealed and waiter in flight.payers and (refusal := self._refusal(waiter, is_unknown=False)):
@@ -71,20 +77,19 @@ class Paying:
         """Those of `payers` whose pictures the budget for unconfirmed misses allows; the others are refused."""
         asking = [waiter for waiter in payers if _asks_unknown(waiter, flight, unknown)]
         n = len({variant for waiter in asking for variant in waiter.lacks(flight.loaded)} & unknown)
-        if not asking or self._afford(asking[0], n):
+        if not asking or self._reserve(flight, asking[0], n):
             return payers
         for waiter in asking:
             flight.refuse(waiter, CacheUnknownError("This hour's budget for misses nobody can confirm is used up."))
         return [waiter for waiter in payers if waiter not in asking]
 
-    def _afford(self, payer: Waiter, n: int) -> bool:
-        """Take the estimate of `n` pictures from this hour's budget for misses nobody can confirm."""
+    def _reserve(self, flight: Flight, payer: Waiter, n: int) -> bool:
+        """Set the estimate of `n` pictures aside from this hour's budget for misses nobody can confirm."""
         estimate = self._generation.estimate_microusd(payer.request, n)
-        if sum(self._spent_on_unknown.values()) + estimate > self._unknown.budget_microusd_per_hour:
+        taken = sum(self._spent_on_unknown.values()) + sum(self._reserved.values())
+        if taken + estimate > self._unknown.budget_microusd_per_hour:
             return False
-        self._spent_on_unknown[next(self._count)] = estimate
-        for _ in range(n):
-            self._books.paid_unknown()
+        self._reserved[flight] = estimate
         return True
 
 

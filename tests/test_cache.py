@@ -31,6 +31,7 @@ from cacheserver.model import (
     Outcome,
     Pending,
     Permission,
+    Replay,
     Served,
     Terms,
     TierName,
@@ -494,6 +495,23 @@ class TestVariants:
         assert house.upstream.images == 3
         assert not house.cache._resent._promises
 
+    async def test_what_was_given_is_remembered_though_closing_may_take_no_time(self, house: House) -> None:
+        terms = {"variant_policy": VariantPolicy.NEXT, "request_id": "one"}
+        remember = house.replays.remember
+
+        async def slowly(replay_id: str, replay: Replay) -> None:
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            await remember(replay_id, replay)
+
+        house.replays.remember = slowly  # type: ignore[method-assign] # as over a network
+        await house.get(**terms)
+        await house.cache.aclose(0)
+        await house.keeper.aclose(5)
+        house.restart()
+        await house.get(**terms)
+        assert house.upstream.calls == 1
+
     async def test_a_failed_next_may_be_sent_again_under_its_id(self, house: House) -> None:
         house.upstream.fail_next(UpstreamDownError("down"))
         terms = {"variant_policy": VariantPolicy.NEXT, "request_id": "one"}
@@ -716,6 +734,32 @@ class TestUnknownIsNotAbsent:
         house.clock.advance(3601)
         assert (await house.get("three")).tier is TierName.UPSTREAM
 
+    async def test_what_was_not_paid_after_all_takes_nothing_from_the_budget(self, house: House) -> None:
+        request, _ = house.identity()
+        each = house.generator.estimate_microusd(request, 1)
+        house.restart(unknown=UnknownPolicy(budget_microusd_per_hour=each))
+        house.s3.is_down = True
+        for _ in range(3):
+            house.upstream.fail_next(UpstreamDownError("down"))
+            with pytest.raises(UpstreamDownError):
+                await house.get()
+        assert house.books.snapshot(None).paid_unknown == 0
+        assert (await house.get()).tier is TierName.UPSTREAM
+        assert house.books.snapshot(None).paid_unknown == 1
+
+    async def test_the_budget_counts_what_is_being_paid_for(self, house: House) -> None:
+        request, _ = house.identity()
+        each = house.generator.estimate_microusd(request, 1)
+        house.restart(unknown=UnknownPolicy(budget_microusd_per_hour=each))
+        house.s3.is_down = True
+        house.upstream.hold()
+        running = asyncio.create_task(house.get("one"))
+        await house.upstream.arrived(1)
+        with pytest.raises(CacheUnknownError):
+            await house.get("two")
+        house.upstream.release()
+        await running
+
     async def test_a_silent_first_tier_is_not_unknown(self, house: House) -> None:
         house.redis.is_down = True
         await house.get()
@@ -893,6 +937,19 @@ class TestFind:
         found, silent = await house.cache.find(keys)
         assert [one.tier for one in found] == [TierName.S3, TierName.REDIS, TierName.MEMORY, None]
         assert silent == []
+
+    async def test_what_is_only_looked_for_is_not_in_flight(self, house: House) -> None:
+        _, identity = house.identity()
+        house.s3.gate.clear()
+        looking = asyncio.create_task(by_key(house, identity.key))
+        await until(lambda: len(house.s3.gets) == 1)
+        finding = asyncio.create_task(house.cache.find([identity.key]))
+        await asyncio.sleep(0)
+        house.s3.gate.set()
+        found, _ = await finding
+        assert (found[0].tier, found[0].in_flight) == (None, False)
+        with pytest.raises(KeyGoneError):
+            await looking
 
     async def test_it_names_the_tiers_that_could_not_be_asked(self, house: House) -> None:
         house.s3.is_down = True

@@ -313,8 +313,10 @@ def check_nothing_is_left_over(history: History) -> None:
 
 async def check_a_replaced_picture_never_comes_back(history: History) -> None:
     for prompt in PROMPTS:
+        history.fast_tier_fails()
         history.ask(prompt, "payer", Terms(cache_policy=CachePolicy.REFRESH))
         await history.turns(60)
+        history.tiers_are_back()
         (new,) = history.calls[-1].served
         for _ in range(2):
             history.ask(prompt, "payer", Terms())

@@ -121,7 +121,7 @@ class CounterBooks:
         self._metrics.generation_seconds.labels(upstream, model).observe(seconds)
 
     def paid_unknown(self) -> None:
-        """Money is about to be spent though the last tier could not be asked."""
+        """A picture was paid for though the last tier could not be asked."""
         self._paid_unknown += 1
         self._metrics.paid_unknown.inc()
 
@@ -177,5 +177,5 @@ class _Metrics:
         self.errors = counter("errors", "Failed calls by published reason", "reason")
         self.breaker_open = gauge("breaker_open", "1 while a tier is not asked", "tier")
         self.corrupt = counter("corrupt", "Damaged entries found", "tier")
-        self.paid_unknown = counter("paid_unknown", "Generations begun while the last tier could not be asked")
+        self.paid_unknown = counter("paid_unknown", "Pictures paid for while the last tier could not be asked")
         self.unsaved = gauge("unsaved", "Images no lower tier has acknowledged yet")
