@@ -390,7 +390,7 @@ class Stats:
     Attributes:
         rows: One per namespace, outcome and tier that occurred.
         total: Sums over all rows.
-        paid_unknown: Generations begun because the last tier could not be asked.
+        paid_unknown: Pictures paid for although the last tier could not be asked.
         unsaved: Images no lower tier has acknowledged yet.
         corrupt: Damaged entries found, per tier.
         upstream_calls: Calls to the upstreams.
