@@ -1069,3 +1069,9 @@ async def test_the_example_runs(house: House, tmp_path: Path) -> None:
     assert lines[0] == "first from upstream, again from memory, same bytes: True"
     assert "only if cached: NOT_CACHED" in lines
     assert lines[-1] == "downloaded to fox.png, same bytes: True"
+
+
+async def test_a_download_takes_its_path_as_text_too(real: Any, tmp_path: Path) -> None:
+    picture = await real.get_image("a red fox")
+    await real.download(str(tmp_path / "fox.png"), "a red fox")
+    assert (tmp_path / "fox.png").read_bytes() == picture.data

@@ -129,7 +129,7 @@ class AsyncClient:
 
     async def download(
         self,
-        path: Path,
+        path: str | Path,
         prompt: str | ImageSpec | None = None,
         *,
         key: str | None = None,
@@ -148,7 +148,7 @@ class AsyncClient:
         if options.get("n", 1) != 1:
             raise ValueError("download writes one picture: use stream_image for several")
         events = self.stream_image(prompt, key=key, timeout_s=timeout_s, **options)
-        file = ImageFile(path)
+        file = ImageFile(Path(path))
         loop = asyncio.get_running_loop()
         disk = ThreadPoolExecutor(max_workers=1)  # one thread: what is discarded is discarded after all writes
         try:

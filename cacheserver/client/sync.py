@@ -127,7 +127,7 @@ class Client:
 
     def download(
         self,
-        path: Path,
+        path: str | Path,
         prompt: str | ImageSpec | None = None,
         *,
         key: str | None = None,
@@ -146,7 +146,7 @@ class Client:
         if options.get("n", 1) != 1:
             raise ValueError("download writes one picture: use stream_image for several")
         events = self.stream_image(prompt, key=key, timeout_s=timeout_s, **options)
-        file = ImageFile(path)
+        file = ImageFile(Path(path))
         try:
             file.open()
             with contextlib.closing(events):
