@@ -135,6 +135,8 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
     async with AsyncExitStack() as undo:
         await _lock_disk(settings, clock=clock, undo=undo)
         lower = await build_tiers(settings, books=books, clock=clock, undo=undo)
+        for tier in lower.tiers:
+            books.breaker(tier.name, is_open=False)  # a series that alerts can find before anything happens
         await _look_at_tiers(lower, settings)
         memory = MemoryCache(
             clock=clock, max_bytes=settings.memory.max_bytes, max_entry_bytes=settings.memory.entry_limit_bytes

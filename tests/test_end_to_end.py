@@ -240,6 +240,7 @@ async def test_health_readiness_and_metrics_are_served_over_http(tmp_path: Path,
     assert ready == {"status": "ready", "tiers": {"redis": "ok", "disk": "ok"}}
     assert 'cacheserver_requests_total{namespace="default",outcome="miss",tier="upstream"} 1.0' in metrics
     assert 'cacheserver_upstream_requests_total{result="ok",upstream="openai"} 1.0' in metrics
+    assert 'cacheserver_breaker_open{tier="redis"} 0.0' in metrics
     assert "nobody may see" not in metrics
 
 
