@@ -10,7 +10,7 @@
       │ nobody has it
       ▼
     may this caller pay? ── judged per waiter: refused ones leave, the first of the others leads
-      │
+      │                     (who cannot afford it, or not in time, walks the rungs below if it accepts less)
       ▼
     generate ─▶ keep ─▶ answer
 
@@ -40,19 +40,24 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace as with_fields
 from functools import partial
 from typing import Any, NamedTuple
 
 from cacheserver.errors import (
     CacheUnknownError,
+    CannotAffordError,
     CorruptEntryError,
+    InReviewError,
     InvalidRequestError,
     KeyGoneError,
     NoSignedUrlsError,
+    NotCachedError,
     RequestIdRunningError,
     RequestIdSpentError,
     TierError,
+    TooSlowError,
     VariantsExhaustedError,
 )
 from cacheserver.flight import Flight, Flights, Loaded, Waiter
@@ -69,7 +74,9 @@ from cacheserver.model import (
     ImageRequest,
     MatchLevel,
     Namespace,
+    Order,
     Pending,
+    Priority,
     Replay,
     Served,
     Terms,
@@ -78,12 +85,17 @@ from cacheserver.model import (
 )
 from cacheserver.paying import Paying, UnknownPolicy, may_generate
 from cacheserver.purge import Purger, PurgeResult, PurgeSelector
+from cacheserver.remakes import Remake, Remakes
 from cacheserver.resent import Promise, Resent, replay_id
+from cacheserver.reviews import Reviews
 from cacheserver.tasks import OwnedTasks
 from cacheserver.tiers.memory import MemoryCache
 from cacheserver.variants import AnotherOne, random_ones, sticky_ones
 
 _REMEMBERING_S = 1.0
+
+Identify = Callable[[ImageRequest, Namespace, MatchLevel | None], Identity]
+"""Turns a request into its identity in a namespace, no looser than a level."""
 
 
 class PromptCache:
@@ -96,7 +108,9 @@ class PromptCache:
         tiers: Sequence[Tier],
         keeper: Keeper,
         generation: Generation,
+        reviews: Reviews,
         replays: Replays,
+        identify: Identify,
         books: Books,
         clock: Clock,
         unknown: UnknownPolicy,
@@ -104,12 +118,14 @@ class PromptCache:
         url_expires_s: int = 3600,
         rng: random.Random | None = None,
     ) -> None:
-        """`tiers` are the lower ones, fastest first; the last alone knows what is absent."""
+        """`tiers` are the lower ones, fastest first; the last alone knows what is absent. `identify` keys a request."""
         self._memory = memory
         self._tiers = tiers
         self._keeper = keeper
         self._generation = generation
+        self._reviews = reviews
         self._replays = replays
+        self._identify = identify
         self._books = books
         self._clock = clock
         self._signer = signer
@@ -121,6 +137,7 @@ class PromptCache:
         self._resent = Resent(replays=replays, tasks=self._tasks)
         self._paying = Paying(generation=generation, clock=clock, unknown=unknown)
         self._unstored: set[str] = set()
+        self.remakes = Remakes(make=self._remake, clock=clock)
         self._purger = Purger(memory=memory, tiers=tiers, keeper=keeper)
 
     @property
@@ -140,9 +157,24 @@ class PromptCache:
     ) -> list[Served] | Pending:
         """The pictures asked for, or PENDING once `terms.max_wait_s` has passed.
 
-        Raises what the caller must hear: NotCachedError, PermissionDeniedError, UpstreamError and the like.
-        No failing tier makes this fail. A caller that is cancelled ends its wait and nothing else.
+        A caller that accepts less gets a cheaper picture where a budget or its max_wait does not allow the one asked
+        for, labelled degraded. Raises what the caller must hear: NotCachedError, PermissionDeniedError,
+        CannotAffordError, UpstreamError and the like. No failing tier makes this fail. A caller that is cancelled
+        ends its wait and nothing else.
         """
+        try:
+            return await self._get_as_asked(request, identity, namespace=namespace, caller=caller, terms=terms)
+        except (CannotAffordError, TooSlowError) as error:
+            if not terms.allow_degraded or not error.rungs:
+                raise
+            answer = await self._get_degraded(error, request, identity, namespace, caller, terms)
+        if namespace.remake_degraded and not isinstance(answer, Pending):
+            self.remakes.add(Remake(request, identity, namespace, caller, terms))
+        return answer
+
+    async def _get_as_asked(
+        self, request: ImageRequest, identity: Identity, *, namespace: Namespace, caller: Caller, terms: Terms
+    ) -> list[Served] | Pending:
         if terms.n > namespace.max_variants:
             raise InvalidRequestError({"n": f"at most {namespace.max_variants} in namespace {namespace.name}"})
         waiter = self._waiter(identity.key, tuple(range(terms.n)), namespace, caller, terms)
@@ -164,7 +196,12 @@ class PromptCache:
         """
         waiter = self._waiter(key, (key.variant,), namespace, caller, terms)
         waiter.refusal = KeyGoneError("No tier has the picture of this key any more; ask for it by its prompt.")
-        answer = await self._get(waiter)
+        try:
+            answer = await self._get(waiter)
+        except KeyGoneError:
+            if namespace.min_score is None or await self._reviews.find(key) is None:
+                raise
+            return Pending((key,), 0.0, in_review=True)
         return answer if isinstance(answer, Pending) else answer[0]
 
     async def find(self, keys: Sequence[CacheKey]) -> tuple[list[Found], list[TierName]]:
@@ -250,7 +287,10 @@ class PromptCache:
         Raises TierUnreachableError when a tier could not be reached, after purging the others.
         """
         selector = PurgeSelector(namespace, key, None if identity is None else identity.key, tag)
-        return await self._purger.purge(selector, dry_run=dry_run)
+        result = await self._purger.purge(selector, dry_run=dry_run)
+        if namespace.min_score is None:
+            return result
+        return result + await self._purger.purge(selector.in_review, dry_run=dry_run)
 
     async def aclose(self, grace_s: float) -> None:
         """Let running loads end within `grace_s`, then cancel them.
@@ -258,6 +298,7 @@ class PromptCache:
         What was given is remembered even then: a call sent again after a restart must not pay again.
         """
         until_s = self._clock.monotonic_s() + grace_s
+        await self.remakes.aclose()
         await self._flights.aclose(grace_s)
         await self._tasks.aclose(max(until_s - self._clock.monotonic_s(), _REMEMBERING_S))
 
@@ -276,14 +317,18 @@ class PromptCache:
                 promise.flight = flight
         if flight is not None:
             self._paying.judge_late(flight, waiter)
+            if flight.order is not None:
+                self._generation.hasten(flight.order, priority=waiter.terms.priority, deadline_s=waiter.until_s)
         is_held = False
+        keys = tuple(waiter.key.with_variant(variant) for variant in waiter.variants)
         try:
             if await self._answered(waiter):
-                return [self._served(loaded, waiter) for loaded in waiter.answer.result()]
+                return self._with_spares([self._served(loaded, waiter) for loaded in waiter.answer.result()], waiter)
             # PENDING is an answer: this caller will come back with the key, so its part in the flight stays.
             is_held = True
-            keys = tuple(waiter.key.with_variant(variant) for variant in waiter.variants)
             return Pending(keys, max(1.0, self.estimated_wait_s(keys)))
+        except InReviewError:
+            return Pending(keys, 0.0, in_review=True)
         finally:
             if flight is not None and not is_held:
                 flight.leave(waiter)
@@ -329,7 +374,10 @@ class PromptCache:
     ) -> Waiter:
         not_before_s = None if terms.max_age_s is None else self._clock.now_s() - terms.max_age_s
         refresh = terms.cache_policy is CachePolicy.REFRESH
-        return Waiter(key, variants, namespace, caller, terms, not_before_s=not_before_s, refresh=refresh)
+        until_s = None if terms.deadline_s is None else self._clock.monotonic_s() + terms.deadline_s
+        return Waiter(
+            key, variants, namespace, caller, terms, not_before_s=not_before_s, until_s=until_s, refresh=refresh
+        )
 
     def _served(self, loaded: Loaded, waiter: Waiter) -> Served:
         paid = loaded.entry.image.paid_microusd
@@ -343,6 +391,12 @@ class PromptCache:
             saved_microusd=0 if pays else paid,
         )
 
+    @staticmethod
+    def _with_spares(answer: list[Served], waiter: Waiter) -> list[Served]:
+        """The answer, with what further candidates cost booked on its first picture: this caller had them made."""
+        first, *others = answer
+        return [with_fields(first, cost_microusd=first.cost_microusd + waiter.spare_microusd), *others]
+
     def _flight_wait_s(self, flight: Flight) -> float:
         models = (waiter.asked[0].model for waiter in flight.waiters if waiter.asked is not None)
         return self._generation.estimated_wait_s(next(models, self._generation.default_model), flight.started_s)
@@ -352,6 +406,7 @@ class PromptCache:
     async def _load(self, flight: Flight) -> None:
         unknown: set[int] = set()
         walked: set[int] = set()
+        in_review: set[int] = set()
         while todo := [variant for variant in flight.looked_for if variant not in walked]:
             walked.update(todo)
             walks = (self._walk(flight.key.with_variant(v), partial(flight.suits, v)) for v in todo)
@@ -360,15 +415,26 @@ class PromptCache:
                     unknown.add(variant)
                 if found is not None:
                     flight.land(variant, found)
+            in_review |= await self._waiting_for_review(flight, todo)
         # From the last look at who lacks what until the flight is sealed nothing awaits: nobody joins unseen.
-        lead = self._paying.judge(flight, unknown)
-        if lead is not None:
-            making = flight.lacking
-            flight.seal(making)
-            try:
-                await self._generate(flight, lead, making, unknown)
-            finally:
-                self._paying.settle(flight)
+        _leave_to_review(flight, in_review)
+        try:
+            while (lead := self._paying.judge(flight, unknown)) is not None:
+                flight.seal(flight.lacking)
+                try:
+                    await self._generate(flight, lead, unknown)
+                except CannotAffordError as error:
+                    self._paying.refuse_broke(flight, lead, error)
+        finally:
+            self._paying.settle(flight)
+
+    async def _waiting_for_review(self, flight: Flight, variants: list[int]) -> set[int]:
+        """Those of `variants` that are made and wait for approval: another picture would be paid for in vain."""
+        if all(waiter.namespace.min_score is None for waiter in flight.payers):
+            return set()
+        lacking = [variant for variant in variants if variant in flight.lacking]
+        found = await asyncio.gather(*(self._reviews.find(flight.key.with_variant(v)) for v in lacking))
+        return {variant for variant, entry in zip(lacking, found, strict=True) if entry is not None}
 
     async def _walk(self, key: CacheKey, suits: Callable[[Loaded], bool] = lambda _: True) -> _Walked:
         """Ask memory and the lower tiers, fastest first, then the stand-in slot; promote what is found.
@@ -423,27 +489,52 @@ class PromptCache:
     async def _read(self, tier: Tier, key: CacheKey) -> CachedImage | None:
         return None if self._keeper.is_outdated(tier, key) else await tier.get(key)
 
-    async def _generate(self, flight: Flight, lead: Waiter, making: list[int], unknown: set[int]) -> None:
-        request, identity, terms = lead.request, lead.identity, lead.terms
-        priority = max(waiter.terms.priority for waiter in flight.waiters)
+    async def _generate(self, flight: Flight, lead: Waiter, unknown: set[int]) -> None:
+        making = flight.lacking
         while making:
+            order = flight.order = _order(lead, flight.priority, flight.until_s, len(making))
             images = await self._generation.generate(
-                request, making, priority=priority, on_spending=flight.begin_spending
+                order,
+                making,
+                on_spending=flight.begin_spending,
+                on_spare=partial(self._keep_spare, lead, max(making) + 1),
             )
             # From here until the keeper holds them nothing awaits: what was paid for cannot be lost on the way.
-            self._books.spent(lead.namespace.name, sum(image.paid_microusd for image in images))
             made, making = making[: len(images)], making[len(images) :]
-            entries = [
-                self._entry(image, identity, lead.namespace, variant=variant, ttl_s=terms.ttl_s, tags=terms.tags)
+            payers = [flight.payer(variant) or lead for variant in made]
+            keeping = [
+                self._keep(self._entry_for(lead, image, variant), flight, unknown)
                 for variant, image in zip(made, images, strict=True)
             ]
-            payers = [flight.payer(variant) or lead for variant in made]
-            kept = await asyncio.gather(*[self._keep(entry, flight, unknown) for entry in entries])
+            kept = await asyncio.gather(*keeping, return_exceptions=True)
             for variant, entry, payer in zip(made, kept, payers, strict=True):
-                flight.land(variant, Loaded(entry, TierName.UPSTREAM, payer=payer))
+                self._land(flight, variant, entry, payer)
+
+    def _land(self, flight: Flight, variant: int, kept: CachedImage | BaseException, payer: Waiter) -> None:
+        """Tell the flight's waiters what became of a picture made for them."""
+        if isinstance(kept, InReviewError):
+            for waiter in [each for each in flight.waiters if variant in each.lacks(flight.loaded)]:
+                flight.refuse(waiter, kept)
+        elif isinstance(kept, BaseException):
+            raise kept
+        else:
+            flight.land(variant, Loaded(kept, TierName.UPSTREAM, payer=payer))
+
+    def _keep_spare(self, lead: Waiter, variant: int, image: GeneratedImage) -> None:
+        """Keep a picture that was paid for beyond those asked for: as a further variant, if it is good enough."""
+        lead.spare_microusd += image.paid_microusd
+        entry = self._entry_for(lead, image, variant)
+        keep = self._reviews.hold if _is_doubtful(image, lead) else self._keeper.keep
+        keep(entry)
+
+    def _entry_for(self, lead: Waiter, image: GeneratedImage, variant: int) -> CachedImage:
+        terms = lead.terms
+        return self._entry(image, lead.identity, lead.namespace, variant=variant, ttl_s=terms.ttl_s, tags=terms.tags)
 
     def _keep(self, entry: CachedImage, flight: Flight, unknown: set[int]) -> Awaitable[CachedImage]:
         variant = entry.key.variant
+        if any(_is_doubtful(entry.image, waiter) for waiter in flight.payers):
+            return _once_kept_in_review(self._reviews.hold(entry))
         is_refreshed = any(waiter.refresh and variant in waiter.variants for waiter in flight.waiters)
         if variant in unknown and not is_refreshed:
             self._books.paid_unknown()
@@ -472,6 +563,55 @@ class PromptCache:
             create_time_s=now_s if create_time_s is None else create_time_s,
             expire_time_s=None if lifetime_s is None else now_s + lifetime_s,
             tags=tags,
+        )
+
+    # ── less than was asked for ─────────────────────────────────────────────────────────────────────────────
+
+    async def _get_degraded(  # noqa: PLR0913, PLR0917 - a call's facts
+        self,
+        error: CannotAffordError | TooSlowError,
+        request: ImageRequest,
+        identity: Identity,
+        namespace: Namespace,
+        caller: Caller,
+        terms: Terms,
+    ) -> list[Served] | Pending:
+        """Walk the rungs below a request that cannot be had, as ordinary requests: a cached one costs nothing.
+
+        Over budget the dearest rung that can be had; short of time one that is cached, else the fastest.
+        """
+        on_rungs = with_fields(terms, allow_degraded=False)
+        get = partial(self._get_rung, level=identity.level, namespace=namespace, caller=caller)
+        if isinstance(error, CannotAffordError):
+            for rung in error.rungs:
+                with suppress(CannotAffordError):
+                    return await get(rung, terms=on_rungs)
+            raise error
+        for rung in error.rungs:
+            with suppress(NotCachedError):
+                return await get(rung, terms=with_fields(on_rungs, cache_policy=CachePolicy.ONLY_IF_CACHED))
+        expected_s = partial(self._generation.expected_s, priority=terms.priority)
+        fastest = min(error.rungs, key=expected_s)
+        if expected_s(fastest) < expected_s(request):
+            return await get(fastest, terms=on_rungs)
+        return await self._get_as_asked(request, identity, namespace=namespace, caller=caller, terms=on_rungs)
+
+    async def _get_rung(
+        self, rung: ImageRequest, *, level: MatchLevel, namespace: Namespace, caller: Caller, terms: Terms
+    ) -> list[Served] | Pending:
+        identity = self._identify(rung, namespace, level)
+        answer = await self._get_as_asked(rung, identity, namespace=namespace, caller=caller, terms=terms)
+        if isinstance(answer, Pending):
+            return answer
+        for served in answer:
+            self._books.degraded(namespace.name, served.tier)
+        return [with_fields(served, degraded=True) for served in answer]
+
+    async def _remake(self, remake: Remake) -> None:
+        """Make what was answered with less as it was asked for, inside the budget and after everybody else."""
+        terms = Terms(n=remake.terms.n, priority=Priority.WARM_UP, tags=remake.terms.tags, ttl_s=remake.terms.ttl_s)
+        await self._get_as_asked(
+            remake.request, remake.identity, namespace=remake.namespace, caller=remake.caller, terms=terms
         )
 
     # ── which variants, and calls sent twice ────────────────────────────────────────────────────────────────
@@ -519,16 +659,58 @@ class PromptCache:
             raise RequestIdSpentError("This request_id was used before, and NO_STORE kept nothing of it.")
         served: list[Served] = []
         while missing := waiter.variants[len(served) :]:
+            order = _order(waiter, waiter.terms.priority, waiter.until_s, len(missing))
             images = await self._generation.generate(
-                waiter.request, missing, priority=waiter.terms.priority, on_spending=on_spending
+                order, missing, on_spending=on_spending, on_spare=partial(_drop_spare, waiter)
             )
-            self._books.spent(waiter.namespace.name, sum(image.paid_microusd for image in images))
             for variant, image in zip(missing, images, strict=False):
                 entry = self._entry(image, waiter.identity, waiter.namespace, variant=variant, ttl_s=None, tags=())
                 served.append(self._served(Loaded(entry, TierName.UPSTREAM, payer=waiter), waiter))
         if call_id:
             await self._resent.remember(call_id, Replay(waiter.key.identity_name, ()))
-        return served
+        return self._with_spares(served, waiter)
+
+
+def _order(waiter: Waiter, priority: Priority, deadline_s: float | None, n: int) -> Order:
+    """What to ask of the miss path for this waiter, on these terms."""
+    terms = waiter.terms
+    return Order(
+        waiter.request,
+        n,
+        namespace=waiter.namespace.name,
+        caller=waiter.caller.name,
+        priority=priority,
+        deadline_s=deadline_s,
+        tags=terms.tags,
+        candidates=terms.candidates,
+        allow_degraded=terms.allow_degraded,
+    )
+
+
+def _is_doubtful(image: GeneratedImage, waiter: Waiter) -> bool:
+    """Whether a candidate scored too low for the waiter's namespace to be shared unseen, or was never scored."""
+    least = waiter.namespace.min_score
+    if least is None or waiter.terms.candidates == 1:
+        return False
+    return image.score is None or image.score < least
+
+
+async def _once_kept_in_review(kept: Awaitable[CachedImage]) -> CachedImage:
+    """Wait until a picture is kept that nobody may have yet; always raises InReviewError."""
+    await kept
+    raise InReviewError("It waits for review.")
+
+
+def _leave_to_review(flight: Flight, in_review: set[int]) -> None:
+    """Tell those who lack a picture that waits for review so, but for who wants a new one."""
+    for waiter in flight.payers:
+        if not waiter.refresh and not in_review.isdisjoint(waiter.lacks(flight.loaded)):
+            flight.refuse(waiter, InReviewError("It waits for review."))
+
+
+def _drop_spare(waiter: Waiter, image: GeneratedImage) -> None:
+    """NO_STORE keeps nothing, but it has cost something."""
+    waiter.spare_microusd += image.paid_microusd
 
 
 class _Walked(NamedTuple):

@@ -15,8 +15,16 @@ CacheServerError                      carries the published reason that callers 
 ├── RequestIdRunningError             REQUEST_ID_RUNNING
 ├── RequestIdSpentError               REQUEST_ID_SPENT
 ├── VariantsExhaustedError            VARIANTS_EXHAUSTED
+├── PromptDeniedError                 PROMPT_DENIED: the namespace's deny-list or moderation refuses the prompt
+├── PiiFoundError                     PII_FOUND: the prompt holds personal data
+├── CannotAffordError                 BUDGET_EXHAUSTED: names the budget, its end, and what would be cheaper
+├── TooSlowError                      TOO_SLOW: never reaches a caller, who gets a cheaper picture instead
+├── InReviewError                     IN_REVIEW: never reaches a caller, who is told PENDING_REVIEW
+├── LedgerUnavailableError            LEDGER_UNAVAILABLE: a call cannot be written down, so it is not made
+├── UnknownReviewError                REVIEW_GONE: no such picture waits for review
+├── UnknownUpstreamError              UPSTREAM_UNKNOWN: no upstream or budget of this name
 ├── CacheUnknownError                 CACHE_UNKNOWN: the last tier cannot be asked, and we were told not to pay
-├── TierUnreachableError              TIER_UNREACHABLE: a purge that did not reach every tier
+├── TierUnreachableError              TIER_UNREACHABLE: a purge or review that did not reach every tier
 ├── OverloadedError                   OVERLOADED: more calls than are served at a time
 ├── ShuttingDownError                 SHUTTING_DOWN
 ├── UpstreamError                     a generation failed
@@ -42,9 +50,10 @@ Messages tell a stranger what happened and what to try. Prompts, tokens and imag
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import ClassVar
 
-from cacheserver.model import TierName
+from cacheserver.model import ImageRequest, TierName
 
 
 class CacheServerError(Exception):
@@ -143,6 +152,69 @@ class VariantsExhaustedError(CacheServerError):
     reason = "VARIANTS_EXHAUSTED"
 
 
+class PromptDeniedError(CacheServerError):
+    """The namespace's deny-list, or the moderation it asks, refuses the prompt. Nothing was looked up or spent."""
+
+    reason = "PROMPT_DENIED"
+
+
+class PiiFoundError(CacheServerError):
+    """The prompt holds personal data, and the namespace refuses such prompts. Names the kinds, never the text."""
+
+    reason = "PII_FOUND"
+
+
+class CannotAffordError(CacheServerError):
+    """A budget does not allow the generation. `rungs` are cheaper requests of the same picture, dearest first.
+
+    `budget` is the budget's name, `reset_time_s` (seconds since 1970) when its period ends.
+    """
+
+    reason = "BUDGET_EXHAUSTED"
+
+    def __init__(self, budget: str, *, reset_time_s: float, rungs: Sequence[ImageRequest] = ()) -> None:
+        resets = datetime.fromtimestamp(reset_time_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
+        super().__init__(f"Budget {budget} is used up; it starts anew at {resets}. Ask cheaper, or raise the budget.")
+        self.budget = budget
+        self.reset_time_s = reset_time_s
+        self.rungs = tuple(rungs)
+
+
+class TooSlowError(CacheServerError):
+    """The picture is not expected within a caller's max_wait, and the caller accepts one of the cheaper `rungs`."""
+
+    reason = "TOO_SLOW"
+
+    def __init__(self, rungs: Sequence[ImageRequest]) -> None:
+        super().__init__("Not expected within max_wait.")
+        self.rungs = tuple(rungs)
+
+
+class InReviewError(CacheServerError):
+    """The picture is made and waits for a person's approval."""
+
+    reason = "IN_REVIEW"
+
+
+class LedgerUnavailableError(CacheServerError):
+    """The ledger on this machine's disk cannot be written, so nothing is bought. What is cached is served."""
+
+    reason = "LEDGER_UNAVAILABLE"
+    retry_after_s = 5.0
+
+
+class UnknownReviewError(CacheServerError):
+    """No picture of this key waits for review: it was resolved, or never did."""
+
+    reason = "REVIEW_GONE"
+
+
+class UnknownUpstreamError(CacheServerError):
+    """There is no upstream, or no budget, of this name."""
+
+    reason = "UPSTREAM_UNKNOWN"
+
+
 class CacheUnknownError(CacheServerError):
     """Whether the picture is stored cannot be told now, and the service is set not to pay then."""
 
@@ -151,13 +223,13 @@ class CacheUnknownError(CacheServerError):
 
 
 class TierUnreachableError(CacheServerError):
-    """A purge did not reach these tiers."""
+    """A purge, or the resolution of a review, did not reach these tiers."""
 
     reason = "TIER_UNREACHABLE"
     retry_after_s = 5.0
 
-    def __init__(self, tiers: Sequence[TierName]) -> None:
-        super().__init__(f"not purged in: {', '.join(tiers)}. Purge again when they are back.")
+    def __init__(self, tiers: Sequence[TierName], message: str = "") -> None:
+        super().__init__(message or f"not purged in: {', '.join(tiers)}. Purge again when they are back.")
         self.tiers = tuple(tiers)
 
 
@@ -176,28 +248,61 @@ class ShuttingDownError(CacheServerError):
 
 
 class UpstreamError(CacheServerError):
-    """A generation failed. Shared by all who wait for it, and forgotten."""
+    """A generation failed. Shared by all who wait for it, and forgotten.
 
-    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+    `cost_microusd` is what the failed call cost: 0 where the provider bills nothing for it, None where nobody
+    knows. `upstream_request_id` is the provider's own id of the call, if it gave one. `stated_wait_s` is the wait
+    that the provider asked for, None if it did not say.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after_s: float | None = None,
+        cost_microusd: int | None = 0,
+        upstream_request_id: str = "",
+    ) -> None:
         super().__init__(message)
         if retry_after_s is not None:
             self.retry_after_s = retry_after_s
+        self.stated_wait_s = retry_after_s
+        self.cost_microusd = cost_microusd
+        self.upstream_request_id = upstream_request_id
 
 
 class PromptRefusedError(UpstreamError):
-    """The upstream's moderation refuses the prompt or what came of it."""
+    """The upstream's moderation refuses the prompt or what came of it.
+
+    `after_seeing`: it looked at the picture, so another picture of the same prompt may pass. `cached`: the
+    refusal is an earlier call's, remembered for a while.
+    """
 
     reason = "PROMPT_REFUSED"
 
+    def __init__(
+        self,
+        message: str,
+        *,
+        after_seeing: bool = False,
+        cached: bool = False,
+        cost_microusd: int | None = 0,
+        upstream_request_id: str = "",
+    ) -> None:
+        super().__init__(message, cost_microusd=cost_microusd, upstream_request_id=upstream_request_id)
+        self.after_seeing = after_seeing
+        self.cached = cached
+
 
 class UpstreamInvalidError(UpstreamError):
-    """The upstream says a parameter is wrong; `field` names it where the upstream did."""
+    """The upstream says a parameter is wrong; `field` names it where the upstream did. `cached`: a while ago."""
 
     reason = "INVALID_FIELD"
 
-    def __init__(self, message: str, *, field: str = "") -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, field: str = "", cached: bool = False, upstream_request_id: str = "") -> None:
+        super().__init__(message, upstream_request_id=upstream_request_id)
         self.field = field
+        self.cached = cached
 
 
 class UpstreamLimitedError(UpstreamError):

@@ -18,7 +18,18 @@ from dataclasses import dataclass, field
 import structlog
 
 from cacheserver.errors import CacheServerError, ShuttingDownError
-from cacheserver.model import CachedImage, CacheKey, Caller, Identity, ImageRequest, Namespace, Terms, TierName
+from cacheserver.model import (
+    CachedImage,
+    CacheKey,
+    Caller,
+    Identity,
+    ImageRequest,
+    Namespace,
+    Order,
+    Priority,
+    Terms,
+    TierName,
+)
 
 _log = structlog.get_logger(__name__)
 
@@ -38,7 +49,9 @@ class Waiter:
 
     `variants` are wanted in this order. `refusal` is the error this caller gets instead of a generation; a
     waiter without one may pay. `not_before_s` refuses older pictures; `refresh` refuses every picture whose
-    generation began before the waiter came. `asked` is None for a call by key.
+    generation began before the waiter came. `until_s` is the caller's deadline (monotonic), None without one.
+    `spare_microusd` is what pictures cost that were paid for it beyond those it asked for. `asked` is None for a
+    call by key.
     """
 
     key: CacheKey
@@ -49,8 +62,10 @@ class Waiter:
     asked: tuple[ImageRequest, Identity] | None = None
     refusal: CacheServerError | None = None
     not_before_s: float | None = None
+    until_s: float | None = None
     refresh: bool = False
     first: bool = False
+    spare_microusd: int = 0
     answer: asyncio.Future[list[Loaded]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
@@ -96,6 +111,8 @@ class Flight:
         self.sealed = False
         self.spending = False
         self.dropped = False
+        self.order: Order | None = None
+        """What is being made for it, once something is."""
         self.task: asyncio.Task[None] | None = None
 
     @property
@@ -117,6 +134,17 @@ class Flight:
     def payers(self) -> list[Waiter]:
         """The waiters who may pay, first come first."""
         return [waiter for waiter in self.waiters if waiter.refusal is None]
+
+    @property
+    def priority(self) -> Priority:
+        """The highest of its waiters'."""
+        return max(waiter.terms.priority for waiter in self.waiters)
+
+    @property
+    def until_s(self) -> float | None:
+        """The latest of its waiters' deadlines (monotonic); None if one has none."""
+        deadlines = [waiter.until_s for waiter in self.waiters if waiter.until_s is not None]
+        return max(deadlines) if len(deadlines) == len(self.waiters) else None
 
     def payer(self, variant: int) -> Waiter | None:
         """Whom a picture made now is made for: the first who may pay and lacks it."""

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
+from decimal import Decimal
 from typing import Protocol
 
 from cacheserver.model import (
+    Amounts,
+    Attempt,
+    BudgetState,
     CachedImage,
     CacheKey,
+    CallReport,
     GeneratedImage,
     ImageRequest,
     Labels,
+    Order,
     Outcome,
     Priority,
+    RateLimits,
     Replay,
+    Slot,
     TierName,
+    UpstreamHealth,
 )
 
 
@@ -108,11 +117,19 @@ class Upstream(Protocol):
         """Its name in config, metrics and logs."""
         ...
 
-    async def generate(self, request: ImageRequest, variants: Sequence[int]) -> list[GeneratedImage]:
-        """Make one picture for each of `variants`, in as few calls as the provider allows.
+    @property
+    def limits(self) -> RateLimits | None:
+        """The rate limits its last answer told of; None if it never did."""
+        ...
+
+    async def generate(
+        self, request: ImageRequest, variants: Sequence[int], *, price_factor: Decimal = Decimal(1)
+    ) -> list[GeneratedImage]:
+        """Make one picture for each of `variants`, in one call; the pictures' costs add up to the call's.
 
         Providers read only how many there are. Fewer pictures may come back, never none, and each has been
-        decoded. Raises UpstreamError. Cancelling loses what was paid for, so only the owner of a flight may.
+        decoded. `price_factor` is what the list price is multiplied by. Raises UpstreamError, whose
+        `cost_microusd` says what the failed call cost. Cancelling loses what was paid for.
         """
         ...
 
@@ -135,26 +152,137 @@ class Generation(Protocol):
 
     async def generate(
         self,
-        request: ImageRequest,
+        order: Order,
         variants: Sequence[int],
         *,
-        priority: Priority,
         on_spending: Callable[[], None],
+        on_spare: Callable[[GeneratedImage], None],
     ) -> list[GeneratedImage]:
         """Make pictures for `variants`, in order; fewer may come back, never none.
 
         `on_spending` is called right before money is spent: until then the call may be cancelled for free,
-        from then on cancelling it loses what was paid. Raises UpstreamError, or InvalidRequestError for a
-        model nobody serves.
+        from then on cancelling it loses what was paid. `on_spare` gets every picture that was paid for beyond
+        those asked for, and may be called after the return. Raises UpstreamError, CannotAffordError,
+        LedgerUnavailableError, or InvalidRequestError for a model nobody serves.
         """
+        ...
+
+    def hasten(self, order: Order, *, priority: Priority, deadline_s: float | None) -> None:
+        """Someone more urgent waits for this order too: from now on it goes by the higher of the priorities."""
         ...
 
     def estimated_wait_s(self, model: str, since_s: float) -> float:
         """How much longer a generation asked for at `since_s` (monotonic) is expected to take."""
         ...
 
+    def expected_s(self, request: ImageRequest, priority: Priority) -> float:
+        """How long from now a new generation of `request` is expected to take, its wait for a turn included."""
+        ...
+
+    def rungs(self, request: ImageRequest) -> Sequence[ImageRequest]:
+        """Cheaper requests of the same picture, dearest first: the part of the ladder below `request`."""
+        ...
+
     def estimate_microusd(self, request: ImageRequest, n: int) -> int:
         """What `n` pictures may cost at most, in micro-dollars; 0 where no price is known."""
+        ...
+
+
+class Limits(Protocol):
+    """The limits of every limit group, shared by all replicas: token buckets whose next moments are reserved.
+
+    Control state: it must survive Redis eviction. Never raises: where Redis is gone, each replica works within a
+    fair share of the limits. A limit learns: it falls at once when the provider says so, and creeps up again.
+    """
+
+    async def reserve(self, group: str, amounts: Amounts, *, lease_s: float, spare: int = 0) -> Slot | None:
+        """Reserve the next moment at which `amounts` may be sent in `group`, and a place for the call.
+
+        None: as many calls run as may, less the `spare` places that are kept free. The place is free again
+        after `end` or `release`, or when `lease_s` have passed since its moment: its holder may have died.
+        """
+        ...
+
+    async def release(self, slot: Slot) -> None:
+        """Give a slot back unused: its place, and its moment if nobody has reserved a later one."""
+        ...
+
+    async def end(self, slot: Slot, report: CallReport) -> None:
+        """The slot's call is over: free its place and learn from what it met."""
+        ...
+
+    def next_s(self, group: str) -> float:
+        """Seconds until the group's next free moment, as far as this process knows. Asks nobody."""
+        ...
+
+    def images_per_s(self, group: str) -> float:
+        """The pictures a second that the group may make now, as learned; infinity without a limit. Asks nobody."""
+        ...
+
+    def images_per_minute(self, group: str) -> float | None:
+        """The same a minute; None without a limit. Asks nobody."""
+        ...
+
+
+class Budgets(Protocol):
+    """What may be spent, by day and month, per namespace, per caller and in all; shared by all replicas.
+
+    At no moment can reserved and spent together exceed a limit, but for calls that cost more than their upper
+    bound. Control state, rebuilt from the ledger where Redis lost it.
+    """
+
+    async def reserve(self, attempt_id: str, *, namespace: str, caller: str, microusd: int, degradable: bool) -> None:
+        """Set `microusd` aside in every budget that bounds this caller and namespace, or in none.
+
+        With `degradable` a budget counts as used up at the share from which cheaper pictures are made.
+
+        Raises:
+            CannotAffordError: a budget does not allow it; without rungs.
+        """
+        ...
+
+    async def sent(self, attempt_id: str) -> None:
+        """The attempt goes upstream: if we die now it counts as spent, not as free."""
+        ...
+
+    async def settle(self, attempt_id: str, microusd: int, *, upstream: str = "") -> None:
+        """What was set aside is replaced by what it cost. Idempotent. Above what was set aside: an overrun."""
+        ...
+
+    async def release(self, attempt_id: str) -> None:
+        """What was set aside is free again: nothing was sent, or nothing billed. Idempotent."""
+        ...
+
+    async def states(self) -> list[BudgetState]:
+        """Every budget as it stands."""
+        ...
+
+    async def set_limit(self, name: str, limit_microusd: int) -> BudgetState:
+        """Change a budget's limit from now on, in every replica. Raises UnknownUpstreamError for no such budget."""
+        ...
+
+    def month_spend_microusd(self, upstream: str) -> int:
+        """What this upstream was paid this month (UTC), as far as this process knows. Asks nobody."""
+        ...
+
+
+class Ledger(Protocol):
+    """Every call to an upstream, one durable row each: what the provider's invoice is compared with."""
+
+    async def open(self, attempt: Attempt) -> None:
+        """Write the row of a call about to be sent; on return it survives a crash.
+
+        Raises:
+            LedgerUnavailableError: it could not be written.
+        """
+        ...
+
+    async def close(self, attempt: Attempt) -> None:
+        """Write how the call ended over its open row. Never raises: what cannot be written stays SENT."""
+        ...
+
+    async def rows(self, *, since_s: float, until_s: float, after: str, limit: int) -> list[Attempt]:
+        """At most `limit` rows begun between the two moments, oldest first, that come after row id `after`."""
         ...
 
 
@@ -191,7 +319,11 @@ class Books(Protocol):
         ...
 
     def spent(self, namespace: str, microusd: int) -> None:
-        """A generation was paid for: booked where it is spent, whether or not anyone still waits."""
+        """A call to an upstream was paid for: booked where it is spent, whatever came of it."""
+        ...
+
+    def spent_unknown(self, namespace: str, microusd: int) -> None:
+        """A call may have been paid for and nobody knows: booked at the most it can have cost."""
         ...
 
     def tier_seconds(self, tier: TierName, op: str, seconds: float) -> None:
@@ -212,6 +344,22 @@ class Books(Protocol):
 
     def upstream_call(self, upstream: str, model: str, result: str, seconds: float) -> None:
         """An upstream was called; `result` is "ok" or the published reason."""
+        ...
+
+    def upstream_health(self, upstream: str, health: UpstreamHealth) -> None:
+        """An upstream's health as it stands now."""
+        ...
+
+    def budget_overrun(self, upstream: str, microusd: int) -> None:
+        """A call cost so much more than the most it was thought to cost."""
+        ...
+
+    def refused(self, namespace: str, reason: str) -> None:
+        """A prompt was refused before anything was looked up or spent."""
+        ...
+
+    def degraded(self, namespace: str, tier: TierName) -> None:
+        """A picture was answered at a lower quality than asked for."""
         ...
 
     def paid_unknown(self) -> None:

@@ -19,6 +19,9 @@ PARTITION_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 MAX_VARIANT = 9_999
 """Highest variant number of a request; the stand-in slots lie above it."""
 
+REVIEW_PREFIX = "r--"
+"""Begins the partition of pictures that wait for review, which no namespace may have."""
+
 _STAND_IN_OFFSET = 10_000
 
 
@@ -176,6 +179,16 @@ class CacheKey:
         """The key itself, or for a stand-in slot the key it stands in for."""
         return self.with_variant(self.variant - _STAND_IN_OFFSET) if self.is_stand_in else self
 
+    @property
+    def in_review(self) -> CacheKey:
+        """Where a picture of this key waits for review: in a partition that no caller can read."""
+        return replace(self, partition=REVIEW_PREFIX + self.partition)
+
+    @property
+    def reviewed(self) -> CacheKey:
+        """The key that a picture waiting for review will have once it is approved."""
+        return replace(self, partition=self.partition.removeprefix(REVIEW_PREFIX))
+
     @staticmethod
     def parse(name: str) -> CacheKey:
         """The key that `name` spells.
@@ -226,7 +239,8 @@ class Usage:
 class GeneratedImage:
     """One picture as an upstream made it, decoded once to be believed.
 
-    `sha256` is the hexadecimal digest of `data`. `paid_microusd` is this picture's share of its call.
+    `sha256` is the hexadecimal digest of `data`. `paid_microusd` is this picture's share of its call. `score`
+    (0 to 1) and `won_against` are those of the best of several candidates.
     """
 
     data: bytes
@@ -245,6 +259,229 @@ class GeneratedImage:
     upstream_request_id: str = ""
     generation_s: float = 0.0
     paid_microusd: int = 0
+    score: float | None = None
+    won_against: int = 0
+
+
+class AttemptOutcome(StrEnum):
+    """How far a paid call has come; a ledger row's state."""
+
+    SENT = "sent"
+    """On its way, or was when we died: may cost its estimate."""
+
+    SETTLED = "settled"
+    """Answered; the cost is known."""
+
+    NOT_BILLED = "not_billed"
+    """Nothing was sent, or the provider refused before making anything."""
+
+    UNKNOWN = "unknown"
+    """Sent, and nobody knows what became of it: booked at its estimate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One call to an upstream: a row of the ledger. Money in micro-dollars, times in seconds since 1970.
+
+    `estimate_microusd` is the most it can cost, set aside before it is sent. `cost_microusd` is what is booked:
+    the provider's price once settled, the estimate while unknown, 0 when not billed. `reason` is "ok" or the
+    published reason it failed for.
+    """
+
+    id: str
+    namespace: str
+    caller: str
+    upstream: str
+    model: str
+    images: int
+    estimate_microusd: int
+    start_time_s: float
+    tags: tuple[str, ...] = ()
+    outcome: AttemptOutcome = AttemptOutcome.SENT
+    end_time_s: float | None = None
+    cost_microusd: int = 0
+    reason: str = ""
+    upstream_request_id: str = ""
+    usage: Usage | None = None
+
+
+class BudgetScope(StrEnum):
+    """Whose spending a budget bounds."""
+
+    GLOBAL = "global"
+    NAMESPACE = "namespace"
+    CALLER = "caller"
+
+
+class BudgetPeriod(StrEnum):
+    """How long a budget lasts, in UTC."""
+
+    DAY = "day"
+    MONTH = "month"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The most that may be spent in a period. `subject` is the namespace or caller; empty for the global one."""
+
+    scope: BudgetScope
+    subject: str
+    period: BudgetPeriod
+    limit_microusd: int
+
+    @property
+    def name(self) -> str:
+        """How it is called in errors, metrics and commands: "global/day", "namespace:shop/month"."""
+        whose = f"{self.scope}:{self.subject}" if self.subject else str(self.scope)
+        return f"{whose}/{self.period}"
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetState:
+    """A budget as it stands. `reset_time_s` is when its period ends, in seconds since 1970."""
+
+    budget: Budget
+    spent_microusd: int
+    reserved_microusd: int
+    reset_time_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimit:
+    """One limit as a provider told it: how much in all, how much is left, seconds until all is back. None: not told."""
+
+    limit: int | None
+    remaining: int | None
+    reset_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimits:
+    """The limits one answer of a provider told of; None for those it did not."""
+
+    requests: RateLimit | None = None
+    tokens: RateLimit | None = None
+    images: RateLimit | None = None
+
+    @property
+    def wait_s(self) -> float | None:
+        """Seconds until every limit that is used up has been restored; None if none is."""
+        used_up = [limit for limit in (self.requests, self.tokens, self.images) if limit and limit.remaining == 0]
+        return max((limit.reset_s for limit in used_up if limit.reset_s), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLimits:
+    """What one limit group (all keys of one organisation) may send. None is no limit.
+
+    `burst_s` is how much unused time may be caught up on at once; `headroom` the share of each limit (0 to 1)
+    left unused, so that jitter on the way to the provider never looks like too much.
+    """
+
+    images_per_minute: int | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    images_per_day: int | None = None
+    requests_per_day: int | None = None
+    tokens_per_day: int | None = None
+    concurrent: int = 100
+    burst_s: float = 1.0
+    headroom: float = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Amounts:
+    """What one call takes of its group's limits. `tokens` is an estimate."""
+
+    images: int = 1
+    requests: int = 1
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A moment reserved in a limit group: `wait_s` from now its amounts may be sent. Nobody else gets it.
+
+    `running` counts the calls of the group that hold a place, in all replicas, this one included.
+    """
+
+    id: str
+    group: str
+    amounts: Amounts
+    wait_s: float
+    running: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CallReport:
+    """What one finished call says about its group's limits.
+
+    `limited`: it was answered 429 for a rate limit. `tokens` is what it really took, None if not told.
+    """
+
+    limited: bool = False
+    retry_after_s: float | None = None
+    told: RateLimits | None = None
+    tokens: int | None = None
+
+
+class UpstreamHealth(StrEnum):
+    """Whether an upstream is in the pool, and if not, why."""
+
+    WELL = "well"
+    PAUSED = "paused"
+    """An operator took it out."""
+
+    DOWN = "down"
+    """It failed too often; probed until it is back."""
+
+    NOT_ENTITLED = "not_entitled"
+    """It never accepted our key for what we ask: a person must act. Probed hourly."""
+
+    NO_QUOTA = "no_quota"
+    """Its account's money is used up: a person must act. Probed hourly."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamState:
+    """An upstream as the pool sees it. `success_rate` (0 to 1) and `latency_s` are decayed averages.
+
+    `percent` None: no fixed share. `price_factor` is what the list price is multiplied by now.
+    `images_per_minute` is its group's limit as learned; None without one.
+    """
+
+    name: str
+    limit_group: str
+    models: tuple[str, ...]
+    health: UpstreamHealth
+    weight: float
+    percent: float | None
+    rank: int
+    price_factor: float
+    success_rate: float
+    latency_s: float | None
+    in_flight: int
+    calls: int
+    images_per_minute: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the miss path is asked to make: `n` pictures, for whom, how urgently and by when.
+
+    `deadline_s` is monotonic; None where the caller set none. `tags` go into the ledger. With `candidates`
+    above 1 so many are made for each picture and the best is kept.
+    """
+
+    request: ImageRequest
+    n: int
+    namespace: str
+    caller: str
+    priority: Priority = Priority.STANDARD
+    deadline_s: float | None = None
+    tags: tuple[str, ...] = ()
+    candidates: int = 1
+    allow_degraded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +517,9 @@ class Namespace:
     """Policy for a group of callers. `partition` is what shares images; by default the namespace's own name.
 
     `profile` is the normalization profile ("exact", "standard" or "catalog"); `catalog_patterns` what the
-    catalog profile drops. Lifetimes in seconds; None is for ever.
+    catalog profile drops. Lifetimes in seconds; None is for ever. `quality_by_use` gives the quality of a request
+    that says what it is for. A best candidate that scores below `min_score` waits for a person's review.
+    `remake_degraded`: what was made at a lower quality is made anew, at the one asked for, off-peak.
     """
 
     name: str
@@ -292,6 +531,10 @@ class Namespace:
     max_variants: int = 10
     ttl_s: float | None = None
     max_ttl_s: float | None = None
+    quality_by_use: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    max_candidates: int = 4
+    min_score: float | None = None
+    remake_degraded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,6 +570,7 @@ class Terms:
     request_id: str = ""
     tags: tuple[str, ...] = ()
     allow_degraded: bool = False
+    candidates: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,16 +582,21 @@ class Served:
     matched: MatchLevel
     collapsed: bool = False
     stale: bool = False
+    degraded: bool = False
     cost_microusd: int = 0
     saved_microusd: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """An answer that is on its way: its keys, and how much longer it is expected to take."""
+    """An answer that is on its way: its keys, and how much longer it is expected to take.
+
+    `in_review`: it is made, and a person has to approve it first; nobody knows how long that takes.
+    """
 
     keys: tuple[CacheKey, ...]
     estimated_wait_s: float
+    in_review: bool = False
 
 
 @dataclass(frozen=True, slots=True)

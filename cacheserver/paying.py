@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 from cachetools import TTLCache
 
-from cacheserver.errors import CacheServerError, CacheUnknownError, NotCachedError, PermissionDeniedError
+from cacheserver.errors import (
+    CacheServerError,
+    CacheUnknownError,
+    CannotAffordError,
+    NotCachedError,
+    PermissionDeniedError,
+    TooSlowError,
+)
 from cacheserver.flight import Flight, Waiter
 from cacheserver.interfaces import Clock, Generation
 from cacheserver.model import CachePolicy, Permission
@@ -55,6 +62,12 @@ class Paying:
                 flight.refuse(waiter, _cannot_say() if is_unknown else waiter.refusal)
         return payers[0] if payers else None
 
+    def refuse_broke(self, flight: Flight, lead: Waiter, error: CannotAffordError) -> None:
+        """The lead cannot afford it, and so cannot who shares its budgets; the others may still."""
+        for waiter in flight.payers:
+            if (waiter.namespace.name, waiter.caller.name) == (lead.namespace.name, lead.caller.name):
+                flight.refuse(waiter, error)
+
     def settle(self, flight: Flight) -> None:
         """The load is over: what it reserved of the budget is spent if it paid for a picture, else free again."""
         estimate = self._reserved.pop(flight, 0)
@@ -71,7 +84,19 @@ class Paying:
             return NotCachedError("Not cached, and only cached pictures were asked for.")
         if (refusal := may_generate(waiter)) is not None:
             return refusal
-        return _cannot_say() if is_unknown and not self._unknown.pay else None
+        if is_unknown and not self._unknown.pay:
+            return _cannot_say()
+        return self._too_slow(waiter)
+
+    def _too_slow(self, waiter: Waiter) -> TooSlowError | None:
+        """The refusal of a caller that would rather have a cheaper picture than wait longer than it said."""
+        terms = waiter.terms
+        if not terms.allow_degraded or not terms.max_wait_s:
+            return None
+        if self._generation.expected_s(waiter.request, terms.priority) <= terms.max_wait_s:
+            return None
+        rungs = self._generation.rungs(waiter.request)
+        return TooSlowError(rungs) if rungs else None
 
     def _within_budget(self, payers: list[Waiter], flight: Flight, unknown: set[int]) -> list[Waiter]:
         """Those of `payers` whose pictures the budget for unconfirmed misses allows; the others are refused."""

@@ -7,13 +7,22 @@ here it would be a picture that comes back.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cacheserver.errors import TierError, TierUnreachableError
 from cacheserver.interfaces import Tier
 from cacheserver.keep import Keeper
-from cacheserver.model import MAX_VARIANT, CachedImage, CacheKey, Labels, Namespace, TierName
+from cacheserver.model import (
+    MAX_VARIANT,
+    REVIEW_PREFIX,
+    CachedImage,
+    CacheKey,
+    Labels,
+    Namespace,
+    TierName,
+)
 from cacheserver.tiers.memory import MemoryCache
 
 _AT_ONCE = 32
@@ -30,6 +39,16 @@ class PurgeSelector:
     key: CacheKey | None = None
     identity: CacheKey | None = None
     tag: str | None = None
+
+    @property
+    def in_review(self) -> PurgeSelector:
+        """The same among the pictures that wait for review."""
+        return PurgeSelector(
+            replace(self.namespace, partition=REVIEW_PREFIX + self.namespace.partition),
+            key=None if self.key is None else self.key.in_review,
+            identity=None if self.identity is None else self.identity.in_review,
+            tag=self.tag,
+        )
 
     def takes(self, labels: Labels | None) -> bool:
         """Whether an image with these labels is meant; one too damaged to have any is."""
@@ -53,6 +72,11 @@ class PurgeResult:
 
     images: int
     per_tier: dict[TierName, int] = field(default_factory=dict)
+
+    def __add__(self, other: PurgeResult) -> PurgeResult:
+        counts = Counter(self.per_tier) + Counter(other.per_tier)
+        per_tier = {tier: counts[tier] for tier in (*self.per_tier, *other.per_tier)}
+        return PurgeResult(self.images + other.images, per_tier)
 
 
 class Purger:

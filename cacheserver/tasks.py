@@ -28,6 +28,11 @@ class OwnedTasks:
         task.add_done_callback(self._ended)
         return task
 
+    async def idle(self) -> None:
+        """Return when no task is left."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
     async def aclose(self, grace_s: float) -> None:
         """Await all tasks at most `grace_s`, then cancel what is left."""
         if not self._tasks:

@@ -11,17 +11,17 @@ from prometheus_client import CollectorRegistry
 
 from cacheserver.accounting.books import CounterBooks
 from cacheserver.cache import PromptCache
-from cacheserver.control import LocalReplays
+from cacheserver.control.replays import LocalReplays
 from cacheserver.errors import TierError
-from cacheserver.generation.generator import Generator
-from cacheserver.generation.prices import PriceTable
 from cacheserver.identity import identify
 from cacheserver.interfaces import Replays, Tier
 from cacheserver.keep import Keeper
 from cacheserver.model import (
+    Budget,
     CachedImage,
     CacheKey,
     Caller,
+    GroupLimits,
     Identity,
     ImageRequest,
     Labels,
@@ -33,9 +33,11 @@ from cacheserver.model import (
     TierName,
 )
 from cacheserver.paying import UnknownPolicy
+from cacheserver.reviews import Reviews
 from cacheserver.tiers.disk import DiskTier
 from cacheserver.tiers.memory import MemoryCache
 from tests.fakes import FakeClock
+from tests.miss_path import MemoryLedger, build_generator, lanes
 from tests.provider import FakeUpstream
 
 MODEL = "gpt-image-2"
@@ -116,26 +118,32 @@ class House:
         max_concurrent: int = 100,
         queue_max: int = 1000,
         tiers: Sequence[FaultyTier] | None = None,
+        budget: Sequence[Budget] = (),
     ) -> None:
         """A new process on the same tiers, or on some of them."""
         self.memory = MemoryCache(clock=self.clock, max_bytes=memory_bytes)
         tiers = [self.redis, self.s3] if tiers is None else tiers
         self.keeper = Keeper(memory=self.memory, tiers=tiers, books=self.books, clock=self.clock)
-        self.generator = Generator(
-            upstreams={MODEL: self.upstream},
-            default_model=MODEL,
+        self.ledger = MemoryLedger()
+        self.generator = build_generator(
+            lanes([self.upstream], [MODEL]),
             clock=self.clock,
             books=self.books,
-            prices=PriceTable.load(),
-            max_concurrent=max_concurrent,
+            ledger=self.ledger,
+            limits={self.upstream.name: GroupLimits(concurrent=max_concurrent)},
             queue_max=queue_max,
+            budget=budget,
+            retry_share=0.0,  # what fails, fails: the cache's part in it is what these tests are about
         )
+        self.reviews = Reviews(memory=self.memory, tiers=tiers, keeper=self.keeper, namespaces=[self.namespace])
         self.cache = PromptCache(
             memory=self.memory,
             tiers=tiers,
             keeper=self.keeper,
             generation=self.generator,
+            reviews=self.reviews,
             replays=self.replays,
+            identify=identify,
             books=self.books,
             clock=self.clock,
             unknown=unknown or UnknownPolicy(),
@@ -169,6 +177,7 @@ class House:
     async def aclose(self) -> None:
         self.upstream.release()
         await self.cache.aclose(5)
+        await self.generator.aclose()
         await self.keeper.aclose(5)
 
 

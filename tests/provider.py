@@ -17,13 +17,14 @@ import struct
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
 from PIL import Image
 
 from cacheserver.errors import UpstreamError
-from cacheserver.model import GeneratedImage, ImageRequest
+from cacheserver.model import GeneratedImage, ImageRequest, RateLimits
 
 API_KEY = "sk-test-provider-key"
 GPT_IMAGE_MODELS = ("gpt-image-2", "gpt-image-2-2026-04-21")
@@ -47,7 +48,8 @@ def small_image(number: int, image_format: str = "png", size: tuple[int, int] = 
     """A real picture, another one for every number."""
     digest = hashlib.sha256(str(number).encode()).digest()
     picture = Image.new("RGB", size, tuple(digest[:3]))
-    picture.paste(tuple(digest[3:6]), (0, 0, 1 + digest[6] % size[0], 1 + digest[7] % size[1]))
+    # Never over the whole width: that could make a blank, which is not believed.
+    picture.paste(tuple(digest[3:6]), (0, 0, 1 + digest[6] % (size[0] - 1), 1 + digest[7] % size[1]))
     file = io.BytesIO()
     picture.save(file, format=image_format)
     return file.getvalue()
@@ -113,6 +115,7 @@ class OpenAIStandIn:
     """A local HTTP server shaped like OpenAI's images API. As strict as the real one with GPT image models.
 
     `calls` counts generations asked for, `images` pictures made, `requests` keeps what was received.
+    Pictures have the size asked for, 64x48 where none is and whatever their bytes need with `min_image_bytes`.
     `by_url` answers with URLs on this server; `image_url` with that URL, whatever it is.
     """
 
@@ -278,7 +281,7 @@ class OpenAIStandIn:
             "output_format": image_format,
             "quality": quality,
             "size": size,
-            "data": [self._item(image_format, body["prompt"]) for _ in range(n)],
+            "data": [self._item(image_format, body["prompt"], body.get("size") or "auto") for _ in range(n)],
             "usage": {
                 "total_tokens": tokens_in + tokens_out,
                 "input_tokens": tokens_in,
@@ -291,13 +294,14 @@ class OpenAIStandIn:
             self._edit.popleft()(answer)
         return Reply(body=json.dumps(answer).encode())
 
-    def _item(self, image_format: str, prompt: str) -> dict[str, Any]:
+    def _item(self, image_format: str, prompt: str, size: str) -> dict[str, Any]:
         self.images += 1
+        width, height = (64, 48) if size == "auto" else (int(side) for side in size.split("x"))
         image_format = self.native_format or image_format
         data = (
             large_png(self.images, self.min_image_bytes)
             if self.min_image_bytes
-            else small_image(self.images, image_format)
+            else small_image(self.images, image_format, (width, height))
         )
         self.made.setdefault(prompt, set()).add(data)
         if self.image_url is not None:
@@ -359,7 +363,9 @@ class FakeUpstream:
         self.images = 0
         self.checks = 0
         self.closed = False
+        self.limits: RateLimits | None = None
         self.asked: list[tuple[ImageRequest, tuple[int, ...]]] = []
+        self.price_factors: list[Decimal] = []
         self.during: Callable[[], Awaitable[None]] | None = None  # runs inside each call, once it is released
         self._errors: deque[UpstreamError] = deque()
         self._numbers = itertools.count()
@@ -386,7 +392,10 @@ class FakeUpstream:
     def fail_next(self, error: UpstreamError) -> None:
         self._errors.append(error)
 
-    async def generate(self, request: ImageRequest, variants: Sequence[int]) -> list[GeneratedImage]:
+    async def generate(
+        self, request: ImageRequest, variants: Sequence[int], *, price_factor: Decimal = Decimal(1)
+    ) -> list[GeneratedImage]:
+        self.price_factors.append(price_factor)
         self.calls += 1
         self.asked.append((request, tuple(variants)))
         async with self._arrival:

@@ -326,15 +326,17 @@ class TestFlights:
         assert house.upstream.calls == 1
 
     async def test_a_full_queue_is_an_error_and_spends_nothing(self, house: House) -> None:
-        house.restart(max_concurrent=1, queue_max=0)
+        house.restart(max_concurrent=1, queue_max=1)
         house.upstream.hold()
         running = asyncio.create_task(house.get("first"))
         await house.upstream.arrived(1)
+        waiting = asyncio.create_task(house.get("second"))
+        await until(lambda: sum(house.generator.queue_depth.values()) == 1)
         with pytest.raises(QueueFullError):
-            await house.get("second")
+            await house.get("third")
         house.upstream.release()
-        await running
-        assert house.upstream.calls == 1
+        await asyncio.gather(running, waiting)
+        assert house.upstream.calls == 2
 
     async def test_a_closed_cache_starts_nothing_new_and_finishes_what_runs(self, house: House) -> None:
         house.upstream.hold()
@@ -361,8 +363,8 @@ class TestFlights:
     async def test_fewer_pictures_than_asked_are_kept_and_the_rest_is_asked_for(self, house: House) -> None:
         generate = house.upstream.generate
 
-        async def stingy(request: object, variants: object) -> object:
-            return await generate(request, list(variants)[:2])  # type: ignore[arg-type, call-overload] # a double
+        async def stingy(request: object, variants: object, **terms: object) -> object:
+            return await generate(request, list(variants)[:2], **terms)  # type: ignore[arg-type, call-overload] # a double
 
         house.upstream.generate = stingy  # type: ignore[method-assign, assignment] # a double
         answer = await house.ask(n=3)
@@ -627,7 +629,7 @@ class TestRefreshAndNoStore:
         await until(lambda: sum(house.generator.queue_depth.values()) == 1)
         hung_up.cancel()
         await asyncio.wait({hung_up})
-        await until(lambda: sum(house.generator.queue_depth.values()) == 0)
+        await until(lambda: not house.cache._unstored)
         again = asyncio.create_task(house.get(**terms))
         house.upstream.release()
         await running
@@ -739,7 +741,7 @@ class TestUnknownIsNotAbsent:
         each = house.generator.estimate_microusd(request, 1)
         house.restart(unknown=UnknownPolicy(budget_microusd_per_hour=each))
         house.s3.is_down = True
-        for _ in range(3):
+        for _ in range(2):
             house.upstream.fail_next(UpstreamDownError("down"))
             with pytest.raises(UpstreamDownError):
                 await house.get()

@@ -8,6 +8,7 @@ import io
 import json
 import tomllib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +22,13 @@ from cacheserver.app import start
 from cacheserver.cli import app
 from cacheserver.errors import ConfigError, PromptRefusedError
 from cacheserver.model import Caller, Permission
+from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.settings import Settings
 from tests.house import House
 from tests.provider import large_png, small_image
 from tests.rpc_front import Front, open_front
 from tests.servers import S3Server, ValkeyServer
+from tests.test_client import Service, chunk, contents, header, serving
 
 Run = Callable[..., Awaitable[typer.testing.Result]]
 
@@ -176,6 +179,53 @@ async def test_get_leaves_with_a_key_when_max_wait_is_over(run: Run, front: Fron
     assert front.house.upstream.calls == 1
 
 
+async def test_get_says_what_it_is_for_and_how_many_to_choose_from(house: House) -> None:
+    house.namespace = replace(house.namespace, quality_by_use={"thumbnail": "low"})
+    async with open_front(house) as front:
+        address = f"127.0.0.1:{front.server.port}"
+        result = await command("get", "a red fox", "--use", "thumbnail", "--candidates", "3", "--json", address=address)
+        unknown = await command("get", "a red fox", "--use", "poster", address=address)
+    [image] = printed(result)["images"]
+    assert 0 < image["score"] < 1
+    assert image["won_against"] == 2
+    assert house.upstream.asked[0][0].quality == "low"
+    assert house.upstream.images == 3
+    assert unknown.exit_code == 2
+    assert "use: " in unknown.stderr
+
+
+async def test_get_says_degraded_and_the_score_where_there_is_one() -> None:
+    degraded = header(score=0.5, won_against=2, content_type="image/png")
+    degraded.header.status.degraded = True
+    service = Service(script=[[degraded, chunk()], [degraded, chunk()], [header(), chunk()]])
+    async with serving(service) as address:
+        drawn = await command("get", "a red fox", "--allow-degraded", address=address)
+        facts = printed(await command("get", "a red fox", "--allow-degraded", "--json", address=address))
+        plain = await command("get", "a red fox", address=address)
+    assert drawn.stdout.startswith("s3  degraded  0x0 image/png  ")
+    assert "  score 0.50  cost " in drawn.stdout
+    [image] = facts["images"]
+    assert (image["degraded"], image["score"], image["won_against"]) == (True, 0.5, 2)
+    assert "degraded" not in plain.stdout
+    assert "score" not in plain.stdout
+    assert [request.request.allow_degraded for request in service.asked] == [True, True, False]
+    assert not service.asked[2].request.HasField("candidates")
+
+
+async def test_get_of_a_picture_in_review_writes_nothing_and_says_how_to_collect_it(tmp_path: Path) -> None:
+    waiting = header(state="STATE_PENDING_REVIEW", size_bytes=0, digest="")
+    service = Service(script=[[waiting], [waiting]])
+    async with serving(service) as address:
+        drawn = await command("get", "a red fox", "-o", str(tmp_path / "fox.png"), address=address)
+        told = await command("get", "a red fox", "--json", address=address)
+    assert drawn.exit_code == 3
+    assert "waits for a person's review" in drawn.stdout
+    assert "cacheserver get --key k0 -o FILE" in drawn.stdout
+    assert contents(tmp_path) == {}
+    assert told.exit_code == 0
+    assert printed(told)["images"][0]["state"] == "pending_review"
+
+
 async def test_get_of_what_is_not_cached_exits_3(run: Run, tmp_path: Path) -> None:
     result = await run("get", "a red fox", "--policy", "only_if_cached", "-o", str(tmp_path / "fox.png"))
     assert result.exit_code == 3
@@ -217,6 +267,8 @@ async def test_extra_parameters_are_a_json_object(run: Run, front: Front) -> Non
         ["get", "a fox", "-o", "-", "--json"],
         ["get", "a fox", "-n", "11"],
         ["get", "a fox", "--policy", "sometimes"],
+        ["get", "a fox", "--candidates", "0"],
+        ["get", "a fox", "--next", "--use", "thumbnail"],
         ["find"],
         ["purge"],
         ["purge", "a fox", "--everything"],
@@ -368,6 +420,17 @@ async def test_stats_count_hits_and_money(run: Run) -> None:
     facts = printed(await run("stats", "--json"))
     assert facts["total"]["saved_microusd"] == 53_000
     assert {(row["outcome"], row["tier"]) for row in facts["rows"]} == {("miss", "upstream"), ("hit", "memory")}
+
+
+async def test_stats_show_what_may_be_spent_and_what_was_degraded() -> None:
+    row = pb.StatsRow(namespace="shop", requests=3, degraded=2, spent_microusd=50_000, unknown_microusd=120_000)
+    stats = pb.GetStatsResponse(rows=[row], total=row)
+    async with serving(Service(script=[stats, stats])) as address:
+        names, shop, *_ = (await command("stats", address=address)).stdout.splitlines()
+        facts = printed(await command("stats", "--json", address=address))
+    assert " ".join(names.split()) == "namespace outcome tier images degraded bytes mean time spent unknown saved"
+    assert " ".join(shop.split()) == "shop 3 2 0 B 0.0 ms $0.0500 $0.1200 $0.0000"
+    assert (facts["total"]["degraded"], facts["total"]["unknown_microusd"]) == (2, 120_000)
 
 
 # --- token, serve ---

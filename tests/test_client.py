@@ -325,6 +325,8 @@ async def test_every_option_reaches_the_service(client: Any, service: Service) -
         request_id="id-1",
         tags=["spring"],
         allow_degraded=True,
+        use="thumbnail",
+        candidates=4,
         match_level=MatchLevel.STANDARD,
     )
     assert service.asked[0] == pb.GetImageRequest(
@@ -354,6 +356,8 @@ async def test_every_option_reaches_the_service(client: Any, service: Service) -
         request_id="id-1",
         tags=["spring"],
         allow_degraded=True,
+        use="thumbnail",
+        candidates=4,
         match_level="MATCH_LEVEL_STANDARD",
     )
 
@@ -395,6 +399,25 @@ async def test_a_key_collects_a_pending_image(client: Any, service: Service) -> 
     collected = await client.get_by_key(pending.key, namespace="shop")
     assert collected.data == PNG
     assert service.asked[1] == pb.GetImageRequest(namespace="shop", key="k9")
+
+
+async def test_a_picture_in_review_is_told_from_one_still_being_made(client: Any, service: Service) -> None:
+    status = pb.CacheStatus(state="STATE_PENDING_REVIEW")
+    service.script = [pb.GetImageResponse(images=[pb.Image(key="k9")], status=status, image_status=[status])]
+    waiting = await client.get_image("a red fox")
+    assert (waiting.status.state, waiting.key, waiting.pending) == (State.PENDING_REVIEW, "k9", True)
+    assert State.PENDING_REVIEW is not State.PENDING
+    with pytest.raises(ValueError, match="review"):
+        _ = waiting.data
+
+
+async def test_what_a_picture_scored_and_whether_it_is_degraded_is_told(client: Any, service: Service) -> None:
+    scored = answer(score=0.0, won_against=3)
+    scored.status.degraded = True
+    service.script = [scored, answer()]
+    first, unscored = await client.get_image("a red fox"), await client.get_image("a red fox")
+    assert (first.image.score, first.image.won_against, first.status.degraded) == (0.0, 3, True)
+    assert (unscored.image.score, unscored.image.won_against, unscored.status.degraded) == (None, 0, False)
 
 
 async def test_a_url_answer_has_a_url_and_no_bytes(client: Any, service: Service) -> None:
@@ -554,6 +577,8 @@ async def test_stats_are_numbers(client: Any, service: Service) -> None:
         requests=3,
         latency_sum=Duration(nanos=500_000_000),
         saved_microusd=120_000,
+        unknown_microusd=7,
+        degraded=2,
     )
     started = datetime(2026, 1, 1, tzinfo=UTC)
     service.script = [
@@ -570,7 +595,8 @@ async def test_stats_are_numbers(client: Any, service: Service) -> None:
     assert stats.corrupt == {TierName.S3: 1}
     [counted] = stats.rows
     assert (counted.outcome, counted.tier, counted.latency_sum_s) == (Outcome.HIT, TierName.REDIS, 0.5)
-    assert stats.total.outcome is None
+    assert (counted.unknown_microusd, counted.degraded) == (7, 2)
+    assert (stats.total.outcome, stats.total.unknown_microusd, stats.total.degraded) == (None, 0, 0)
 
 
 # --- failing ---
@@ -914,10 +940,11 @@ async def test_a_failed_download_leaves_the_old_file_and_nothing_else(
     assert contents(tmp_path) == {"fox.png": b"old"}
 
 
-async def test_a_pending_download_writes_nothing(client: Any, service: Service, tmp_path: Path) -> None:
-    service.script = [[header(state="STATE_PENDING", size_bytes=0, digest="")]]
+@pytest.mark.parametrize("state", [State.PENDING, State.PENDING_REVIEW])
+async def test_a_pending_download_writes_nothing(client: Any, service: Service, tmp_path: Path, state: State) -> None:
+    service.script = [[header(state=f"STATE_{state.name}", size_bytes=0, digest="")]]
     begun = await client.download(tmp_path / "fox.png", "a red fox", max_wait_s=0)
-    assert begun.status.state is State.PENDING
+    assert begun.status.state is state
     assert contents(tmp_path) == {}
 
 

@@ -147,11 +147,21 @@ def test_metadata_of_the_wrong_type_or_range_is_damaged(name: str, wrong: object
         codec.decode(with_checksum(json.dumps({**fields(), name: wrong}).encode()))
 
 
-@pytest.mark.parametrize("name", fields())
+LATER = {"score": None, "won_against": 0}
+"""Fields that entries did not have from the start, and what they count as there."""
+
+
+@pytest.mark.parametrize("name", fields().keys() - LATER)
 def test_metadata_without_a_field_is_damaged(name: str) -> None:
     rest = {key: value for key, value in fields().items() if key != name}
     with pytest.raises(CorruptEntryError):
         codec.decode(with_checksum(json.dumps(rest).encode()))
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_entries_from_before_there_was_a_field_are_read(name: str) -> None:
+    rest = {key: value for key, value in fields().items() if key != name}
+    assert getattr(codec.decode(with_checksum(json.dumps(rest).encode())).image, name) == LATER[name]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisClusterException
 
-from cacheserver.control import LocalReplays, RedisReplays, refuse_eviction_of_control_state
+from cacheserver.control.redis import refuse_eviction_of_control_state
+from cacheserver.control.replays import LocalReplays, RedisReplays
 from cacheserver.model import Replay
 from cacheserver.tiers.redis import Client
 from tests.fakes import FakeClock

@@ -163,10 +163,11 @@ async def test_s3_answering_500(stage: Stage) -> None:
 
 
 async def test_s3_refusing_our_credentials(
-    environ: tuple[dict[str, str], OpenAIStandIn, ValkeyServer, S3Server, TcpProxy], stage: Stage
+    environ: tuple[dict[str, str], OpenAIStandIn, ValkeyServer, S3Server, TcpProxy], stage: Stage, tmp_path: Path
 ) -> None:
     env, provider, valkey, s3, s3_road = environ
-    wrong = env | {"CACHESERVER_S3__SECRET_KEY": "not-the-secret"}
+    (tmp_path / "another").mkdir()
+    wrong = env | {"CACHESERVER_S3__SECRET_KEY": "not-the-secret", "CACHESERVER_DATA_DIR": str(tmp_path / "another")}
     async with running(wrong) as service, calling(service) as stub:
         refused = Stage(stub, provider, valkey, s3, s3_road, stage.prefix)
         await survives(refused, lambda: None, lost=ONLY_BELOW)

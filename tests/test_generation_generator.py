@@ -1,240 +1,536 @@
-"""From a miss to pictures: one place, one upstream, one row in the books."""
+"""The miss path: what is set aside, sent, written down and paid, whatever comes of a call."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from decimal import Decimal
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from cacheserver.accounting.books import CounterBooks
+from cacheserver.control.budgets import LocalBudgets
 from cacheserver.errors import (
+    CannotAffordError,
     InvalidRequestError,
+    LedgerUnavailableError,
     PromptRefusedError,
     QueueFullError,
+    UpstreamBadImageError,
     UpstreamDownError,
+    UpstreamError,
+    UpstreamInvalidError,
+    UpstreamLimitedError,
     UpstreamNotEntitledError,
+    UpstreamQuotaError,
 )
 from cacheserver.generation.generator import Generator
+from cacheserver.generation.pool import Lane
 from cacheserver.generation.prices import PriceTable
-from cacheserver.interfaces import Generation, Upstream
-from cacheserver.model import GeneratedImage, ImageRequest, Priority
+from cacheserver.interfaces import Generation
+from cacheserver.model import (
+    Attempt,
+    AttemptOutcome,
+    Budget,
+    BudgetPeriod,
+    BudgetScope,
+    GeneratedImage,
+    GroupLimits,
+    ImageRequest,
+    Order,
+    Priority,
+)
 from tests.fakes import FakeClock
+from tests.miss_path import MemoryLedger, build_generator, lanes
 from tests.provider import FakeUpstream
+from tests.waiting import until
 
-CAT = ImageRequest("a cat", "gpt-image-2")
-
-
-class UpstreamBooks(CounterBooks):
-    """The real books, keeping the rows of upstream calls to look at."""
-
-    def __init__(self, clock: FakeClock) -> None:
-        super().__init__(clock=clock, registry=CollectorRegistry())
-        self.calls: list[tuple[str, str, str, float]] = []
-
-    def upstream_call(self, upstream: str, model: str, result: str, seconds: float) -> None:
-        super().upstream_call(upstream, model, result, seconds)
-        self.calls.append((upstream, model, result, seconds))
+CAT = ImageRequest("a cat", "gpt-image-2", size="1024x1024", quality="medium")
+COST = 53_000
+SETTLED, NOT_BILLED, UNKNOWN = AttemptOutcome.SETTLED, AttemptOutcome.NOT_BILLED, AttemptOutcome.UNKNOWN
 
 
-@pytest.fixture
-def books(clock: FakeClock) -> UpstreamBooks:
-    return UpstreamBooks(clock)
+class MissPath:
+    """A generator over fake upstreams, its money and its ledger, and what it told its caller."""
+
+    def __init__(self, clock: FakeClock, *names: str, terms: dict[str, Any] | None = None, **settings: Any) -> None:
+        self.clock = clock
+        self.books = CounterBooks(clock=clock, registry=CollectorRegistry())
+        self.ledger = MemoryLedger()
+        self.budgets = LocalBudgets(budgets=settings.pop("budget", ()), spent=(), clock=clock, books=self.books)
+        self.upstreams = {name: FakeUpstream(name, cost_microusd=COST) for name in names or ("one",)}
+        self.lanes: list[Lane] = lanes(list(self.upstreams.values()), ["gpt-image-2"], **(terms or {}))
+        self.generator = build_generator(
+            self.lanes, clock=clock, books=self.books, ledger=self.ledger, budgets=self.budgets, **settings
+        )
+        self.spending = 0
+        self.spares: list[GeneratedImage] = []
+
+    @property
+    def one(self) -> FakeUpstream:
+        return next(iter(self.upstreams.values()))
+
+    @property
+    def calls(self) -> dict[str, int]:
+        return {name: each.calls for name, each in self.upstreams.items()}
+
+    async def make(self, request: ImageRequest = CAT, *, n: int = 1, **facts: Any) -> list[GeneratedImage]:
+        order = Order(request, n, **{"namespace": "shop", "caller": "ann", **facts})
+        return await self.generator.generate(order, range(n), on_spending=self._spend, on_spare=self.spares.append)
+
+    async def make_with_pauses(self, request: ImageRequest = CAT, **facts: Any) -> list[GeneratedImage]:
+        """Make it while time passes, so that pauses between tries end."""
+        making = asyncio.create_task(self.make(request, **facts))
+        while not making.done():
+            await asyncio.sleep(0)
+            self.clock.advance(0.1)
+        return making.result()
+
+    async def settled(self) -> list[Attempt]:
+        """The rows, once every call is written down."""
+        await self.generator.settled()
+        return list(self.ledger.attempts.values())
+
+    async def outcomes(self) -> list[AttemptOutcome]:
+        return [row.outcome for row in await self.settled()]
+
+    def _spend(self) -> None:
+        self.spending += 1
 
 
-@pytest.fixture
-def upstream() -> FakeUpstream:
-    return FakeUpstream(models=("gpt-image-2", "gpt-image-2.6-flare"))
+def day(limit: int, scope: BudgetScope = BudgetScope.GLOBAL, subject: str = "") -> Budget:
+    return Budget(scope, subject, BudgetPeriod.DAY, limit)
 
 
-@pytest.fixture
-def generator(upstream: FakeUpstream, clock: FakeClock, books: UpstreamBooks) -> Generator:
-    return made(upstream, clock, books)
+# ── one call ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def made(upstream: Upstream, clock: FakeClock, books: UpstreamBooks, *, places: int = 2, queue: int = 4) -> Generator:
-    return Generator(
-        upstreams={"gpt-image-2": upstream, "gpt-image-2.6-flare": upstream},
-        default_model="gpt-image-2",
-        clock=clock,
-        books=books,
-        prices=PriceTable.load(),
-        max_concurrent=places,
-        queue_max=queue,
-    )
-
-
-async def generate(
-    generator: Generator, request: ImageRequest = CAT, *, n: int = 1, spent: list[str] | None = None
-) -> list[GeneratedImage]:
-    spent = [] if spent is None else spent
-    return await generator.generate(
-        request, range(n), priority=Priority.STANDARD, on_spending=lambda: spent.append(request.prompt)
-    )
-
-
-async def test_pictures_come_from_the_models_upstream_in_one_call(
-    generator: Generator, upstream: FakeUpstream, books: UpstreamBooks
-) -> None:
-    images = await generate(generator, n=3)
+async def test_pictures_come_from_the_models_upstream_in_one_call(clock: FakeClock) -> None:
+    path = MissPath(clock)
+    images = await path.make(n=3)
     assert len({image.sha256 for image in images}) == 3
-    assert upstream.asked == [(CAT, (0, 1, 2))]
-    assert books.calls == [("fake", "gpt-image-2", "ok", 0.0)]
+    assert path.one.asked == [(CAT, (0, 1, 2))]
+    assert path.spending == 1
 
 
-async def test_an_unknown_model_is_refused_with_the_ones_there_are(
-    generator: Generator, upstream: FakeUpstream, books: UpstreamBooks
-) -> None:
-    spent: list[str] = []
+async def test_the_row_is_open_before_the_first_byte_and_closed_with_what_it_cost(clock: FakeClock) -> None:
+    path = MissPath(clock)
+    path.one.hold()
+    making = asyncio.create_task(path.make(n=2, tags=("spring",)))
+    await path.one.arrived(1)
+    (sent,) = path.ledger.attempts.values()
+    assert sent.outcome is AttemptOutcome.SENT
+    assert (sent.namespace, sent.caller, sent.tags, sent.upstream) == ("shop", "ann", ("spring",), "one")
+    assert sent.estimate_microusd == PriceTable.load().estimate_microusd(CAT, 2) >= 106_000
+    clock.advance(7.0)
+    path.one.release()
+    await making
+    (row,) = await path.settled()
+    assert row == replace(
+        sent,
+        outcome=SETTLED,
+        end_time_s=clock.now_s(),
+        cost_microusd=2 * COST,
+        reason="ok",
+        upstream_request_id="one-0",
+    )
+    assert path.books.snapshot(None).total.spent_microusd == 2 * COST
+
+
+async def test_what_cannot_be_written_down_is_not_bought(clock: FakeClock) -> None:
+    path = MissPath(clock, budget=[day(300_000)])
+
+    async def full(_: Attempt) -> None:
+        raise LedgerUnavailableError("disk full")
+
+    path.ledger.open = full  # type: ignore[method-assign] # a fault
+    with pytest.raises(LedgerUnavailableError):
+        await path.make()
+    await path.settled()
+    assert (path.one.calls, path.spending) == (0, 0)
+    (state,) = await path.budgets.states()
+    assert (state.spent_microusd, state.reserved_microusd) == (0, 0)
+
+
+async def test_an_unknown_model_is_refused_with_the_ones_there_are(clock: FakeClock) -> None:
+    path = MissPath(clock)
     with pytest.raises(InvalidRequestError) as caught:
-        await generate(generator, ImageRequest("a cat", "secret-model"), spent=spent)
-    assert caught.value.violations == {"spec.model": "not served here; there are: gpt-image-2, gpt-image-2.6-flare"}
-    assert (spent, upstream.calls, books.calls) == ([], 0, [])
+        await path.make(ImageRequest("a cat", "secret-model"))
+    assert caught.value.violations == {"spec.model": "not served here; there are: gpt-image-2"}
+    assert path.ledger.opened == []
 
 
-async def test_spending_is_announced_when_a_place_is_free_and_not_before(
-    upstream: FakeUpstream, clock: FakeClock, books: UpstreamBooks
-) -> None:
-    generator = made(upstream, clock, books, places=1)
-    spent: list[str] = []
-    upstream.hold()
-    first = asyncio.create_task(generate(generator, spent=spent))
-    await upstream.arrived(1)
-    second = asyncio.create_task(generate(generator, ImageRequest("a dog", "gpt-image-2"), spent=spent))
-    await asyncio.sleep(0)
-    assert spent == ["a cat"]
-    assert generator.queue_depth == {Priority.STANDARD: 1}
-    upstream.release()
-    await asyncio.gather(first, second)
-    assert spent == ["a cat", "a dog"]
+async def test_more_pictures_than_one_call_takes_are_several_calls_and_rows(clock: FakeClock) -> None:
+    path = MissPath(clock, terms={"max_n": 4})
+    images = await path.make(n=10)
+    assert len({image.sha256 for image in images}) == 10
+    assert sorted(row.images for row in await path.settled()) == [2, 4, 4]
 
 
-async def test_a_queued_generation_may_be_cancelled_for_nothing(
-    upstream: FakeUpstream, clock: FakeClock, books: UpstreamBooks
-) -> None:
-    generator = made(upstream, clock, books, places=1)
-    spent: list[str] = []
-    upstream.hold()
-    first = asyncio.create_task(generate(generator))
-    await upstream.arrived(1)
-    queued = asyncio.create_task(generate(generator, spent=spent))
-    await asyncio.sleep(0)
-    queued.cancel()
+async def test_a_failed_call_does_not_cost_its_sisters_pictures(clock: FakeClock) -> None:
+    path = MissPath(clock, terms={"max_n": 2})
+    path.one.fail_next(UpstreamInvalidError("no"))
+    assert len(await path.make(n=4)) == 2
+
+
+async def test_money_is_spent_when_its_turn_has_come_and_not_before(clock: FakeClock) -> None:
+    path = MissPath(clock, limits={"one": GroupLimits(concurrent=1)})
+    path.one.hold()
+    first = asyncio.create_task(path.make())
+    await path.one.arrived(1)
+    second = asyncio.create_task(path.make())
+    await until(lambda: path.generator.queue_depth == {Priority.STANDARD: 1})
+    assert (path.spending, len(path.ledger.opened)) == (1, 1)
+    second.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await queued
-    upstream.release()
+        await second
+    path.one.release()
     await first
-    assert (spent, upstream.calls) == ([], 1)
+    assert await path.outcomes() == [SETTLED]
 
 
-async def test_no_more_run_at_once_and_wait_than_may(
-    upstream: FakeUpstream, clock: FakeClock, books: UpstreamBooks
-) -> None:
-    generator = made(upstream, clock, books, places=2, queue=3)
-    upstream.hold()
-    tasks = [asyncio.create_task(generate(generator)) for _ in range(5)]
-    await upstream.arrived(2)
-    await asyncio.sleep(0)
-    with pytest.raises(QueueFullError):
-        await generate(generator)
-    assert upstream.calls == 2
-    upstream.release()
-    await asyncio.gather(*tasks)
-    assert upstream.calls == 5
+async def test_a_queued_call_that_is_cancelled_gives_its_money_back(clock: FakeClock) -> None:
+    path = MissPath(clock, limits={"one": GroupLimits(concurrent=1)}, budget=[day(10_000_000)])
+    path.one.hold()
+    first = asyncio.create_task(path.make())
+    await path.one.arrived(1)
+    second = asyncio.create_task(path.make())
+    await until(lambda: bool(path.generator.queue_depth))
+    second.cancel()
+    await asyncio.wait({second})
+    path.one.release()
+    await first
+    await path.settled()
+    (state,) = await path.budgets.states()
+    assert (state.spent_microusd, state.reserved_microusd) == (COST, 0)
 
 
-async def test_the_books_carry_the_reason_of_a_failure_and_its_place_is_free_again(
-    upstream: FakeUpstream, clock: FakeClock, books: UpstreamBooks
-) -> None:
-    generator = made(upstream, clock, books, places=1, queue=0)
-    for error in (PromptRefusedError("no"), UpstreamDownError("down")):
-        upstream.fail_next(error)
-        with pytest.raises(type(error)):
-            await generate(generator)
-    await generate(generator)
-    assert [result for _, _, result, _ in books.calls] == ["PROMPT_REFUSED", "UPSTREAM_DOWN", "ok"]
-
-
-async def test_a_call_cancelled_by_its_owner_is_booked_as_a_shutdown(
-    generator: Generator, upstream: FakeUpstream, books: UpstreamBooks
-) -> None:
-    upstream.hold()
-    running = asyncio.create_task(generate(generator))
-    await upstream.arrived(1)
+async def test_a_call_cut_off_by_our_own_end_is_unknown_and_never_free(clock: FakeClock) -> None:
+    path = MissPath(clock, budget=[day(10_000_000)])
+    path.one.hold()
+    running = asyncio.create_task(path.make())
+    await path.one.arrived(1)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    assert books.calls[0][2] == "SHUTTING_DOWN"
+    (row,) = await path.settled()
+    assert (row.outcome, row.reason, row.cost_microusd) == (UNKNOWN, "SHUTTING_DOWN", row.estimate_microusd)
+    (state,) = await path.budgets.states()
+    assert state.spent_microusd == row.estimate_microusd
+    assert path.books.snapshot(None).total.unknown_microusd == row.estimate_microusd
 
 
-async def test_a_failure_nobody_foresaw_is_booked_and_passed_on(
-    generator: Generator, upstream: FakeUpstream, books: UpstreamBooks
-) -> None:
+async def test_a_failure_nobody_foresaw_is_unknown_too(clock: FakeClock) -> None:
+    path = MissPath(clock)
+
     async def break_down() -> None:
         raise ZeroDivisionError
 
-    upstream.during = break_down
+    path.one.during = break_down
     with pytest.raises(ZeroDivisionError):
-        await generate(generator)
-    assert books.calls[0][2] == "INTERNAL"
+        await path.make()
+    (row,) = await path.settled()
+    assert (row.outcome, row.reason) == (UNKNOWN, "INTERNAL")
 
 
-async def test_the_estimate_begins_at_twenty_seconds_and_learns(
-    generator: Generator, upstream: FakeUpstream, clock: FakeClock, books: UpstreamBooks
+# ── retries ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("error", "calls", "outcome"),
+    [
+        (UpstreamDownError("500"), 3, NOT_BILLED),
+        (UpstreamDownError("reset", cost_microusd=None), 2, UNKNOWN),
+        (UpstreamBadImageError("blank", cost_microusd=COST), 3, SETTLED),
+        (UpstreamBadImageError("html", cost_microusd=None), 2, UNKNOWN),
+        (PromptRefusedError("no"), 1, NOT_BILLED),
+        (PromptRefusedError("no", after_seeing=True, cost_microusd=None), 1, UNKNOWN),
+        (UpstreamInvalidError("no"), 1, NOT_BILLED),
+        (UpstreamQuotaError("no"), 1, NOT_BILLED),
+    ],
+    ids=["5xx", "reset", "bad picture", "unreadable", "prompt refused", "picture refused", "invalid", "no money"],
+)
+@pytest.mark.parametrize("upstreams", [1, 3])
+async def test_each_class_of_failure_has_its_number_of_tries(
+    clock: FakeClock, error: UpstreamError, calls: int, outcome: AttemptOutcome, upstreams: int
 ) -> None:
-    took_s = iter((10.0, 20.0))
+    path = MissPath(clock, *"abc"[:upstreams])
+    for upstream in path.upstreams.values():
+        for _ in range(9):
+            upstream.fail_next(error)
+    with pytest.raises(type(error)):
+        await path.make_with_pauses()
+    expected = upstreams if isinstance(error, UpstreamQuotaError) else calls
+    assert sum(path.calls.values()) == expected
+    rows = await path.settled()
+    assert [row.outcome for row in rows] == [outcome] * expected
+    assert all(
+        row.cost_microusd == (row.estimate_microusd if outcome is UNKNOWN else error.cost_microusd) for row in rows
+    )
+    if upstreams == 3:
+        assert max(path.calls.values()) == 1  # each try at another one
+
+
+async def test_what_fails_once_succeeds_elsewhere_at_once(clock: FakeClock) -> None:
+    path = MissPath(clock, "a", "b")
+    path.upstreams["a"].fail_next(UpstreamDownError("500"))
+    assert len(await path.make()) == 1  # no time passed
+    assert path.calls == {"a": 1, "b": 1}
+
+
+async def test_a_rate_limit_is_waited_for_as_long_as_it_takes_and_never_told(clock: FakeClock) -> None:
+    path = MissPath(clock)
+    for _ in range(12):
+        path.one.fail_next(UpstreamLimitedError("slow down", retry_after_s=3.0))
+    assert len(await path.make_with_pauses()) == 1
+    assert path.one.calls == 13
+    assert clock.monotonic_s() >= 36
+    assert (await path.outcomes()).count(NOT_BILLED) == 12
+
+
+async def test_a_rate_limited_call_goes_to_another_upstream_meanwhile(clock: FakeClock) -> None:
+    path = MissPath(clock, "a", "b")
+    path.upstreams["a"].fail_next(UpstreamLimitedError("slow down", retry_after_s=3.0))
+    assert len(await path.make()) == 1
+    assert path.calls == {"a": 1, "b": 1}
+
+
+async def test_three_rate_limits_and_never_a_success_are_a_missing_right(clock: FakeClock) -> None:
+    path = MissPath(clock)
+    path.lanes[0].has_succeeded = False
+    for _ in range(9):
+        path.one.fail_next(UpstreamLimitedError("slow down", retry_after_s=0.1))
+    with pytest.raises(UpstreamNotEntitledError):
+        await path.make_with_pauses()
+    assert path.one.calls == 3
+    with pytest.raises(UpstreamNotEntitledError):
+        await path.make()
+    assert path.one.calls == 3
+
+
+async def test_an_outage_does_not_become_a_storm(clock: FakeClock) -> None:
+    path = MissPath(clock, *"abc")
+
+    async def fail() -> None:
+        raise UpstreamDownError("500")
+
+    for upstream in path.upstreams.values():
+        upstream.during = fail
+    for _ in range(100):
+        with pytest.raises(UpstreamError):
+            await path.make_with_pauses()
+    assert sum(path.calls.values()) <= 100 + 20 + 10
+
+
+async def test_a_refusal_is_remembered_and_costs_no_second_call(clock: FakeClock) -> None:
+    path = MissPath(clock)
+    path.one.fail_next(PromptRefusedError("its moderation refuses the prompt"))
+    for is_cached in (False, True):
+        with pytest.raises(PromptRefusedError) as caught:
+            await path.make(replace(CAT, quality="low" if is_cached else "high"))
+        assert caught.value.cached is is_cached
+    assert path.one.calls == 1
+
+
+# ── budgets ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_call_that_a_budget_does_not_allow_is_not_made_and_names_what_would_be_cheaper(
+    clock: FakeClock,
+) -> None:
+    path = MissPath(clock, budget=[day(40_000, BudgetScope.NAMESPACE, "shop")])
+    with pytest.raises(CannotAffordError) as caught:
+        await path.make(replace(CAT, quality="high"))
+    assert caught.value.budget == "namespace:shop/day"
+    assert [rung.quality for rung in caught.value.rungs] == ["medium", "low"]
+    assert (path.one.calls, path.ledger.opened) == (0, [])
+    assert len(await path.make(replace(CAT, quality="high"), namespace="other")) == 1
+
+
+async def test_a_failed_call_takes_nothing_from_the_budget(clock: FakeClock) -> None:
+    path = MissPath(clock, budget=[day(COST + 1_000)])
+    for _ in range(5):
+        path.one.fail_next(UpstreamInvalidError("no"))
+        with pytest.raises(UpstreamInvalidError):
+            await path.make(replace(CAT, seed=path.one.calls))
+        await path.generator.settled()
+    assert len(await path.make()) == 1
+
+
+async def test_an_upstreams_own_upper_bound_goes_before_the_price_list(clock: FakeClock) -> None:
+    path = MissPath(clock, terms={"max_cost_microusd": 400_000})
+    assert path.generator.estimate_microusd(CAT, 2) == 800_000
+
+
+async def test_the_estimate_is_that_of_the_dearest_upstream(clock: FakeClock) -> None:
+    path = MissPath(clock, terms={"price_factor": 0.6})
+    list_price = PriceTable.load().estimate_microusd(CAT, 1)
+    assert path.generator.estimate_microusd(CAT, 1) == pytest.approx(0.6 * list_price, abs=1)
+    await path.make()
+    assert path.one.price_factors == [Decimal("0.6")]
+    assert path.generator.estimate_microusd(ImageRequest("a cat", "nobodys"), 3) == 0
+
+
+# ── the best of several, and two for one ────────────────────────────────────────────────────────────────────
+
+
+class ByNumber:
+    """A scorer that likes the picture with the highest number best."""
+
+    async def score(self, request: ImageRequest, image: GeneratedImage) -> float:
+        assert request == CAT
+        return int(image.upstream_request_id.rpartition("-")[2]) / 10
+
+
+async def test_of_three_candidates_the_best_is_the_answer_and_the_others_are_spare(clock: FakeClock) -> None:
+    path = MissPath(clock, scorer=ByNumber())
+    (best,) = await path.make(candidates=3)
+    assert (best.upstream_request_id, best.score, best.won_against) == ("one-2", 0.2, 2)
+    assert [spare.upstream_request_id for spare in path.spares] == ["one-1", "one-0"]
+    (row,) = await path.settled()
+    assert (row.images, row.cost_microusd) == (3, 3 * COST)
+
+
+async def test_each_of_two_pictures_is_the_best_of_its_own_three(clock: FakeClock) -> None:
+    path = MissPath(clock, scorer=ByNumber())
+    best = await path.make(n=2, candidates=3)
+    assert [image.upstream_request_id for image in best] == ["one-2", "one-5"]
+    assert len(path.spares) == 4
+
+
+async def hedging(clock: FakeClock) -> tuple[MissPath, asyncio.Task[list[GeneratedImage]]]:
+    """A path whose first call takes far beyond the p99, at an upstream that always took 10 s."""
+    path = MissPath(clock, "slow", "other", hedge_after_p99=2.0)
+    for _ in range(30):
+        path.lanes[0].took("medium", 10.0)
+    path.upstreams["slow"].hold()
+    making = asyncio.create_task(path.make())
+    await path.upstreams["slow"].arrived(1)
+    await until(lambda: clock.sleepers > 0)
+    clock.advance(19.0)
+    await asyncio.sleep(0)
+    assert path.calls == {"slow": 1, "other": 0}
+    clock.advance(2.0)
+    return path, making
+
+
+async def test_a_call_far_beyond_the_p99_is_made_once_more_elsewhere_and_the_late_picture_is_spare(
+    clock: FakeClock,
+) -> None:
+    path, making = await hedging(clock)
+    (image,) = await making
+    assert image.upstream == "other"
+    path.upstreams["slow"].release()
+    await path.generator.settled()
+    assert [spare.upstream for spare in path.spares] == ["slow"]
+    assert await path.outcomes() == [SETTLED, SETTLED]
+
+
+async def test_a_hedge_that_fails_costs_the_first_call_nothing(clock: FakeClock) -> None:
+    path, making = await hedging(clock)
+    path.upstreams["other"].fail_next(UpstreamDownError("500"))
+    await path.upstreams["other"].arrived(1)
+    path.upstreams["slow"].release()
+    (image,) = await making
+    assert image.upstream == "slow"
+    assert path.spares == []
+
+
+async def test_without_hedging_nothing_is_bought_twice(clock: FakeClock) -> None:
+    path = MissPath(clock, "slow", "other")
+    for _ in range(30):
+        path.lanes[0].took("medium", 1.0)
+    path.upstreams["slow"].hold()
+    making = asyncio.create_task(path.make())
+    await path.upstreams["slow"].arrived(1)
+    clock.advance(1_000.0)
+    path.upstreams["slow"].release()
+    await making
+    assert path.calls == {"slow": 1, "other": 0}
+
+
+# ── waits ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_expected_time_begins_at_twenty_seconds_and_learns_by_quality(clock: FakeClock) -> None:
+    path = MissPath(clock)
+    took_s = iter((10.0, 20.0, 3.0))
 
     async def take_time() -> None:
         clock.advance(next(took_s))
 
-    upstream.during = take_time
-    assert generator.estimated_wait_s("gpt-image-2", clock.monotonic_s()) == 20.0
-    await generate(generator)
-    assert generator.estimated_wait_s("gpt-image-2", clock.monotonic_s()) == 10.0
-    await generate(generator)
-    assert generator.estimated_wait_s("gpt-image-2", clock.monotonic_s()) == pytest.approx(12.0)
-    assert generator.estimated_wait_s("gpt-image-2.6-flare", clock.monotonic_s()) == 20.0
-    assert [seconds for _, _, _, seconds in books.calls] == [10.0, 20.0]
+    path.one.during = take_time
+    low = replace(CAT, quality="low")
+    assert path.generator.expected_s(CAT, Priority.STANDARD) == 20.0
+    await path.make()
+    assert path.generator.expected_s(CAT, Priority.STANDARD) == 10.0
+    await path.make()
+    assert path.generator.expected_s(CAT, Priority.STANDARD) == pytest.approx(11.0)
+    assert path.generator.expected_s(low, Priority.STANDARD) == pytest.approx(11.0)
+    await path.make(low)
+    assert path.generator.expected_s(low, Priority.STANDARD) == 3.0
 
 
-async def test_the_estimate_counts_down_to_half_a_second(generator: Generator, clock: FakeClock) -> None:
+async def test_the_estimate_counts_down_to_half_a_second(clock: FakeClock) -> None:
+    path = MissPath(clock)
     since_s = clock.monotonic_s()
     clock.advance(15.0)
-    assert generator.estimated_wait_s("gpt-image-2", since_s) == 5.0
+    assert path.generator.estimated_wait_s("gpt-image-2", since_s) == 5.0
     clock.advance(50.0)
-    assert generator.estimated_wait_s("gpt-image-2", since_s) == 0.5
+    assert path.generator.estimated_wait_s("gpt-image-2", since_s) == 0.5
 
 
-async def test_the_estimate_grows_with_the_queue(
-    upstream: FakeUpstream, clock: FakeClock, books: UpstreamBooks
-) -> None:
-    generator = made(upstream, clock, books, places=1)
-    upstream.hold()
-    tasks = [asyncio.create_task(generate(generator)) for _ in range(3)]
-    await upstream.arrived(1)
-    await asyncio.sleep(0)
-    assert generator.estimated_wait_s("gpt-image-2", clock.monotonic_s()) == 60.0
-    upstream.release()
+async def test_an_order_somebody_more_urgent_joins_overtakes(clock: FakeClock) -> None:
+    path = MissPath(clock, limits={"one": GroupLimits(concurrent=1)})
+    path.one.hold()
+    running = asyncio.create_task(path.make())
+    await path.one.arrived(1)
+    orders = [Order(replace(CAT, seed=seed), 1, "shop", "ann", priority=Priority.WARM_UP) for seed in range(3)]
+    made: list[int] = []
+
+    async def make(order: Order) -> None:
+        await path.generator.generate(order, [0], on_spending=lambda: None, on_spare=path.spares.append)
+        made.append(order.request.seed or 0)
+
+    waiting = [asyncio.create_task(make(order)) for order in orders]
+    await until(lambda: sum(path.generator.queue_depth.values()) == 3)
+    path.generator.hasten(orders[2], priority=Priority.INTERACTIVE, deadline_s=None)
+    assert path.generator.queue_depth == {Priority.WARM_UP: 2, Priority.INTERACTIVE: 1}
+    path.one.release()
+    await asyncio.gather(running, *waiting)
+    assert made == [2, 0, 1]
+
+
+async def test_no_more_wait_than_may(clock: FakeClock) -> None:
+    path = MissPath(clock, limits={"one": GroupLimits(concurrent=2)}, queue_max=3)
+    path.one.hold()
+    tasks: list[asyncio.Task[Sequence[GeneratedImage]]] = []
+    for count in range(1, 6):
+        tasks.append(asyncio.create_task(path.make()))
+        await until(lambda count=count: path.one.calls + sum(path.generator.queue_depth.values()) == count)  # type: ignore[misc] # bound now
+    with pytest.raises(QueueFullError):
+        await path.make()
+    assert path.one.calls == 2
+    path.one.release()
     await asyncio.gather(*tasks)
+    assert path.one.calls == 5
 
 
-async def test_upstreams_are_checked_and_closed_once_each(generator: Generator, upstream: FakeUpstream) -> None:
-    await generator.check()
-    assert upstream.checks == 1
-    upstream.fail_next(UpstreamNotEntitledError("no"))
+async def test_upstreams_are_checked_and_closed_once_each(clock: FakeClock) -> None:
+    path = MissPath(clock)
+    await path.generator.check()
+    path.one.fail_next(UpstreamNotEntitledError("no"))
     with pytest.raises(UpstreamNotEntitledError):
-        await generator.check()
-    await generator.aclose()
-    assert upstream.closed
-    assert generator.models == ("gpt-image-2", "gpt-image-2.6-flare")
-    assert generator.default_model == "gpt-image-2"
+        await path.generator.check()
+    assert path.one.checks == 2
+    await path.generator.aclose()
+    assert path.one.closed
 
 
-async def test_an_estimate_comes_from_the_price_table(generator: Generator) -> None:
-    assert generator.estimate_microusd(CAT, 3) == PriceTable.load().estimate_microusd(CAT, 3) > 600_000
-    assert generator.estimate_microusd(ImageRequest("a cat", "nobodys"), 3) == 0
-
-
-def test_it_is_the_generation_that_the_cache_knows(generator: Generator) -> None:
-    known: Generation = generator
+async def test_it_is_the_generation_that_the_cache_knows(clock: FakeClock) -> None:
+    known: Generation = MissPath(clock).generator
     assert known.default_model == "gpt-image-2"
+    assert isinstance(known, Generator)

@@ -11,6 +11,7 @@ import logging
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from decimal import Decimal
 from email.utils import format_datetime
 from typing import Any
 
@@ -31,8 +32,7 @@ from cacheserver.errors import (
 )
 from cacheserver.generation.prices import PriceTable
 from cacheserver.generation.providers.openai import Endpoint, OpenAIUpstream, Style
-from cacheserver.generation.providers.rate_limits import RateLimit, RateLimits
-from cacheserver.model import GeneratedImage, ImageRequest, JsonValue, Usage
+from cacheserver.model import GeneratedImage, ImageRequest, JsonValue, RateLimit, RateLimits, Usage
 from tests.fakes import FakeClock
 from tests.provider import API_KEY, OpenAIStandIn, Reply, error_reply, small_image
 
@@ -257,33 +257,61 @@ async def test_usage_and_cost_of_a_call_are_divided_without_losing_a_token(upstr
     assert sum(image.paid_microusd for image in images) == 9 * 5 + 4 * 196 * 30
 
 
-async def test_more_pictures_than_one_call_takes_are_asked_for_in_several(make: Make, provider: OpenAIStandIn) -> None:
+async def test_a_generation_is_one_call_for_at_most_what_a_call_takes(make: Make, provider: OpenAIStandIn) -> None:
     images = await make(max_n=4).generate(asked(), range(10))
-    assert len({image.sha256 for image in images}) == 10
-    assert sorted(request.json()["n"] for request in provider.requests) == [2, 4, 4]
+    assert len({image.sha256 for image in images}) == 4
+    assert [request.json()["n"] for request in provider.requests] == [4]
 
 
-async def test_not_all_calls_of_a_generation_run_at_once(make: Make, provider: OpenAIStandIn) -> None:
-    provider.hold()
-    generation = asyncio.create_task(make(max_n=1).generate(asked(), range(10)))
-    await provider.arrived(4)
-    for _ in range(50):
-        await asyncio.sleep(0)
-    assert provider.calls == 4
-    provider.release()
-    assert len(await generation) == 10
+async def test_a_price_factor_is_taken_before_the_cost_is_rounded(
+    upstream: OpenAIUpstream, provider: OpenAIStandIn
+) -> None:
+    (image,) = await upstream.generate(asked(quality="low"), [0], price_factor=Decimal("0.6"))
+    assert image.paid_microusd == round((9 * 5 + 196 * 30) * 0.6)
+    assert provider.calls == 1
 
 
-async def test_a_failed_call_does_not_cost_its_sisters_pictures(make: Make, provider: OpenAIStandIn) -> None:
-    provider.fail_next(500, "server_error")
-    images = await make(max_n=2).generate(asked(), range(4))
-    assert len(images) == 2
-    assert provider.calls == 2
+@pytest.mark.parametrize(
+    ("spoil", "cost_microusd"),
+    [
+        (lambda answer: answer["data"][0].update(b64_json="!!!!"), 9 * 5 + 196 * 30),
+        (lambda answer: answer.update(data=[]), None),
+        (lambda answer: answer.update(data="none"), None),
+    ],
+    ids=["a damaged picture is paid", "no pictures", "no list"],
+)
+async def test_an_answer_that_is_no_good_says_what_it_cost(
+    upstream: OpenAIUpstream,
+    provider: OpenAIStandIn,
+    spoil: Callable[[dict[str, Any]], None],
+    cost_microusd: int | None,
+) -> None:
+    provider.edit_next(spoil)
+    error = await failure(upstream, asked(quality="low"))
+    assert isinstance(error, UpstreamBadImageError)
+    assert error.cost_microusd == cost_microusd
 
 
-async def test_when_all_calls_fail_the_first_failure_is_told(make: Make, provider: OpenAIStandIn) -> None:
-    provider.fail_next(500, "server_error", times=2)
-    assert isinstance(await failure(make(max_n=1), variants=(0, 1)), UpstreamDownError)
+@pytest.mark.parametrize(
+    ("reply", "cost_microusd"),
+    [
+        (error_reply(500, "server_error"), 0),
+        (error_reply(503, "server_is_overloaded"), 0),
+        (error_reply(504, "timeout"), None),
+        (Reply(502, b"<html>bad gateway</html>", "text/html"), None),
+        (Reply(200, b"<html>welcome</html>", "text/html"), None),
+        (Reply(200, b"{}" * 600, cut_after=100), None),
+        (error_reply(429, "rate_limit_exceeded"), 0),
+        (error_reply(400, "moderation_blocked", moderation_details={"moderation_stage": "input"}), 0),
+        (error_reply(400, "moderation_blocked", moderation_details={"moderation_stage": "output"}), None),
+    ],
+    ids=lambda value: f"{value.status}" if isinstance(value, Reply) else "",
+)
+async def test_a_failed_call_says_whether_it_may_have_been_paid_for(
+    upstream: OpenAIUpstream, provider: OpenAIStandIn, reply: Reply, cost_microusd: int | None
+) -> None:
+    provider.answer_next(reply)
+    assert (await failure(upstream)).cost_microusd == cost_microusd
 
 
 async def test_a_damaged_picture_among_good_ones_is_left_out_and_all_is_still_paid(
@@ -443,7 +471,10 @@ async def test_a_refusal_says_whether_the_picture_was_the_reason(
 ) -> None:
     for stage, told in (("output", True), ("input", False), ("moon", False)):
         provider.fail_next(400, "moderation_blocked", moderation_details={"moderation_stage": stage})
-        assert ("after seeing the picture" in str(await failure(upstream))) is told
+        error = await failure(upstream)
+        assert isinstance(error, PromptRefusedError)
+        assert error.after_seeing is told
+        assert f"refuses the {'picture' if told else 'prompt'}" in str(error)
 
 
 @pytest.mark.parametrize("field", ["code", "param", "kind"])

@@ -1,183 +1,234 @@
-"""Places are given out by priority, first come first served within one, and none is ever lost."""
+"""Who is next, and who leaves when there is no room: by priority, fair between callers, by deadline within one."""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+import itertools
+from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cacheserver.errors import QueueFullError
-from cacheserver.generation.queue import PlaceQueue
-from cacheserver.model import Priority
+from cacheserver.generation.queue import Job, JobQueue, QueueOverflowError
+from cacheserver.model import Amounts, ImageRequest, Priority
 
-PLACES, QUEUE_MAX = 2, 4
-
-
-class Visitor:
-    """One who wants a place, holds it until told to leave, and may give up."""
-
-    def __init__(self, queue: PlaceQueue, priority: Priority, order: list[Visitor]) -> None:
-        self.priority = priority
-        self.leave = asyncio.Event()
-        self.task = asyncio.create_task(self._visit(queue, order))
-
-    async def _visit(self, queue: PlaceQueue, order: list[Visitor]) -> None:
-        async with queue.place(self.priority):
-            order.append(self)
-            await self.leave.wait()
+MAX_JOBS, MAX_BYTES, MOST_IMAGES = 6, 1_000, 4
+CALLERS = ("ann", "bob", "cid")
 
 
-class PlaceQueueMachine(RuleBasedStateMachine):
-    """Compares the queue with a list that is sorted anew each time."""
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.close()
+
+
+def job(  # noqa: PLR0917 - a job's facts
+    loop: asyncio.AbstractEventLoop,
+    caller: str = "ann",
+    priority: Priority = Priority.STANDARD,
+    deadline_s: float = 10.0,
+    images: int = 1,
+    size_bytes: int = 10,
+    model: str = "gpt-image-2",
+) -> Job:
+    return Job(
+        ImageRequest("a fox", model),
+        Amounts(images=images),
+        caller,
+        priority,
+        deadline_s,
+        size_bytes=size_bytes,
+        turn=loop.create_future(),
+    )
+
+
+class JobQueueMachine(RuleBasedStateMachine):
+    """Whatever comes and goes, the rules hold. `waiting` is what should be in the queue."""
 
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
-        self.queue = PlaceQueue(places=PLACES, queue_max=QUEUE_MAX)
-        self.served: list[Visitor] = []
-        self.inside: list[Visitor] = []
-        self.waiting: list[Visitor] = []
+        self.queue = JobQueue(max_jobs=MAX_JOBS, max_bytes=MAX_BYTES)
+        self.waiting: list[Job] = []
+        self.served: list[Job] = []
+        self.together: dict[tuple[Priority, str, str], Counter[str]] = {}
 
-    def _run(self) -> None:
-        async def settle() -> None:
-            for _ in range(5):
-                await asyncio.sleep(0)
+    def teardown(self) -> None:
+        self.loop.close()
 
-        self.loop.run_until_complete(settle())
-
-    def _admit(self) -> None:
-        while self.waiting and len(self.inside) < PLACES:
-            first = max(self.waiting, key=lambda visitor: visitor.priority)  # max takes the earliest of equals
-            self.waiting.remove(first)
-            self.inside.append(first)
-
-    @rule(priority=st.sampled_from(Priority))
-    def someone_comes(self, priority: Priority) -> None:
-        async def come() -> Visitor:
-            return Visitor(self.queue, priority, self.served)
-
-        visitor = self.loop.run_until_complete(come())
-        self._run()
-        if len(self.inside) == PLACES and len(self.waiting) == QUEUE_MAX:
-            assert isinstance(visitor.task.exception(), QueueFullError)
+    @rule(
+        caller=st.sampled_from(CALLERS),
+        priority=st.sampled_from(Priority),
+        deadline_s=st.integers(0, 5),
+        images=st.integers(1, MOST_IMAGES),
+        size_bytes=st.integers(1, 400),
+    )
+    def one_comes(self, caller: str, priority: Priority, deadline_s: int, images: int, size_bytes: int) -> None:
+        new = job(self.loop, caller, priority, deadline_s, images, size_bytes)
+        try:
+            left = self.queue.add(new)
+        except QueueOverflowError:
+            self._finds_no_room_among_the_more_urgent(new)
+            assert new not in self.queue
             return
-        self.waiting.append(visitor)
-        self._admit()
+        everybody = [*self.waiting, new]
+        assert new not in left
+        for other in left:
+            self._was_least_urgent(other, everybody)
+            everybody.remove(other)
+        self.waiting = everybody
 
-    @precondition(lambda self: self.inside)
-    @rule(data=st.data())
-    def someone_leaves(self, data: st.DataObject) -> None:
-        visitor = self.inside.pop(data.draw(st.integers(0, len(self.inside) - 1)))
-        visitor.leave.set()
-        self._admit()
-        self._run()
+    def _finds_no_room_among_the_more_urgent(self, new: Job) -> None:
+        stay = [
+            other
+            for other in self.waiting
+            if other.priority >= new.priority
+            and not ((other.caller, other.priority) == (new.caller, new.priority) and other.deadline_s > new.deadline_s)
+        ]
+        assert len(stay) + 1 > MAX_JOBS or sum(other.size_bytes for other in [*stay, new]) > MAX_BYTES
+
+    @staticmethod
+    def _was_least_urgent(who: Job, among: list[Job]) -> None:
+        assert who.priority == min(other.priority for other in among)
+        rivals = [other for other in among if (other.caller, other.priority) == (who.caller, who.priority)]
+        assert who is max(rivals, key=lambda other: (other.deadline_s, other.arrival))
+
+    @precondition(lambda self: self.waiting)
+    @rule()
+    def the_next_is_served(self) -> None:
+        taken = self.queue.take(lambda _: True)
+        assert taken is not None
+        self._was_most_urgent(taken, self.waiting)
+        self._count(taken)
+        self.waiting.remove(taken)
+        self.served.append(taken)
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
-    def someone_gives_up(self, data: st.DataObject) -> None:
-        visitor = self.waiting.pop(data.draw(st.integers(0, len(self.waiting) - 1)))
-        visitor.task.cancel()
-        self._run()
+    def the_next_of_some_is_served(self, data: st.DataObject) -> None:
+        model = data.draw(st.sampled_from(self.waiting)).model
+        taken = self.queue.take(lambda other: other.model == model)
+        assert taken is not None
+        self._count(taken)
+        self.waiting.remove(taken)
 
-    @precondition(lambda self: self.inside and self.waiting)
+    @staticmethod
+    def _was_most_urgent(who: Job, among: list[Job]) -> None:
+        assert who.priority == max(other.priority for other in among)
+        rivals = [other for other in among if (other.caller, other.priority) == (who.caller, who.priority)]
+        assert who is min(rivals, key=lambda other: (other.deadline_s, other.arrival))
+
+    @precondition(lambda self: self.served)
+    @rule()
+    def one_comes_back(self) -> None:
+        again = self.served.pop()
+        self.queue.add_again(again)
+        self.waiting.append(again)
+        # It was let in beyond the bounds: so may be who comes back while there is no room.
+        while len(self.waiting) > MAX_JOBS or sum(other.size_bytes for other in self.waiting) > MAX_BYTES:
+            self.the_next_is_served()
+            self.served.clear()
+
+    @precondition(lambda self: self.waiting)
     @rule(data=st.data())
-    def someone_gives_up_as_the_place_comes_free(self, data: st.DataObject) -> None:
-        leaving = self.inside.pop(data.draw(st.integers(0, len(self.inside) - 1)))
-        quitter = max(self.waiting, key=lambda visitor: visitor.priority)
-        self.waiting.remove(quitter)
+    def one_gives_up(self, data: st.DataObject) -> None:
+        gone = data.draw(st.sampled_from(self.waiting))
+        self.queue.remove(gone)
+        self.waiting.remove(gone)
 
-        async def at_once() -> None:
-            leaving.leave.set()
-            # Two turns: the one who leaves runs and hands the place on; the quitter has not run yet.
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-            quitter.task.cancel()
-
-        self.loop.run_until_complete(at_once())
-        self._run()
-        if not quitter.task.done():  # pragma: no cover - a visitor always goes when cancelled
-            raise AssertionError
-        if quitter in self.served:
-            self.served.remove(quitter)
-        self._admit()
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data(), priority=st.sampled_from(Priority), deadline_s=st.integers(0, 5))
+    def one_is_in_more_of_a_hurry(self, data: st.DataObject, priority: Priority, deadline_s: int) -> None:
+        hurried = data.draw(st.sampled_from(self.waiting))
+        before = hurried.priority, hurried.deadline_s
+        self.queue.hasten(hurried, priority=priority, deadline_s=deadline_s)
+        assert hurried.priority == max(before[0], priority)
+        assert hurried.deadline_s == min(before[1], deadline_s)
 
     @invariant()
-    def those_inside_are_those_who_should_be(self) -> None:
-        served = [visitor for visitor in self.served if not visitor.task.done()]
-        assert set(served) == set(self.inside)
-        assert sum(self.queue.depth.values()) == len(self.waiting)
+    def the_bounds_hold(self) -> None:
+        assert len(self.queue) <= MAX_JOBS
+        assert self.queue.size_bytes <= MAX_BYTES
 
-    def teardown(self) -> None:
-        for visitor in [*self.inside, *self.waiting]:
-            visitor.task.cancel()
-        self._run()
-        assert self.queue._free == PLACES
-        assert not self.queue.depth
-        self.loop.close()
+    @invariant()
+    def the_counts_are_those_of_who_waits(self) -> None:
+        assert set(self.queue) == set(self.waiting)
+        assert len(self.queue) == len(self.waiting)
+        assert self.queue.size_bytes == sum(other.size_bytes for other in self.waiting)
+        assert self.queue.depth == Counter(other.priority for other in self.waiting)
+        assert self.queue.demand == Counter(other.route for other in self.waiting)
+        for priority in Priority:
+            images = sum(other.amounts.images for other in self.waiting if other.priority >= priority)
+            assert self.queue.images_before(priority) == images
 
+    @invariant()
+    def nobody_starves(self) -> None:
+        """Two callers that wait together at one priority are served alike, to within two calls' pictures."""
+        lines = {(other.priority, other.caller) for other in self.waiting}
+        pairs = {(p, a, b) for (p, a), (q, b) in itertools.permutations(lines, 2) if p is q and a < b}
+        self.together = {pair: self.together.get(pair, Counter()) for pair in pairs}
+        for (_, a, b), had in self.together.items():
+            assert abs(had[a] - had[b]) <= 2 * MOST_IMAGES
 
-PlaceQueueMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
-TestPlaceQueue = PlaceQueueMachine.TestCase
-
-
-async def test_higher_priority_goes_first_and_equals_in_the_order_they_came() -> None:
-    queue = PlaceQueue(places=1, queue_max=10)
-    served: list[Visitor] = []
-    first = Visitor(queue, Priority.WARM_UP, served)
-    await asyncio.sleep(0)
-    wanted = [Priority.BATCH, Priority.INTERACTIVE, Priority.WARM_UP, Priority.INTERACTIVE, Priority.STANDARD]
-    others = [Visitor(queue, priority, served) for priority in wanted]
-    await asyncio.sleep(0)
-    for visitor in others:
-        visitor.leave.set()
-    first.leave.set()
-    await asyncio.gather(first.task, *(visitor.task for visitor in others))
-    assert served == [first, others[1], others[3], others[4], others[0], others[2]]
+    def _count(self, taken: Job) -> None:
+        for (priority, *callers), had in self.together.items():
+            if priority is taken.priority and taken.caller in callers:
+                had[taken.caller] += taken.amounts.images
 
 
-async def test_one_more_than_may_wait_is_turned_away_at_once() -> None:
-    queue = PlaceQueue(places=1, queue_max=1)
-    visitors = [Visitor(queue, Priority.STANDARD, []) for _ in range(2)]
-    await asyncio.sleep(0)
-    with pytest.raises(QueueFullError, match="1 generations wait already"):
-        async with queue.place(Priority.INTERACTIVE):
-            pytest.fail("let in")
-    for visitor in visitors:
-        visitor.task.cancel()
-        with suppress(asyncio.CancelledError):
-            await visitor.task
+TestJobQueue = JobQueueMachine.TestCase
+TestJobQueue.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
 
 
-async def test_a_place_handed_to_someone_just_cancelled_goes_to_the_next() -> None:
-    queue = PlaceQueue(places=1, queue_max=10)
-    served: list[Visitor] = []
-    holder, quitter, heir = (Visitor(queue, Priority.STANDARD, served) for _ in range(3))
-    await asyncio.sleep(0)
-    queue._give_back()  # the place is handed over, and the one it went to has not run yet
-    quitter.task.cancel()
-    await asyncio.wait([quitter.task])
-    await asyncio.sleep(0)
-    assert quitter.task.cancelled()
-    assert served == [holder, heir]
-    for visitor in (holder, heir):
-        visitor.task.cancel()
-    await asyncio.wait([holder.task, heir.task])
+def test_one_callers_hundred_thousand_rows_do_not_starve_anothers_one(loop: asyncio.AbstractEventLoop) -> None:
+    queue = JobQueue(max_jobs=200_000, max_bytes=10_000_000)
+    for _ in range(100_000):
+        queue.add(job(loop, "bulk", deadline_s=1.0))
+    one = job(loop, "other", deadline_s=99.0)
+    queue.add(one)
+    assert one in [queue.take(lambda _: True) for _ in range(2)]
 
 
-async def test_someone_cancelled_and_not_run_yet_is_passed_over() -> None:
-    queue = PlaceQueue(places=1, queue_max=10)
-    served: list[Visitor] = []
-    holder, quitter, heir = (Visitor(queue, Priority.STANDARD, served) for _ in range(3))
-    await asyncio.sleep(0)
-    quitter.task.cancel()
-    queue._give_back()  # the quitter is still in the queue
-    await asyncio.wait([quitter.task])
-    await asyncio.sleep(0)
-    assert served == [holder, heir]
-    for visitor in (holder, heir):
-        visitor.task.cancel()
-    await asyncio.wait([holder.task, heir.task])
+def test_who_has_had_its_turn_does_not_go_first_by_coming_back(loop: asyncio.AbstractEventLoop) -> None:
+    queue = JobQueue(max_jobs=10, max_bytes=1_000)
+    queue.add(job(loop, "ann", images=4))
+    queue.add(job(loop, "bob"))
+    first = queue.take(lambda _: True)
+    assert first is not None
+    assert first.caller == "ann"
+    queue.add(job(loop, "ann"))
+    order = [taken.caller for _ in range(2) if (taken := queue.take(lambda _: True))]
+    assert order == ["bob", "ann"]
+
+
+def test_a_full_queue_lets_the_interactive_in_and_the_warm_up_out(loop: asyncio.AbstractEventLoop) -> None:
+    queue = JobQueue(max_jobs=2, max_bytes=1_000)
+    warm_up, standard = job(loop, priority=Priority.WARM_UP), job(loop)
+    queue.add(standard)
+    queue.add(warm_up)
+    interactive = job(loop, priority=Priority.INTERACTIVE)
+    assert queue.add(interactive) == [warm_up]
+    assert queue.add(job(loop, priority=Priority.INTERACTIVE)) == [standard]
+    with pytest.raises(QueueOverflowError):
+        queue.add(job(loop))
+
+
+def test_a_request_too_large_for_the_queue_drives_nobody_out(loop: asyncio.AbstractEventLoop) -> None:
+    queue = JobQueue(max_jobs=9, max_bytes=100)
+    small = job(loop, priority=Priority.WARM_UP, size_bytes=60)
+    queue.add(small)
+    with pytest.raises(QueueOverflowError):
+        queue.add(job(loop, priority=Priority.INTERACTIVE, size_bytes=101))
+    assert list(queue) == [small]
+    assert queue.size_bytes == 60
+
+
+def test_a_job_that_nobody_may_take_stays(loop: asyncio.AbstractEventLoop) -> None:
+    queue = JobQueue(max_jobs=9, max_bytes=100)
+    queue.add(job(loop))
+    assert queue.take(lambda other: other.model == "another") is None
+    assert len(queue) == 1

@@ -194,8 +194,9 @@ TABLE = [
     terms("17 tags", "tags", tags=[f"t{i}" for i in range(17)]),
     terms("an empty tag", "tags[0]", tags=[""]),
     terms("a tag with a space", "tags[1]", tags=["fine", "not fine"]),
-    bad("use", ask(use="thumbnail"), **NOT_YET),
-    bad("candidates", ask(candidates=0), **NOT_YET),
+    terms("a use the namespace does not know", "use", use="thumbnail"),
+    terms("no candidates", "candidates", candidates=0),
+    terms("more candidates than may be", "candidates", candidates=5),
     bad("canonical matches", ask(match_level="MATCH_LEVEL_CANONICAL"), **NOT_YET),
     bad(
         "everything at once",

@@ -27,6 +27,8 @@ PUBLISHED = {
     "PERMISSION_DENIED": "PERMISSION_DENIED",
     "NOT_CACHED": "NOT_FOUND",
     "KEY_GONE": "NOT_FOUND",
+    "REVIEW_GONE": "NOT_FOUND",
+    "UPSTREAM_UNKNOWN": "NOT_FOUND",
     "OFFSET_OUT_OF_RANGE": "OUT_OF_RANGE",
     "REQUEST_ID_RUNNING": "ABORTED",
     "DEADLINE_TOO_SHORT": "DEADLINE_EXCEEDED",
@@ -46,12 +48,16 @@ PUBLISHED = {
     "UPSTREAM_DOWN": "UNAVAILABLE",
     "UPSTREAM_BAD_IMAGE": "UNAVAILABLE",
     "CACHE_UNKNOWN": "UNAVAILABLE",
+    "LEDGER_UNAVAILABLE": "UNAVAILABLE",
     "TIER_UNKNOWN": "UNAVAILABLE",
     "TIER_UNREACHABLE": "UNAVAILABLE",
     "OVERLOADED": "UNAVAILABLE",
     "SHUTTING_DOWN": "UNAVAILABLE",
     "INTERNAL": "INTERNAL",
 }
+
+NEVER_REACH_A_CALLER = {errors.TooSlowError, errors.InReviewError}
+"""What is caught on the way and has no status of its own."""
 
 
 def all_errors(base: type[CacheServerError] = CacheServerError) -> list[type[CacheServerError]]:
@@ -61,6 +67,8 @@ def all_errors(base: type[CacheServerError] = CacheServerError) -> list[type[Cac
 def made(error_type: type[CacheServerError]) -> CacheServerError:
     if error_type is errors.InvalidRequestError:
         return errors.InvalidRequestError({"n": "must be 1 to 10"})
+    if error_type is errors.CannotAffordError:
+        return errors.CannotAffordError("global/day", reset_time_s=1_800_000_000.0)
     if error_type is errors.TierUnreachableError:
         return errors.TierUnreachableError([TierName.S3])
     return error_type("what happened")
@@ -88,19 +96,20 @@ def test_every_published_reason_has_its_code() -> None:
 def test_every_error_of_ours_has_a_published_reason(error_type: type[CacheServerError]) -> None:
     error = made(error_type)
     status = status_of(error, request_id="r1")
-    assert status.reason == error.reason
-    assert status.code is CODES[error.reason]
+    assert status.reason == ("INTERNAL" if error_type in NEVER_REACH_A_CALLER else error.reason)
+    assert status.code is CODES[status.reason]
     assert details_of(status).code == status.code.value[0]
     info = detail(status, ErrorInfo)
     assert info is not None
-    assert (info.reason, info.domain, info.metadata["request_id"]) == (error.reason, "promptcache.v1", "r1")
+    assert (info.reason, info.domain, info.metadata["request_id"]) == (status.reason, "promptcache.v1", "r1")
 
 
-def test_every_reason_the_api_file_names_is_published() -> None:
-    proto = Path("protos/promptcache/v1/promptcache.proto").read_text()
+@pytest.mark.parametrize(("api", "at_least"), [("v1/promptcache", 20), ("admin/v1alpha1/admin", 7)])
+def test_every_reason_an_api_file_names_is_published(api: str, at_least: int) -> None:
+    proto = Path(f"protos/promptcache/{api}.proto").read_text()
     stated = re.findall(r"^ *// +([A-Z_]+) \(([A-Z_, ]+)\):", proto, flags=re.MULTILINE)
     rows = {(reason, code) for code, reasons in stated for reason in reasons.split(", ")}
-    assert len(rows) > 20
+    assert len(rows) >= at_least
     assert dict(rows) == {reason: PUBLISHED[reason] for reason, _ in rows}
 
 
@@ -153,6 +162,27 @@ def test_a_refusal_is_a_precondition_and_an_empty_purse_a_quota() -> None:
     assert broke is not None
     assert [(v.type, v.description) for v in refused.violations] == [("PROMPT_REFUSED", "change it")]
     assert [(v.subject, v.description) for v in broke.violations] == [("UPSTREAM_QUOTA_EXHAUSTED", "top it up")]
+
+
+def test_a_budget_that_is_used_up_is_named_with_the_moment_it_starts_anew() -> None:
+    error = errors.CannotAffordError("namespace:shop/month", reset_time_s=1_800_000_000.0)
+    status = status_of(error, request_id="r")
+    quota, info = detail(status, QuotaFailure), detail(status, ErrorInfo)
+    assert quota is not None
+    assert info is not None
+    [violation] = quota.violations
+    assert violation.subject == "namespace:shop/month"
+    assert "2027-01-15 08:00 UTC" in violation.description
+    assert info.metadata["budget"] == "namespace:shop/month"
+    assert info.metadata["reset_time"] == "2027-01-15T08:00:00Z"
+
+
+@pytest.mark.parametrize(("cached", "stated"), [(True, {"cached": "true"}), (False, {})])
+def test_a_refusal_remembered_from_an_earlier_call_says_so(cached: bool, stated: dict[str, str]) -> None:  # noqa: FBT001 - the parameter of the test
+    status = status_of(errors.PromptRefusedError("change it", cached=cached), request_id="r")
+    info = detail(status, ErrorInfo)
+    assert info is not None
+    assert dict(info.metadata) == {"request_id": "r"} | stated
 
 
 def test_a_purge_that_missed_tiers_names_them() -> None:

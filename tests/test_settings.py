@@ -345,7 +345,15 @@ _REFUSED: list[tuple[str, dict[str, str], str]] = [
         r"upstreams\[0\]: set one of api_key",
     ),
     ("[[upstreams]]\nname = 'a'\nmodels = []", {}, r"upstreams\[0\]\.models: "),
-    ("[[upstreams]]\nname = 'a'\n[[upstreams]]\nname = 'b'", {}, r"upstreams\[1\]\.models: gpt-image-2 is served by"),
+    ("[[upstreams]]\nname = 'a'\n[[upstreams]]\nname = 'a'", {}, r"upstreams\[1\]\.name: another upstream is called a"),
+    ("[limit_groups.b]\nimages_per_minute = 5", KEY, r"limit_groups\.b: no upstream is in this group"),
+    ("[generation]\nladder = ['best']", KEY, r"generation\.ladder\[0\]: best should be a quality"),
+    ("[generation]\nladder = ['dall-e-9:low']", KEY, r"generation\.ladder\[0\]: dall-e-9:low should be a quality"),
+    (
+        "[namespaces.shop]\nquality_by_use = { list = 'best' }",
+        KEY,
+        r"namespaces\.shop\.quality_by_use\.list: best is no quality",
+    ),
     ("default_model = 'x'", KEY, r"default_model: no upstream serves x; there is gpt-image-2"),
     ("[namespaces.a]\ndefault_model = 'x'", {}, r"namespaces\.a\.default_model: no upstream serves x"),
     # Files.
@@ -415,8 +423,8 @@ def _named_in_full(document: dict[str, Any]) -> dict[str, Any]:
     """The settings of the uncommented example by their full names, in their order."""
     tables: dict[str, dict[str, Any]] = {}
     for name, value in document.items():
-        if name == "namespaces":
-            tables["namespaces.NAME."] = value["shop"]
+        if name in {"namespaces", "limit_groups"}:
+            tables[f"{name}.NAME."] = next(iter(value.values()))
         elif isinstance(value, list) and isinstance(value[0], dict):
             tables[f"{name}[]."] = value[0]
         elif isinstance(value, dict):

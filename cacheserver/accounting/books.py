@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from cacheserver.interfaces import Clock
-from cacheserver.model import Outcome, TierName
+from cacheserver.model import Outcome, TierName, UpstreamHealth
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -25,8 +25,10 @@ class Row:
     image_bytes: int = 0
     seconds: float = 0.0
     spent_microusd: int = 0
+    unknown_microusd: int = 0
     saved_microusd: int = 0
     coalesced_microusd: int = 0
+    degraded: int = 0
 
     def add(self, other: Row) -> None:
         """Add another row's counters to this one's."""
@@ -34,8 +36,10 @@ class Row:
         self.image_bytes += other.image_bytes
         self.seconds += other.seconds
         self.spent_microusd += other.spent_microusd
+        self.unknown_microusd += other.unknown_microusd
         self.saved_microusd += other.saved_microusd
         self.coalesced_microusd += other.coalesced_microusd
+        self.degraded += other.degraded
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +58,8 @@ class Stats:
 class CounterBooks:
     """`Books` kept in plain counters, for `GetStats`, and in a Prometheus registry, for `/metrics`.
 
-    Spent is booked where money is spent, saved where a hit spares it, coalesced (a part of saved) where a call
-    joined a load that another paid for: no dollar is in two of spent and saved.
+    Spent is booked where money is spent, unknown where it may have been, saved where a hit spares it, coalesced (a
+    part of saved) where a call joined a load that another paid for: no dollar is in two of spent, unknown and saved.
     """
 
     def __init__(self, *, clock: Clock, registry: CollectorRegistry) -> None:
@@ -93,9 +97,14 @@ class CounterBooks:
             self._metrics.saved.inc(saved_microusd)
 
     def spent(self, namespace: str, microusd: int) -> None:
-        """A generation was paid for."""
+        """A call to an upstream was paid for."""
         self._row(namespace, Outcome.MISS, TierName.UPSTREAM).spent_microusd += microusd
         self._metrics.spent.inc(microusd)
+
+    def spent_unknown(self, namespace: str, microusd: int) -> None:
+        """A call may have been paid for and nobody knows."""
+        self._row(namespace, Outcome.MISS, TierName.UPSTREAM).unknown_microusd += microusd
+        self._metrics.spent_unknown.inc(microusd)
 
     def tier_seconds(self, tier: TierName, op: str, seconds: float) -> None:
         """A tier took this long for `op`."""
@@ -119,6 +128,25 @@ class CounterBooks:
         self._upstream_calls += 1
         self._metrics.upstream_requests.labels(upstream, result).inc()
         self._metrics.generation_seconds.labels(upstream, model).observe(seconds)
+
+    def upstream_health(self, upstream: str, health: UpstreamHealth) -> None:
+        """An upstream's health as it stands now."""
+        for each in UpstreamHealth:
+            self._metrics.upstream_health.labels(upstream, each).set(each is health)
+        self._metrics.breaker_open.labels(upstream).set(health is UpstreamHealth.DOWN)
+
+    def budget_overrun(self, upstream: str, microusd: int) -> None:
+        """A call cost so much more than the most it was thought to cost."""
+        self._metrics.budget_overrun.labels(upstream).inc(microusd)
+
+    def refused(self, namespace: str, reason: str) -> None:
+        """A prompt was refused before anything was looked up or spent."""
+        self._metrics.refused.labels(namespace, reason).inc()
+
+    def degraded(self, namespace: str, tier: TierName) -> None:
+        """A picture was answered at a lower quality than asked for."""
+        self._row(namespace, Outcome.MISS if tier is TierName.UPSTREAM else Outcome.HIT, tier).degraded += 1
+        self._metrics.degraded.labels(namespace).inc()
 
     def paid_unknown(self) -> None:
         """A picture was paid for though the last tier could not be asked."""
@@ -173,9 +201,14 @@ class _Metrics:
         self.upstream_requests = counter("upstream_requests", "Calls to upstreams", "upstream", "result")
         self.generation_seconds = histogram("generation_seconds", "Time an upstream took", "upstream", "model")
         self.spent = counter("spent_microusd", "Paid upstream, in micro-dollars")
+        self.spent_unknown = counter("unknown_microusd", "At most paid by calls whose outcome nobody knows")
+        self.upstream_health = gauge("upstream_health", "1 for the health an upstream has", "upstream", "health")
+        self.budget_overrun = counter("budget_overrun_microusd", "Paid above what was set aside", "upstream")
+        self.refused = counter("prompts_refused", "Prompts refused before any look-up", "namespace", "reason")
+        self.degraded = counter("degraded", "Pictures answered at a lower quality than asked for", "namespace")
         self.saved = counter("saved_microusd", "Not paid thanks to a hit, in micro-dollars")
         self.errors = counter("errors", "Failed calls by published reason", "reason")
-        self.breaker_open = gauge("breaker_open", "1 while a tier is not asked", "tier")
+        self.breaker_open = gauge("breaker_open", "1 while a tier or upstream is not asked", "tier")
         self.corrupt = counter("corrupt", "Damaged entries found", "tier")
         self.paid_unknown = counter("paid_unknown", "Pictures paid for while the last tier could not be asked")
         self.unsaved = gauge("unsaved", "Images no lower tier has acknowledged yet")

@@ -1,4 +1,4 @@
-"""The composition root: settings become objects, objects become a service. The only file that imports them all.
+"""A running service: built from settings, drained when asked to stop.
 
 Shutdown is start-up read backwards: whatever is built registers its own undoing on one exit stack.
 """
@@ -9,61 +9,48 @@ import asyncio
 import functools
 import gc
 import signal
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
-from random import Random
+from collections.abc import Iterable, Sequence
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import structlog
 from prometheus_client import CollectorRegistry, Gauge
 
 from cacheserver.accounting.books import CounterBooks
+from cacheserver.app.miss_path import MissPath, build_miss_path
+from cacheserver.app.tiers import Lower, build_tiers, describe_tiers, lock_disk, look_at_tiers, tier_states
 from cacheserver.cache import PromptCache
 from cacheserver.clock import SystemClock
-from cacheserver.control import LocalReplays, RedisReplays, refuse_eviction_of_control_state
-from cacheserver.embedded import valkey
-from cacheserver.embedded.lock import DirectoryLock
-from cacheserver.embedded.seaweed import LocalS3
-from cacheserver.embedded.valkey import EmbeddedValkey
-from cacheserver.errors import ConfigError, TierError
-from cacheserver.generation.generator import Generator
+from cacheserver.control.replays import LocalReplays, RedisReplays
+from cacheserver.errors import CacheServerError
 from cacheserver.generation.images import inspect_in_thread
-from cacheserver.generation.prices import PriceTable
-from cacheserver.generation.providers.openai import Endpoint, OpenAIUpstream, Style
-from cacheserver.generation.providers.painter import PainterUpstream
+from cacheserver.generation.moderation import ModerationEndpoint, OpenAIModeration
 from cacheserver.http.operations import operations
 from cacheserver.http.server import HttpServer
-from cacheserver.interfaces import Books, Clock, Replays, SigningTier, Tier, Upstream
+from cacheserver.identity import identify
+from cacheserver.interfaces import Clock, Replays
 from cacheserver.keep import Keeper
 from cacheserver.log import set_up_logging
 from cacheserver.model import Caller, Permission, Priority, TierName
 from cacheserver.paying import UnknownPolicy
+from cacheserver.precheck import DenyList, PromptPolicy
+from cacheserver.reviews import Reviews
+from cacheserver.rpc.admin import AdminService
 from cacheserver.rpc.auth import Authenticator
 from cacheserver.rpc.server import Listen, RpcServer
 from cacheserver.rpc.service import Limits, PromptCacheService
-from cacheserver.settings import Settings, UpstreamSettings, warnings
-from cacheserver.tiers.disk import DiskTier
-from cacheserver.tiers.guard import Breaker, Deadlines, GuardedSigningTier, GuardedTier
+from cacheserver.settings import Settings, warnings
+from cacheserver.tiers.guard import GuardedTier
 from cacheserver.tiers.memory import MemoryCache
-from cacheserver.tiers.redis import Client, RedisTier, connect
-from cacheserver.tiers.s3 import S3Tier
+from cacheserver.tiers.redis import Client
 
 _log = structlog.get_logger(__name__)
 
 _WATCH_S = 1.0
-_DISK_DEADLINES = Deadlines(read_s=5.0, write_s=30.0)
+_RELOAD_S = 5.0
+_BUDGETS_S = 5.0
 _CONTROL_TIMEOUT_S = 0.5
 _ANYBODY = Caller("anonymous", frozenset(Permission))
-
-
-@dataclass(slots=True)
-class Lower:
-    """The tiers under memory, guarded, fastest first; the client of the Redis among them; and who signs URLs."""
-
-    tiers: list[GuardedTier] = field(default_factory=list)
-    client: Client | None = None
-    signer: SigningTier | None = None
 
 
 class Patience:
@@ -133,24 +120,27 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
     books = CounterBooks(clock=clock, registry=registry)
     patience = Patience(settings.server.drain_timeout_s, clock=clock)
     async with AsyncExitStack() as undo:
-        await _lock_disk(settings, clock=clock, undo=undo)
+        await lock_disk(settings, clock=clock, undo=undo)
         lower = await build_tiers(settings, books=books, clock=clock, undo=undo)
         for tier in lower.tiers:
             books.breaker(tier.name, is_open=False)  # a series that alerts can find before anything happens
-        await _look_at_tiers(lower, settings)
+        await look_at_tiers(lower, settings)
         memory = MemoryCache(
             clock=clock, max_bytes=settings.memory.max_bytes, max_entry_bytes=settings.memory.entry_limit_bytes
         )
         keeper = Keeper(memory=memory, tiers=lower.tiers, books=books, clock=clock)
         undo.push_async_callback(lambda: keeper.aclose(patience.for_writes_s()))
-        generator = build_generator(settings, books=books, clock=clock)
-        undo.push_async_callback(generator.aclose)
+        miss_path = await build_miss_path(settings, client=lower.client, books=books, clock=clock, undo=undo)
+        namespaces = settings.namespaces.values()
+        reviews = Reviews(memory=memory, tiers=lower.tiers, keeper=keeper, namespaces=namespaces)
         cache = PromptCache(
             memory=memory,
             tiers=lower.tiers,
             keeper=keeper,
-            generation=generator,
+            generation=miss_path.generator,
+            reviews=reviews,
             replays=_replays(settings, lower.client, clock=clock),
+            identify=identify,
             books=books,
             clock=clock,
             unknown=UnknownPolicy(
@@ -161,10 +151,21 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
             url_expires_s=settings.s3.url_expires_s,
         )
         undo.push_async_callback(lambda: cache.aclose(patience.for_calls_s()))
-        rpc = _rpc_server(settings, cache=cache, books=books, clock=clock, lower=lower)
+        cache.remakes.start(settings.generation.off_peak_hours)
+        policies = await _policies(settings, clock=clock, undo=undo)
+        rpc = _rpc_server(
+            settings,
+            cache=cache,
+            reviews=reviews,
+            miss_path=miss_path,
+            policies=policies,
+            books=books,
+            clock=clock,
+            lower=lower,
+        )
         ready = asyncio.Event()
         http = HttpServer(
-            operations(registry=registry, is_ready=ready.is_set, tiers=functools.partial(_tier_states, lower.tiers)),
+            operations(registry=registry, is_ready=ready.is_set, tiers=functools.partial(tier_states, lower.tiers)),
             host=settings.server.http_host,
             port=settings.server.http_port,
         )
@@ -175,7 +176,9 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
         undo.callback(ready.clear)
         watching = asyncio.create_task(_watch_tiers(rpc, lower.tiers, clock), name="watch tiers")
         undo.push_async_callback(_end, watching)
-        _add_gauges(registry, cache, generator, memory)
+        counting = asyncio.create_task(_watch_budgets(registry, miss_path, clock), name="watch budgets")
+        undo.push_async_callback(_end, counting)
+        _add_gauges(registry, cache, miss_path, memory)
         ready.set()
         service = Service(settings, rpc=rpc, http=http, patience=patience, undo=undo.pop_all())
     _log.info(
@@ -231,211 +234,66 @@ async def _serve(settings: Settings) -> None:
     _log.info("stopped")
 
 
-# ── tiers ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def _lock_disk(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -> None:
-    """See to it that no other service writes the disk tier. Raises ConfigError."""
-    if TierName.DISK in settings.tier_names:
-        setting = "disk.path" if settings.disk.path else "data_dir"
-        lock = await DirectoryLock.acquire(settings.disk_path, clock=clock, setting=setting)
-        undo.callback(lock.release)
-
-
-async def build_tiers(settings: Settings, *, books: Books, clock: Clock, undo: AsyncExitStack) -> Lower:
-    """The tiers under memory as the settings name them, with our own servers started where they are wanted.
-
-    Raises:
-        ConfigError: a server of our own cannot start, or an address cannot be one.
-    """
-    lower = Lower()
-    for name in settings.tier_names:
-        match name:
-            case TierName.REDIS:
-                lower.client = await _redis_client(settings, clock=clock, undo=undo)
-                if lower.client is None:
-                    continue
-                # A stale connection is replaced and the command sent once more: twice the timeout of one.
-                timeout_s = settings.redis.timeout_s
-                tier: GuardedTier = _guarded(
-                    _redis_tier(settings, lower.client, clock=clock),
-                    Deadlines(read_s=2 * timeout_s, write_s=4 * timeout_s),
-                    books,
-                    clock,
-                )
-            case TierName.DISK:
-                tier = _guarded(await _disk_tier(settings, clock=clock), _DISK_DEADLINES, books, clock)
-            case TierName.S3:
-                s3 = await _s3_tier(settings, clock=clock, undo=undo)
-                times = Deadlines(read_s=settings.s3.read_timeout_s, write_s=settings.s3.write_timeout_s)
-                breaker = Breaker(tier=s3.name, probe=s3.ping, clock=clock, books=books)
-                tier = lower.signer = GuardedSigningTier(s3, deadlines=times, breaker=breaker, books=books, clock=clock)
-            case _:
-                continue
-        undo.push_async_callback(tier.aclose)
-        lower.tiers.append(tier)
-    return lower
-
-
-def _guarded(tier: Tier, deadlines: Deadlines, books: Books, clock: Clock) -> GuardedTier:
-    breaker = Breaker(tier=tier.name, probe=tier.ping, clock=clock, books=books)
-    return GuardedTier(tier, deadlines=deadlines, breaker=breaker, books=books, clock=clock)
-
-
-async def _redis_client(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -> Client | None:
-    """A client of your Redis, else of our own Valkey; None on a platform that has no Valkey binary."""
-    redis = settings.redis
-    if redis.url is not None:
-        try:
-            return connect(redis.url.get_secret_value(), timeout_s=redis.timeout_s, connect_timeout_s=redis.timeout_s)
-        except ValueError as error:
-            raise ConfigError(f"redis.url: {error}") from error
-    if not valkey.available():
-        _log.warning(
-            "no_valkey_for_this_platform", text="no Redis level: set redis.url or install cacheserver[embedded]"
-        )
-        return None
-    own = EmbeddedValkey(data_dir=settings.data_dir, max_bytes=redis.embedded_max_bytes, clock=clock)
-    await own.start()
-    undo.push_async_callback(own.stop)
-    return connect(own.url, timeout_s=redis.timeout_s, connect_timeout_s=redis.timeout_s)
-
-
-def _redis_tier(settings: Settings, client: Client, *, clock: Clock) -> RedisTier:
-    redis = settings.redis
-    return RedisTier(
-        client,
-        clock=clock,
-        rng=Random(),  # noqa: S311 - spreads expiry, guards nothing
-        prefix=redis.prefix,
-        ttl_s=redis.ttl_s,
-        ttl_jitter=redis.ttl_jitter,
-        max_entry_bytes=redis.max_entry_bytes,
-    )
-
-
-async def _disk_tier(settings: Settings, *, clock: Clock) -> DiskTier:
-    disk = settings.disk
-    return await DiskTier.open(settings.disk_path, clock=clock, max_bytes=disk.max_bytes, sync=disk.fsync)
-
-
-async def _s3_tier(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -> S3Tier:
-    s3 = settings.s3
-    tier = functools.partial(
-        S3Tier,
-        clock=clock,
-        prefix=s3.prefix,
-        read_timeout_s=s3.read_timeout_s,
-        write_timeout_s=s3.write_timeout_s,
-        max_entry_bytes=s3.max_entry_bytes,
-        threads=s3.threads,
-    )
-    if s3.local:
-        own = LocalS3(data_dir=settings.data_dir, clock=clock)
-        await own.start()
-        undo.push_async_callback(own.stop)
-        return tier(
-            bucket=own.bucket,
-            endpoint=own.endpoint,
-            region=own.region,
-            access_key=own.access_key,
-            secret_key=own.secret_key,
-        )
-    try:
-        return tier(
-            bucket=s3.bucket or "",
-            endpoint=s3.endpoint,
-            public_endpoint=s3.public_endpoint,
-            region=s3.region,
-            access_key=s3.access_key.get_secret_value() if s3.access_key else None,
-            secret_key=s3.secret_key.get_secret_value() if s3.secret_key else None,
-        )
-    except ValueError as error:
-        raise ConfigError(f"s3.endpoint: {error}") from error
-
-
-def describe_tiers(lower: Lower, settings: Settings) -> str:
-    """The levels in one line, as a person would say them at start-up."""
-    s3 = settings.s3
-    words = {
-        TierName.REDIS: "redis (yours)" if settings.redis.url else "redis (our own Valkey)",
-        TierName.DISK: f"disk ({settings.disk_path})",
-        TierName.S3: "s3 (our own SeaweedFS)" if s3.local else f"s3 (bucket {s3.bucket})",
-    }
-    memory = f"memory ({settings.memory.max_bytes // 2**20} MiB)"
-    return " > ".join([memory, *(words[tier.name] for tier in lower.tiers)])
-
-
-async def _look_at_tiers(lower: Lower, settings: Settings) -> None:
-    """Ask each tier once: one that is away may come back, so it is named and spared, and the service starts.
-
-    A Redis of yours that evicts whatever it likes does not heal: it would drop control state.
-    """
-    for tier in lower.tiers:
-        try:
-            await tier.ping()
-        except TierError as error:
-            tier.spare()
-            _log.warning("tier_unreachable", tier=tier.name, text=f"starting without it: {error}")
-    if lower.client is not None and settings.redis.url is not None:
-        await refuse_eviction_of_control_state(lower.client)
-
-
-def _tier_states(tiers: Sequence[GuardedTier]) -> dict[TierName, bool]:
-    return {tier.name: not tier.is_open for tier in tiers}
-
-
 async def _watch_tiers(rpc: RpcServer, tiers: Sequence[GuardedTier], clock: Clock) -> None:
     """Keep each tier's health name in step with its breaker."""
     while True:
-        for name, is_well in _tier_states(tiers).items():
+        for name, is_well in tier_states(tiers).items():
             await rpc.set_tier_health(name, is_well=is_well)
         await clock.sleep(_WATCH_S)
 
 
-# ── the miss path, the front, the rest ──────────────────────────────────────────────────────────────────────
+async def _watch_budgets(registry: CollectorRegistry, miss_path: MissPath, clock: Clock) -> None:
+    """Keep the metric of what each budget has left."""
+    left = Gauge("cacheserver_budget_remaining_microusd", "What a budget has left", ["scope"], registry=registry)
+    while True:
+        with suppress(CacheServerError):  # they cannot be asked now: the last figure stands
+            for state in await miss_path.budgets.states():
+                taken = state.spent_microusd + state.reserved_microusd
+                left.labels(state.budget.name).set(state.budget.limit_microusd - taken)
+        await clock.sleep(_BUDGETS_S)
 
 
-def build_generator(settings: Settings, *, books: Books, clock: Clock) -> Generator:
-    """The miss path over the upstreams that the settings name. Raises ConfigError."""
-    named = {ours: theirs for written in settings.upstreams for ours, theirs in written.models.items()}
-    prices = PriceTable.load().naming(named)
-    upstreams: dict[str, Upstream] = {}
-    for written in settings.upstreams:
-        upstream = _upstream(written, settings, prices=prices, clock=clock)
-        upstreams.update(dict.fromkeys(written.models, upstream))
-    return Generator(
-        upstreams=upstreams,
-        default_model=settings.model,
-        clock=clock,
-        books=books,
-        prices=prices,
-        max_concurrent=settings.generation.max_concurrent,
-        queue_max=settings.generation.queue_max,
+async def _policies(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -> dict[str, PromptPolicy]:
+    """The pre-check of each namespace that has one. Raises ConfigError for a deny-list that cannot be used."""
+    written = settings.namespace_settings
+    files = {each.deny_file for each in written.values() if each.deny_file is not None}
+    lists = {file: await asyncio.to_thread(DenyList, file) for file in files}
+    if lists:
+        undo.push_async_callback(_end, asyncio.create_task(_reload(lists.values(), clock), name="reload deny-lists"))
+    moderation = None
+    if any(each.moderation for each in written.values()):
+        moderation = OpenAIModeration(_moderation_endpoint(settings), clock=clock)
+        undo.push_async_callback(moderation.aclose)
+    return {
+        name: PromptPolicy(
+            name=name,
+            deny=None if each.deny_file is None else lists[each.deny_file],
+            pii=each.pii,
+            moderation=moderation if each.moderation else None,
+        )
+        for name, each in written.items()
+        if each.deny_file is not None or each.pii != "allow" or each.moderation
+    }
+
+
+def _moderation_endpoint(settings: Settings) -> ModerationEndpoint:
+    written = settings.moderation
+    return ModerationEndpoint(
+        name="moderation",
+        api_key=written.key,
+        base_url=written.base_url,
+        model=written.model,
+        when_down=written.when_down,
+        timeout_s=written.timeout_s,
     )
 
 
-def _upstream(written: UpstreamSettings, settings: Settings, *, prices: PriceTable, clock: Clock) -> Upstream:
-    if written.kind == "painter":
-        return PainterUpstream(clock=clock)
-    return OpenAIUpstream(
-        Endpoint(
-            name=written.name,
-            base_url=written.base_url,
-            api_key=written.key,
-            models=written.models,
-            style=Style(written.api_style),
-            api_version=written.api_version,
-            url_hosts=written.url_hosts,
-            max_n=written.max_n,
-            max_image_bytes=settings.generation.max_image_bytes,
-            max_pixels=settings.generation.max_image_pixels,
-            connect_timeout_s=written.connect_timeout_s,
-            timeout_s=written.read_timeout_s,
-        ),
-        prices=prices,
-        clock=clock,
-    )
+async def _reload(lists: Iterable[DenyList], clock: Clock) -> None:
+    """Bring deny-lists whose files change into force without a restart."""
+    while True:
+        await clock.sleep(_RELOAD_S)
+        for each in lists:
+            await asyncio.to_thread(each.reload)
 
 
 def _replays(settings: Settings, client: Client | None, *, clock: Clock) -> Replays:
@@ -445,22 +303,41 @@ def _replays(settings: Settings, client: Client | None, *, clock: Clock) -> Repl
     return RedisReplays(client=client, here=here, prefix=settings.redis.prefix, timeout_s=_CONTROL_TIMEOUT_S)
 
 
-def _rpc_server(
-    settings: Settings, *, cache: PromptCache, books: CounterBooks, clock: Clock, lower: Lower
+def _rpc_server(  # noqa: PLR0913 - the parts that calls reach
+    settings: Settings,
+    *,
+    cache: PromptCache,
+    reviews: Reviews,
+    miss_path: MissPath,
+    policies: dict[str, PromptPolicy],
+    books: CounterBooks,
+    clock: Clock,
+    lower: Lower,
 ) -> RpcServer:
     generation, server = settings.generation, settings.server
     callers = settings.caller_tokens
+    authenticator = Authenticator(callers, anonymous=None if callers else _ANYBODY)
     service = PromptCacheService(
         cache=cache,
         namespaces=settings.namespaces.values(),
         default_model=settings.model,
-        authenticator=Authenticator(callers, anonymous=None if callers else _ANYBODY),
+        authenticator=authenticator,
         books=books,
         inspect=functools.partial(
             inspect_in_thread, max_pixels=generation.max_image_pixels, max_bytes=generation.max_image_bytes
         ),
         clock=clock,
         limits=Limits(max_concurrent_calls=server.max_concurrent_calls, max_image_bytes=generation.max_image_bytes),
+        policies=policies,
+    )
+    admin = AdminService(
+        upstreams=miss_path.pool,
+        budgets=miss_path.budgets,
+        ledger=miss_path.ledger,
+        reviews=reviews,
+        authenticator=authenticator,
+        books=books,
+        clock=clock,
     )
     listen = Listen(
         host=server.grpc_host,
@@ -473,23 +350,33 @@ def _rpc_server(
         service,
         listen=listen,
         tiers=[tier.name for tier in lower.tiers],
+        further=[admin],
         max_receive_bytes=server.max_receive_bytes,
     )
 
 
-def _add_gauges(registry: CollectorRegistry, cache: PromptCache, generator: Generator, memory: MemoryCache) -> None:
+def _add_gauges(registry: CollectorRegistry, cache: PromptCache, miss_path: MissPath, memory: MemoryCache) -> None:
     """Metrics that are read where they stand, when somebody asks."""
     in_flight = Gauge("cacheserver_in_flight", "Loads in progress", registry=registry)
     in_flight.set_function(lambda: cache.in_flight)
     depth = Gauge("cacheserver_queue_depth", "Generations that wait", ["priority"], registry=registry)
     for priority in Priority:
-        depth.labels(priority.name.lower()).set_function(functools.partial(_waiting, generator, priority))
+        depth.labels(priority.name.lower()).set_function(functools.partial(_waiting, miss_path, priority))
     tier_bytes = Gauge("cacheserver_tier_bytes", "Bytes a tier holds", ["tier"], registry=registry)
     tier_bytes.labels(TierName.MEMORY).set_function(lambda: memory.size_bytes)
+    rates = Gauge(
+        "cacheserver_limit_images_per_minute", "Pictures a minute a group may make", ["limit_group"], registry=registry
+    )
+    for group in miss_path.groups:
+        rates.labels(group).set_function(functools.partial(_images_per_minute, miss_path, group))
 
 
-def _waiting(generator: Generator, priority: Priority) -> int:
-    return generator.queue_depth.get(priority, 0)
+def _images_per_minute(miss_path: MissPath, group: str) -> float:
+    return 60 * miss_path.limits.images_per_s(group)
+
+
+def _waiting(miss_path: MissPath, priority: Priority) -> int:
+    return miss_path.generator.queue_depth.get(priority, 0)
 
 
 async def _end(task: asyncio.Task[Any]) -> None:

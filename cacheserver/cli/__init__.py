@@ -6,7 +6,21 @@ import os
 
 import typer
 
-from cacheserver.cli import doctor, explain, find, get, purge, put, serve, stats, token
+from cacheserver.cli import (
+    budgets,
+    doctor,
+    explain,
+    find,
+    get,
+    ledger,
+    purge,
+    put,
+    review,
+    serve,
+    stats,
+    token,
+    upstreams,
+)
 from cacheserver.cli.options import flat
 
 app = typer.Typer(
@@ -24,10 +38,15 @@ for _command in (
     purge.purge,
     explain.explain,
     stats.stats,
+    ledger.ledger,
     token.token,
     doctor.doctor,
 ):
     app.command(_command.__name__)(flat(_command))
+
+app.add_typer(upstreams.app, name="upstreams")
+app.add_typer(budgets.app, name="budgets")
+app.add_typer(review.app, name="review")
 
 
 def main() -> None:

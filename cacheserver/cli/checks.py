@@ -13,12 +13,13 @@ import httpx
 from prometheus_client import CollectorRegistry
 
 from cacheserver.accounting.books import CounterBooks
-from cacheserver.app import build_generator, build_tiers
+from cacheserver.app import build_tiers, build_upstream
 from cacheserver.client import AsyncClient, CacheError, PermissionDeniedError, UnauthenticatedError, UnreachableError
 from cacheserver.clock import SystemClock
-from cacheserver.control import refuse_eviction_of_control_state
+from cacheserver.control.redis import refuse_eviction_of_control_state
 from cacheserver.embedded import seaweed, valkey
 from cacheserver.errors import ConfigError, TierError, UpstreamError
+from cacheserver.generation.prices import PriceTable
 from cacheserver.interfaces import Tier
 from cacheserver.model import CachedImage, CacheKey, GeneratedImage, TierName
 from cacheserver.settings import Settings, UpstreamSettings, warnings
@@ -146,17 +147,14 @@ async def _upstream(upstream: UpstreamSettings, settings: Settings) -> Finding:
     if upstream.kind == "painter":
         remedy = "set OPENAI_API_KEY, or add [[upstreams]] to the config file"
         return Finding(what, Verdict.NOTE, "draws placeholders, no real images", remedy)
-    clock = SystemClock()
-    books = CounterBooks(clock=clock, registry=CollectorRegistry())
-    alone = settings.model_copy(update={"upstreams": (upstream,), "default_model": None})
-    generator = build_generator(alone, books=books, clock=clock)
+    provider = build_upstream(upstream, settings, prices=PriceTable.load(), clock=SystemClock())
     try:
-        await generator.check()
+        await provider.check()
     except UpstreamError as error:
         remedy = f"check upstreams.base_url ({upstream.base_url}) and the key"
         return Finding(what, Verdict.BROKEN, f"{error} ({error.reason})", remedy)
     finally:
-        await generator.aclose()
+        await provider.aclose()
     return Finding(what, Verdict.WELL, "answers and accepts our key")
 
 

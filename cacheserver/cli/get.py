@@ -61,6 +61,15 @@ def get(  # noqa: PLR0913 - one parameter per option
     another: Annotated[
         bool, typer.Option("--next", help="Another picture than the first, and than --next gave before.")
     ] = False,
+    use: Annotated[
+        str | None, typer.Option(help="What it is for, as thumbnail: the namespace says which quality that takes.")
+    ] = None,
+    candidates: Annotated[
+        int | None, typer.Option(min=1, help="Make so many on a miss and answer with the best.", show_default="1")
+    ] = None,
+    allow_degraded: Annotated[
+        bool, typer.Option("--allow-degraded", help="Take a lower quality where a budget or --max-wait needs it.")
+    ] = False,
     tag: Annotated[list[str] | None, typer.Option(help="Label for purge and reports; repeatable.")] = None,
     max_wait: Annotated[
         float | None, typer.Option(min=0, help="Seconds to wait before leaving with the key; 0 only starts it.")
@@ -70,9 +79,11 @@ def get(  # noqa: PLR0913 - one parameter per option
 ) -> None:
     """Get an image: from the cache, or generated if no tier has it.
 
-    Exit code 3: not cached, gone, or not made within --max-wait though a file was asked for.
+    Exit code 3: not cached, gone, or not made within --max-wait or not approved yet though a file was asked for.
     """
     _check(prompt, key, output, n, as_json=link.as_json)
+    if another and use is not None and spec.quality is None:
+        raise typer.BadParameter("--next looks for what you have by its quality: pass --quality in place of --use")
     with session(link, stdout_is_taken=output == _STDOUT) as (client, printed):
         events = client.stream_image(
             prompt,
@@ -84,6 +95,9 @@ def get(  # noqa: PLR0913 - one parameter per option
             variant_policy=VariantPolicy.NEXT if another else None,
             exclude_keys=_seen(client, ImageSpec(prompt, **spec.options()), namespace) if another and prompt else (),
             tags=tag or (),
+            allow_degraded=allow_degraded,
+            use=use,
+            candidates=candidates,
             max_wait_s=max_wait,
             **spec.options(),
         )
@@ -200,6 +214,7 @@ def _image_facts(got: Got) -> dict[str, Any]:
         "state": status.state,
         "matched": status.matched.name.lower() if status.matched else None,
         "collapsed": status.collapsed,
+        "degraded": status.degraded,
         "cost_microusd": status.cost_microusd,
         "saved_microusd": status.saved_microusd,
         "estimated_wait_s": status.estimated_wait_s,
@@ -210,21 +225,34 @@ def _image_facts(got: Got) -> dict[str, Any]:
         "digest": image.digest,
         "variant": image.variant,
         "model": image.model,
+        "score": image.score,
+        "won_against": image.won_against,
         "usage": asdict(image.usage) if image.usage else None,
     }
 
 
 def _draw(got: list[Got], console: Console) -> None:
     for each in got:
-        image, status = each.header.image, each.header.status
-        if not each.is_ready:
-            console.print(f"still being made, about {status.estimated_wait_s:.0f} s more; collect it with:")
-            console.print(f"  cacheserver get --key {image.key} -o FILE")
+        if each.is_ready:
+            _draw_image(each, console)
             continue
-        money = f"cost {dollars(status.cost_microusd)}  saved {dollars(status.saved_microusd)}"
-        source = f"{status.tier or 'unknown'}{' (joined)' if status.collapsed else ''}"
-        console.print(source, style="bold green", end="  ")
-        console.print(f"{image.width}x{image.height} {image.content_type}  {size(image.size_bytes)}  {money}")
-        console.print(f"  key   {image.key}", style="dim")
-        if each.file is not None and each.file != _STDOUT:
-            console.print(f"  file  {each.file}")
+        image, status = each.header.image, each.header.status
+        if status.state is State.PENDING_REVIEW:
+            console.print("made, and waits for a person's review; once it is approved, collect it with:")
+        else:
+            console.print(f"still being made, about {status.estimated_wait_s:.0f} s more; collect it with:")
+        console.print(f"  cacheserver get --key {image.key} -o FILE")
+
+
+def _draw_image(got: Got, console: Console) -> None:
+    image, status = got.header.image, got.header.status
+    source = f"{status.tier or 'unknown'}{' (joined)' if status.collapsed else ''}"
+    console.print(source, style="bold green", end="  ")
+    if status.degraded:
+        console.print("degraded", style="bold yellow", end="  ")
+    score = "" if image.score is None else f"  score {image.score:.2f}"
+    money = f"cost {dollars(status.cost_microusd)}  saved {dollars(status.saved_microusd)}"
+    console.print(f"{image.width}x{image.height} {image.content_type}  {size(image.size_bytes)}{score}  {money}")
+    console.print(f"  key   {image.key}", style="dim")
+    if got.file is not None and got.file != _STDOUT:
+        console.print(f"  file  {got.file}")

@@ -34,7 +34,7 @@ def _draw(stats: Stats, console: Console) -> None:
     table = Table(box=None, pad_edge=False)
     for name in ("namespace", "outcome", "tier"):
         table.add_column(name)
-    for name in ("images", "bytes", "mean time", "spent", "saved"):
+    for name in ("images", "degraded", "bytes", "mean time", "spent", "unknown", "saved"):
         table.add_column(name, justify="right")
     for row in stats.rows:
         table.add_row(row.namespace, row.outcome or "", row.tier or "", *_numbers(row))
@@ -51,8 +51,10 @@ def _numbers(row: StatsRow) -> tuple[str, ...]:
     mean_ms = 1000 * row.latency_sum_s / row.requests if row.requests else 0.0
     return (
         f"{row.requests:,}",
+        f"{row.degraded:,}",
         size(row.image_bytes),
         f"{mean_ms:,.1f} ms",
         dollars(row.spent_microusd),
+        dollars(row.unknown_microusd),
         dollars(row.saved_microusd),
     )

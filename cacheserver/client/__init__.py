@@ -6,7 +6,17 @@
 Importing it imports nothing of the service but its API messages and plain values.
 """
 
+from cacheserver.client.admin import Admin, AsyncAdmin
+from cacheserver.client.admin_values import Budget, LedgerRow, Review, ReviewPicture, Upstream
 from cacheserver.client.aio import AsyncClient
+from cacheserver.client.batch import (
+    BatchItem,
+    BatchOptions,
+    BatchProgress,
+    BatchPrompt,
+    BatchResult,
+    BatchSummary,
+)
 from cacheserver.client.channel import DEFAULT_ADDRESS
 from cacheserver.client.errors import (
     CacheError,
@@ -22,6 +32,7 @@ from cacheserver.client.errors import (
     QuotaExhaustedError,
     TryAgainError,
     UnauthenticatedError,
+    UnknownNameError,
     UnreachableError,
     UnsupportedError,
 )
@@ -52,11 +63,35 @@ from cacheserver.client.values import (
     StatsRow,
     StreamEvent,
 )
-from cacheserver.model import CachePolicy, MatchLevel, Outcome, Priority, TierName, Usage, VariantPolicy
+from cacheserver.model import (
+    AttemptOutcome,
+    BudgetPeriod,
+    BudgetScope,
+    CachePolicy,
+    MatchLevel,
+    Outcome,
+    Priority,
+    TierName,
+    UpstreamHealth,
+    Usage,
+    VariantPolicy,
+)
 
 __all__ = [
     "DEFAULT_ADDRESS",
+    "Admin",
+    "AsyncAdmin",
     "AsyncClient",
+    "AttemptOutcome",
+    "BatchItem",
+    "BatchOptions",
+    "BatchProgress",
+    "BatchPrompt",
+    "BatchResult",
+    "BatchSummary",
+    "Budget",
+    "BudgetPeriod",
+    "BudgetScope",
     "CacheError",
     "CachePolicy",
     "CacheStatus",
@@ -80,6 +115,7 @@ __all__ = [
     "ImageTooLargeError",
     "InvalidRequestError",
     "KeyGoneError",
+    "LedgerRow",
     "MatchLevel",
     "NotCachedError",
     "Outcome",
@@ -92,6 +128,8 @@ __all__ = [
     "PutOptions",
     "PutResult",
     "QuotaExhaustedError",
+    "Review",
+    "ReviewPicture",
     "SpecOptions",
     "State",
     "Stats",
@@ -100,8 +138,11 @@ __all__ = [
     "TierName",
     "TryAgainError",
     "UnauthenticatedError",
+    "UnknownNameError",
     "UnreachableError",
     "UnsupportedError",
+    "Upstream",
+    "UpstreamHealth",
     "Usage",
     "VariantPolicy",
 ]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,8 @@ from typing import Any, Self, Unpack
 import grpc.aio
 
 from cacheserver.client import channel, messages
+from cacheserver.client.admin import AsyncAdmin
+from cacheserver.client.batch import Batch, BatchOptions, BatchProgress, BatchPrompt, BatchResult, run_async
 from cacheserver.client.download import Download
 from cacheserver.client.errors import error_of
 from cacheserver.client.image_file import ImageFile
@@ -68,6 +71,8 @@ class AsyncClient:
             self._channel = grpc.aio.insecure_channel(address, channel.CHANNEL_OPTIONS)
         else:
             self._channel = grpc.aio.secure_channel(address, credentials, channel.CHANNEL_OPTIONS)
+        self.admin = AsyncAdmin(self._channel, self._call, self._stream)
+        """For whoever runs the service: upstreams, budgets, the ledger and reviews."""
         self._stub = PromptCacheServiceStub(self._channel)  # type: ignore[no-untyped-call] # generated without types
 
     async def get_image(
@@ -81,6 +86,34 @@ class AsyncClient:
         """
         request = messages.image_request(prompt, **options)
         return messages.read_result(await self._call(self._stub.GetImage, request, timeout_s))
+
+    async def generate_many(
+        self,
+        prompts: Iterable[BatchPrompt],
+        *,
+        max_in_flight: int = 25,
+        on_progress: Callable[[BatchProgress], None] | None = None,
+        timeout_s: float = 300.0,
+        **options: Unpack[BatchOptions],
+    ) -> BatchResult:
+        """The picture(s) of each of many prompts, at most `max_in_flight` of them asked for at once.
+
+        A prompt that fails is its own item's failure and stops no other. One whose answer is UNAVAILABLE and says
+        when to come back is asked for again then, five times in all and within its `timeout_s`. `on_progress` is
+        called as each prompt ends. Cancelling it cancels the calls that run.
+        What `on_progress` raises, too, ends the batch.
+
+        All pictures are held in memory until the end: for thousands of them take `delivery=Delivery.URL`, or
+        several batches.
+
+        Raises:
+            ValueError: `max_in_flight` is less than 1.
+            TypeError: an option makes no sense for several prompts.
+            InvalidRequestError: an option cannot be sent.
+        """
+        batch = Batch(prompts, options=options, timeout_s=timeout_s, on_progress=on_progress)
+        get_image = functools.partial(self._call, self._stub.GetImage)
+        return await run_async(batch, get_image, max_in_flight)
 
     async def get_by_key(  # noqa: PLR0913 - one keyword per field that counts with a key
         self,
@@ -138,7 +171,8 @@ class AsyncClient:
     ) -> ImageHeader:
         """Write one picture of any size to `path`, which is replaced once all of it is there and intact.
 
-        With `max_wait_s`, a header whose state is PENDING may come back, and nothing is written.
+        A header whose state is PENDING (only with `max_wait_s`) or PENDING_REVIEW may come back, and nothing is
+        written.
 
         Raises:
             ValueError: more than one picture was asked for.
@@ -252,6 +286,16 @@ class AsyncClient:
             return await method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as exc:
             raise error_of(exc, self._address) from exc
+
+    async def _stream(self, method: Any, request: Any, timeout_s: float) -> AsyncGenerator[Any]:
+        call = method(request, timeout=timeout_s, metadata=self._metadata)
+        try:
+            async for response in call:
+                yield response
+        except grpc.RpcError as exc:
+            raise error_of(exc, self._address) from exc
+        finally:
+            call.cancel()
 
     async def _events(self, download: Download, timeout_s: float) -> AsyncGenerator[StreamEvent]:
         ends_s = time.monotonic() + timeout_s

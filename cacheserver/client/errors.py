@@ -4,6 +4,7 @@ CacheError                        carries code, reason, violations, retry_after_
 ├── InvalidRequestError           a field is wrong; `violations` names each
 ├── NotCachedError                a cache-only read found nothing
 │   └── KeyGoneError              no tier has the picture of this key any more
+├── UnknownNameError              no such upstream, budget or review; only of `admin`
 ├── PromptRefusedError            the prompt is refused; change it
 ├── ImageTooLargeError            too large for one answer; `download` and `stream_image` carry any size
 ├── ImageChangedError             the picture a download began with is not the one stored now
@@ -72,6 +73,10 @@ class KeyGoneError(NotCachedError):
     """No tier has the picture a key names."""
 
 
+class UnknownNameError(CacheError):
+    """The service has no upstream or budget of this name, or no picture of this key waits for review."""
+
+
 class PromptRefusedError(CacheError):
     """The prompt is refused by the upstream or the service; change it."""
 
@@ -119,6 +124,8 @@ class UnreachableError(TryAgainError):
 _BY_REASON: Mapping[str, type[CacheError]] = {
     "NOT_CACHED": NotCachedError,
     "KEY_GONE": KeyGoneError,
+    "UPSTREAM_UNKNOWN": UnknownNameError,
+    "REVIEW_GONE": UnknownNameError,
     "PROMPT_REFUSED": PromptRefusedError,
     "PROMPT_DENIED": PromptRefusedError,
     "PII_FOUND": PromptRefusedError,

@@ -37,6 +37,7 @@ from cacheserver.client.values import (
     StatsRow,
 )
 from cacheserver.model import CachePolicy, MatchLevel, Outcome, Priority, TierName, Usage, VariantPolicy
+from cacheserver.pb import admin_pb2 as admin_pb
 from cacheserver.pb import promptcache_pb2 as pb
 
 _CHUNK_BYTES = 256 * 1024
@@ -99,6 +100,8 @@ def image_request(  # noqa: PLR0913 - one keyword per field of the message
     request_id: str | None = None,
     tags: Sequence[str] = (),
     allow_degraded: bool = False,
+    use: str | None = None,
+    candidates: int | None = None,
     match_level: MatchLevel | None = None,
     **spec: Unpack[SpecOptions],
 ) -> pb.GetImageRequest:
@@ -132,6 +135,8 @@ def image_request(  # noqa: PLR0913 - one keyword per field of the message
             request_id=request_id,
             tags=tags,
             allow_degraded=allow_degraded,
+            use=use,
+            candidates=candidates,
             match_level=_name("MATCH_LEVEL", match_level),
         )
     except (OverflowError, ValueError) as exc:
@@ -231,39 +236,41 @@ def read_image(image: pb.Image) -> Image:
         variant=image.variant,
         data=image.data if image.HasField("data") else None,
         url=image.url if image.HasField("url") else None,
-        url_expire_time=_time(image, "url_expire_time"),
+        url_expire_time=time_of(image, "url_expire_time"),
         content_type=image.content_type,
         width=image.width,
         height=image.height,
         size_bytes=image.size_bytes,
         digest=image.digest,
-        create_time=_time(image, "create_time"),
+        create_time=time_of(image, "create_time"),
         model=image.model,
         size=image.size,
         quality=image.quality,
         background=image.background,
         revised_prompt=image.revised_prompt,
         seed=image.seed if image.HasField("seed") else None,
-        usage=_usage(image.usage) if image.HasField("usage") else None,
+        usage=read_usage(image.usage) if image.HasField("usage") else None,
         upstream_request_id=image.upstream_request_id,
-        generation_s=_seconds(image.generation_time),
+        generation_s=seconds_of(image.generation_time),
         paid_microusd=image.paid_microusd,
+        score=image.score if image.HasField("score") else None,
+        won_against=image.won_against,
     )
 
 
 def read_status(status: pb.CacheStatus) -> CacheStatus:
     """Where a picture came from."""
     return CacheStatus(
-        tier=_member(TierName, pb.Tier, "TIER", status.tier),
-        state=_member(State, pb.State, "STATE", status.state),
-        matched=_member(MatchLevel, pb.MatchLevel, "MATCH_LEVEL", status.matched),
+        tier=member(TierName, pb.Tier, "TIER", status.tier),
+        state=member(State, pb.State, "STATE", status.state),
+        matched=member(MatchLevel, pb.MatchLevel, "MATCH_LEVEL", status.matched),
         matched_key=status.matched_key,
         derived_from=status.derived_from,
         collapsed=status.collapsed,
         stale=status.stale,
         degraded=status.degraded,
-        expire_time=_time(status, "expire_time"),
-        estimated_wait_s=_seconds(status.estimated_wait),
+        expire_time=time_of(status, "expire_time"),
+        estimated_wait_s=seconds_of(status.estimated_wait),
         cost_microusd=status.cost_microusd,
         saved_microusd=status.saved_microusd,
     )
@@ -275,13 +282,13 @@ def read_found(response: pb.FindCachedResponse) -> FindResult:
         items=tuple(
             Found(
                 key=item.key,
-                presence=_member(Presence, pb.Presence, "PRESENCE", item.presence) or Presence.ABSENT,
-                tier=_member(TierName, pb.Tier, "TIER", item.tier),
+                presence=member(Presence, pb.Presence, "PRESENCE", item.presence) or Presence.ABSENT,
+                tier=member(TierName, pb.Tier, "TIER", item.tier),
             )
             for item in response.items
         ),
         unknown_tiers=tuple(
-            tier for number in response.unknown_tiers if (tier := _member(TierName, pb.Tier, "TIER", number))
+            tier for number in response.unknown_tiers if (tier := member(TierName, pb.Tier, "TIER", number))
         ),
     )
 
@@ -308,7 +315,7 @@ def read_explained(response: pb.ExplainKeyResponse) -> ExplainResult:
 def read_stats(response: pb.GetStatsResponse) -> Stats:
     """The answer to GetStats."""
     return Stats(
-        start_time=_time(response, "start_time"),
+        start_time=time_of(response, "start_time"),
         rows=tuple(map(_row, response.rows)),
         total=_row(response.total),
         paid_unknown=response.paid_unknown,
@@ -321,14 +328,16 @@ def read_stats(response: pb.GetStatsResponse) -> Stats:
 def _row(row: pb.StatsRow) -> StatsRow:
     return StatsRow(
         namespace=row.namespace,
-        outcome=_member(Outcome, pb.Outcome, "OUTCOME", row.outcome),
-        tier=_member(TierName, pb.Tier, "TIER", row.tier),
+        outcome=member(Outcome, pb.Outcome, "OUTCOME", row.outcome),
+        tier=member(TierName, pb.Tier, "TIER", row.tier),
         requests=row.requests,
         image_bytes=row.image_bytes,
-        latency_sum_s=_seconds(row.latency_sum),
+        latency_sum_s=seconds_of(row.latency_sum),
         spent_microusd=row.spent_microusd,
         saved_microusd=row.saved_microusd,
         coalesced_microusd=row.coalesced_microusd,
+        unknown_microusd=row.unknown_microusd,
+        degraded=row.degraded,
     )
 
 
@@ -341,7 +350,8 @@ def _explanation(explanation: pb.Explanation) -> Explanation:
     )
 
 
-def _usage(usage: pb.Usage) -> Usage:
+def read_usage(usage: pb.Usage | admin_pb.TokenUsage) -> Usage:
+    """The tokens a provider counted."""
     return Usage(
         input_tokens=usage.input_tokens,
         input_text_tokens=usage.input_text_tokens,
@@ -352,7 +362,7 @@ def _usage(usage: pb.Usage) -> Usage:
 
 
 def _per_tier(counts: Sequence[pb.TierCount]) -> dict[TierName, int]:
-    named = ((_member(TierName, pb.Tier, "TIER", each.tier), each.count) for each in counts)
+    named = ((member(TierName, pb.Tier, "TIER", each.tier), each.count) for each in counts)
     return {tier: count for tier, count in named if tier is not None}
 
 
@@ -363,7 +373,7 @@ def _name(prefix: str, value: Enum | None) -> str | None:
     return None if value is None else f"{prefix}_{value.name}"
 
 
-def _member(ours: type[_E], wire: _WireEnum, prefix: str, number: int) -> _E | None:
+def member(ours: type[_E], wire: _WireEnum, prefix: str, number: int) -> _E | None:
     """Our member for a number on the wire; None for unspecified and for what a newer service may say."""
     if number not in wire.values():
         return None
@@ -374,11 +384,13 @@ def _duration(seconds: float | None) -> timedelta | None:
     return None if seconds is None else timedelta(seconds=seconds)
 
 
-def _seconds(duration: Duration) -> float:
+def seconds_of(duration: Duration) -> float:
+    """A length of time in seconds."""
     return duration.ToTimedelta().total_seconds()
 
 
-def _time(message: Message, name: str) -> datetime | None:
+def time_of(message: Message, name: str) -> datetime | None:
+    """The moment that a field of a message holds; None if it is unset."""
     if not message.HasField(name):
         return None
     value: Timestamp = getattr(message, name)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -12,6 +13,8 @@ from typing import Any, Self, Unpack
 import grpc
 
 from cacheserver.client import channel, messages
+from cacheserver.client.admin import Admin
+from cacheserver.client.batch import Batch, BatchOptions, BatchProgress, BatchPrompt, BatchResult, run_in_threads
 from cacheserver.client.download import Download
 from cacheserver.client.errors import error_of
 from cacheserver.client.image_file import ImageFile
@@ -66,6 +69,8 @@ class Client:
             self._channel = grpc.insecure_channel(address, channel.CHANNEL_OPTIONS)
         else:
             self._channel = grpc.secure_channel(address, credentials, channel.CHANNEL_OPTIONS)
+        self.admin = Admin(self._channel, self._call, self._stream)
+        """For whoever runs the service: upstreams, budgets, the ledger and reviews."""
         self._stub = PromptCacheServiceStub(self._channel)  # type: ignore[no-untyped-call] # generated without types
 
     def get_image(
@@ -79,6 +84,34 @@ class Client:
         """
         request = messages.image_request(prompt, **options)
         return messages.read_result(self._call(self._stub.GetImage, request, timeout_s))
+
+    def generate_many(
+        self,
+        prompts: Iterable[BatchPrompt],
+        *,
+        max_in_flight: int = 25,
+        on_progress: Callable[[BatchProgress], None] | None = None,
+        timeout_s: float = 300.0,
+        **options: Unpack[BatchOptions],
+    ) -> BatchResult:
+        """The picture(s) of each of many prompts, at most `max_in_flight` of them asked for at once.
+
+        A prompt that fails is its own item's failure and stops no other. One whose answer is UNAVAILABLE and says
+        when to come back is asked for again then, five times in all and within its `timeout_s`. `on_progress` is
+        called as each prompt ends. What `on_progress` raises
+        ends the batch, once the calls that run have ended.
+
+        All pictures are held in memory until the end: for thousands of them take `delivery=Delivery.URL`, or
+        several batches.
+
+        Raises:
+            ValueError: `max_in_flight` is less than 1.
+            TypeError: an option makes no sense for several prompts.
+            InvalidRequestError: an option cannot be sent.
+        """
+        batch = Batch(prompts, options=options, timeout_s=timeout_s, on_progress=on_progress)
+        get_image = functools.partial(self._call, self._stub.GetImage)
+        return run_in_threads(batch, get_image, max_in_flight)
 
     def get_by_key(  # noqa: PLR0913 - one keyword per field that counts with a key
         self,
@@ -136,7 +169,8 @@ class Client:
     ) -> ImageHeader:
         """Write one picture of any size to `path`, which is replaced once all of it is there and intact.
 
-        With `max_wait_s`, a header whose state is PENDING may come back, and nothing is written.
+        A header whose state is PENDING (only with `max_wait_s`) or PENDING_REVIEW may come back, and nothing is
+        written.
 
         Raises:
             ValueError: more than one picture was asked for.
@@ -244,6 +278,15 @@ class Client:
             return method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as exc:
             raise error_of(exc, self._address) from exc
+
+    def _stream(self, method: Any, request: Any, timeout_s: float) -> Generator[Any]:
+        call = method(request, timeout=timeout_s, metadata=self._metadata)
+        try:
+            yield from call
+        except grpc.RpcError as exc:
+            raise error_of(exc, self._address) from exc
+        finally:
+            call.cancel()
 
     def _events(self, download: Download, timeout_s: float) -> Generator[StreamEvent]:
         ends_s = time.monotonic() + timeout_s

@@ -20,7 +20,7 @@ class Delivery(StrEnum):
 
 
 class State(StrEnum):
-    """Whether an answer is complete."""
+    """Whether an answer is complete. PENDING_REVIEW: made, and it waits for a person's approval."""
 
     READY = "ready"
     PENDING = "pending"
@@ -94,7 +94,10 @@ class ImageOptions(SpecOptions, total=False):
         request_id: Idempotency key of a NEXT, REFRESH or NO_STORE call, at most 128 characters. Made up for
             them if not given, so that no retry of the client pays twice.
         tags: Labels for purge and reports stored with a picture this call makes.
-        allow_degraded: A picture of lower quality is welcome where the asked one cannot be had.
+        allow_degraded: A picture of lower quality is welcome where a budget or `max_wait_s` does not allow the one
+            asked for; its status says degraded.
+        use: What the picture is for, as "thumbnail": the namespace says which quality that takes, if none is given.
+        candidates: On a miss make this many and answer with the best; 1 by default.
         match_level: The loosest match to accept.
     """
 
@@ -110,6 +113,8 @@ class ImageOptions(SpecOptions, total=False):
     request_id: str | None
     tags: Sequence[str]
     allow_degraded: bool
+    use: str | None
+    candidates: int | None
     match_level: MatchLevel | None
 
 
@@ -158,6 +163,8 @@ class Image:
         digest: "sha256:" and 64 hexadecimal digits over the encoded image.
         model: As the provider resolved it; so are `size`, `quality` and `background`.
         paid_microusd: What the picture cost when it was made.
+        score: How good it was judged, 0 to 1, where it is the best of several candidates.
+        won_against: How many other candidates it was better than.
     """
 
     key: str
@@ -181,6 +188,8 @@ class Image:
     upstream_request_id: str = ""
     generation_s: float = 0.0
     paid_microusd: int = 0
+    score: float | None = None
+    won_against: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +239,7 @@ class ImageResult:
 
     @property
     def pending(self) -> bool:
-        """Whether pictures are still being made: collect them with `get_by_key`."""
+        """Whether pictures are still being made or reviewed, as `status.state` says: `get_by_key` collects them."""
         return self.status.state is not State.READY
 
     @property
@@ -260,13 +269,19 @@ class ImageResult:
         """The bytes of the only picture."""
         data = self.image.data
         if data is None:
-            raise ValueError("the image is still being made" if self.pending else "the image came as a URL: use .url")
+            raise ValueError(self._why_no_data)
         return data
 
     @property
     def url(self) -> str | None:
         """The signed URL of the only picture, if it came by URL."""
         return self.image.url
+
+    @property
+    def _why_no_data(self) -> str:
+        if self.status.state is State.PENDING_REVIEW:
+            return "the image waits for a person's review"
+        return "the image is still being made" if self.pending else "the image came as a URL: use .url"
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,7 +385,13 @@ class ExplainResult:
 
 @dataclass(frozen=True, slots=True)
 class StatsRow:
-    """Counters of one namespace, outcome and tier; of everything in a total. Money in micro-dollars."""
+    """Counters of one namespace, outcome and tier; of everything in a total. Money in micro-dollars.
+
+    Attributes:
+        coalesced_microusd: Of saved: by joining a load another caller paid for.
+        unknown_microusd: At most paid by calls to upstreams whose outcome nobody knows. Not in spent.
+        degraded: Of requests: answered at a lower quality than asked for.
+    """
 
     namespace: str
     outcome: Outcome | None
@@ -381,6 +402,8 @@ class StatsRow:
     spent_microusd: int
     saved_microusd: int
     coalesced_microusd: int
+    unknown_microusd: int
+    degraded: int
 
 
 @dataclass(frozen=True, slots=True)

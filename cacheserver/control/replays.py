@@ -1,29 +1,19 @@
-"""Control state in Redis: what must survive eviction, restarts and replicas, judged by the server's own clock.
-
-None of it carries a Redis TTL: a full Redis evicts keys that have one. The deadline lies beside the value, is
-compared in Lua with server time, and the dead are swept a few at a time by whoever writes next. What one script
-touches shares a hash tag, so that it works in a Cluster.
-"""
+"""What calls with a request_id were given, so that a call sent again never pays again."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import Callable
-from typing import Any
 
 import structlog
 from cachetools import TTLCache
-from redis.exceptions import RedisClusterException, RedisError
 
-from cacheserver.errors import ConfigError
+from cacheserver.control.redis import UNREACHABLE
 from cacheserver.model import Replay
 from cacheserver.tiers.redis import Client
 
 _log = structlog.get_logger(__name__)
-
-_UNREACHABLE = (RedisError, RedisClusterException, OSError, TimeoutError)
-"""What talking to Redis may raise; a Cluster's own exception is no RedisError."""
 
 _LIFETIME_S = 86_400
 _REMEMBERED_HERE = 100_000
@@ -80,7 +70,7 @@ class RedisReplays:
         try:
             async with asyncio.timeout(self._timeout_s):
                 stored = await self._run(_RECALL, replay_id)
-        except _UNREACHABLE as error:
+        except UNREACHABLE as error:
             _log.warning("replays_unreachable", op="recall", error=type(error).__name__)
             return None
         return _decode(stored) if stored is not None else None
@@ -92,7 +82,7 @@ class RedisReplays:
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._run(_REMEMBER, replay_id, value, str(_LIFETIME_S))
-        except _UNREACHABLE as error:
+        except UNREACHABLE as error:
             _log.warning("replays_unreachable", op="remember", error=type(error).__name__)
 
     async def _run(self, script: str, *args: str) -> bytes | None:
@@ -104,28 +94,3 @@ class RedisReplays:
 def _decode(stored: bytes) -> Replay:
     identity_name, *variants = json.loads(stored)
     return Replay(identity_name, tuple(variants))
-
-
-async def refuse_eviction_of_control_state(client: Client, *, timeout_s: float = 0.5) -> None:
-    """Return unless a reachable Redis is set to evict keys without expiry when it is full.
-
-    Raises:
-        ConfigError: it is, and would drop control state.
-    """
-    try:
-        async with asyncio.timeout(timeout_s):
-            policies = await _eviction_policies(client)
-    except _UNREACHABLE:
-        return  # away: its tier says so
-    if evicting := [policy for policy in policies if policy.startswith("allkeys")]:
-        raise ConfigError(
-            f"redis.url: this Redis has maxmemory-policy {evicting[0]} and would drop control state; "
-            "set maxmemory-policy to volatile-lfu"
-        )
-
-
-async def _eviction_policies(client: Client) -> set[str]:
-    info: dict[str, Any] = await client.info("memory")
-    # A Cluster answers once per node, a single server with the fields themselves.
-    nodes = [node for node in info.values() if isinstance(node, dict)] or [info]
-    return {str(node.get("maxmemory_policy", "")) for node in nodes}

@@ -1,53 +1,138 @@
-"""The way from a miss to pictures: a place in the queue, one upstream, and the books."""
+"""The miss path: from an order to pictures.
+
+    refused before? ─▶ budget ─▶ queue and scheduler ─▶ ledger ─▶ upstream ─▶ ledger, budget, limits ─▶ best of
+                         ▲                                           │
+                         └──────── again, if the failure allows ◀────┘
+
+Each try is an attempt with an id of its own: what it may cost at most is set aside in every budget before it
+waits, its row is durable before the first byte goes out, and both are closed with what came of it. An attempt that
+was cut off after it was sent, by the network or by our own end, is booked as unknown and never as free.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import math
+import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from random import Random
 
-from cacheserver.errors import CacheServerError, InvalidRequestError, ShuttingDownError, UpstreamError
+import structlog
+
+from cacheserver.errors import (
+    CacheServerError,
+    CannotAffordError,
+    InvalidRequestError,
+    ShuttingDownError,
+    UpstreamBadImageError,
+    UpstreamError,
+    UpstreamLimitedError,
+)
+from cacheserver.generation.ladder import Ladder
+from cacheserver.generation.pool import Lane, Pool
 from cacheserver.generation.prices import PriceTable
-from cacheserver.generation.queue import PlaceQueue
-from cacheserver.interfaces import Books, Clock, Upstream
-from cacheserver.model import GeneratedImage, ImageRequest, Priority
+from cacheserver.generation.queue import Job, Turn
+from cacheserver.generation.refusals import Refusals
+from cacheserver.generation.scheduler import Scheduler
+from cacheserver.generation.scoring import Scorer, best_of
+from cacheserver.generation.tries import RetryBudget, Tries
+from cacheserver.interfaces import Books, Budgets, Clock, Ledger
+from cacheserver.model import (
+    Amounts,
+    Attempt,
+    AttemptOutcome,
+    CallReport,
+    GeneratedImage,
+    ImageRequest,
+    Order,
+    Priority,
+    Usage,
+)
+from cacheserver.tasks import OwnedTasks
 
-_UNKNOWN_GENERATION_S = 20.0
+_log = structlog.get_logger(__name__)
+
 _SHORTEST_WAIT_S = 0.5
-_DECAY = 0.2
+_CLOSING_S = 5.0
+_JOB_BYTES = 2_000
+"""What a waiting job takes beside its prompt."""
+
+PATIENCE_S: Mapping[Priority, float] = {
+    Priority.INTERACTIVE: 60.0,
+    Priority.STANDARD: 300.0,
+    Priority.BATCH: 3_600.0,
+    Priority.WARM_UP: 86_400.0,
+}
+"""By when a picture should be there if its caller set no deadline: what dearer upstreams are taken for."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ears:
+    """Whom an order in progress tells what happens."""
+
+    on_spending: Callable[[], None]
+    on_spare: Callable[[GeneratedImage], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One call's worth of an order: the job that waits for it, and the variants it makes."""
+
+    order: Order
+    job: Job
+    variants: Sequence[int]
+    ears: _Ears
 
 
 class Generator:
-    """Makes pictures: waits for a place, calls the model's upstream, books the call."""
+    """Makes pictures through the pool of upstreams, within limits and budgets."""
 
     def __init__(  # noqa: PLR0913 - parts it is built from, by keyword
         self,
         *,
-        upstreams: Mapping[str, Upstream],
-        default_model: str,
-        clock: Clock,
-        books: Books,
+        pool: Pool,
+        scheduler: Scheduler,
+        budgets: Budgets,
+        ledger: Ledger,
         prices: PriceTable,
-        max_concurrent: int,
-        queue_max: int,
+        refusals: Refusals,
+        scorer: Scorer,
+        books: Books,
+        clock: Clock,
+        default_model: str,
+        ladder: Sequence[str] = (),
+        retry_share: float = 0.1,
+        hedge_after_p99: float | None = None,
+        rng: Random | None = None,
     ) -> None:
-        """`upstreams` says for each model who makes its pictures; several models may share one.
+        """`prices` are by our own names of models, as `PriceTable.naming` gives them.
 
-        `prices` are by those same model names, as `PriceTable.naming` gives them.
-        At most `max_concurrent` generations run and `queue_max` wait.
+        With `hedge_after_p99` a call that takes so many times the p99 is started once more elsewhere.
         """
-        self._upstreams = dict(upstreams)
-        self._default_model = default_model
-        self._clock = clock
-        self._books = books
+        self._pool = pool
+        self._scheduler = scheduler
+        self._budgets = budgets
+        self._ledger = ledger
         self._prices = prices
-        self._max_concurrent = max_concurrent
-        self._queue = PlaceQueue(places=max_concurrent, queue_max=queue_max)
-        self._typical_s: dict[str, float] = {}
+        self._refusals = refusals
+        self._scorer = scorer
+        self._books = books
+        self._clock = clock
+        self._default_model = default_model
+        self._ladder = Ladder(ladder, estimate_microusd=lambda request: self.estimate_microusd(request, 1))
+        self._retries = RetryBudget(share=retry_share)
+        self._hedge_after_p99 = hedge_after_p99
+        self._rng = rng or Random()  # noqa: S311 - spreads retries, guards nothing
+        self._jobs: dict[int, list[Job]] = {}
+        self._tasks = OwnedTasks()
+
+    # ── what the cache asks ─────────────────────────────────────────────────────────────────────────────────
 
     @property
     def models(self) -> tuple[str, ...]:
         """The models there are."""
-        return tuple(self._upstreams)
+        return self._pool.models
 
     @property
     def default_model(self) -> str:
@@ -56,77 +141,381 @@ class Generator:
 
     @property
     def queue_depth(self) -> Mapping[Priority, int]:
-        """How many generations wait, by priority."""
-        return self._queue.depth
+        """How many calls wait for their turn, by priority."""
+        return self._scheduler.depth
 
     async def generate(
         self,
-        request: ImageRequest,
+        order: Order,
         variants: Sequence[int],
         *,
-        priority: Priority,
         on_spending: Callable[[], None],
+        on_spare: Callable[[GeneratedImage], None],
     ) -> list[GeneratedImage]:
         """One picture for each of `variants`, or fewer, never none.
 
-        May be cancelled while it waits for a place. From the moment it calls `on_spending`, right before the
-        upstream is called, money flows, and cancelling loses what it buys.
+        May be cancelled for free until it calls `on_spending`, right before the first upstream is called. Every
+        picture paid for beyond those returned goes to `on_spare`.
 
         Raises:
-            InvalidRequestError: nobody makes pictures with `request.model`.
+            InvalidRequestError: nobody makes pictures with the order's model.
+            CannotAffordError: a budget does not allow it; with the rungs below.
+            LedgerUnavailableError: nothing can be written down, so nothing is bought.
             QueueFullError: too many wait.
-            UpstreamError: the upstream failed.
+            UpstreamError: the upstreams failed.
         """
-        upstream = self._upstreams.get(request.model)
-        if upstream is None:
-            raise InvalidRequestError({"spec.model": f"not served here; there are: {', '.join(self._upstreams)}"})
-        async with self._queue.place(priority):
-            on_spending()
-            return await self._call(upstream, request, variants)
+        if not self._pool.serving(order.request.model):
+            raise InvalidRequestError({"spec.model": f"not served here; there are: {', '.join(self.models)}"})
+        self._refusals.check(order)
+        ears = _Ears(on_spending, on_spare)
+        works = [self._work(order, chunk, ears) for chunk in self._chunks(order, variants)]
+        self._jobs[id(order)] = [work.job for work in works]
+        try:
+            # Alone it is no task of its own: nothing awaits between its picture's arrival and our return.
+            images = await self._make(works[0]) if len(works) == 1 else await self._make_all(works)
+        finally:
+            del self._jobs[id(order)]
+        return images if order.candidates == 1 else await self._best(order, images, len(variants), ears)
+
+    def hasten(self, order: Order, *, priority: Priority, deadline_s: float | None) -> None:
+        """Someone more urgent waits for this order too."""
+        until_s = self._until_s(priority, deadline_s)
+        for job in self._jobs.get(id(order), ()):
+            self._scheduler.hasten(job, priority=priority, deadline_s=until_s)
 
     def estimated_wait_s(self, model: str, since_s: float) -> float:
-        """How many more seconds a generation asked for at `since_s` (monotonic) will take; at least 0.5.
+        """How many more seconds a generation asked for at `since_s` (monotonic) will take; at least 0.5."""
+        expected_s = self._scheduler.wait_s(model, Priority.STANDARD) + self._latency_s(model, "")
+        return max(
+            min(expected_s, PATIENCE_S[Priority.BATCH]) - (self._clock.monotonic_s() - since_s), _SHORTEST_WAIT_S
+        )
 
-        What calls to the model took lately, and as much again for each round of the queue.
-        """
-        typical_s = self._typical_s.get(model, _UNKNOWN_GENERATION_S)
-        rounds = 1 + sum(self._queue.depth.values()) / self._max_concurrent
-        return max(typical_s * rounds - (self._clock.monotonic_s() - since_s), _SHORTEST_WAIT_S)
+    def expected_s(self, request: ImageRequest, priority: Priority) -> float:
+        """How long from now a new generation of `request` is expected to take, its wait for a turn included."""
+        return self._scheduler.wait_s(request.model, priority) + self._latency_s(request.model, request.quality)
+
+    def rungs(self, request: ImageRequest) -> Sequence[ImageRequest]:
+        """Cheaper requests of the same picture, dearest first."""
+        return [rung for rung in self._ladder.below(request) if self._pool.serving(rung.model)]
 
     def estimate_microusd(self, request: ImageRequest, n: int) -> int:
-        """What `n` pictures may cost at most, in micro-dollars; 0 where no price is known."""
-        return self._prices.estimate_microusd(request, n)
+        """What `n` pictures may cost at most, at the dearest upstream; 0 where no price is known."""
+        return max((self._most_microusd(lane, request, n) for lane in self._pool.serving(request.model)), default=0)
 
     async def check(self) -> None:
         """Return if every upstream answers and accepts our key; raise the first UpstreamError if not."""
-        await asyncio.gather(*(upstream.check() for upstream in self._distinct_upstreams()))
+        await self._pool.check()
+
+    async def settled(self) -> None:
+        """Return when every call that has ended is written down."""
+        await self._tasks.idle()
 
     async def aclose(self) -> None:
-        """Let go of the upstreams' connections."""
-        for upstream in self._distinct_upstreams():
-            await upstream.aclose()
+        """Turn away who waits, write down what has ended, and let go of the upstreams' connections."""
+        await self._scheduler.aclose()
+        await self._tasks.aclose(_CLOSING_S)
+        await self._pool.aclose()
 
-    async def _call(self, upstream: Upstream, request: ImageRequest, variants: Sequence[int]) -> list[GeneratedImage]:
-        started_s = self._clock.monotonic_s()
-        result = CacheServerError.reason
+    # ── one call, until it has worked or failed for good ────────────────────────────────────────────────────
+
+    def _chunks(self, order: Order, variants: Sequence[int]) -> list[Sequence[int]]:
+        """The pictures to make, in calls that every upstream of the model takes."""
+        lanes = self._pool.serving(order.request.model)
+        size = min(lane.terms.max_n for lane in lanes)
+        wanted = [variant for variant in variants for _ in range(order.candidates)]
+        return [wanted[start : start + size] for start in range(0, len(wanted), size)]
+
+    async def _make_all(self, works: Sequence[_Work]) -> list[GeneratedImage]:
+        """Several calls side by side. One that fails does not cancel its sisters: they are being paid for."""
+        tasks = [asyncio.create_task(self._make(work), name="make") for work in works]
         try:
-            images = await upstream.generate(request, variants)
-            result = "ok"
+            await asyncio.wait(tasks)
+        except asyncio.CancelledError:
+            for task, work in zip(tasks, works, strict=True):
+                _keep_what_comes(task, work.ears)
+                task.cancel()
+            await asyncio.wait(tasks)
+            raise
+        return _succeeded(tasks)
+
+    async def _make(self, work: _Work) -> list[GeneratedImage]:
+        tries = Tries(self._retries)
+        is_again = False
+        while True:
+            turn, attempt = await self._begin(work, is_again=is_again)
+            try:
+                return await self._hedged(turn, work, attempt)
+            except UpstreamError as error:
+                self._refusals.remember(work.order, error)
+                has_other = self._has_other(work.job)
+                if not tries.may_retry(error, has_other=has_other):
+                    raise
+                await self._clock.sleep(tries.pause_s(error, self._rng, has_other=has_other))
+            is_again = True
+
+    def _has_other(self, job: Job) -> bool:
+        """Whether an upstream is left that has not failed this job."""
+        return any(lane.is_open and lane.name not in job.avoid for lane in self._pool.serving(job.model))
+
+    def _work(self, order: Order, variants: Sequence[int], ears: _Ears) -> _Work:
+        request, n = order.request, len(variants)
+        job = Job(
+            request,
+            Amounts(images=n, requests=1, tokens=self._prices.tokens(request, n)),
+            order.caller,
+            order.priority,
+            self._until_s(order.priority, order.deadline_s),
+            size_bytes=len(request.prompt) + _JOB_BYTES,
+        )
+        return _Work(order, job, variants, ears)
+
+    def _until_s(self, priority: Priority, deadline_s: float | None) -> float:
+        return self._clock.monotonic_s() + PATIENCE_S[priority] if deadline_s is None else deadline_s
+
+    async def _begin(self, work: _Work, *, is_again: bool = False, is_hedge: bool = False) -> tuple[Turn, Attempt]:
+        """Set the most a call can cost aside, and wait for its turn. A hedge is only made out of plenty."""
+        order, now_s = work.order, self._clock.now_s()
+        attempt_id = f"{int(now_s * 1000):013d}-{secrets.token_hex(8)}"
+        estimate = self.estimate_microusd(order.request, len(work.variants))
+        try:
+            await self._budgets.reserve(
+                attempt_id,
+                namespace=order.namespace,
+                caller=order.caller,
+                microusd=estimate,
+                degradable=order.allow_degraded or is_hedge,
+            )
+        except CannotAffordError as error:
+            rungs = self.rungs(order.request)
+            raise CannotAffordError(error.budget, reset_time_s=error.reset_time_s, rungs=rungs) from error
+        try:
+            turn = await self._scheduler.turn(work.job, again=is_again)
+        except BaseException:
+            self._tasks.own(self._budgets.release(attempt_id), "release budget")
+            raise
+        return turn, Attempt(
+            id=attempt_id,
+            namespace=order.namespace,
+            caller=order.caller,
+            upstream=turn.lane.name,
+            model=order.request.model,
+            images=len(work.variants),
+            estimate_microusd=estimate,
+            start_time_s=now_s,
+            tags=order.tags,
+        )
+
+    # ── one paid call ───────────────────────────────────────────────────────────────────────────────────────
+
+    async def _call(self, turn: Turn, work: _Work, attempt: Attempt) -> list[GeneratedImage]:
+        """Call the turn's upstream; the attempt is closed, and its limits told, whatever comes of it."""
+        report = CallReport(tokens=work.job.amounts.tokens)
+        try:
+            await self._write_down(attempt)
+            work.ears.on_spending()
+            images, report = await self._paid(turn.lane, work, attempt)
         except UpstreamError as error:
-            result = error.reason
+            report = _report_of(error, turn.lane)
+            work.job.avoid.add(turn.lane.name)
+            self._pool.failed(turn.lane, error)
+            raise
+        finally:
+            self._scheduler.finished(turn, report)
+        return images
+
+    async def _write_down(self, attempt: Attempt) -> None:
+        """Make the attempt's row durable and its money sent; what was not sent after all is free again."""
+        try:
+            await asyncio.gather(self._ledger.open(attempt), self._budgets.sent(attempt.id))
+        except BaseException as error:
+            reason = error.reason if isinstance(error, CacheServerError) else ShuttingDownError.reason
+            self._close(replace(attempt, outcome=AttemptOutcome.NOT_BILLED, reason=reason))
+            raise
+
+    async def _paid(self, lane: Lane, work: _Work, attempt: Attempt) -> tuple[list[GeneratedImage], CallReport]:
+        started_s = self._clock.monotonic_s()
+        request, factor = work.order.request, self._pool.price_factor(lane)
+        closed = replace(attempt, outcome=AttemptOutcome.UNKNOWN, reason=CacheServerError.reason)
+        try:
+            images = await lane.upstream.generate(request, work.variants, price_factor=factor)
+            closed = _settled(attempt, images)
+        except UpstreamError as error:
+            closed = _failed(attempt, error)
             raise
         except asyncio.CancelledError:
-            result = ShuttingDownError.reason
+            closed = replace(closed, reason=ShuttingDownError.reason)
             raise
         finally:
             seconds = self._clock.monotonic_s() - started_s
-            self._books.upstream_call(upstream.name, request.model, result, seconds)
-        self._learn(request.model, seconds)
-        return images
+            self._books.upstream_call(lane.name, request.model, closed.reason, seconds)
+            self._close(closed)
+        self._pool.succeeded(lane, quality=request.quality, seconds=seconds)
+        tokens = closed.usage.total_tokens if closed.usage else work.job.amounts.tokens
+        return images, CallReport(told=lane.upstream.limits, tokens=tokens)
 
-    def _learn(self, model: str, seconds: float) -> None:
-        typical_s = self._typical_s.get(model, seconds)
-        self._typical_s[model] = typical_s + _DECAY * (seconds - typical_s)
+    def _close(self, attempt: Attempt) -> None:
+        """Write how an attempt ended. Behind the answer: until it is done, what was set aside stays so."""
+        attempt = replace(attempt, end_time_s=self._clock.now_s())
+        match attempt.outcome:
+            case AttemptOutcome.UNKNOWN:
+                attempt = replace(attempt, cost_microusd=attempt.estimate_microusd)
+                self._books.spent_unknown(attempt.namespace, attempt.cost_microusd)
+            case AttemptOutcome.SETTLED:
+                self._books.spent(attempt.namespace, attempt.cost_microusd)
+            case _:
+                pass
+        self._tasks.own(self._write_end(attempt), "close attempt")
 
-    def _distinct_upstreams(self) -> list[Upstream]:
-        return list({id(upstream): upstream for upstream in self._upstreams.values()}.values())
+    async def _write_end(self, attempt: Attempt) -> None:
+        await self._ledger.close(attempt)
+        if attempt.outcome is AttemptOutcome.NOT_BILLED:
+            await self._budgets.release(attempt.id)
+        else:
+            await self._budgets.settle(attempt.id, attempt.cost_microusd, upstream=attempt.upstream)
+
+    # ── two calls for one answer ────────────────────────────────────────────────────────────────────────────
+
+    async def _hedged(self, turn: Turn, work: _Work, attempt: Attempt) -> list[GeneratedImage]:
+        """Make the call; where hedging is on and it takes far beyond the usual, make it once more elsewhere."""
+        patience_s = (self._hedge_after_p99 or math.inf) * turn.lane.p99_s(work.order.request.quality)
+        if math.isinf(patience_s):
+            return await self._call(turn, work, attempt)
+        first = self._tasks.own(self._call(turn, work, attempt), "call")
+        timer = self._tasks.own(self._clock.sleep(patience_s), "hedge timer")
+        try:
+            await asyncio.wait({first, timer}, return_when=asyncio.FIRST_COMPLETED)
+            if first.done() or not self._has_other_than(turn.lane, work.job):
+                return await first
+            return await self._race(first, turn.lane, work)
+        except asyncio.CancelledError:
+            _keep_what_comes(first, work.ears)
+            first.cancel()
+            raise
+        finally:
+            timer.cancel()
+
+    async def _race(self, first: asyncio.Task[list[GeneratedImage]], lane: Lane, work: _Work) -> list[GeneratedImage]:
+        """Whichever call answers first is the answer. The other is paid for too: its pictures are spare ones."""
+        job = replace(work.job, avoid={lane.name, *work.job.avoid})
+        second = self._tasks.own(self._hedge(replace(work, job=job)), "hedge")
+        racing = {first, second}
+        try:
+            while racing:
+                done, racing = await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
+                winner = next((task for task in done if task.exception() is None), None)
+                if winner is not None:
+                    for late in {first, second} - {winner}:
+                        _keep_what_comes(late, work.ears)
+                    return winner.result()
+        except asyncio.CancelledError:
+            _keep_what_comes(second, work.ears)
+            second.cancel()
+            raise
+        return first.result()
+
+    async def _hedge(self, work: _Work) -> list[GeneratedImage]:
+        turn, attempt = await self._begin(work, is_hedge=True)
+        return await self._call(turn, work, attempt)
+
+    def _has_other_than(self, lane: Lane, job: Job) -> bool:
+        return any(other.is_open and other is not lane for other in self._pool.serving(job.model))
+
+    # ── the best of several ─────────────────────────────────────────────────────────────────────────────────
+
+    async def _best(self, order: Order, images: list[GeneratedImage], n: int, ears: _Ears) -> list[GeneratedImage]:
+        """The best of each `order.candidates` pictures; the others are spare ones."""
+        size = max(1, -(-len(images) // n))
+        rounds = [images[start : start + size] for start in range(0, len(images), size)]
+        try:
+            scored = await asyncio.gather(*(best_of(order.request, each, self._scorer) for each in rounds))
+        except asyncio.CancelledError:
+            for image in images:
+                ears.on_spare(image)
+            raise
+        for _, others in scored:
+            for other in others:
+                ears.on_spare(other)
+        return [best for best, _ in scored]
+
+    # ── what things cost and take ───────────────────────────────────────────────────────────────────────────
+
+    def _most_microusd(self, lane: Lane, request: ImageRequest, n: int) -> int:
+        if lane.terms.max_cost_microusd is not None:
+            return lane.terms.max_cost_microusd * n
+        return self._prices.estimate_microusd(request, n, self._pool.price_factor(lane))
+
+    def _latency_s(self, model: str, quality: str) -> float:
+        lanes = self._pool.serving(model)
+        usable = [lane for lane in lanes if lane.is_open] or lanes
+        return min((lane.latency_s(quality) for lane in usable), default=0.0)
+
+
+def _succeeded(tasks: Sequence[asyncio.Task[list[GeneratedImage]]]) -> list[GeneratedImage]:
+    """What worked; the first failure if nothing did, and any that is no error of ours at once."""
+    failures = [error for task in tasks if (error := task.exception()) is not None]
+    unforeseen = next((error for error in failures if not isinstance(error, CacheServerError)), None)
+    if unforeseen is not None or len(failures) == len(tasks):
+        raise unforeseen or failures[0]
+    for failure in failures:
+        _log.warning("pictures_lost", error=str(failure))
+    return [image for task in tasks if task.exception() is None for image in task.result()]
+
+
+def _keep_what_comes(task: asyncio.Task[list[GeneratedImage]], ears: _Ears) -> None:
+    """See to it that the pictures of a call nobody waits for any more are kept: they are paid for."""
+
+    def give(task: asyncio.Task[list[GeneratedImage]]) -> None:
+        if not task.cancelled() and task.exception() is None:
+            for image in task.result():
+                ears.on_spare(image)
+
+    task.add_done_callback(give)
+
+
+def _settled(attempt: Attempt, images: Sequence[GeneratedImage]) -> Attempt:
+    return replace(
+        attempt,
+        outcome=AttemptOutcome.SETTLED,
+        cost_microusd=sum(image.paid_microusd for image in images),
+        reason="ok",
+        upstream_request_id=images[0].upstream_request_id,
+        usage=_sum_of([image.usage for image in images if image.usage is not None]),
+    )
+
+
+def _failed(attempt: Attempt, error: UpstreamError) -> Attempt:
+    """A failed attempt: settled where the provider billed a picture that was no good, unknown where nobody knows."""
+    outcome = AttemptOutcome.NOT_BILLED
+    if error.cost_microusd is None:
+        outcome = AttemptOutcome.UNKNOWN
+    elif error.cost_microusd or isinstance(error, UpstreamBadImageError):
+        outcome = AttemptOutcome.SETTLED
+    return replace(
+        attempt,
+        outcome=outcome,
+        cost_microusd=error.cost_microusd or 0,
+        reason=error.reason,
+        upstream_request_id=error.upstream_request_id,
+    )
+
+
+def _report_of(error: UpstreamError, lane: Lane) -> CallReport:
+    is_limited = isinstance(error, UpstreamLimitedError)
+    return CallReport(
+        limited=is_limited,
+        retry_after_s=error.stated_wait_s if is_limited else None,
+        told=lane.upstream.limits,
+        tokens=None,
+    )
+
+
+def _sum_of(usages: Sequence[Usage]) -> Usage | None:
+    if not usages:
+        return None
+    return Usage(
+        input_tokens=sum(each.input_tokens for each in usages),
+        input_text_tokens=sum(each.input_text_tokens for each in usages),
+        input_image_tokens=sum(each.input_image_tokens for each in usages),
+        output_tokens=sum(each.output_tokens for each in usages),
+        total_tokens=sum(each.total_tokens for each in usages),
+    )

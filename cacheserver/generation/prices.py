@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from decimal import ROUND_HALF_EVEN, Decimal
+from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Decimal
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ _MICRO = Decimal(1_000_000)
 _AUTO = "auto"
 _REFERENCE_PIXELS = 1024 * 1024
 _MAX_TOKENS = 1_000_000_000
+_TOKENS_AROUND_A_PROMPT = 32
+_BYTES_PER_TOKEN = 4
 _SNAPSHOT_DATE = re.compile(r"-\d{4}-\d{2}-\d{2}$")
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 
@@ -60,30 +62,54 @@ class PriceTable:
         ours = {name: self._price(theirs) or self._price(name) for name, theirs in models.items()}
         return replace(self, models={**self.models, **{name: price for name, price in ours.items() if price}})
 
-    def cost_microusd(self, model: str, size: str, quality: str, usage: Mapping[str, JsonValue] | None, n: int) -> int:
+    def cost_microusd(  # noqa: PLR0913, PLR0917 - what a bill depends on
+        self,
+        model: str,
+        size: str,
+        quality: str,
+        usage: Mapping[str, JsonValue] | None,
+        n: int,
+        factor: Decimal = Decimal(1),
+    ) -> int:
         """What a call that made `n` pictures cost; `usage` is the provider's own count, as its answer has it.
 
-        Token counts win over the table. 0 for what neither tells.
+        Token counts win over the table. `factor` is what the list price is multiplied by. Exact until it is
+        rounded half-even, once for the call. 0 for what neither tells.
         """
         price = self._price(model)
         if price is None:
             return 0
         if usage is not None and price.usd_per_million_tokens and token_count(usage, "output_tokens"):
-            return _round(_token_cost(price.usd_per_million_tokens, usage))
+            return _round(_token_cost(price.usd_per_million_tokens, usage) * factor)
         usd = price.usd_per_image.get(quality, {}).get(size, Decimal(0))
-        return _round(usd * _MICRO * n)
+        return _round(usd * _MICRO * n * factor)
 
-    def estimate_microusd(self, request: ImageRequest, n: int) -> int:
-        """What `n` pictures of `request` will cost at most, by and large.
+    def estimate_microusd(self, request: ImageRequest, n: int, factor: Decimal = Decimal(1)) -> int:
+        """The most that a call for `n` pictures of `request` can cost; 0 where no price is known.
 
         The dearest price where quality or size is left to the provider or not listed, more for a larger
-        picture; the prompt counts one token per character.
+        picture; a prompt has at most as many tokens as bytes. `factor` is what the list price is multiplied by.
         """
         price = self._price(request.model)
         if price is None:
             return 0
-        text_usd = price.usd_per_million_tokens.get("text_input", Decimal(0)) * len(request.prompt) / _MICRO
-        return _round((self._dearest_usd(price, request) * n + text_usd) * _MICRO)
+        text_tokens = len(request.prompt.encode()) + _TOKENS_AROUND_A_PROMPT
+        text_usd = price.usd_per_million_tokens.get("text_input", Decimal(0)) * text_tokens / _MICRO
+        usd = (self._dearest_usd(price, request) * n + text_usd) * factor
+        return int((usd * _MICRO).to_integral_value(ROUND_CEILING))
+
+    def has_images_of(self, model: str) -> bool:
+        """Whether the table says what a picture of `model` costs, so that an estimate is an upper bound."""
+        price = self._price(model)
+        return price is not None and bool(price.usd_per_image)
+
+    def tokens(self, request: ImageRequest, n: int) -> int:
+        """About how many tokens a provider counts for `n` pictures of `request`; 0 where no price is known."""
+        price = self._price(request.model)
+        if price is None or not (per_token := price.usd_per_million_tokens.get("image_output", Decimal(0))):
+            return 0
+        text_tokens = len(request.prompt.encode()) // _BYTES_PER_TOKEN + 1
+        return text_tokens + int(self._dearest_usd(price, request) * n * _MICRO / per_token)
 
     def _price(self, model: str) -> ModelPrice | None:
         return self.models.get(model) or self.models.get(_SNAPSHOT_DATE.sub("", model))

@@ -9,10 +9,11 @@ from cacheserver.identity.catalog import compile_catalog_patterns
 from cacheserver.identity.explain import FieldDifference, differences
 from cacheserver.identity.fingerprint import identify
 from cacheserver.identity.normalize import PROFILES, Profile, normalize_prompt
-from cacheserver.identity.validation import validate
+from cacheserver.identity.validation import QUALITIES, validate
 
 __all__ = [
     "PROFILES",
+    "QUALITIES",
     "FieldDifference",
     "Profile",
     "compile_catalog_patterns",

@@ -30,8 +30,11 @@ _UNSEEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Mn", "Me", "Zl", "Zp", "Zs"})
 _UNSEEN_LETTERS = frozenset("\u115f\u1160\u3164\uffa0")
 """Hangul fillers and their like: letters by category, blank by nature."""
 
+QUALITIES = ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")
+"""What a request may ask for as quality."""
+
 _CHOICES: Mapping[str, tuple[str, ...]] = {
-    "quality": ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"),
+    "quality": QUALITIES,
     "background": ("auto", "transparent", "opaque"),
     "output_format": ("png", "jpeg", "webp"),
     "moderation": ("auto", "low"),

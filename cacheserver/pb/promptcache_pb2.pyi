@@ -181,7 +181,7 @@ class InputImage(_message.Message):
     def __init__(self, role: _Optional[_Union[InputRole, str]] = ..., data: _Optional[bytes] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class Image(_message.Message):
-    __slots__ = ("data", "url", "content_type", "width", "height", "key", "variant", "create_time", "digest", "size_bytes", "model", "size", "quality", "background", "revised_prompt", "seed", "usage", "upstream_request_id", "generation_time", "paid_microusd", "url_expire_time")
+    __slots__ = ("data", "url", "content_type", "width", "height", "key", "variant", "create_time", "digest", "size_bytes", "model", "size", "quality", "background", "revised_prompt", "seed", "usage", "upstream_request_id", "generation_time", "paid_microusd", "url_expire_time", "score", "won_against")
     DATA_FIELD_NUMBER: _ClassVar[int]
     URL_FIELD_NUMBER: _ClassVar[int]
     CONTENT_TYPE_FIELD_NUMBER: _ClassVar[int]
@@ -203,6 +203,8 @@ class Image(_message.Message):
     GENERATION_TIME_FIELD_NUMBER: _ClassVar[int]
     PAID_MICROUSD_FIELD_NUMBER: _ClassVar[int]
     URL_EXPIRE_TIME_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    WON_AGAINST_FIELD_NUMBER: _ClassVar[int]
     data: bytes
     url: str
     content_type: str
@@ -224,7 +226,9 @@ class Image(_message.Message):
     generation_time: _duration_pb2.Duration
     paid_microusd: int
     url_expire_time: _timestamp_pb2.Timestamp
-    def __init__(self, data: _Optional[bytes] = ..., url: _Optional[str] = ..., content_type: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., key: _Optional[str] = ..., variant: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., digest: _Optional[str] = ..., size_bytes: _Optional[int] = ..., model: _Optional[str] = ..., size: _Optional[str] = ..., quality: _Optional[str] = ..., background: _Optional[str] = ..., revised_prompt: _Optional[str] = ..., seed: _Optional[int] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., upstream_request_id: _Optional[str] = ..., generation_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., paid_microusd: _Optional[int] = ..., url_expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    score: float
+    won_against: int
+    def __init__(self, data: _Optional[bytes] = ..., url: _Optional[str] = ..., content_type: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., key: _Optional[str] = ..., variant: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., digest: _Optional[str] = ..., size_bytes: _Optional[int] = ..., model: _Optional[str] = ..., size: _Optional[str] = ..., quality: _Optional[str] = ..., background: _Optional[str] = ..., revised_prompt: _Optional[str] = ..., seed: _Optional[int] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., upstream_request_id: _Optional[str] = ..., generation_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., paid_microusd: _Optional[int] = ..., url_expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., score: _Optional[float] = ..., won_against: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("input_tokens", "input_text_tokens", "input_image_tokens", "output_tokens", "total_tokens")
@@ -579,7 +583,7 @@ class GetStatsResponse(_message.Message):
     def __init__(self, start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., rows: _Optional[_Iterable[_Union[StatsRow, _Mapping]]] = ..., total: _Optional[_Union[StatsRow, _Mapping]] = ..., paid_unknown: _Optional[int] = ..., unsaved: _Optional[int] = ..., corrupt: _Optional[_Iterable[_Union[TierCount, _Mapping]]] = ..., upstream_calls: _Optional[int] = ...) -> None: ...
 
 class StatsRow(_message.Message):
-    __slots__ = ("namespace", "outcome", "tier", "requests", "image_bytes", "latency_sum", "spent_microusd", "saved_microusd", "coalesced_microusd")
+    __slots__ = ("namespace", "outcome", "tier", "requests", "image_bytes", "latency_sum", "spent_microusd", "saved_microusd", "coalesced_microusd", "unknown_microusd", "degraded")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
@@ -589,6 +593,8 @@ class StatsRow(_message.Message):
     SPENT_MICROUSD_FIELD_NUMBER: _ClassVar[int]
     SAVED_MICROUSD_FIELD_NUMBER: _ClassVar[int]
     COALESCED_MICROUSD_FIELD_NUMBER: _ClassVar[int]
+    UNKNOWN_MICROUSD_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     outcome: Outcome
     tier: Tier
@@ -598,4 +604,6 @@ class StatsRow(_message.Message):
     spent_microusd: int
     saved_microusd: int
     coalesced_microusd: int
-    def __init__(self, namespace: _Optional[str] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., tier: _Optional[_Union[Tier, str]] = ..., requests: _Optional[int] = ..., image_bytes: _Optional[int] = ..., latency_sum: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., spent_microusd: _Optional[int] = ..., saved_microusd: _Optional[int] = ..., coalesced_microusd: _Optional[int] = ...) -> None: ...
+    unknown_microusd: int
+    degraded: int
+    def __init__(self, namespace: _Optional[str] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., tier: _Optional[_Union[Tier, str]] = ..., requests: _Optional[int] = ..., image_bytes: _Optional[int] = ..., latency_sum: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., spent_microusd: _Optional[int] = ..., saved_microusd: _Optional[int] = ..., coalesced_microusd: _Optional[int] = ..., unknown_microusd: _Optional[int] = ..., degraded: _Optional[int] = ...) -> None: ...

@@ -120,15 +120,20 @@ class PromptCacheServiceServicer:
         Errors:
         NOT_FOUND (NOT_CACHED): cache_policy is ONLY_IF_CACHED and no tier has the image.
         NOT_FOUND (KEY_GONE): asked by key, and no tier has it any more.
-        FAILED_PRECONDITION (PROMPT_REFUSED): the upstream refuses this prompt; change it.
+        FAILED_PRECONDITION (PROMPT_REFUSED): the upstream refuses this prompt; change it. ErrorInfo.metadata has
+        "cached" where it is an earlier call's refusal.
+        FAILED_PRECONDITION (PROMPT_DENIED): the namespace's deny-list or moderation refuses this prompt; change it.
+        FAILED_PRECONDITION (PII_FOUND): the prompt holds personal data; leave it out.
         FAILED_PRECONDITION (IMAGE_TOO_LARGE): too large to answer inline; use StreamImage. The image is kept.
         FAILED_PRECONDITION (NO_SIGNED_URLS): delivery is URL and no tier can sign one. Nothing was spent.
         FAILED_PRECONDITION (UPSTREAM_NOT_ENTITLED): the upstream account lacks the right to this model.
         FAILED_PRECONDITION (REQUEST_ID_SPENT): a NO_STORE request_id was used before; its image is gone.
         ABORTED (REQUEST_ID_RUNNING): a NO_STORE call with this request_id still runs.
-        RESOURCE_EXHAUSTED (UPSTREAM_QUOTA_EXHAUSTED, BUDGET_EXHAUSTED): money is needed; do not retry.
+        RESOURCE_EXHAUSTED (UPSTREAM_QUOTA_EXHAUSTED, BUDGET_EXHAUSTED): money is needed; do not retry. QuotaFailure
+        names the budget and when it starts anew.
         UNAVAILABLE (QUEUE_FULL, UPSTREAM_LIMITED, UPSTREAM_DOWN, UPSTREAM_BAD_IMAGE): retry after RetryInfo.
         UNAVAILABLE (CACHE_UNKNOWN): the last tier cannot be asked and the service is set not to pay then.
+        UNAVAILABLE (LEDGER_UNAVAILABLE): nothing can be bought now, since it could not be written down.
         DEADLINE_EXCEEDED: the deadline passed. A generation that had begun goes on and is kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import TypeVar
@@ -103,6 +103,7 @@ _MATCH_LEVELS: Mapping[int, MatchLevel | None] = {
 }
 _EXPERIMENTAL_LEVELS = frozenset({MatchLevel.CANONICAL, MatchLevel.SEMANTIC})
 
+_AUTO = "auto"
 _NOT_A_KEY = "is not a key: pass one from an earlier answer, unchanged"
 
 _NO_KEY = CacheKey("", b"", b"", 0)
@@ -158,10 +159,11 @@ def read_get_image(message: pb.GetImageRequest, namespace: Namespace, call: Call
         InvalidRequestError: fields are out of their range.
         NotImplementedYetError: an experimental field is set.
     """
-    _refuse_experimental(message)
     what = _read_what(message, namespace, problems)
     if isinstance(what, CacheKey):
         _check_by_key(message, problems)
+    else:
+        what = _with_use(what, message.use, namespace, problems)
     asked = Asked(
         namespace=namespace,
         what=what,
@@ -172,11 +174,6 @@ def read_get_image(message: pb.GetImageRequest, namespace: Namespace, call: Call
     )
     problems.check()
     return asked
-
-
-def _refuse_experimental(message: pb.GetImageRequest) -> None:
-    if message.use or message.HasField("candidates"):
-        raise NotImplementedYetError("use and candidates are experimental and not served in this release.")
 
 
 def _read_what(message: pb.GetImageRequest, namespace: Namespace, problems: Problems) -> ImageRequest | CacheKey:
@@ -190,6 +187,18 @@ def _read_what(message: pb.GetImageRequest, namespace: Namespace, problems: Prob
             return _NO_KEY
 
 
+def _with_use(request: ImageRequest, use: str, namespace: Namespace, problems: Problems) -> ImageRequest:
+    """The request at the quality its use takes; a quality of its own is what the caller really wants."""
+    if not use:
+        return request
+    quality = namespace.quality_by_use.get(use)
+    if quality is None:
+        known = ", ".join(namespace.quality_by_use) or "none"
+        problems.add("use", f"is not one of this namespace's uses: {known}")
+        return request
+    return replace(request, quality=quality) if request.quality == _AUTO else request
+
+
 def _check_by_key(message: pb.GetImageRequest, problems: Problems) -> None:
     """A key names one stored picture: what makes or chooses pictures does not go with it."""
     if message.HasField("n") and message.n != 1:
@@ -198,6 +207,9 @@ def _check_by_key(message: pb.GetImageRequest, problems: Problems) -> None:
         problems.add("cache_policy", "a key never generates: ask with a spec")
     if message.variant_policy not in (pb.VARIANT_POLICY_UNSPECIFIED, pb.VARIANT_POLICY_FIRST):
         problems.add("variant_policy", "a key names one variant: ask with a spec")
+    for field in ("use", "candidates"):
+        if getattr(message, field):
+            problems.add(field, "a key names a picture that is made: ask with a spec")
 
 
 def _read_terms(message: pb.GetImageRequest, namespace: Namespace, call: Call, problems: Problems) -> Terms:
@@ -231,6 +243,7 @@ def _read_terms(message: pb.GetImageRequest, namespace: Namespace, call: Call, p
         request_id=_read_request_id(message.request_id, problems),
         tags=_read_tags(message.tags, "tags", problems),
         allow_degraded=message.allow_degraded,
+        candidates=_read_candidates(message, namespace, problems),
     )
 
 
@@ -239,6 +252,13 @@ def _read_n(message: pb.GetImageRequest, problems: Problems) -> int:
     if not 1 <= n <= MAX_IMAGES:
         problems.add("n", f"must be 1 to {MAX_IMAGES}")
     return n
+
+
+def _read_candidates(message: pb.GetImageRequest, namespace: Namespace, problems: Problems) -> int:
+    candidates = message.candidates if message.HasField("candidates") else 1
+    if not 1 <= candidates <= namespace.max_candidates:
+        problems.add("candidates", f"must be 1 to {namespace.max_candidates}")
+    return candidates
 
 
 def _read_inline_bytes(number: int, problems: Problems) -> int:
@@ -335,12 +355,12 @@ def read_spec(spec: pb.ImageSpec, path: str, namespace: Namespace, problems: Pro
     request = ImageRequest(
         prompt=spec.prompt,
         model=spec.model or namespace.default_model,
-        size=spec.size or "auto",
-        quality=spec.quality or "auto",
-        background=spec.background or "auto",
+        size=spec.size or _AUTO,
+        quality=spec.quality or _AUTO,
+        background=spec.background or _AUTO,
         output_format=spec.output_format or "png",
         output_compression=spec.output_compression if spec.HasField("output_compression") else 100,
-        moderation=spec.moderation or "auto",
+        moderation=spec.moderation or _AUTO,
         seed=spec.seed if spec.HasField("seed") else None,
         extra=_read_extra(spec.extra, f"{path}.extra", problems),
     )

@@ -78,6 +78,8 @@ def image_facts(entry: CachedImage) -> pb.Image:
         upstream_request_id=image.upstream_request_id,
         generation_time=duration(image.generation_s),
         paid_microusd=image.paid_microusd,
+        score=image.score,
+        won_against=image.won_against,
     )
     if image.usage is not None:
         facts.usage.CopyFrom(_usage(image.usage))
@@ -93,6 +95,7 @@ def status_of_image(served: Served) -> pb.CacheStatus:
         matched=_MATCH_LEVELS[served.matched],
         collapsed=served.collapsed,
         stale=served.stale,
+        degraded=served.degraded,
         expire_time=None if expire_time_s is None else timestamp(expire_time_s),
         cost_microusd=served.cost_microusd,
         saved_microusd=served.saved_microusd,
@@ -108,6 +111,7 @@ def status_of_answer(answer: Sequence[Served]) -> pb.CacheStatus:
         matched=_MATCH_LEVELS[max(served.matched for served in answer)],
         collapsed=any(served.collapsed for served in answer),
         stale=any(served.stale for served in answer),
+        degraded=any(served.degraded for served in answer),
         expire_time=timestamp(min(expire_times)) if expire_times else None,
         cost_microusd=sum(served.cost_microusd for served in answer),
         saved_microusd=sum(served.saved_microusd for served in answer),
@@ -116,6 +120,8 @@ def status_of_answer(answer: Sequence[Served]) -> pb.CacheStatus:
 
 def pending_status(pending: Pending) -> pb.CacheStatus:
     """The status of an answer that is on its way."""
+    if pending.in_review:
+        return pb.CacheStatus(state=pb.STATE_PENDING_REVIEW)
     return pb.CacheStatus(state=pb.STATE_PENDING, estimated_wait=duration(pending.estimated_wait_s))
 
 
@@ -197,6 +203,8 @@ def _stats_row(row: Row) -> pb.StatsRow:
         spent_microusd=row.spent_microusd,
         saved_microusd=row.saved_microusd,
         coalesced_microusd=row.coalesced_microusd,
+        unknown_microusd=row.unknown_microusd,
+        degraded=row.degraded,
     )
 
 

@@ -10,6 +10,7 @@ import ssl
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -49,6 +50,23 @@ class Listen:
     tls_key_file: Path | None = None
 
 
+class RpcService(Protocol):
+    """The rpcs of one service."""
+
+    @property
+    def name(self) -> str:
+        """Its full name, as "promptcache.admin.v1alpha1.AdminService"."""
+        ...
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """What a grpc.aio server needs to serve it."""
+        ...
+
+    async def idle(self) -> None:
+        """Return when every call that has begun is answered."""
+        ...
+
+
 class RpcServer:
     """Serves the rpcs, with health and reflection, which need no token."""
 
@@ -58,10 +76,13 @@ class RpcServer:
         *,
         listen: Listen,
         tiers: Iterable[TierName],
+        further: Iterable[RpcService] = (),
         max_receive_bytes: int = MAX_RECEIVE_BYTES,
     ) -> None:
-        """`tiers` are those that get a health name of their own, as "tier.redis"."""
-        self._service = service
+        """`tiers` get a health name of their own, as "tier.redis"; `further` services are served beside `service`."""
+        further = tuple(further)
+        self._services: tuple[PromptCacheService | RpcService, ...] = (service, *further)
+        self._names = (SERVICE_NAME, *(each.name for each in further))
         self._max_receive_bytes = max_receive_bytes
         self._listen = listen
         self._tiers = tuple(tiers)
@@ -80,11 +101,12 @@ class RpcServer:
         await asyncio.to_thread(_try_address, self._listen)
         received = ("grpc.max_receive_message_length", self._max_receive_bytes)
         server = grpc.aio.server(options=(*_OPTIONS, received))
-        server.add_generic_rpc_handlers((self._service.handler(),))
+        server.add_generic_rpc_handlers([service.handler() for service in self._services])
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        _add_reflection(server)
+        _add_reflection(server, self._names)
         self._bind(server, credentials)
-        await self._set_health(SERVICE_NAME, is_well=True)
+        for name in self._names:
+            await self._set_health(name, is_well=True)
         for tier in self._tiers:
             await self.set_tier_health(tier, is_well=True)
         await server.start()
@@ -106,7 +128,8 @@ class RpcServer:
         try:
             async with asyncio.timeout(timeout_s):
                 await asyncio.wait({stopping}, timeout=_WATCHERS_GRACE_S)
-                await self._service.idle()
+                for service in self._services:
+                    await service.idle()
         except TimeoutError:
             pass  # stop() has its own clock and ends what is left
         finally:
@@ -200,9 +223,9 @@ def _credentials(listen: Listen) -> grpc.ServerCredentials | None:
         ) from error
 
 
-def _add_reflection(server: grpc.aio.Server) -> None:
+def _add_reflection(server: grpc.aio.Server, services: Iterable[str]) -> None:
     """Reflection under both of its names: v1 has the messages of v1alpha, field by field."""
-    names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME, _REFLECTION_V1)
+    names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME, _REFLECTION_V1)
     servicer = reflection.aio.ReflectionServicer(names)
     method = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,

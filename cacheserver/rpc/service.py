@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Protocol
 
 import grpc
@@ -21,6 +22,8 @@ from cacheserver.errors import (
     NotCachedError,
     OffsetOutOfRangeError,
     PermissionDeniedError,
+    PiiFoundError,
+    PromptDeniedError,
 )
 from cacheserver.generation.images import BadImageError, ImageFacts
 from cacheserver.identity import differences, identify
@@ -40,6 +43,7 @@ from cacheserver.model import (
     VariantPolicy,
 )
 from cacheserver.pb import promptcache_pb2 as pb
+from cacheserver.precheck import PromptPolicy
 from cacheserver.rpc import headers, messages, replies, wire
 from cacheserver.rpc.auth import Authenticator
 from cacheserver.rpc.calls import Call, Calls, Parts
@@ -85,8 +89,10 @@ class PromptCacheService:
         inspect: Inspect,
         clock: Clock,
         limits: Limits,
+        policies: Mapping[str, PromptPolicy] = MappingProxyType({}),
     ) -> None:
-        """`default_model` is that of namespaces that have none of their own."""
+        """`default_model` is that of namespaces that have none of their own; `policies` are by namespace."""
+        self._policies = policies
         self._cache = cache
         self._namespaces = {
             namespace.name: replace(namespace, default_model=namespace.default_model or default_model)
@@ -131,7 +137,7 @@ class PromptCacheService:
     async def get_image(self, message: pb.GetImageRequest, call: Call) -> bytes:
         """Images from the fastest tier that has them; what is missing is generated."""
         with self._booked(call):
-            asked = self._asked(message, call)
+            asked = await self._screened(self._asked(message, call))
             self._check_delivery(asked)
             answer = await self._answer(asked, call)
             if isinstance(answer, Pending):
@@ -147,7 +153,7 @@ class PromptCacheService:
     async def stream_image(self, message: pb.StreamImageRequest, call: Call) -> AsyncGenerator[bytes, None]:
         """Progress while waiting, then each image as a header and chunks."""
         with self._booked(call):
-            asked = self._asked(message.request, call, prefix="request.")
+            asked = await self._screened(self._asked(message.request, call, prefix="request."))
             resume = messages.read_resume(message, asked.terms, Problems())
             waiting = asyncio.create_task(self._answer(asked, call), name="stream_image")
             try:
@@ -176,6 +182,30 @@ class PromptCacheService:
     def _asked(self, message: pb.GetImageRequest, call: Call, prefix: str = "") -> Asked:
         namespace = self._namespace(message.namespace, Permission.READ, call, prefix)
         return messages.read_get_image(message, namespace, call, Problems(prefix))
+
+    async def _screened(self, asked: Asked) -> Asked:
+        """The call with the prompt that its namespace lets pass. Raises PromptDeniedError or PiiFoundError."""
+        if isinstance(asked.what, CacheKey):
+            return asked
+        return replace(asked, what=await self._pass(asked.what, asked.namespace))
+
+    async def _pass(self, request: ImageRequest, namespace: Namespace) -> ImageRequest:
+        policy = self._policies.get(namespace.name)
+        if policy is None:
+            return request
+        try:
+            prompt = policy.screened(request.prompt)
+            if prompt is None:
+                prompt = await policy.screen(request.prompt)
+        except (PromptDeniedError, PiiFoundError) as error:
+            self._books.refused(namespace.name, error.reason)
+            raise
+        return replace(request, prompt=prompt)
+
+    def _redacted(self, request: ImageRequest, namespace: Namespace) -> ImageRequest:
+        """The request as it is keyed, for calls that look and never make: nothing is refused."""
+        policy = self._policies.get(namespace.name)
+        return request if policy is None else replace(request, prompt=policy.redacted(request.prompt))
 
     async def _answer(self, asked: Asked, call: Call) -> list[Served] | Pending:
         if isinstance(asked.what, CacheKey):
@@ -277,15 +307,17 @@ class PromptCacheService:
         problems.check()
         return keys
 
-    @staticmethod
-    def _key(what: ImageRequest | CacheKey, variant: int, namespace: Namespace) -> CacheKey:
-        return what if isinstance(what, CacheKey) else identify(what, namespace).key.with_variant(variant)
+    def _key(self, what: ImageRequest | CacheKey, variant: int, namespace: Namespace) -> CacheKey:
+        if isinstance(what, CacheKey):
+            return what
+        return identify(self._redacted(what, namespace), namespace).key.with_variant(variant)
 
     async def put_image(self, parts: Parts[pb.PutImageRequest], call: Call) -> bytes:
         """Store an image the caller already has."""
         message = await _first_header(parts)
         namespace = self._namespace(message.namespace, Permission.PUT, call, prefix="header.")
         header = messages.read_put_header(message, namespace, self._clock.now_s(), Problems("header."))
+        header = replace(header, request=await self._pass(header.request, namespace))
         image = await self._inspected(await _rest(parts, self._limits.max_image_bytes), header)
         entry, created = await self._cache.put(
             image,
@@ -335,7 +367,7 @@ class PromptCacheService:
             case _ if not message.everything:
                 problems.add("selector", "set key, spec, tag, or everything to true")
         problems.check()
-        identity = None if request is None else identify(request, namespace)
+        identity = None if request is None else identify(self._redacted(request, namespace), namespace)
         result = await self._cache.purge(namespace, key=key, identity=identity, tag=tag, dry_run=message.dry_run)
         counts = replies.tier_counts(result.per_tier)
         return pb.PurgeImagesResponse(images=result.images, tiers=counts).SerializeToString()
@@ -350,7 +382,7 @@ class PromptCacheService:
         paths = ["spec", "other"] if message.HasField("other") else ["spec"]
         requests = [messages.read_spec(getattr(message, path), path, namespace, problems) for path in paths]
         problems.check()
-        first, *others = [identify(request, namespace, level) for request in requests]
+        first, *others = [identify(self._redacted(request, namespace), namespace, level) for request in requests]
         response = pb.ExplainKeyResponse(explanation=replies.explanation(first))
         for other in others:
             response.other.CopyFrom(replies.explanation(other))

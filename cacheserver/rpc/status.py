@@ -7,6 +7,7 @@ else means do not. The reason says what happened, in a google.rpc.ErrorInfo of d
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import grpc
 from google.protobuf.any_pb2 import Any
@@ -17,6 +18,7 @@ from google.rpc.status_pb2 import Status
 
 from cacheserver.errors import (
     CacheServerError,
+    CannotAffordError,
     InvalidRequestError,
     TierUnreachableError,
     UpstreamInvalidError,
@@ -32,6 +34,8 @@ CODES: dict[str, grpc.StatusCode] = {
     "PERMISSION_DENIED": grpc.StatusCode.PERMISSION_DENIED,
     "NOT_CACHED": grpc.StatusCode.NOT_FOUND,
     "KEY_GONE": grpc.StatusCode.NOT_FOUND,
+    "REVIEW_GONE": grpc.StatusCode.NOT_FOUND,
+    "UPSTREAM_UNKNOWN": grpc.StatusCode.NOT_FOUND,
     "OFFSET_OUT_OF_RANGE": grpc.StatusCode.OUT_OF_RANGE,
     "REQUEST_ID_RUNNING": grpc.StatusCode.ABORTED,
     "DEADLINE_TOO_SHORT": grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -54,6 +58,7 @@ CODES: dict[str, grpc.StatusCode] = {
     "UPSTREAM_DOWN": grpc.StatusCode.UNAVAILABLE,
     "UPSTREAM_BAD_IMAGE": grpc.StatusCode.UNAVAILABLE,
     "CACHE_UNKNOWN": grpc.StatusCode.UNAVAILABLE,
+    "LEDGER_UNAVAILABLE": grpc.StatusCode.UNAVAILABLE,
     "TIER_UNKNOWN": grpc.StatusCode.UNAVAILABLE,
     "TIER_UNREACHABLE": grpc.StatusCode.UNAVAILABLE,
     "OVERLOADED": grpc.StatusCode.UNAVAILABLE,
@@ -102,21 +107,33 @@ def status_of(error: Exception, *, request_id: str) -> RpcStatus:
 
 def _details(error: CacheServerError, code: grpc.StatusCode, message: str, request_id: str) -> list[Message]:
     """ErrorInfo, and the detail that fits the code."""
-    metadata = {"request_id": request_id}
-    if isinstance(error, TierUnreachableError):
-        metadata["tiers"] = ",".join(error.tiers)
-    details: list[Message] = [ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)]
+    info = ErrorInfo(reason=error.reason, domain=DOMAIN, metadata={"request_id": request_id, **_facts(error)})
+    details: list[Message] = [info]
     if violations := _violations(error):
         details.append(_bad_request(violations))
     elif code is grpc.StatusCode.FAILED_PRECONDITION:
         failure = PreconditionFailure.Violation(type=error.reason, description=message)
         details.append(PreconditionFailure(violations=[failure]))
     elif code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        quota = QuotaFailure.Violation(subject=error.reason, description=message)
+        subject = error.budget if isinstance(error, CannotAffordError) else error.reason
+        quota = QuotaFailure.Violation(subject=subject, description=message)
         details.append(QuotaFailure(violations=[quota]))
     elif code is grpc.StatusCode.UNAVAILABLE:
         details.append(RetryInfo(retry_delay=_duration(_retry_after_s(error))))
     return details
+
+
+def _facts(error: CacheServerError) -> dict[str, str]:
+    """What programs may want to know of an error beside its reason."""
+    facts = {}
+    if isinstance(error, TierUnreachableError):
+        facts["tiers"] = ",".join(error.tiers)
+    if isinstance(error, CannotAffordError):
+        facts["budget"] = error.budget
+        facts["reset_time"] = datetime.fromtimestamp(error.reset_time_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    if getattr(error, "cached", False):
+        facts["cached"] = "true"
+    return facts
 
 
 def _violations(error: CacheServerError) -> dict[str, str]:

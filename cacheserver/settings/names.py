@@ -9,9 +9,16 @@ from collections.abc import Iterator, Sequence
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from cacheserver.settings.schema import ENV_PREFIX, CallerSettings, NamespaceSettings, Settings, UpstreamSettings
+from cacheserver.settings.schema import (
+    ENV_PREFIX,
+    CallerSettings,
+    LimitGroupSettings,
+    NamespaceSettings,
+    Settings,
+    UpstreamSettings,
+)
 
-WHOLE_TABLES = ("upstreams", "callers", "namespaces")
+WHOLE_TABLES = ("upstreams", "limit_groups", "callers", "namespaces")
 """Tables that repeat. In the environment they are set as a whole, as JSON."""
 
 NOT_SETTINGS = frozenset({"CACHESERVER_CONFIG", "CACHESERVER_ADDRESS", "CACHESERVER_TOKEN", "CACHESERVER_CA_FILE"})
@@ -22,6 +29,7 @@ _LISTED, _NAMED = "[].", ".NAME."
 _REPEATED: dict[str, tuple[str, type[BaseModel]]] = {
     "upstreams": (_LISTED, UpstreamSettings),
     "callers": (_LISTED, CallerSettings),
+    "limit_groups": (_NAMED, LimitGroupSettings),
     "namespaces": (_NAMED, NamespaceSettings),
 }
 
@@ -54,7 +62,7 @@ def environment_name(setting: str) -> str:
 
 def general_name(path: str) -> str:
     """The name that `setting_names` has for the setting at `path`: `upstreams[].name` for `upstreams[0].name`."""
-    return re.sub(r"\Anamespaces\.[^.]+", "namespaces.NAME", re.sub(r"\[\d+\]", "[]", path))
+    return re.sub(r"\A(namespaces|limit_groups)\.[^.]+", r"\1.NAME", re.sub(r"\[\d+\]", "[]", path))
 
 
 def nearest_setting(path: str) -> str:

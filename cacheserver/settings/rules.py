@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 
 from cacheserver.errors import ConfigError
-from cacheserver.model import TierName
+from cacheserver.identity import QUALITIES
+from cacheserver.model import PARTITION_PATTERN, REVIEW_PREFIX, TierName
 from cacheserver.settings.schema import PAINTER, STORING_TIERS, Settings, is_loopback
 
 
@@ -53,15 +54,54 @@ def _painter_is_harmless(settings: Settings) -> None:
             )
 
 
-def _models_are_served_once(settings: Settings) -> None:
-    served: dict[str, str] = {}
-    for index, upstream in enumerate(settings.upstreams):
-        for model in upstream.models:
-            if model in served:
+def _upstreams_are_distinct(settings: Settings) -> None:
+    names = [each.name for each in settings.upstreams]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise ConfigError(f"upstreams[{index}].name: another upstream is called {name}; give each its own name")
+
+
+def _limit_groups_are_used(settings: Settings) -> None:
+    used = sorted({each.group for each in settings.upstreams})
+    for name in settings.limit_groups:
+        if name not in used:
+            raise ConfigError(
+                f"limit_groups.{name}: no upstream is in this group (there {_are(used)}); "
+                "set the upstream's limit_group, or rename the table"
+            )
+
+
+def _partitions_leave_room_for_review(settings: Settings) -> None:
+    for name, each in settings.namespaces.items():
+        if each.partition.startswith(REVIEW_PREFIX):
+            raise ConfigError(
+                f"namespaces.{name}.partition: may not begin with {REVIEW_PREFIX}, where reviews wait; rename it"
+            )
+        if each.min_score is not None and not PARTITION_PATTERN.fullmatch(REVIEW_PREFIX + each.partition):
+            raise ConfigError(
+                f"namespaces.{name}.min_score: needs a partition of at most {63 - len(REVIEW_PREFIX)} characters; "
+                "shorten it"
+            )
+
+
+def _ladder_can_be_walked(settings: Settings) -> None:
+    for index, rung in enumerate(settings.generation.ladder):
+        model, _, quality = rung.rpartition(":")
+        if quality not in QUALITIES or (model and model not in settings.model_names):
+            raise ConfigError(
+                f"generation.ladder[{index}]: {rung} should be a quality, or model:quality of a model that is served "
+                f"(there {_are(settings.model_names)})"
+            )
+
+
+def _uses_have_qualities(settings: Settings) -> None:
+    for name, each in settings.namespace_settings.items():
+        for use, quality in each.quality_by_use.items():
+            if quality not in QUALITIES:
                 raise ConfigError(
-                    f"upstreams[{index}].models: {model} is served by upstream {served[model]} already; name it in one"
+                    f"namespaces.{name}.quality_by_use.{use}: {quality} is no quality; "
+                    f"take one of {', '.join(QUALITIES)}"
                 )
-            served[model] = upstream.name
 
 
 def _default_models_are_served(settings: Settings) -> None:
@@ -138,8 +178,12 @@ _RULES = (
     _tiers_are_in_order,
     _tiers_can_be_had,
     _painter_is_harmless,
-    _models_are_served_once,
+    _upstreams_are_distinct,
+    _limit_groups_are_used,
     _default_models_are_served,
+    _partitions_leave_room_for_review,
+    _ladder_can_be_walked,
+    _uses_have_qualities,
     _tls_files_are_there,
 )
 

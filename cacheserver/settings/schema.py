@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
@@ -12,7 +14,19 @@ from pydantic import model_validator as check
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from cacheserver.identity import PROFILES, compile_catalog_patterns
-from cacheserver.model import MAX_VARIANT, PARTITION_PATTERN, Caller, Namespace, Permission, Priority, TierName
+from cacheserver.model import (
+    MAX_VARIANT,
+    PARTITION_PATTERN,
+    Budget,
+    BudgetPeriod,
+    BudgetScope,
+    Caller,
+    GroupLimits,
+    Namespace,
+    Permission,
+    Priority,
+    TierName,
+)
 
 ENV_PREFIX = "CACHESERVER_"
 DEFAULT_NAMESPACE = "default"
@@ -80,7 +94,11 @@ Bytes = Annotated[int, Field(gt=0)]
 Name = Annotated[str, AfterValidator(_partition_name)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 StoringTier = Annotated[TierName, BeforeValidator(_storing_tier)]
+Count = Annotated[int, Field(gt=0)]
+Microusd = Annotated[int, Field(ge=0)]
+Use = Annotated[str, Field(pattern="^[a-z0-9_-]{1,32}$")]
 PriorityName = Literal["warm_up", "batch", "standard", "interactive"]
+PolicyName = Literal["cheapest", "least_latency", "weighted", "priority"]
 
 
 class _Section(BaseModel):
@@ -202,10 +220,115 @@ class GenerationSettings(_Section):
         ge=0,
         description="Most micro-dollars an hour that such misses may cost; beyond, they are refused.",
     )
-    max_concurrent: int = Field(default=16, ge=1, description="Generations at a time.")
-    queue_max: int = Field(default=2_000, ge=0, description="Generations that may wait; more are refused.")
+    policy: PolicyName = Field(
+        default="cheapest",
+        description=(
+            "cheapest, least_latency, weighted or priority: which upstream makes an image, of those that can. "
+            "cheapest: the cheapest that is in time. priority: the lowest rank that has room."
+        ),
+    )
+    queue_max: int = Field(
+        default=2_000, ge=1, description="Generations that may wait; beyond, the least urgent is refused."
+    )
+    queue_max_bytes: Bytes = Field(
+        default=64 * _MIB, description="Bytes that the requests of waiting generations may take."
+    )
+    interactive_share: float = Field(
+        default=0.1,
+        ge=0,
+        le=0.9,
+        description="Share of each limit group's concurrent calls kept for interactive requests.",
+    )
+    retry_share: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Retries of failed calls, as a share of all calls; beyond, failures are final.",
+    )
+    refusal_ttl_s: Seconds = Field(
+        default=600.0, description="Seconds an upstream's refusal of a prompt or parameter is remembered."
+    )
+    ladder: tuple[str, ...] = Field(
+        default=("high", "medium", "low"),
+        description=(
+            "Qualities, dearest first, to fall back to where a budget or max_wait does not allow the one asked for "
+            'and the caller accepts less; "model:quality" is a rung of another model.'
+        ),
+    )
+    hedge_after_p99: float | None = Field(
+        default=None,
+        ge=1,
+        description="Start a call once more elsewhere when it takes so many times the p99. Unset: never.",
+    )
+    max_candidates: int = Field(default=4, ge=1, le=10, description="Most candidates a request may ask for.")
+    scorer_url: HttpUrl | None = Field(
+        default=None,
+        description="Your own model that scores candidates. Unset: a built-in look at sharpness and light.",
+    )
+    off_peak_hours: tuple[int, int] = Field(
+        default=(22, 6), description="First and last hour, in UTC, between which degraded images are made anew."
+    )
     max_image_pixels: int = Field(default=40_000_000, gt=0, description="Largest image believed, width times height.")
     max_image_bytes: Bytes = Field(default=64 * _MIB, description="Largest image taken from an upstream, in bytes.")
+
+
+class BudgetSettings(_Section):
+    """What may be spent in all; namespaces and callers have budgets of their own."""
+
+    per_day_microusd: Microusd | None = Field(
+        default=None, description="Most micro-dollars a day, in UTC. Unset: no limit."
+    )
+    per_month_microusd: Microusd | None = Field(
+        default=None, description="Most micro-dollars a month, in UTC. Unset: no limit."
+    )
+    degrade_at: float = Field(
+        default=0.9, gt=0, le=1, description="Share of a budget from which callers that accept less get less."
+    )
+    redis_lost: Literal["share", "refuse"] = Field(
+        default="share",
+        description="share or refuse: while Redis is silent, spend a fair share of what is left, or nothing.",
+    )
+
+
+class ModerationSettings(_Section):
+    """An endpoint in the shape of OpenAI's moderations, asked for namespaces that want it."""
+
+    base_url: HttpUrl = Field(default="https://api.openai.com/v1", description="Where the API is, with the version.")
+    api_key_env: str = Field(default="OPENAI_API_KEY", description="Environment variable that holds its key.")
+    model: str = Field(default="omni-moderation-latest", description="The model asked.")
+    timeout_s: Seconds = Field(default=3.0, description="Seconds an answer may take.")
+    when_down: Literal["allow", "refuse"] = Field(
+        default="refuse", description="allow or refuse: what to do about prompts while it does not answer."
+    )
+
+    def key(self) -> str:
+        """The key to send; empty if there is none."""
+        return os.environ.get(self.api_key_env, "")
+
+
+class LimitGroupSettings(_Section):
+    """What the upstreams of one limit group may be asked for together."""
+
+    images_per_minute: Count | None = Field(default=None, description="Images a minute. Unset: learned from refusals.")
+    requests_per_minute: Count | None = Field(default=None, description="Calls a minute. Unset: no limit.")
+    tokens_per_minute: Count | None = Field(default=None, description="Tokens a minute. Unset: no limit.")
+    images_per_day: Count | None = Field(default=None, description="Images a day. Unset: no limit.")
+    requests_per_day: Count | None = Field(default=None, description="Calls a day. Unset: no limit.")
+    tokens_per_day: Count | None = Field(default=None, description="Tokens a day. Unset: no limit.")
+    concurrent: Count = Field(default=100, description="Calls at a time.")
+    burst_s: float = Field(
+        default=1.0, ge=0, le=60, description="Seconds of unused time that may be caught up on at once."
+    )
+    headroom: float = Field(
+        default=0.02, ge=0, le=0.5, description="Share of each limit left unused, so that jitter causes no refusals."
+    )
+
+
+class PriceStep(_Section):
+    """A price factor that holds from so much spent in a month on."""
+
+    from_microusd: int = Field(ge=0, description="Micro-dollars paid to the upstream this month from which it holds.")
+    factor: float = Field(ge=0, allow_inf_nan=False, description="What the list price is multiplied by.")
 
 
 class UpstreamSettings(_Section):
@@ -239,6 +362,39 @@ class UpstreamSettings(_Section):
         default=600.0, description="Seconds a generation may take; large images take minutes."
     )
     max_n: int = Field(default=10, ge=1, le=10, description="Images asked for in one call.")
+    limit_group: Name | None = Field(
+        default=None, description="What shares its rate limits, as all keys of an organisation do. Unset: its own name."
+    )
+    price_factor: float = Field(
+        default=1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="What the list price is multiplied by: 0.6 for a relay at 40 % off.",
+    )
+    price_steps: tuple[PriceStep, ...] = Field(
+        default=(),
+        description=(
+            "Further factors from so much spent in a month on: { from_microusd = 1_000_000_000, factor = 0.95 }."
+        ),
+    )
+    max_cost_microusd: int | None = Field(
+        default=None,
+        gt=0,
+        description="The most one image can cost. Unset: from the price list, if that has the model.",
+    )
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="Its share under the policy weighted.")
+    percent: float | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="Exactly this share of its models' images goes to it. Unset: by the policy.",
+    )
+    rank: int = Field(default=0, ge=0, description="Under the policy priority: lower ranks are used first.")
+
+    @property
+    def group(self) -> str:
+        """The limit group it belongs to."""
+        return self.limit_group or self.name
 
     @check(mode="after")
     def _one_key(self) -> Self:
@@ -269,6 +425,12 @@ class CallerSettings(_Section):
     )
     max_priority: PriorityName = Field(
         default="interactive", description="warm_up, batch, standard or interactive: the highest it may ask for."
+    )
+    per_day_microusd: Microusd | None = Field(
+        default=None, description="Most micro-dollars a day that it may spend. Unset: no limit of its own."
+    )
+    per_month_microusd: Microusd | None = Field(
+        default=None, description="Most micro-dollars a month that it may spend. Unset: no limit of its own."
     )
 
     @check(mode="after")
@@ -301,6 +463,37 @@ class NamespaceSettings(_Section):
     ttl_s: Seconds | None = Field(default=None, description="Seconds an image may be served. Unset: for ever.")
     max_ttl_s: Seconds | None = Field(
         default=None, description="Longest ttl a caller may ask for, in seconds. Unset: any."
+    )
+    per_day_microusd: Microusd | None = Field(
+        default=None, description="Most micro-dollars a day spent for it. Unset: no limit of its own."
+    )
+    per_month_microusd: Microusd | None = Field(
+        default=None, description="Most micro-dollars a month spent for it. Unset: no limit of its own."
+    )
+    quality_by_use: dict[Use, str] = Field(
+        default={},
+        description=(
+            "The quality of requests that say what they are for and name none: "
+            '{ thumbnail = "low", list = "medium", detail = "high" }.'
+        ),
+    )
+    deny_file: Path | None = Field(
+        default=None,
+        description="File of words, phrases and /patterns/, one a line, whose prompts are refused. Unset: none are.",
+    )
+    pii: Literal["allow", "refuse", "redact"] = Field(
+        default="allow",
+        description="allow, refuse or redact: e-mail addresses, phone, card and identity numbers in prompts.",
+    )
+    moderation: bool = Field(default=False, description="Ask the endpoint of [moderation] about each new prompt.")
+    min_score: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Best candidates below this score, 0 to 1, wait for review. Unset: none do.",
+    )
+    remake_degraded: bool = Field(
+        default=False, description="Make degraded images anew, as they were asked for, in generation.off_peak_hours."
     )
 
     @check(mode="after")
@@ -351,7 +544,10 @@ class Settings(BaseSettings):
     s3: S3Settings = S3Settings()
     disk: DiskSettings = DiskSettings()
     generation: GenerationSettings = GenerationSettings()
+    budget: BudgetSettings = BudgetSettings()
+    moderation: ModerationSettings = ModerationSettings()
     upstreams: tuple[UpstreamSettings, ...] = ()
+    limit_groups: dict[Name, LimitGroupSettings] = Field(default_factory=dict)
     callers: tuple[CallerSettings, ...] = ()
     namespace_settings: dict[Name, NamespaceSettings] = Field(default_factory=dict, alias="namespaces")
     log: LogSettings = LogSettings()
@@ -383,8 +579,32 @@ class Settings(BaseSettings):
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """Every model that an upstream makes images with."""
-        return tuple(model for upstream in self.upstreams for model in upstream.models)
+        """Every model that an upstream makes images with, each once."""
+        return tuple(dict.fromkeys(model for upstream in self.upstreams for model in upstream.models))
+
+    @property
+    def group_limits(self) -> dict[str, GroupLimits]:
+        """The limits of every limit group that an upstream is in."""
+        names = dict.fromkeys(upstream.group for upstream in self.upstreams)
+        written = {name: self.limit_groups.get(name, LimitGroupSettings()) for name in names}
+        return {name: GroupLimits(**each.model_dump()) for name, each in written.items()}
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """Every budget there is."""
+        named: list[tuple[BudgetScope, str, BudgetSettings | NamespaceSettings | CallerSettings]]
+        named = [(BudgetScope.GLOBAL, "", self.budget)]
+        named += [(BudgetScope.NAMESPACE, name, each) for name, each in self.namespace_settings.items()]
+        named += [(BudgetScope.CALLER, each.name, each) for each in self.callers]
+        return tuple(
+            Budget(scope, subject, period, limit)
+            for scope, subject, written in named
+            for period, limit in (
+                (BudgetPeriod.DAY, written.per_day_microusd),
+                (BudgetPeriod.MONTH, written.per_month_microusd),
+            )
+            if limit is not None
+        )
 
     @property
     def model(self) -> str:
@@ -395,7 +615,7 @@ class Settings(BaseSettings):
     def namespaces(self) -> dict[str, Namespace]:
         """The namespaces by name; "default" is always among them."""
         written = {DEFAULT_NAMESPACE: NamespaceSettings()} | self.namespace_settings
-        return {name: _namespace(name, each, self.model) for name, each in written.items()}
+        return {name: _namespace(name, each, self) for name, each in written.items()}
 
     @property
     def caller_tokens(self) -> list[tuple[bytes, Caller]]:
@@ -428,17 +648,21 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _namespace(name: str, written: NamespaceSettings, model: str) -> Namespace:
+def _namespace(name: str, written: NamespaceSettings, settings: Settings) -> Namespace:
     return Namespace(
         name=name,
         partition=written.partition or name,
         profile=written.profile,
         catalog_patterns=written.catalog_patterns,
-        default_model=written.default_model or model,
+        default_model=written.default_model or settings.model,
         default_priority=Priority[written.default_priority.upper()],
         max_variants=written.max_variants,
         ttl_s=written.ttl_s,
         max_ttl_s=written.max_ttl_s,
+        quality_by_use=MappingProxyType(written.quality_by_use),
+        max_candidates=settings.generation.max_candidates,
+        min_score=written.min_score,
+        remake_degraded=written.remake_degraded,
     )
 
 

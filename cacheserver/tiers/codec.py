@@ -181,6 +181,8 @@ def pack_metadata(entry: CachedImage) -> bytes:
         "upstream_request_id": image.upstream_request_id,
         "generation_s": image.generation_s,
         "paid_microusd": image.paid_microusd,
+        "score": image.score,
+        "won_against": image.won_against,
     }
     text = json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # A provider's JSON may hold half a surrogate pair; such a revised prompt must not cost us the picture.
@@ -225,6 +227,7 @@ def _entry(fields: dict[str, JsonValue]) -> CachedImage:
 
 def _image(fields: dict[str, JsonValue]) -> GeneratedImage:
     seed, usage = fields["seed"], fields["usage"]
+    score = fields.get("score")  # entries from before there were scores have none
     return GeneratedImage(
         data=b"",
         content_type=_text(fields["content_type"]),
@@ -242,6 +245,8 @@ def _image(fields: dict[str, JsonValue]) -> GeneratedImage:
         upstream_request_id=_text(fields["upstream_request_id"]),
         generation_s=_seconds(fields["generation_s"]),
         paid_microusd=_whole(fields["paid_microusd"], 0, _MAX_INT64),
+        score=None if score is None else _within(score, 1.0),
+        won_against=_whole(fields.get("won_against", 0), 0, _MAX_INT32),
     )
 
 
@@ -278,8 +283,12 @@ def _whole(value: JsonValue, lowest: int, highest: int) -> int:
 
 
 def _seconds(value: JsonValue) -> float:
+    return _within(value, _MAX_SECONDS)
+
+
+def _within(value: JsonValue, highest: float) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError("not a number")
-    if not 0 <= value <= _MAX_SECONDS:  # also false for what is not a number
-        raise ValueError("a time out of its range")
+    if not 0 <= value <= highest:  # also false for what is not a number
+        raise ValueError("a number out of its range")
     return float(value)

@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from enum import StrEnum
 from typing import TypeVar
 
@@ -24,20 +25,19 @@ from cacheserver.errors import (
     UpstreamError,
     UpstreamNotEntitledError,
 )
-from cacheserver.generation.images import BadImageError, inspect_in_thread
+from cacheserver.generation.images import BadImageError, asked_size, inspect_in_thread
 from cacheserver.generation.prices import PriceTable, split, token_count
 from cacheserver.generation.providers.download import ImageDownloads, is_public, read_at_most
 from cacheserver.generation.providers.openai_errors import error_of, request_id
-from cacheserver.generation.providers.rate_limits import RateLimits
+from cacheserver.generation.providers.rate_limits import read_limits
 from cacheserver.interfaces import Clock
-from cacheserver.model import GeneratedImage, ImageRequest, JsonValue, Usage
+from cacheserver.model import GeneratedImage, ImageRequest, JsonValue, RateLimits, Usage
 
 _T = TypeVar("_T")
 
 _log = structlog.get_logger(__name__)
 
 _AUTO = "auto"
-_MAX_PARALLEL_CALLS = 4
 _MAX_ERROR_BYTES = 64 * 1024
 _MAX_LIST_BYTES = 4 * 1024 * 1024
 _MAX_REVISED_PROMPT = 32_000
@@ -114,10 +114,30 @@ class _Reply:
     facts: Mapping[str, JsonValue]
 
 
+@dataclass(slots=True)
+class _Bill:
+    """What a call that was answered has to be paid by; `reply` is None while, or where, it cannot be read."""
+
+    request: ImageRequest
+    answer: _Answer
+    price_factor: Decimal
+    reply: _Reply | None = None
+
+    @property
+    def resolved(self) -> tuple[str, str, str]:
+        """Size, quality and background as the provider took them; as asked where it does not say."""
+        facts = self.reply.facts if self.reply is not None else {}
+        size, quality, background = (
+            _word(facts.get(name), getattr(self.request, name)) for name in ("size", "quality", "background")
+        )
+        return size, quality, background
+
+
 class OpenAIUpstream:
     """An Upstream that speaks OpenAI's images API over HTTP.
 
-    A call is made once. Only a connection that failed, so that nothing was sent, is tried a second time.
+    A call is made once: whoever asks decides about another. Only a connection that failed, so that nothing was
+    sent, is tried a second time.
     """
 
     def __init__(self, endpoint: Endpoint, *, prices: PriceTable, clock: Clock) -> None:
@@ -169,20 +189,36 @@ class OpenAIUpstream:
         """The rate limits the provider told of last; None if it never did."""
         return self._limits
 
-    async def generate(self, request: ImageRequest, variants: Sequence[int]) -> list[GeneratedImage]:
-        """Make one picture for each of `variants`; fewer if a call or a picture failed and others did not."""
-        sizes = [
-            min(self._endpoint.max_n, len(variants) - done) for done in range(0, len(variants), self._endpoint.max_n)
-        ]
-        parallel = asyncio.Semaphore(_MAX_PARALLEL_CALLS)
-
-        async def call(n: int) -> list[GeneratedImage]:
-            async with parallel:
-                return await self._call(request, n)
-
-        # A failed call must not cancel its sisters: they are being paid for.
-        outcomes = await asyncio.gather(*(call(n) for n in sizes), return_exceptions=True)
-        return [image for images in _succeeded(self._name, outcomes) for image in images]
+    async def generate(
+        self, request: ImageRequest, variants: Sequence[int], *, price_factor: Decimal = Decimal(1)
+    ) -> list[GeneratedImage]:
+        """Make one picture for each of `variants` in one call, `max_n` at most; fewer if some came damaged."""
+        started_s = self._clock.monotonic_s()
+        deadline_s = asyncio.get_running_loop().time() + self._endpoint.timeout_s
+        n = min(len(variants), self._endpoint.max_n)
+        answer = await self._exchange(
+            "POST",
+            self._url("images/generations", request.model),
+            json.dumps(self._body(request, n)).encode("ascii"),
+            timeout_s=self._endpoint.timeout_s,
+            max_bytes=_REPLY_OVERHEAD_BYTES + int(n * self._endpoint.max_image_bytes * _BASE64_GROWTH),
+        )
+        bill = _Bill(request, answer, price_factor)
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                bill.reply = reply = await asyncio.to_thread(_read_reply, answer.body)
+                outcomes = await asyncio.gather(
+                    *(self._picture(item, request, private=answer.private) for item in reply.items[:n]),
+                    return_exceptions=True,
+                )
+            images = _succeeded(self._name, outcomes)
+        except TimeoutError:
+            text = f"{self._name}: no picture within {self._endpoint.timeout_s:.0f} s"
+            raise UpstreamDownError(text, cost_microusd=self._cost_microusd(bill)) from None
+        except UpstreamError as error:
+            error.cost_microusd, error.upstream_request_id = self._cost_microusd(bill), answer.request_id
+            raise
+        return self._with_costs(bill, images, seconds=self._clock.monotonic_s() - started_s)
 
     async def check(self) -> None:
         """Return if the provider lists its models for our key; raise UpstreamError if not."""
@@ -192,33 +228,6 @@ class OpenAIUpstream:
         """Let go of connections."""
         await self._client.aclose()
         await self._downloads.aclose()
-
-    async def _call(self, request: ImageRequest, n: int) -> list[GeneratedImage]:
-        """One call for `n` pictures: ask, read, decode, divide what it cost."""
-        started_s = self._clock.monotonic_s()
-        deadline_s = asyncio.get_running_loop().time() + self._endpoint.timeout_s
-        answer = await self._exchange(
-            "POST",
-            self._url("images/generations", request.model),
-            json.dumps(self._body(request, n)).encode("ascii"),
-            timeout_s=self._endpoint.timeout_s,
-            max_bytes=_REPLY_OVERHEAD_BYTES + int(n * self._endpoint.max_image_bytes * _BASE64_GROWTH),
-        )
-        try:
-            async with asyncio.timeout_at(deadline_s):
-                reply = await asyncio.to_thread(_read_reply, answer.body)
-                items = reply.items[:n]
-                outcomes = await asyncio.gather(
-                    *(self._picture(item, request, private=answer.private) for item in items), return_exceptions=True
-                )
-        except TimeoutError:
-            raise UpstreamDownError(f"{self._name}: no picture within {self._endpoint.timeout_s:.0f} s") from None
-        seconds = self._clock.monotonic_s() - started_s
-        images = [
-            replace(image, upstream_request_id=answer.request_id, generation_s=seconds)
-            for image in _succeeded(self._name, outcomes)
-        ]
-        return self._with_costs(request, reply, images)
 
     async def _exchange(
         self, method: str, url: httpx.URL, content: bytes | None, *, timeout_s: float, max_bytes: int
@@ -233,12 +242,13 @@ class OpenAIUpstream:
                 finally:
                     await response.aclose()
         except TimeoutError:
-            raise UpstreamDownError(f"{self._name}: no answer within {timeout_s:.0f} s") from None
+            raise UpstreamDownError(f"{self._name}: no answer within {timeout_s:.0f} s", cost_microusd=None) from None
         except (httpx.ConnectError, httpx.ConnectTimeout) as exc:
             raise UpstreamDownError(f"{self._name}: cannot connect to {url.host}: check base_url") from exc
         except httpx.RequestError as exc:
             # Not chained: a protocol error quotes what it read, which may be the prompt.
-            raise UpstreamDownError(f"{self._name}: the connection failed ({type(exc).__name__})") from None
+            text = f"{self._name}: the connection failed ({type(exc).__name__})"
+            raise UpstreamDownError(text, cost_microusd=None) from None
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
         try:
@@ -247,14 +257,15 @@ class OpenAIUpstream:
             return await self._client.send(request, stream=True)
 
     async def _read(self, response: httpx.Response, max_bytes: int) -> _Answer:
-        self._limits = RateLimits.read(response.headers) or self._limits
+        self._limits = read_limits(response.headers) or self._limits
         private = _is_private(response)
         if response.status_code != httpx.codes.OK:
             body = await read_at_most(response, _MAX_ERROR_BYTES) or b""
             raise error_of(self._name, response.status_code, response.headers, body, now_s=self._clock.now_s())
         body = await read_at_most(response, max_bytes) or b""
         if not body:
-            raise UpstreamBadImageError(f"{self._name}: its answer is empty or has more than {max_bytes} bytes")
+            text = f"{self._name}: its answer is empty or has more than {max_bytes} bytes"
+            raise UpstreamBadImageError(text, cost_microusd=None)
         return _Answer(body, request_id(response.headers), private)
 
     def _headers(self) -> dict[str, str]:
@@ -308,6 +319,8 @@ class OpenAIUpstream:
                 max_pixels=self._endpoint.max_pixels,
                 max_bytes=self._endpoint.max_image_bytes,
                 expect_format=request.output_format,
+                expect_size=asked_size(request.size),
+                allow_blank=False,
             )
         except BadImageError as exc:
             raise UpstreamBadImageError(f"{self._name}: {exc}") from None
@@ -326,25 +339,37 @@ class OpenAIUpstream:
             upstream=self._name,
         )
 
-    def _with_costs(self, request: ImageRequest, reply: _Reply, images: list[GeneratedImage]) -> list[GeneratedImage]:
-        """The pictures with what the reply says of all of them: resolved parameters, usage and cost divided.
+    def _cost_microusd(self, bill: _Bill) -> int | None:
+        """What the call cost by its answer; None where the answer cannot be read, and so nobody knows."""
+        if bill.reply is None:
+            return None
+        size, quality, _ = bill.resolved
+        reply = bill.reply
+        return self._prices.cost_microusd(
+            bill.request.model, size, quality, reply.usage, len(reply.items), bill.price_factor
+        )
+
+    def _with_costs(self, bill: _Bill, images: Sequence[GeneratedImage], *, seconds: float) -> list[GeneratedImage]:
+        """The pictures with what is known of all of them: time, resolved parameters, usage and cost divided.
 
         The whole call is divided among the pictures that arrived intact: their sum is what was paid.
         """
-        first = images[0]
-        size, quality, background = (
-            _word(reply.facts.get(field), getattr(first, field)) for field in ("size", "quality", "background")
-        )
-        paid = self._prices.cost_microusd(request.model, size, quality, reply.usage, len(reply.items))
+        reply = bill.reply
+        if reply is None:
+            raise AssertionError("pictures come out of a reply")
+        size, quality, background = bill.resolved
+        paid = self._cost_microusd(bill) or 0
         return [
             replace(
                 image,
-                model=_word(reply.facts.get("model"), request.model),
-                size=size,
+                model=_word(reply.facts.get("model"), bill.request.model),
+                size=size if size != _AUTO else image.size,
                 quality=quality,
                 background=background,
-                seed=request.seed if len(reply.items) == 1 else None,
+                seed=bill.request.seed if len(reply.items) == 1 else None,
                 usage=usage,
+                upstream_request_id=bill.answer.request_id,
+                generation_s=seconds,
                 paid_microusd=share,
             )
             for image, share, usage in zip(

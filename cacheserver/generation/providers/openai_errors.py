@@ -44,6 +44,9 @@ _NO_MONEY = frozenset(
 _LIMITED = frozenset({"rate_limit_exceeded", "slow_down"})
 _NOT_ENTITLED = frozenset({"invalid_api_key", "model_not_found"})
 
+_NOBODY_KNOWS = frozenset({408, 502, 504})
+"""Statuses of a front that gave up on what lies behind it: the call may have been made, and billed."""
+
 _NAME = re.compile(r"[A-Za-z0-9_.\-\[\]]{1,64}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
 
@@ -55,7 +58,13 @@ def request_id(headers: Mapping[str, str]) -> str:
 
 
 def error_of(upstream: str, status: int, headers: Mapping[str, str], body: bytes, *, now_s: float) -> UpstreamError:
-    """The error that an answer other than 200 stands for. `now_s` is the wall clock."""
+    """The error that an answer other than 200 stands for, with what the failed call cost. `now_s` is the wall clock."""
+    error = _error_of(upstream, status, headers, body, now_s=now_s)
+    error.upstream_request_id = request_id(headers)
+    return error
+
+
+def _error_of(upstream: str, status: int, headers: Mapping[str, str], body: bytes, *, now_s: float) -> UpstreamError:
     error = _error_object(body)
     code, kind, param = (_name(error, field) for field in ("code", "type", "param"))
     what = _describe(upstream, status, code or kind, request_id(headers))
@@ -64,7 +73,12 @@ def error_of(upstream: str, status: int, headers: Mapping[str, str], body: bytes
 
     # The code before the status: a 429 may be a matter of money, a 400 one of moderation.
     if code in _REFUSED:
-        return PromptRefusedError(f"{what}: its moderation refuses the prompt{_stage(error)}. Change the prompt.")
+        after_seeing = _is_after_seeing(error)
+        return PromptRefusedError(
+            f"{what}: its moderation refuses the {'picture' if after_seeing else 'prompt'}. Change the prompt.",
+            after_seeing=after_seeing,
+            cost_microusd=None if after_seeing else 0,  # a picture was made, and nobody says whether it is billed
+        )
     if status == 402 or code in _NO_MONEY or kind in _NO_MONEY:  # noqa: PLR2004 - HTTP statuses are their own names
         return UpstreamQuotaError(f"{what}: the account's credit or spend limit is used up. Raise it at the provider.")
     if status == 429 or code in _LIMITED:  # noqa: PLR2004
@@ -73,8 +87,11 @@ def error_of(upstream: str, status: int, headers: Mapping[str, str], body: bytes
         return UpstreamNotEntitledError(f"{what}: check the key, its rights, the model's name and base_url.")
     if 400 <= status < 500 and status != 408 and error is not None:  # noqa: PLR2004
         return UpstreamInvalidError(f"{what}: it does not take the request as it is{_named(param)}.", field=param)
+    is_certain = error is not None and status not in _NOBODY_KNOWS
     return UpstreamDownError(
-        f"{what}{'' if error else ', with no error object: check base_url'}.", retry_after_s=wait_s
+        f"{what}{'' if error else ', with no error object: check base_url'}.",
+        retry_after_s=wait_s,
+        cost_microusd=0 if is_certain else None,
     )
 
 
@@ -95,10 +112,10 @@ def _name(error: Mapping[str, object] | None, field: str) -> str:
     return value if isinstance(value, str) and _NAME.fullmatch(value) else ""
 
 
-def _stage(error: Mapping[str, object] | None) -> str:
+def _is_after_seeing(error: Mapping[str, object] | None) -> bool:
+    """Whether moderation refused what came of the prompt, and not the prompt itself."""
     details = error.get("moderation_details") if error else None
-    stage = details.get("moderation_stage") if isinstance(details, dict) else None
-    return {"input": "", "output": " after seeing the picture"}.get(stage, "") if isinstance(stage, str) else ""
+    return isinstance(details, dict) and details.get("moderation_stage") == "output"
 
 
 def _describe(upstream: str, status: int, code: str, call_id: str) -> str:

@@ -13,6 +13,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
+from decimal import Decimal
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -50,7 +51,18 @@ class PainterUpstream:
         """Its name in config, metrics and logs."""
         return MODEL
 
-    async def generate(self, request: ImageRequest, variants: Sequence[int]) -> list[GeneratedImage]:
+    @property
+    def limits(self) -> None:
+        """None: it has no limits."""
+        return
+
+    async def generate(
+        self,
+        request: ImageRequest,
+        variants: Sequence[int],
+        *,
+        price_factor: Decimal = Decimal(1),  # noqa: ARG002 - it costs nothing
+    ) -> list[GeneratedImage]:
         """One picture for each of `variants`."""
         started_s = self._clock.monotonic_s()
         size = _size(request)
@@ -87,7 +99,13 @@ def _paint(request: ImageRequest, variant: int, size: tuple[int, int]) -> Genera
     picture = _landscape(_chance(request, variant), size, transparent=transparent)
     _write(picture, request.prompt)
     data = _encode(picture, request)
-    facts = inspect(data, max_pixels=_MAX_PIXELS, max_bytes=_MAX_BYTES, expect_format=request.output_format)
+    facts = inspect(
+        data,
+        max_pixels=_MAX_PIXELS,
+        max_bytes=_MAX_BYTES,
+        expect_format=request.output_format,
+        expect_size=size,
+    )
     return GeneratedImage(
         data=data,
         content_type=facts.content_type,

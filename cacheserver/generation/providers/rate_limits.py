@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+
+from cacheserver.model import RateLimit, RateLimits
 
 LONGEST_WAIT_S = 3_600.0
 """No wait longer than this is believed; asking once an hour does no harm."""
@@ -18,36 +19,12 @@ _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3_600.0}
 _WAIT_IN_TEXT = re.compile(r"try again (?:after|in) ([0-9.]{1,16})(?: second|([0-9hms.]{1,16}))", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
-class RateLimit:
-    """One limit: how much in all, how much is left, and seconds until all is back. None is not told."""
-
-    limit: int | None
-    remaining: int | None
-    reset_s: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class RateLimits:
-    """The limits one answer told of; None for those it did not."""
-
-    requests: RateLimit | None = None
-    tokens: RateLimit | None = None
-    images: RateLimit | None = None
-
-    @staticmethod
-    def read(headers: Mapping[str, str]) -> RateLimits | None:
-        """The limits in an answer's `x-ratelimit-*` headers; None if it has none we can read."""
-        requests, tokens, images = (_rate_limit(headers, of) for of in ("requests", "tokens", "images"))
-        if requests is None and tokens is None and images is None:
-            return None
-        return RateLimits(requests, tokens, images)
-
-    @property
-    def wait_s(self) -> float | None:
-        """Seconds until every limit that is used up has been restored; None if none is."""
-        used_up = [limit for limit in (self.requests, self.tokens, self.images) if limit and limit.remaining == 0]
-        return max((limit.reset_s for limit in used_up if limit.reset_s), default=None)
+def read_limits(headers: Mapping[str, str]) -> RateLimits | None:
+    """The limits in an answer's `x-ratelimit-*` headers; None if it has none we can read."""
+    requests, tokens, images = (_rate_limit(headers, of) for of in ("requests", "tokens", "images"))
+    if requests is None and tokens is None and images is None:
+        return None
+    return RateLimits(requests, tokens, images)
 
 
 def retry_after_s(headers: Mapping[str, str], message: str, *, now_s: float) -> float | None:
@@ -56,7 +33,7 @@ def retry_after_s(headers: Mapping[str, str], message: str, *, now_s: float) -> 
     The order: `retry-after-ms`, `Retry-After` (seconds or a date), the limits that are used up, the text.
     At most LONGEST_WAIT_S. `now_s` is the wall clock, for dates.
     """
-    limits = RateLimits.read(headers)
+    limits = read_limits(headers)
     milliseconds = _seconds(headers.get("retry-after-ms", ""))
     waits = (
         milliseconds / 1_000 if milliseconds else None,

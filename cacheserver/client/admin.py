@@ -1,0 +1,418 @@
+"""The admin part of both clients: upstreams, budgets, the ledger and reviews.
+
+It needs a token with the permission `admin`. What changes something may be called again with the same effect, but
+no call is repeated by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from datetime import datetime
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+
+from cacheserver.client.admin_values import Budget, LedgerRow, Review, ReviewPicture, Upstream
+from cacheserver.client.errors import CorruptDownloadError
+from cacheserver.client.messages import member, read_usage, seconds_of, time_of
+from cacheserver.model import AttemptOutcome, BudgetPeriod, BudgetScope, UpstreamHealth
+from cacheserver.pb import admin_pb2 as pb
+from cacheserver.pb.admin_pb2_grpc import AdminServiceStub
+
+_PAGE_SIZE: Final = 1_000
+
+
+class Admin:
+    """What whoever runs the service may do, for threads. It is the `admin` of a `Client`."""
+
+    def __init__(
+        self,
+        grpc_channel: grpc.Channel,
+        call: Callable[[Any, Any, float], Any],
+        stream: Callable[[Any, Any, float], Generator[Any]],
+    ) -> None:
+        """`call` makes one call: of a method, with a message, within so many seconds; so does `stream`, of a stream."""
+        self._stub = AdminServiceStub(grpc_channel)  # type: ignore[no-untyped-call] # generated without types
+        self._call = call
+        self._stream = stream
+
+    def list_upstreams(self, *, timeout_s: float = 30.0) -> tuple[Upstream, ...]:
+        """Every upstream as the pool sees it, by name.
+
+        Raises:
+            CacheError: the call failed.
+        """
+        pages = self._pages(self._stub.ListUpstreams, pb.ListUpstreamsRequest(page_size=_PAGE_SIZE), timeout_s)
+        return tuple(read_upstream(each) for page in pages for each in page.upstreams)
+
+    def update_upstream(  # noqa: PLR0913 - one keyword per field of the message
+        self,
+        name: str,
+        *,
+        weight: float | None = None,
+        percent: float | None = None,
+        clear_percent: bool = False,
+        paused: bool | None = None,
+        timeout_s: float = 30.0,
+    ) -> Upstream:
+        """Change an upstream's weight or fixed share, or take it out of the pool and back in; None leaves it.
+
+        Raises:
+            UnknownNameError: there is no such upstream.
+            CacheError: the call failed otherwise.
+        """
+        request = upstream_change(name, weight=weight, percent=percent, clear_percent=clear_percent, paused=paused)
+        return read_upstream(self._call(self._stub.UpdateUpstream, request, timeout_s).upstream)
+
+    def list_budgets(self, *, timeout_s: float = 30.0) -> tuple[Budget, ...]:
+        """Every budget as it stands, by name.
+
+        Raises:
+            CacheError: the call failed.
+        """
+        pages = self._pages(self._stub.ListBudgets, pb.ListBudgetsRequest(page_size=_PAGE_SIZE), timeout_s)
+        return tuple(read_budget(each) for page in pages for each in page.budgets)
+
+    def update_budget(self, name: str, *, limit_microusd: int, timeout_s: float = 30.0) -> Budget:
+        """Give a budget another limit, from now on and in every replica.
+
+        Raises:
+            UnknownNameError: there is no such budget.
+            CacheError: the call failed otherwise.
+        """
+        request = pb.UpdateBudgetRequest(name=name, limit_microusd=limit_microusd)
+        return read_budget(self._call(self._stub.UpdateBudget, request, timeout_s).budget)
+
+    def list_ledger(
+        self, *, since: datetime | None = None, until: datetime | None = None, timeout_s: float = 60.0
+    ) -> Generator[LedgerRow]:
+        """The calls to upstreams that began at `since` or later and before `until`, oldest first.
+
+        They are fetched page by page as they are read; `timeout_s` is for each page.
+
+        Raises:
+            CacheError: a call failed.
+        """
+        request = pb.ListLedgerRequest(since=since, until=until, page_size=_PAGE_SIZE)
+        for page in self._pages(self._stub.ListLedger, request, timeout_s):
+            yield from map(read_ledger_row, page.rows)
+
+    def list_reviews(self, *, timeout_s: float = 60.0) -> Generator[Review]:
+        """The pictures that wait for review, fetched page by page as they are read.
+
+        Raises:
+            CacheError: a call failed.
+        """
+        for page in self._pages(self._stub.ListReviews, pb.ListReviewsRequest(), timeout_s):
+            yield from map(read_review, page.reviews)
+
+    def get_review(self, key: str, *, timeout_s: float = 60.0) -> ReviewPicture:
+        """A picture that waits for review, to be looked at.
+
+        Raises:
+            UnknownNameError: no picture of this key waits for review.
+            CorruptDownloadError: what arrived is not what was announced.
+            CacheError: the call failed otherwise.
+        """
+        picture = PictureReader()
+        with contextlib.closing(self._stream(self._stub.GetReview, pb.GetReviewRequest(key=key), timeout_s)) as parts:
+            for part in parts:
+                picture.read(part)
+        return picture.finish()
+
+    def approve_review(self, key: str, *, timeout_s: float = 30.0) -> str:
+        """Let a picture into the cache; returns the key under which it is served.
+
+        Raises:
+            UnknownNameError: no picture of this key waits for review.
+            CacheError: the call failed otherwise.
+        """
+        request = pb.ResolveReviewRequest(key=key, decision=pb.REVIEW_DECISION_APPROVE)
+        return str(self._call(self._stub.ResolveReview, request, timeout_s).key)
+
+    def reject_review(self, key: str, *, timeout_s: float = 30.0) -> None:
+        """Drop a picture. What it cost stays spent.
+
+        Raises:
+            UnknownNameError: no picture of this key waits for review.
+            CacheError: the call failed otherwise.
+        """
+        request = pb.ResolveReviewRequest(key=key, decision=pb.REVIEW_DECISION_REJECT)
+        self._call(self._stub.ResolveReview, request, timeout_s)
+
+    def _pages(self, method: Any, request: Any, timeout_s: float) -> Generator[Any]:
+        while True:
+            page = self._call(method, request, timeout_s)
+            yield page
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                return
+
+
+class AsyncAdmin:
+    """What whoever runs the service may do, for asyncio. It is the `admin` of an `AsyncClient`."""
+
+    def __init__(
+        self,
+        grpc_channel: grpc.aio.Channel,
+        call: Callable[[Any, Any, float], Awaitable[Any]],
+        stream: Callable[[Any, Any, float], AsyncGenerator[Any]],
+    ) -> None:
+        """`call` makes one call: of a method, with a message, within so many seconds; so does `stream`, of a stream."""
+        self._stub = AdminServiceStub(grpc_channel)  # type: ignore[no-untyped-call] # generated without types
+        self._call = call
+        self._stream = stream
+
+    async def list_upstreams(self, *, timeout_s: float = 30.0) -> tuple[Upstream, ...]:
+        """Every upstream as the pool sees it, by name.
+
+        Raises:
+            CacheError: the call failed.
+        """
+        pages = self._pages(self._stub.ListUpstreams, pb.ListUpstreamsRequest(page_size=_PAGE_SIZE), timeout_s)
+        return tuple([read_upstream(each) async for page in pages for each in page.upstreams])
+
+    async def update_upstream(  # noqa: PLR0913 - one keyword per field of the message
+        self,
+        name: str,
+        *,
+        weight: float | None = None,
+        percent: float | None = None,
+        clear_percent: bool = False,
+        paused: bool | None = None,
+        timeout_s: float = 30.0,
+    ) -> Upstream:
+        """Change an upstream's weight or fixed share, or take it out of the pool and back in; None leaves it.
+
+        Raises:
+            UnknownNameError: there is no such upstream.
+            CacheError: the call failed otherwise.
+        """
+        request = upstream_change(name, weight=weight, percent=percent, clear_percent=clear_percent, paused=paused)
+        return read_upstream((await self._call(self._stub.UpdateUpstream, request, timeout_s)).upstream)
+
+    async def list_budgets(self, *, timeout_s: float = 30.0) -> tuple[Budget, ...]:
+        """Every budget as it stands, by name.
+
+        Raises:
+            CacheError: the call failed.
+        """
+        pages = self._pages(self._stub.ListBudgets, pb.ListBudgetsRequest(page_size=_PAGE_SIZE), timeout_s)
+        return tuple([read_budget(each) async for page in pages for each in page.budgets])
+
+    async def update_budget(self, name: str, *, limit_microusd: int, timeout_s: float = 30.0) -> Budget:
+        """Give a budget another limit, from now on and in every replica.
+
+        Raises:
+            UnknownNameError: there is no such budget.
+            CacheError: the call failed otherwise.
+        """
+        request = pb.UpdateBudgetRequest(name=name, limit_microusd=limit_microusd)
+        return read_budget((await self._call(self._stub.UpdateBudget, request, timeout_s)).budget)
+
+    async def list_ledger(
+        self, *, since: datetime | None = None, until: datetime | None = None, timeout_s: float = 60.0
+    ) -> AsyncGenerator[LedgerRow]:
+        """The calls to upstreams that began at `since` or later and before `until`, oldest first.
+
+        They are fetched page by page as they are read; `timeout_s` is for each page.
+
+        Raises:
+            CacheError: a call failed.
+        """
+        request = pb.ListLedgerRequest(since=since, until=until, page_size=_PAGE_SIZE)
+        async for page in self._pages(self._stub.ListLedger, request, timeout_s):
+            for row in page.rows:
+                yield read_ledger_row(row)
+
+    async def list_reviews(self, *, timeout_s: float = 60.0) -> AsyncGenerator[Review]:
+        """The pictures that wait for review, fetched page by page as they are read.
+
+        Raises:
+            CacheError: a call failed.
+        """
+        async for page in self._pages(self._stub.ListReviews, pb.ListReviewsRequest(), timeout_s):
+            for review in page.reviews:
+                yield read_review(review)
+
+    async def get_review(self, key: str, *, timeout_s: float = 60.0) -> ReviewPicture:
+        """A picture that waits for review, to be looked at.
+
+        Raises:
+            UnknownNameError: no picture of this key waits for review.
+            CorruptDownloadError: what arrived is not what was announced.
+            CacheError: the call failed otherwise.
+        """
+        picture = PictureReader()
+        async with contextlib.aclosing(
+            self._stream(self._stub.GetReview, pb.GetReviewRequest(key=key), timeout_s)
+        ) as parts:
+            async for part in parts:
+                picture.read(part)
+        return picture.finish()
+
+    async def approve_review(self, key: str, *, timeout_s: float = 30.0) -> str:
+        """Let a picture into the cache; returns the key under which it is served.
+
+        Raises:
+            UnknownNameError: no picture of this key waits for review.
+            CacheError: the call failed otherwise.
+        """
+        request = pb.ResolveReviewRequest(key=key, decision=pb.REVIEW_DECISION_APPROVE)
+        return str((await self._call(self._stub.ResolveReview, request, timeout_s)).key)
+
+    async def reject_review(self, key: str, *, timeout_s: float = 30.0) -> None:
+        """Drop a picture. What it cost stays spent.
+
+        Raises:
+            UnknownNameError: no picture of this key waits for review.
+            CacheError: the call failed otherwise.
+        """
+        request = pb.ResolveReviewRequest(key=key, decision=pb.REVIEW_DECISION_REJECT)
+        await self._call(self._stub.ResolveReview, request, timeout_s)
+
+    async def _pages(self, method: Any, request: Any, timeout_s: float) -> AsyncGenerator[Any]:
+        while True:
+            page = await self._call(method, request, timeout_s)
+            yield page
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                return
+
+
+# --- messages ---
+
+
+def upstream_change(
+    name: str, *, weight: float | None, percent: float | None, clear_percent: bool, paused: bool | None
+) -> pb.UpdateUpstreamRequest:
+    """The message that changes an upstream.
+
+    Raises:
+        TypeError: both `percent` and `clear_percent`.
+    """
+    if percent is not None and clear_percent:
+        raise TypeError("pass either percent or clear_percent")
+    return pb.UpdateUpstreamRequest(
+        name=name, weight=weight, percent=percent, clear_percent=clear_percent or None, paused=paused
+    )
+
+
+def read_upstream(upstream: pb.Upstream) -> Upstream:
+    """An upstream as the pool sees it."""
+    return Upstream(
+        name=upstream.name,
+        limit_group=upstream.limit_group,
+        models=tuple(upstream.models),
+        health=member(UpstreamHealth, pb.UpstreamHealth, "UPSTREAM_HEALTH", upstream.health),
+        weight=upstream.weight,
+        percent=upstream.percent if upstream.HasField("percent") else None,
+        rank=upstream.rank,
+        price_factor=upstream.price_factor,
+        success_rate=upstream.success_rate,
+        latency_s=seconds_of(upstream.latency) if upstream.HasField("latency") else None,
+        in_flight=upstream.in_flight,
+        calls=upstream.calls,
+        images_per_minute=upstream.images_per_minute if upstream.HasField("images_per_minute") else None,
+    )
+
+
+def read_budget(budget: pb.Budget) -> Budget:
+    """A budget and how far it is used up."""
+    return Budget(
+        name=budget.name,
+        scope=member(BudgetScope, pb.BudgetScope, "BUDGET_SCOPE", budget.scope),
+        subject=budget.subject,
+        period=member(BudgetPeriod, pb.BudgetPeriod, "BUDGET_PERIOD", budget.period),
+        limit_microusd=budget.limit_microusd,
+        spent_microusd=budget.spent_microusd,
+        reserved_microusd=budget.reserved_microusd,
+        reset_time=time_of(budget, "reset_time"),
+    )
+
+
+def read_ledger_row(row: pb.LedgerRow) -> LedgerRow:
+    """One call to an upstream."""
+    return LedgerRow(
+        id=row.id,
+        namespace=row.namespace,
+        caller=row.caller,
+        upstream=row.upstream,
+        model=row.model,
+        images=row.images,
+        estimate_microusd=row.estimate_microusd,
+        start_time=time_of(row, "start_time"),
+        tags=tuple(row.tags),
+        outcome=member(AttemptOutcome, pb.AttemptOutcome, "ATTEMPT_OUTCOME", row.outcome),
+        end_time=time_of(row, "end_time"),
+        cost_microusd=row.cost_microusd,
+        reason=row.reason,
+        upstream_request_id=row.upstream_request_id,
+        usage=read_usage(row.usage) if row.HasField("usage") else None,
+    )
+
+
+def read_review(review: pb.Review) -> Review:
+    """A picture that waits for review."""
+    return Review(
+        key=review.key,
+        namespace=review.namespace,
+        model=review.model,
+        width=review.width,
+        height=review.height,
+        score=review.score if review.HasField("score") else None,
+        create_time=time_of(review, "create_time"),
+        content_type=review.content_type,
+        size_bytes=review.size_bytes,
+        paid_microusd=review.paid_microusd,
+    )
+
+
+class PictureReader:
+    """Puts a picture that waits for review together from its parts, and checks it. Does no I/O."""
+
+    def __init__(self) -> None:
+        self._header = pb.ReviewHeader()
+        self._data = bytearray()
+
+    def read(self, part: pb.GetReviewResponse) -> None:
+        """Take the next part.
+
+        Raises:
+            CorruptDownloadError: there is more of it than was announced.
+        """
+        match part.WhichOneof("part"):
+            case "header":
+                self._header = part.header
+            case "chunk":
+                self._data += part.chunk
+                if len(self._data) > self._header.review.size_bytes:
+                    raise _corrupt("more bytes arrived than announced")
+
+    def finish(self) -> ReviewPicture:
+        """The picture, once no more will come.
+
+        Raises:
+            CorruptDownloadError: it ended early, or its bytes are not those announced.
+        """
+        header, data = self._header, bytes(self._data)
+        if len(data) != header.review.size_bytes:
+            raise _corrupt(f"{len(data)} of {header.review.size_bytes} bytes arrived")
+        if f"sha256:{hashlib.sha256(data).hexdigest()}" != header.digest:
+            raise _corrupt("the bytes do not have the announced digest")
+        return ReviewPicture(
+            review=read_review(header.review),
+            data=data,
+            digest=header.digest,
+            quality=header.quality,
+            revised_prompt=header.revised_prompt,
+            won_against=header.won_against,
+            tags=tuple(header.tags),
+        )
+
+
+def _corrupt(what: str) -> CorruptDownloadError:
+    return CorruptDownloadError(f"damaged picture: {what}", code=grpc.StatusCode.DATA_LOSS)

@@ -1,0 +1,337 @@
+import datetime
+
+from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class UpstreamHealth(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    UPSTREAM_HEALTH_UNSPECIFIED: _ClassVar[UpstreamHealth]
+    UPSTREAM_HEALTH_WELL: _ClassVar[UpstreamHealth]
+    UPSTREAM_HEALTH_PAUSED: _ClassVar[UpstreamHealth]
+    UPSTREAM_HEALTH_DOWN: _ClassVar[UpstreamHealth]
+    UPSTREAM_HEALTH_NOT_ENTITLED: _ClassVar[UpstreamHealth]
+    UPSTREAM_HEALTH_NO_QUOTA: _ClassVar[UpstreamHealth]
+
+class BudgetScope(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BUDGET_SCOPE_UNSPECIFIED: _ClassVar[BudgetScope]
+    BUDGET_SCOPE_GLOBAL: _ClassVar[BudgetScope]
+    BUDGET_SCOPE_NAMESPACE: _ClassVar[BudgetScope]
+    BUDGET_SCOPE_CALLER: _ClassVar[BudgetScope]
+
+class BudgetPeriod(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BUDGET_PERIOD_UNSPECIFIED: _ClassVar[BudgetPeriod]
+    BUDGET_PERIOD_DAY: _ClassVar[BudgetPeriod]
+    BUDGET_PERIOD_MONTH: _ClassVar[BudgetPeriod]
+
+class AttemptOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ATTEMPT_OUTCOME_UNSPECIFIED: _ClassVar[AttemptOutcome]
+    ATTEMPT_OUTCOME_SENT: _ClassVar[AttemptOutcome]
+    ATTEMPT_OUTCOME_SETTLED: _ClassVar[AttemptOutcome]
+    ATTEMPT_OUTCOME_NOT_BILLED: _ClassVar[AttemptOutcome]
+    ATTEMPT_OUTCOME_UNKNOWN: _ClassVar[AttemptOutcome]
+
+class ReviewDecision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REVIEW_DECISION_UNSPECIFIED: _ClassVar[ReviewDecision]
+    REVIEW_DECISION_APPROVE: _ClassVar[ReviewDecision]
+    REVIEW_DECISION_REJECT: _ClassVar[ReviewDecision]
+UPSTREAM_HEALTH_UNSPECIFIED: UpstreamHealth
+UPSTREAM_HEALTH_WELL: UpstreamHealth
+UPSTREAM_HEALTH_PAUSED: UpstreamHealth
+UPSTREAM_HEALTH_DOWN: UpstreamHealth
+UPSTREAM_HEALTH_NOT_ENTITLED: UpstreamHealth
+UPSTREAM_HEALTH_NO_QUOTA: UpstreamHealth
+BUDGET_SCOPE_UNSPECIFIED: BudgetScope
+BUDGET_SCOPE_GLOBAL: BudgetScope
+BUDGET_SCOPE_NAMESPACE: BudgetScope
+BUDGET_SCOPE_CALLER: BudgetScope
+BUDGET_PERIOD_UNSPECIFIED: BudgetPeriod
+BUDGET_PERIOD_DAY: BudgetPeriod
+BUDGET_PERIOD_MONTH: BudgetPeriod
+ATTEMPT_OUTCOME_UNSPECIFIED: AttemptOutcome
+ATTEMPT_OUTCOME_SENT: AttemptOutcome
+ATTEMPT_OUTCOME_SETTLED: AttemptOutcome
+ATTEMPT_OUTCOME_NOT_BILLED: AttemptOutcome
+ATTEMPT_OUTCOME_UNKNOWN: AttemptOutcome
+REVIEW_DECISION_UNSPECIFIED: ReviewDecision
+REVIEW_DECISION_APPROVE: ReviewDecision
+REVIEW_DECISION_REJECT: ReviewDecision
+
+class Upstream(_message.Message):
+    __slots__ = ("name", "limit_group", "models", "health", "weight", "percent", "rank", "price_factor", "success_rate", "latency", "in_flight", "calls", "images_per_minute")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_GROUP_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    HEALTH_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    PERCENT_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    PRICE_FACTOR_FIELD_NUMBER: _ClassVar[int]
+    SUCCESS_RATE_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_FIELD_NUMBER: _ClassVar[int]
+    IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    CALLS_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_PER_MINUTE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    limit_group: str
+    models: _containers.RepeatedScalarFieldContainer[str]
+    health: UpstreamHealth
+    weight: float
+    percent: float
+    rank: int
+    price_factor: float
+    success_rate: float
+    latency: _duration_pb2.Duration
+    in_flight: int
+    calls: int
+    images_per_minute: float
+    def __init__(self, name: _Optional[str] = ..., limit_group: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., health: _Optional[_Union[UpstreamHealth, str]] = ..., weight: _Optional[float] = ..., percent: _Optional[float] = ..., rank: _Optional[int] = ..., price_factor: _Optional[float] = ..., success_rate: _Optional[float] = ..., latency: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., in_flight: _Optional[int] = ..., calls: _Optional[int] = ..., images_per_minute: _Optional[float] = ...) -> None: ...
+
+class ListUpstreamsRequest(_message.Message):
+    __slots__ = ("page_size", "page_token")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    page_token: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListUpstreamsResponse(_message.Message):
+    __slots__ = ("upstreams", "next_page_token")
+    UPSTREAMS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    upstreams: _containers.RepeatedCompositeFieldContainer[Upstream]
+    next_page_token: str
+    def __init__(self, upstreams: _Optional[_Iterable[_Union[Upstream, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class UpdateUpstreamRequest(_message.Message):
+    __slots__ = ("name", "weight", "percent", "clear_percent", "paused")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    PERCENT_FIELD_NUMBER: _ClassVar[int]
+    CLEAR_PERCENT_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    weight: float
+    percent: float
+    clear_percent: bool
+    paused: bool
+    def __init__(self, name: _Optional[str] = ..., weight: _Optional[float] = ..., percent: _Optional[float] = ..., clear_percent: _Optional[bool] = ..., paused: _Optional[bool] = ...) -> None: ...
+
+class UpdateUpstreamResponse(_message.Message):
+    __slots__ = ("upstream",)
+    UPSTREAM_FIELD_NUMBER: _ClassVar[int]
+    upstream: Upstream
+    def __init__(self, upstream: _Optional[_Union[Upstream, _Mapping]] = ...) -> None: ...
+
+class Budget(_message.Message):
+    __slots__ = ("name", "scope", "subject", "period", "limit_microusd", "spent_microusd", "reserved_microusd", "reset_time")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SCOPE_FIELD_NUMBER: _ClassVar[int]
+    SUBJECT_FIELD_NUMBER: _ClassVar[int]
+    PERIOD_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_MICROUSD_FIELD_NUMBER: _ClassVar[int]
+    SPENT_MICROUSD_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_MICROUSD_FIELD_NUMBER: _ClassVar[int]
+    RESET_TIME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    scope: BudgetScope
+    subject: str
+    period: BudgetPeriod
+    limit_microusd: int
+    spent_microusd: int
+    reserved_microusd: int
+    reset_time: _timestamp_pb2.Timestamp
+    def __init__(self, name: _Optional[str] = ..., scope: _Optional[_Union[BudgetScope, str]] = ..., subject: _Optional[str] = ..., period: _Optional[_Union[BudgetPeriod, str]] = ..., limit_microusd: _Optional[int] = ..., spent_microusd: _Optional[int] = ..., reserved_microusd: _Optional[int] = ..., reset_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class ListBudgetsRequest(_message.Message):
+    __slots__ = ("page_size", "page_token")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    page_token: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListBudgetsResponse(_message.Message):
+    __slots__ = ("budgets", "next_page_token")
+    BUDGETS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    budgets: _containers.RepeatedCompositeFieldContainer[Budget]
+    next_page_token: str
+    def __init__(self, budgets: _Optional[_Iterable[_Union[Budget, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class UpdateBudgetRequest(_message.Message):
+    __slots__ = ("name", "limit_microusd")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_MICROUSD_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    limit_microusd: int
+    def __init__(self, name: _Optional[str] = ..., limit_microusd: _Optional[int] = ...) -> None: ...
+
+class UpdateBudgetResponse(_message.Message):
+    __slots__ = ("budget",)
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    budget: Budget
+    def __init__(self, budget: _Optional[_Union[Budget, _Mapping]] = ...) -> None: ...
+
+class LedgerRow(_message.Message):
+    __slots__ = ("id", "namespace", "caller", "upstream", "model", "images", "estimate_microusd", "start_time", "tags", "outcome", "end_time", "cost_microusd", "reason", "upstream_request_id", "usage")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
+    UPSTREAM_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATE_MICROUSD_FIELD_NUMBER: _ClassVar[int]
+    START_TIME_FIELD_NUMBER: _ClassVar[int]
+    TAGS_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    END_TIME_FIELD_NUMBER: _ClassVar[int]
+    COST_MICROUSD_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    UPSTREAM_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    namespace: str
+    caller: str
+    upstream: str
+    model: str
+    images: int
+    estimate_microusd: int
+    start_time: _timestamp_pb2.Timestamp
+    tags: _containers.RepeatedScalarFieldContainer[str]
+    outcome: AttemptOutcome
+    end_time: _timestamp_pb2.Timestamp
+    cost_microusd: int
+    reason: str
+    upstream_request_id: str
+    usage: TokenUsage
+    def __init__(self, id: _Optional[str] = ..., namespace: _Optional[str] = ..., caller: _Optional[str] = ..., upstream: _Optional[str] = ..., model: _Optional[str] = ..., images: _Optional[int] = ..., estimate_microusd: _Optional[int] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., tags: _Optional[_Iterable[str]] = ..., outcome: _Optional[_Union[AttemptOutcome, str]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., cost_microusd: _Optional[int] = ..., reason: _Optional[str] = ..., upstream_request_id: _Optional[str] = ..., usage: _Optional[_Union[TokenUsage, _Mapping]] = ...) -> None: ...
+
+class TokenUsage(_message.Message):
+    __slots__ = ("input_tokens", "input_text_tokens", "input_image_tokens", "output_tokens", "total_tokens")
+    INPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    INPUT_TEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    INPUT_IMAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    input_tokens: int
+    input_text_tokens: int
+    input_image_tokens: int
+    output_tokens: int
+    total_tokens: int
+    def __init__(self, input_tokens: _Optional[int] = ..., input_text_tokens: _Optional[int] = ..., input_image_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., total_tokens: _Optional[int] = ...) -> None: ...
+
+class ListLedgerRequest(_message.Message):
+    __slots__ = ("since", "until", "page_size", "page_token")
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    since: _timestamp_pb2.Timestamp
+    until: _timestamp_pb2.Timestamp
+    page_size: int
+    page_token: str
+    def __init__(self, since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListLedgerResponse(_message.Message):
+    __slots__ = ("rows", "next_page_token")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    rows: _containers.RepeatedCompositeFieldContainer[LedgerRow]
+    next_page_token: str
+    def __init__(self, rows: _Optional[_Iterable[_Union[LedgerRow, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class Review(_message.Message):
+    __slots__ = ("key", "namespace", "model", "width", "height", "score", "create_time", "content_type", "size_bytes", "paid_microusd")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_TYPE_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PAID_MICROUSD_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    namespace: str
+    model: str
+    width: int
+    height: int
+    score: float
+    create_time: _timestamp_pb2.Timestamp
+    content_type: str
+    size_bytes: int
+    paid_microusd: int
+    def __init__(self, key: _Optional[str] = ..., namespace: _Optional[str] = ..., model: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., score: _Optional[float] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., content_type: _Optional[str] = ..., size_bytes: _Optional[int] = ..., paid_microusd: _Optional[int] = ...) -> None: ...
+
+class ListReviewsRequest(_message.Message):
+    __slots__ = ("page_size", "page_token")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    page_token: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListReviewsResponse(_message.Message):
+    __slots__ = ("reviews", "next_page_token")
+    REVIEWS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    reviews: _containers.RepeatedCompositeFieldContainer[Review]
+    next_page_token: str
+    def __init__(self, reviews: _Optional[_Iterable[_Union[Review, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class GetReviewRequest(_message.Message):
+    __slots__ = ("key",)
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    def __init__(self, key: _Optional[str] = ...) -> None: ...
+
+class GetReviewResponse(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: ReviewHeader
+    chunk: bytes
+    def __init__(self, header: _Optional[_Union[ReviewHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class ReviewHeader(_message.Message):
+    __slots__ = ("review", "digest", "quality", "revised_prompt", "won_against", "tags")
+    REVIEW_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
+    REVISED_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    WON_AGAINST_FIELD_NUMBER: _ClassVar[int]
+    TAGS_FIELD_NUMBER: _ClassVar[int]
+    review: Review
+    digest: str
+    quality: str
+    revised_prompt: str
+    won_against: int
+    tags: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, review: _Optional[_Union[Review, _Mapping]] = ..., digest: _Optional[str] = ..., quality: _Optional[str] = ..., revised_prompt: _Optional[str] = ..., won_against: _Optional[int] = ..., tags: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ResolveReviewRequest(_message.Message):
+    __slots__ = ("key", "decision")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    DECISION_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    decision: ReviewDecision
+    def __init__(self, key: _Optional[str] = ..., decision: _Optional[_Union[ReviewDecision, str]] = ...) -> None: ...
+
+class ResolveReviewResponse(_message.Message):
+    __slots__ = ("key",)
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    def __init__(self, key: _Optional[str] = ...) -> None: ...

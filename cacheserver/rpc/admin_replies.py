@@ -1,0 +1,135 @@
+"""What the admin API tells of, as messages."""
+
+from __future__ import annotations
+
+from cacheserver.model import (
+    Attempt,
+    AttemptOutcome,
+    BudgetPeriod,
+    BudgetScope,
+    BudgetState,
+    CachedImage,
+    CacheKey,
+    UpstreamHealth,
+    UpstreamState,
+    Usage,
+)
+from cacheserver.pb import admin_pb2 as pb
+from cacheserver.rpc.replies import duration, timestamp
+
+_HEALTH = {
+    UpstreamHealth.WELL: pb.UPSTREAM_HEALTH_WELL,
+    UpstreamHealth.PAUSED: pb.UPSTREAM_HEALTH_PAUSED,
+    UpstreamHealth.DOWN: pb.UPSTREAM_HEALTH_DOWN,
+    UpstreamHealth.NOT_ENTITLED: pb.UPSTREAM_HEALTH_NOT_ENTITLED,
+    UpstreamHealth.NO_QUOTA: pb.UPSTREAM_HEALTH_NO_QUOTA,
+}
+_SCOPES = {
+    BudgetScope.GLOBAL: pb.BUDGET_SCOPE_GLOBAL,
+    BudgetScope.NAMESPACE: pb.BUDGET_SCOPE_NAMESPACE,
+    BudgetScope.CALLER: pb.BUDGET_SCOPE_CALLER,
+}
+_PERIODS = {
+    BudgetPeriod.DAY: pb.BUDGET_PERIOD_DAY,
+    BudgetPeriod.MONTH: pb.BUDGET_PERIOD_MONTH,
+}
+_OUTCOMES = {
+    AttemptOutcome.SENT: pb.ATTEMPT_OUTCOME_SENT,
+    AttemptOutcome.SETTLED: pb.ATTEMPT_OUTCOME_SETTLED,
+    AttemptOutcome.NOT_BILLED: pb.ATTEMPT_OUTCOME_NOT_BILLED,
+    AttemptOutcome.UNKNOWN: pb.ATTEMPT_OUTCOME_UNKNOWN,
+}
+
+
+def upstream(state: UpstreamState) -> pb.Upstream:
+    """An upstream as the pool sees it."""
+    return pb.Upstream(
+        name=state.name,
+        limit_group=state.limit_group,
+        models=state.models,
+        health=_HEALTH[state.health],
+        weight=state.weight,
+        percent=state.percent,
+        rank=state.rank,
+        price_factor=state.price_factor,
+        success_rate=state.success_rate,
+        latency=None if state.latency_s is None else duration(state.latency_s),
+        in_flight=state.in_flight,
+        calls=state.calls,
+        images_per_minute=state.images_per_minute,
+    )
+
+
+def budget(state: BudgetState) -> pb.Budget:
+    """A budget and how far it is used up."""
+    return pb.Budget(
+        name=state.budget.name,
+        scope=_SCOPES[state.budget.scope],
+        subject=state.budget.subject,
+        period=_PERIODS[state.budget.period],
+        limit_microusd=state.budget.limit_microusd,
+        spent_microusd=state.spent_microusd,
+        reserved_microusd=state.reserved_microusd,
+        reset_time=timestamp(state.reset_time_s),
+    )
+
+
+def ledger_row(attempt: Attempt) -> pb.LedgerRow:
+    """One call to an upstream."""
+    return pb.LedgerRow(
+        id=attempt.id,
+        namespace=attempt.namespace,
+        caller=attempt.caller,
+        upstream=attempt.upstream,
+        model=attempt.model,
+        images=attempt.images,
+        estimate_microusd=attempt.estimate_microusd,
+        start_time=timestamp(attempt.start_time_s),
+        tags=attempt.tags,
+        outcome=_OUTCOMES[attempt.outcome],
+        end_time=None if attempt.end_time_s is None else timestamp(attempt.end_time_s),
+        cost_microusd=attempt.cost_microusd,
+        reason=attempt.reason,
+        upstream_request_id=attempt.upstream_request_id,
+        usage=None if attempt.usage is None else _usage(attempt.usage),
+    )
+
+
+def review(key: CacheKey, entry: CachedImage) -> pb.Review:
+    """A picture that waits to have `key`."""
+    image = entry.image
+    return pb.Review(
+        key=key.name,
+        namespace=entry.namespace,
+        model=image.model,
+        width=image.width,
+        height=image.height,
+        score=image.score,
+        create_time=timestamp(entry.create_time_s),
+        content_type=image.content_type,
+        size_bytes=entry.size_bytes,
+        paid_microusd=image.paid_microusd,
+    )
+
+
+def review_header(key: CacheKey, entry: CachedImage) -> pb.ReviewHeader:
+    """What comes before the bytes of a picture that waits to have `key`."""
+    image = entry.image
+    return pb.ReviewHeader(
+        review=review(key, entry),
+        digest=f"sha256:{image.sha256}",
+        quality=image.quality,
+        revised_prompt=image.revised_prompt,
+        won_against=image.won_against,
+        tags=entry.tags,
+    )
+
+
+def _usage(usage: Usage) -> pb.TokenUsage:
+    return pb.TokenUsage(
+        input_tokens=usage.input_tokens,
+        input_text_tokens=usage.input_text_tokens,
+        input_image_tokens=usage.input_image_tokens,
+        output_tokens=usage.output_tokens,
+        total_tokens=usage.total_tokens,
+    )
