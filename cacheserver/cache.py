@@ -45,7 +45,10 @@ from dataclasses import replace as with_fields
 from functools import partial
 from typing import Any, NamedTuple
 
+from cachetools import TTLCache
+
 from cacheserver.errors import (
+    CacheServerError,
     CacheUnknownError,
     CannotAffordError,
     CorruptEntryError,
@@ -93,6 +96,8 @@ from cacheserver.tiers.memory import MemoryCache
 from cacheserver.variants import AnotherOne, random_ones, sticky_ones
 
 _REMEMBERING_S = 1.0
+_REMEMBERED_FAILURES, _FAILURES_LAST_S = 10_000, 300.0
+_GONE = "No tier has the picture of this key any more; ask for it by its prompt."
 
 Identify = Callable[[ImageRequest, Namespace, MatchLevel | None], Identity]
 """Turns a request into its identity in a namespace, no looser than a level."""
@@ -137,6 +142,9 @@ class PromptCache:
         self._resent = Resent(replays=replays, tasks=self._tasks)
         self._paying = Paying(generation=generation, clock=clock, unknown=unknown)
         self._unstored: set[str] = set()
+        self._failures: TTLCache[tuple[str, str], CacheServerError] = TTLCache(
+            _REMEMBERED_FAILURES, ttl=_FAILURES_LAST_S, timer=clock.monotonic_s
+        )
         self.remakes = Remakes(make=self._remake, clock=clock)
         self._purger = Purger(memory=memory, tiers=tiers, keeper=keeper)
 
@@ -168,7 +176,12 @@ class PromptCache:
             if not terms.allow_degraded or not error.rungs:
                 raise
             answer = await self._get_degraded(error, request, identity, namespace, caller, terms)
-        if namespace.remake_degraded and not isinstance(answer, Pending):
+        except RequestIdSpentError:
+            if not terms.allow_degraded:
+                raise
+            return await self._replay_degraded(request, identity, namespace=namespace, caller=caller, terms=terms)
+        is_plain = terms.cache_policy is CachePolicy.USE_CACHE and terms.variant_policy is VariantPolicy.FIRST
+        if namespace.remake_degraded and is_plain and not isinstance(answer, Pending):
             self.remakes.add(Remake(request, identity, namespace, caller, terms))
         return answer
 
@@ -195,13 +208,13 @@ class PromptCache:
         Raises KeyGoneError when no tier has it, CacheUnknownError when the last tier cannot say.
         """
         waiter = self._waiter(key, (key.variant,), namespace, caller, terms)
-        waiter.refusal = KeyGoneError("No tier has the picture of this key any more; ask for it by its prompt.")
+        waiter.refusal = KeyGoneError(_GONE)
         try:
             answer = await self._get(waiter)
         except KeyGoneError:
-            if namespace.min_score is None or await self._reviews.find(key) is None:
-                raise
-            return Pending((key,), 0.0, in_review=True)
+            if namespace.min_score is not None and await self._reviews.find(key) is not None:
+                return Pending((key,), 0.0, in_review=True)
+            raise self._failures.get((caller.name, key.name)) or KeyGoneError(_GONE) from None
         return answer if isinstance(answer, Pending) else answer[0]
 
     async def find(self, keys: Sequence[CacheKey]) -> tuple[list[Found], list[TierName]]:
@@ -317,8 +330,9 @@ class PromptCache:
                 promise.flight = flight
         if flight is not None:
             self._paying.judge_late(flight, waiter)
-            if flight.order is not None:
-                self._generation.hasten(flight.order, priority=waiter.terms.priority, deadline_s=waiter.until_s)
+            if waiter in flight.payers:
+                for order in flight.orders:
+                    self._generation.hasten(order, priority=waiter.terms.priority, deadline_s=waiter.until_s)
         is_held = False
         keys = tuple(waiter.key.with_variant(variant) for variant in waiter.variants)
         try:
@@ -326,12 +340,20 @@ class PromptCache:
                 return self._with_spares([self._served(loaded, waiter) for loaded in waiter.answer.result()], waiter)
             # PENDING is an answer: this caller will come back with the key, so its part in the flight stays.
             is_held = True
+            waiter.answer.add_done_callback(partial(self._remember_failure, waiter.caller.name, keys))
             return Pending(keys, max(1.0, self.estimated_wait_s(keys)))
         except InReviewError:
             return Pending(keys, 0.0, in_review=True)
         finally:
             if flight is not None and not is_held:
                 flight.leave(waiter)
+
+    def _remember_failure(self, caller: str, keys: Sequence[CacheKey], answer: asyncio.Future[list[Loaded]]) -> None:
+        """Whoever was told PENDING and comes for the picture is told why there is none."""
+        error = None if answer.cancelled() else answer.exception()
+        if isinstance(error, CacheServerError):
+            for key in keys:
+                self._failures[caller, key.name] = error
 
     async def _answered(self, waiter: Waiter) -> bool:
         max_wait_s = waiter.terms.max_wait_s
@@ -419,14 +441,25 @@ class PromptCache:
         # From the last look at who lacks what until the flight is sealed nothing awaits: nobody joins unseen.
         _leave_to_review(flight, in_review)
         try:
-            while (lead := self._paying.judge(flight, unknown)) is not None:
+            while self._paying.judge(flight, unknown) is not None:
                 flight.seal(flight.lacking)
-                try:
-                    await self._generate(flight, lead, unknown)
-                except CannotAffordError as error:
-                    self._paying.refuse_broke(flight, lead, error)
+                parts = self._paying.parts(flight)
+                if len(parts) == 1:
+                    await self._make_part(flight, *parts[0], unknown)
+                    continue
+                # A call that fails does not cancel its sisters: they are being paid for.
+                making = (self._make_part(flight, lead, variants, unknown) for lead, variants in parts)
+                outcomes = await asyncio.gather(*making, return_exceptions=True)
+                if failure := next((each for each in outcomes if each is not None), None):
+                    raise failure
         finally:
             self._paying.settle(flight)
+
+    async def _make_part(self, flight: Flight, lead: Waiter, making: list[int], unknown: set[int]) -> None:
+        try:
+            await self._generate(flight, lead, making, unknown)
+        except CannotAffordError as error:
+            self._paying.refuse_broke(flight, lead, error)
 
     async def _waiting_for_review(self, flight: Flight, variants: list[int]) -> set[int]:
         """Those of `variants` that are made and wait for approval: another picture would be paid for in vain."""
@@ -489,10 +522,10 @@ class PromptCache:
     async def _read(self, tier: Tier, key: CacheKey) -> CachedImage | None:
         return None if self._keeper.is_outdated(tier, key) else await tier.get(key)
 
-    async def _generate(self, flight: Flight, lead: Waiter, unknown: set[int]) -> None:
-        making = flight.lacking
+    async def _generate(self, flight: Flight, lead: Waiter, making: list[int], unknown: set[int]) -> None:
         while making:
-            order = flight.order = _order(lead, flight.priority, flight.until_s, len(making))
+            order = _order(lead, flight.priority, flight.until_s, len(making))
+            flight.orders.append(order)
             images = await self._generation.generate(
                 order,
                 making,
@@ -596,6 +629,18 @@ class PromptCache:
             return await get(fastest, terms=on_rungs)
         return await self._get_as_asked(request, identity, namespace=namespace, caller=caller, terms=on_rungs)
 
+    async def _replay_degraded(
+        self, request: ImageRequest, identity: Identity, *, namespace: Namespace, caller: Caller, terms: Terms
+    ) -> list[Served] | Pending:
+        """What a call sent again was given, if that was a rung below: there its request_id is known."""
+        on_rungs = with_fields(terms, allow_degraded=False)
+        for rung in self._generation.rungs(request):
+            with suppress(RequestIdSpentError):
+                return await self._get_rung(
+                    rung, level=identity.level, namespace=namespace, caller=caller, terms=on_rungs
+                )
+        raise RequestIdSpentError("This request_id was used for another request; use a new one.")
+
     async def _get_rung(
         self, rung: ImageRequest, *, level: MatchLevel, namespace: Namespace, caller: Caller, terms: Terms
     ) -> list[Served] | Pending:
@@ -658,6 +703,15 @@ class PromptCache:
         if call_id and await self._resent.is_spent(call_id):
             raise RequestIdSpentError("This request_id was used before, and NO_STORE kept nothing of it.")
         served: list[Served] = []
+        try:
+            await self._fill_unstored(waiter, served, on_spending)
+        finally:
+            if call_id and served:
+                # Also if it failed half way: sent again it would pay again for what it had.
+                await self._resent.remember(call_id, Replay(waiter.key.identity_name, ()))
+        return self._with_spares(served, waiter)
+
+    async def _fill_unstored(self, waiter: Waiter, served: list[Served], on_spending: Callable[[], None]) -> None:
         while missing := waiter.variants[len(served) :]:
             order = _order(waiter, waiter.terms.priority, waiter.until_s, len(missing))
             images = await self._generation.generate(
@@ -666,9 +720,6 @@ class PromptCache:
             for variant, image in zip(missing, images, strict=False):
                 entry = self._entry(image, waiter.identity, waiter.namespace, variant=variant, ttl_s=None, tags=())
                 served.append(self._served(Loaded(entry, TierName.UPSTREAM, payer=waiter), waiter))
-        if call_id:
-            await self._resent.remember(call_id, Replay(waiter.key.identity_name, ()))
-        return self._with_spares(served, waiter)
 
 
 def _order(waiter: Waiter, priority: Priority, deadline_s: float | None, n: int) -> Order:

@@ -53,7 +53,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import ClassVar
 
-from cacheserver.model import ImageRequest, TierName
+from cacheserver.model import ImageRequest, RateLimits, TierName
 
 
 class CacheServerError(Exception):
@@ -252,7 +252,7 @@ class UpstreamError(CacheServerError):
 
     `cost_microusd` is what the failed call cost: 0 where the provider bills nothing for it, None where nobody
     knows. `upstream_request_id` is the provider's own id of the call, if it gave one. `stated_wait_s` is the wait
-    that the provider asked for, None if it did not say.
+    that the provider asked for, None if it did not say; `told` the rate limits that its answer told of.
     """
 
     def __init__(
@@ -269,6 +269,7 @@ class UpstreamError(CacheServerError):
         self.stated_wait_s = retry_after_s
         self.cost_microusd = cost_microusd
         self.upstream_request_id = upstream_request_id
+        self.told: RateLimits | None = None
 
 
 class PromptRefusedError(UpstreamError):

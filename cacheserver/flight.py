@@ -111,8 +111,8 @@ class Flight:
         self.sealed = False
         self.spending = False
         self.dropped = False
-        self.order: Order | None = None
-        """What is being made for it, once something is."""
+        self.orders: list[Order] = []
+        """What was and is being made for it."""
         self.task: asyncio.Task[None] | None = None
 
     @property

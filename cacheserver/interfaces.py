@@ -13,13 +13,13 @@ from cacheserver.model import (
     CachedImage,
     CacheKey,
     CallReport,
+    Delivery,
     GeneratedImage,
     ImageRequest,
     Labels,
     Order,
     Outcome,
     Priority,
-    RateLimits,
     Replay,
     Slot,
     TierName,
@@ -117,19 +117,20 @@ class Upstream(Protocol):
         """Its name in config, metrics and logs."""
         ...
 
-    @property
-    def limits(self) -> RateLimits | None:
-        """The rate limits its last answer told of; None if it never did."""
-        ...
-
     async def generate(
-        self, request: ImageRequest, variants: Sequence[int], *, price_factor: Decimal = Decimal(1)
-    ) -> list[GeneratedImage]:
-        """Make one picture for each of `variants`, in one call; the pictures' costs add up to the call's.
+        self,
+        request: ImageRequest,
+        variants: Sequence[int],
+        *,
+        price_factor: Decimal = Decimal(1),
+        most_microusd: int = 0,
+    ) -> Delivery:
+        """Make one picture for each of `variants`, in one call.
 
         Providers read only how many there are. Fewer pictures may come back, never none, and each has been
-        decoded. `price_factor` is what the list price is multiplied by. Raises UpstreamError, whose
-        `cost_microusd` says what the failed call cost. Cancelling loses what was paid for.
+        decoded. `price_factor` is what the list price is multiplied by; `most_microusd` what the call counts as
+        where nobody can tell its price. Raises UpstreamError, whose `cost_microusd` says what the failed call
+        cost. Cancelling loses what was paid for.
         """
         ...
 

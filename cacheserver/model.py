@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 from types import MappingProxyType
@@ -261,6 +261,27 @@ class GeneratedImage:
     paid_microusd: int = 0
     score: float | None = None
     won_against: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What one call to an upstream brought: its pictures, whose costs add up to the call's.
+
+    `told` are the rate limits that this very answer told of. `priced` is False where nobody said what the call
+    cost, so that the pictures carry the most it can have cost.
+    """
+
+    images: tuple[GeneratedImage, ...]
+    told: RateLimits | None = None
+    priced: bool = True
+
+    def __iter__(self) -> Iterator[GeneratedImage]:
+        """The pictures."""
+        return iter(self.images)
+
+    def __len__(self) -> int:
+        """How many pictures."""
+        return len(self.images)
 
 
 class AttemptOutcome(StrEnum):

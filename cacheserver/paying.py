@@ -63,10 +63,21 @@ class Paying:
         return payers[0] if payers else None
 
     def refuse_broke(self, flight: Flight, lead: Waiter, error: CannotAffordError) -> None:
-        """The lead cannot afford it, and so cannot who shares its budgets; the others may still."""
-        for waiter in flight.payers:
-            if (waiter.namespace.name, waiter.caller.name) == (lead.namespace.name, lead.caller.name):
+        """The lead's purse does not hold so much: refuse who wants most from it; what is left may be affordable."""
+        sharing = [waiter for waiter in flight.payers if _purse(waiter) == _purse(lead)]
+        most = max((len(waiter.lacks(flight.loaded)) for waiter in sharing), default=0)
+        for waiter in sharing:
+            if len(waiter.lacks(flight.loaded)) == most:
                 flight.refuse(waiter, error)
+
+    def parts(self, flight: Flight) -> list[tuple[Waiter, list[int]]]:
+        """Who leads which of the lacking variants: all pay for what they were the first to lack, a purse at a time."""
+        leads: dict[tuple[object, ...], Waiter] = {}
+        parts: dict[Waiter, list[int]] = {}
+        for variant in flight.lacking:
+            if (payer := flight.payer(variant)) is not None:
+                parts.setdefault(leads.setdefault(_purse(payer), payer), []).append(variant)
+        return list(parts.items())
 
     def settle(self, flight: Flight) -> None:
         """The load is over: what it reserved of the budget is spent if it paid for a picture, else free again."""
@@ -111,11 +122,18 @@ class Paying:
     def _reserve(self, flight: Flight, payer: Waiter, n: int) -> bool:
         """Set the estimate of `n` pictures aside from this hour's budget for misses nobody can confirm."""
         estimate = self._generation.estimate_microusd(payer.request, n)
+        self._reserved.pop(flight, None)  # a flight that is judged again needs it once
         taken = sum(self._spent_on_unknown.values()) + sum(self._reserved.values())
         if taken + estimate > self._unknown.budget_microusd_per_hour:
             return False
         self._reserved[flight] = estimate
         return True
+
+
+def _purse(waiter: Waiter) -> tuple[object, ...]:
+    """Whose money it is, and on what terms it is spent: calls of one purse may be one call upstream."""
+    terms = waiter.terms
+    return (waiter.namespace.name, waiter.caller.name, terms.allow_degraded, terms.candidates)
 
 
 def may_generate(waiter: Waiter) -> PermissionDeniedError | None:

@@ -12,6 +12,9 @@ from cacheserver.errors import CacheServerError
 
 _log = structlog.get_logger(__name__)
 
+_LAST_S = 1.0
+"""For what cancelled tasks leave to be done, as writing down how they ended."""
+
 T = TypeVar("T")
 
 
@@ -34,7 +37,7 @@ class OwnedTasks:
             await asyncio.wait(self._tasks)
 
     async def aclose(self, grace_s: float) -> None:
-        """Await all tasks at most `grace_s`, then cancel what is left."""
+        """Await all tasks at most `grace_s`, then cancel what is left; what those leave behind is awaited as well."""
         if not self._tasks:
             return
         _, late = await asyncio.wait(self._tasks, timeout=grace_s)
@@ -42,6 +45,9 @@ class OwnedTasks:
             task.cancel()
         if late:
             await asyncio.wait(late)
+            await asyncio.sleep(0)  # their callbacks may own further tasks
+            if self._tasks:
+                await asyncio.wait(self._tasks, timeout=_LAST_S)
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

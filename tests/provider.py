@@ -16,7 +16,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
@@ -24,7 +24,8 @@ from urllib.parse import parse_qs, urlsplit
 from PIL import Image
 
 from cacheserver.errors import UpstreamError
-from cacheserver.model import GeneratedImage, ImageRequest, RateLimits
+from cacheserver.generation.prices import split
+from cacheserver.model import Delivery, GeneratedImage, ImageRequest, RateLimits
 
 API_KEY = "sk-test-provider-key"
 GPT_IMAGE_MODELS = ("gpt-image-2", "gpt-image-2-2026-04-21")
@@ -363,7 +364,8 @@ class FakeUpstream:
         self.images = 0
         self.checks = 0
         self.closed = False
-        self.limits: RateLimits | None = None
+        self.told: RateLimits | None = None
+        self.is_priced = True  # False: nobody says what a call costs
         self.asked: list[tuple[ImageRequest, tuple[int, ...]]] = []
         self.price_factors: list[Decimal] = []
         self.during: Callable[[], Awaitable[None]] | None = None  # runs inside each call, once it is released
@@ -393,8 +395,13 @@ class FakeUpstream:
         self._errors.append(error)
 
     async def generate(
-        self, request: ImageRequest, variants: Sequence[int], *, price_factor: Decimal = Decimal(1)
-    ) -> list[GeneratedImage]:
+        self,
+        request: ImageRequest,
+        variants: Sequence[int],
+        *,
+        price_factor: Decimal = Decimal(1),
+        most_microusd: int = 0,
+    ) -> Delivery:
         self.price_factors.append(price_factor)
         self.calls += 1
         self.asked.append((request, tuple(variants)))
@@ -405,7 +412,12 @@ class FakeUpstream:
             await self.during()
         if self._errors:
             raise self._errors.popleft()
-        return [self._image(request) for _ in variants]
+        images = tuple(self._image(request) for _ in variants)
+        if self.is_priced:
+            return Delivery(images, told=self.told)
+        shares = split(most_microusd, len(images))
+        unpriced = [replace(image, paid_microusd=share) for image, share in zip(images, shares, strict=True)]
+        return Delivery(tuple(unpriced), told=self.told, priced=False)
 
     async def check(self) -> None:
         self.checks += 1

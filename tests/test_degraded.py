@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from cacheserver.errors import CannotAffordError, PermissionDeniedError
+from cacheserver.errors import (
+    CannotAffordError,
+    KeyGoneError,
+    PermissionDeniedError,
+    RequestIdSpentError,
+    UpstreamDownError,
+)
 from cacheserver.model import (
     Budget,
     BudgetPeriod,
@@ -127,6 +133,78 @@ class TestOverBudget:
             await get(house, caller=reader)
 
 
+class TestEveryonePaysItsOwn:
+    async def _together(self, house: House, *asking: Any) -> list[Any]:
+        """Ask all at once, in one flight."""
+        house.redis.gate.clear()
+        tasks = []
+        for each in asking:
+            tasks.append(asyncio.create_task(each))
+            await until(lambda: house.cache.in_flight == 1)
+        house.redis.gate.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def test_what_only_one_wants_is_charged_to_it(self, house: House) -> None:
+        one, four = await self._together(house, ask(house, caller=ANN), ask(house, caller=BOB, n=4))
+        rows = sorted((row.caller, row.images) for row in house.ledger.attempts.values())
+        assert rows == [("ann", 1), ("bob", 3)]
+        assert [sum(served.cost_microusd > 0 for served in answer) for answer in (one, four)] == [1, 3]
+        assert one[0].entry == four[0].entry
+
+    async def test_who_can_pay_for_its_own_is_not_refused_for_what_others_want(self, house: House) -> None:
+        house.restart(budget=[day(HIGH_COSTS + TEXT_COSTS, "ann")])
+        one, four = await self._together(
+            house, ask(house, caller=ANN, allow_degraded=False), ask(house, caller=ANN, n=4, allow_degraded=False)
+        )
+        assert not one[0].degraded
+        assert isinstance(four, CannotAffordError)
+
+    async def test_who_would_take_less_does_not_have_others_refused(self, house: House) -> None:
+        house.restart(budget=[day(HIGH_COSTS + TEXT_COSTS)])
+        less, full = await self._together(house, ask(house), ask(house, allow_degraded=False))
+        assert (less[0].degraded, full[0].degraded) == (True, False)
+
+    async def test_one_purse_is_one_call(self, house: House) -> None:
+        await self._together(house, ask(house), ask(house, n=4))
+        assert [len(variants) for _, variants in house.upstream.asked] == [4]
+
+
+class TestSentAgain:
+    async def test_a_call_that_was_given_less_is_given_the_same_again(self, house: House) -> None:
+        house.restart(budget=[day(100_000)])
+        terms = {"cache_policy": CachePolicy.REFRESH, "request_id": "one"}
+        first = await get(house, **terms)
+        again = await get(house, **terms)
+        assert (again.degraded, again.entry) == (True, first.entry)
+        assert house.upstream.calls == 1
+
+    async def test_a_no_store_that_failed_half_way_is_not_paid_for_again(self, house: House) -> None:
+        generate = house.upstream.generate
+
+        async def two_then_none(request: object, variants: object, **terms: object) -> object:
+            if house.upstream.calls:
+                house.upstream.fail_next(UpstreamDownError("down"))
+            return await generate(request, list(variants)[:2], **terms)  # type: ignore[arg-type, call-overload] # a double
+
+        house.upstream.generate = two_then_none  # type: ignore[method-assign, assignment] # a double
+        terms = {"cache_policy": CachePolicy.NO_STORE, "request_id": "one", "n": 3}
+        with pytest.raises(UpstreamDownError):
+            await get(house, **terms)
+        with pytest.raises(RequestIdSpentError):
+            await get(house, **terms)
+        assert house.upstream.images == 2
+
+    async def test_who_comes_for_a_picture_that_was_never_made_is_told_why(self, house: House) -> None:
+        house.restart(budget=[day(1_000)])
+        pending = await ask(house, max_wait_s=0.0, allow_degraded=False)
+        assert isinstance(pending, Pending)
+        await until(lambda: house.cache.in_flight == 0)
+        with pytest.raises(CannotAffordError, match="global/day"):
+            await house.cache.get_by_key(pending.keys[0], namespace=house.namespace, caller=EVERYTHING, terms=Terms())
+        with pytest.raises(KeyGoneError):
+            await house.cache.get_by_key(pending.keys[0], namespace=house.namespace, caller=BOB, terms=Terms())
+
+
 class TestTooSlow:
     def _learn(self, house: House, **seconds: float) -> None:
         (lane,) = house.generator._pool.lanes
@@ -152,6 +230,7 @@ class TestTooSlow:
     async def test_a_cached_picture_is_never_too_slow(self, house: House) -> None:
         self._learn(house, high=30.0, low=3.0)
         await get(house, allow_degraded=False)
+        await house.settle()
         house.restart()
         self._learn(house, high=30.0, low=3.0)
         served = await get(house, max_wait_s=0.001)
@@ -203,8 +282,7 @@ class TestMadeGood:
         house.clock.advance(3_600)
         await house.upstream.arrived(2)
         (flight,) = house.cache._flights.of(house.identity(quality="high", size="1024x1024")[1].key)
-        assert flight.order is not None
-        assert flight.order.priority is Priority.WARM_UP
+        assert [order.priority for order in flight.orders] == [Priority.WARM_UP]
         house.upstream.release()
         await until(lambda: house.cache.in_flight == 0)
         assert made(house) == ["medium", "high"]
@@ -216,6 +294,12 @@ class TestMadeGood:
         house.cache.remakes.start((0, 24))
         await until(lambda: house.clock.sleepers > 0)
         assert (len(house.cache.remakes), made(house)) == (1, ["medium"])
+
+    async def test_what_was_to_be_kept_nowhere_is_not_made_good(self, house: House) -> None:
+        house.namespace = replace(house.namespace, remake_degraded=True)
+        house.restart(budget=[day(100_000)])
+        assert (await get(house, cache_policy=CachePolicy.NO_STORE)).degraded
+        assert len(house.cache.remakes) == 0
 
     async def test_only_namespaces_that_want_it_are_made_good(self, house: House) -> None:
         await self._degrade(house, remake=False)

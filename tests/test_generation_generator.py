@@ -236,6 +236,36 @@ async def test_a_failure_nobody_foresaw_is_unknown_too(clock: FakeClock) -> None
     assert (row.outcome, row.reason) == (UNKNOWN, "INTERNAL")
 
 
+async def test_a_call_whose_price_nobody_says_counts_as_the_most_it_can_cost(clock: FakeClock) -> None:
+    path = MissPath(clock, budget=[day(10_000_000)], terms={"max_cost_microusd": 400_000})
+    path.one.is_priced = False
+    (image,) = await path.make()
+    assert image.paid_microusd == 400_000
+    (row,) = await path.settled()
+    assert (row.outcome, row.reason, row.cost_microusd) == (UNKNOWN, "ok", 400_000)
+    (state,) = await path.budgets.states()
+    assert state.spent_microusd == 400_000
+
+
+async def test_the_pictures_of_calls_cut_off_by_our_own_end_are_kept_if_they_came(clock: FakeClock) -> None:
+    path = MissPath(clock, "a", terms={"max_n": 1})
+    arrived = 0
+
+    async def only_the_first() -> None:
+        nonlocal arrived
+        arrived += 1
+        if arrived > 1:
+            await asyncio.Event().wait()
+
+    path.one.during = only_the_first
+    making = asyncio.create_task(path.make(n=3))
+    await until(lambda: arrived == 3)
+    making.cancel()
+    await asyncio.wait({making})
+    assert sorted(await path.outcomes()) == sorted([SETTLED, UNKNOWN, UNKNOWN])
+    assert len(path.spares) == 1
+
+
 # ── retries ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -437,6 +467,29 @@ async def test_a_hedge_that_fails_costs_the_first_call_nothing(clock: FakeClock)
     (image,) = await making
     assert image.upstream == "slow"
     assert path.spares == []
+
+
+async def test_a_hedge_that_still_waits_when_the_answer_comes_is_never_made(clock: FakeClock) -> None:
+    path = MissPath(clock, "slow", "other", hedge_after_p99=2.0, limits={"other": GroupLimits(concurrent=1)})
+    for _ in range(30):
+        path.lanes[0].took("medium", 10.0)
+    await path.generator._pool.update("slow", paused=True)
+    path.upstreams["other"].hold()
+    busy = asyncio.create_task(path.make(replace(CAT, seed=1)))
+    await path.upstreams["other"].arrived(1)
+    await path.generator._pool.update("slow", paused=False)
+    path.upstreams["slow"].hold()
+    making = asyncio.create_task(path.make())
+    await path.upstreams["slow"].arrived(1)
+    await until(lambda: clock.sleepers > 0)
+    clock.advance(21.0)
+    await until(lambda: sum(path.generator.queue_depth.values()) == 1)
+    path.upstreams["slow"].release()
+    await making
+    path.upstreams["other"].release()
+    await busy
+    await path.generator.settled()
+    assert path.calls == {"slow": 1, "other": 1}
 
 
 async def test_without_hedging_nothing_is_bought_twice(clock: FakeClock) -> None:

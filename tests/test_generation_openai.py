@@ -583,9 +583,10 @@ async def test_an_overloaded_provider_says_when_to_come_back_too(
     assert (await failure(upstream)).retry_after_s == UpstreamDownError.retry_after_s
 
 
-async def test_the_limits_told_last_are_kept(upstream: OpenAIUpstream, provider: OpenAIStandIn) -> None:
-    await upstream.generate(asked(), [0])
-    assert upstream.limits is None
+async def test_each_answer_has_the_limits_it_told_of_and_no_others(
+    upstream: OpenAIUpstream, provider: OpenAIStandIn
+) -> None:
+    assert (await upstream.generate(asked(), [0])).told is None
     provider.headers = {
         "x-ratelimit-limit-requests": "60",
         "x-ratelimit-remaining-requests": "59",
@@ -593,10 +594,25 @@ async def test_the_limits_told_last_are_kept(upstream: OpenAIUpstream, provider:
         "x-ratelimit-limit-tokens": "a lot",
         "x-ratelimit-remaining-images": "4",
     }
-    await upstream.generate(asked(), [0])
+    told = RateLimits(RateLimit(60, 59, 1.0), None, RateLimit(None, 4, None))
+    assert (await upstream.generate(asked(), [0])).told == told
+    provider.edit_next(lambda answer: answer["data"][0].update(b64_json="!!!!"))
+    assert (await failure(upstream)).told == told
     provider.headers = {}
-    await upstream.generate(asked(), [0])
-    assert upstream.limits == RateLimits(RateLimit(60, 59, 1.0), None, RateLimit(None, 4, None))
+    assert (await upstream.generate(asked(), [0])).told is None
+    provider.fail_next(429, "rate_limit_exceeded", headers={"x-ratelimit-remaining-images": "0"})
+    assert (await failure(upstream)).told == RateLimits(images=RateLimit(None, 0, None))
+
+
+async def test_where_nobody_says_the_price_the_pictures_carry_the_most_it_can_be(
+    upstream: OpenAIUpstream, provider: OpenAIStandIn
+) -> None:
+    provider.edit_next(lambda answer: answer.pop("usage"))
+    delivery = await upstream.generate(asked("qwen-image"), range(3), most_microusd=100)
+    assert (delivery.priced, [image.paid_microusd for image in delivery]) == (False, [34, 33, 33])
+    provider.edit_next(lambda answer: answer.pop("usage"))
+    free = await upstream.generate(asked("qwen-image"), range(3))
+    assert (free.priced, [image.paid_microusd for image in free]) == (True, [0, 0, 0])
 
 
 # --- answers that are none

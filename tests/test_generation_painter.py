@@ -31,7 +31,7 @@ def opened(image: GeneratedImage) -> Image.Image:
 async def test_the_same_request_and_variant_give_the_same_bytes(clock: FakeClock, painter: PainterUpstream) -> None:
     first = await painter.generate(asked(), [0, 1])
     again = await PainterUpstream(clock=clock).generate(asked(), [1, 0])
-    assert [image.data for image in first] == [image.data for image in reversed(again)]
+    assert [image.data for image in first] == [image.data for image in reversed(again.images)]
 
 
 @pytest.mark.parametrize(

@@ -210,3 +210,17 @@ async def test_a_price_steps_with_the_months_spend(stage: Stage) -> None:
     for stage.spent in (999, 1_000, 4_999, 5_000):
         factors.append(stage.pool.price_factor(relay))
     assert factors == [Decimal("0.6"), Decimal("0.570"), Decimal("0.570"), Decimal("0.54")]
+
+
+async def test_a_first_burst_beyond_the_limit_is_no_missing_right(stage: Stage) -> None:
+    stage.a.in_flight = 8
+    stage.fail(UpstreamLimitedError("429"), 3)
+    assert stage.a.is_open
+
+
+@pytest.mark.parametrize("error", [UpstreamNotEntitledError("403"), UpstreamDownError("500")])
+async def test_a_success_that_was_under_way_brings_an_upstream_back(stage: Stage, error: UpstreamError) -> None:
+    stage.fail(error, 3)
+    assert not stage.a.is_open
+    stage.pool.succeeded(stage.a, quality="low", seconds=30.0)
+    assert (stage.a.is_open, stage.a.is_on_trial) == (True, False)

@@ -43,18 +43,24 @@ def usage(output: int, *, text: int = 0, image: int = 0, text_out: int = 0) -> d
         ("gpt-image-1.5", "high", LANDSCAPE, 200_000),
         ("gpt-image-1-mini", "medium", PORTRAIT, 15_000),
         ("gpt-image-1", "high", SQUARE, 167_000),
-        ("gpt-image-1-mini", "high", SQUARE, 0),
-        ("gpt-image-2", "auto", SQUARE, 0),
-        ("gpt-image-2", "high", "2048x2048", 0),
-        ("gpt-image-2.6-flare", "high", SQUARE, 0),
-        ("qwen-image", "high", SQUARE, 0),
+        ("gpt-image-1-mini", "high", SQUARE, None),
+        ("gpt-image-2", "auto", SQUARE, None),
+        ("gpt-image-2", "high", "2048x2048", None),
+        ("gpt-image-2.6-flare", "high", SQUARE, None),
+        ("qwen-image", "high", SQUARE, None),
     ],
 )
 def test_without_usage_the_table_says_what_one_picture_costs(
-    model: str, quality: str, size: str, microusd: int
+    model: str, quality: str, size: str, microusd: int | None
 ) -> None:
     assert TABLE.cost_microusd(model, size, quality, None, 1) == microusd
-    assert TABLE.cost_microusd(model, size, quality, None, 4) == 4 * microusd
+    assert TABLE.cost_microusd(model, size, quality, None, 4) == (None if microusd is None else 4 * microusd)
+
+
+def test_a_factor_is_taken_before_a_cost_is_rounded_half_even_once_for_the_call() -> None:
+    costs = [TABLE.cost_microusd("gpt-image-2", SQUARE, "low", usage(n), 1, Decimal("0.05")) for n in (1, 3, 5)]
+    assert costs == [2, 4, 8]  # 1.5, 4.5 and 7.5
+    assert TABLE.cost_microusd("gpt-image-2", SQUARE, "low", None, 3, Decimal("0.6")) == 10_800
 
 
 @pytest.mark.parametrize(
@@ -90,8 +96,8 @@ def test_a_count_that_cannot_be_believed_falls_back_to_the_table(counts: dict[st
     assert TABLE.cost_microusd("gpt-image-2", SQUARE, "high", counts, 2) == 422_000
 
 
-def test_an_unknown_model_costs_nothing() -> None:
-    assert TABLE.cost_microusd("qwen-image", SQUARE, "high", usage(1000), 1) == 0
+def test_of_an_unknown_model_nobody_knows_the_price() -> None:
+    assert TABLE.cost_microusd("qwen-image", SQUARE, "high", usage(1000), 1) is None
     assert TABLE.estimate_microusd(ImageRequest("a cat", "qwen-image"), 1) == 0
 
 
@@ -105,7 +111,7 @@ def test_a_name_of_our_own_is_priced_as_what_the_provider_calls_it() -> None:
         == 5_000 + (4 + AROUND) * 2
     )
     assert named.cost_microusd("gpt-image-2", SQUARE, "low", None, 1) == 6_000
-    assert named.cost_microusd("other", SQUARE, "low", None, 1) == 0
+    assert named.cost_microusd("other", SQUARE, "low", None, 1) is None
     assert "house-style" not in TABLE.models
 
 
@@ -141,7 +147,7 @@ def test_a_model_with_token_prices_only_is_estimated_by_the_dearest_picture_ther
 )
 def test_an_estimate_is_never_below_the_tables_price(model: str, quality: str, size: str, n: int) -> None:
     request = ImageRequest("cats", model, size=size, quality=quality)
-    assert TABLE.estimate_microusd(request, n) >= TABLE.cost_microusd(model, size, quality, None, n)
+    assert TABLE.estimate_microusd(request, n) >= (TABLE.cost_microusd(model, size, quality, None, n) or 0)
 
 
 @settings(deadline=None)

@@ -163,7 +163,8 @@ class JobQueueMachine(RuleBasedStateMachine):
         assert self.queue.demand == Counter(other.route for other in self.waiting)
         for priority in Priority:
             images = sum(other.amounts.images for other in self.waiting if other.priority >= priority)
-            assert self.queue.images_before(priority) == images
+            assert self.queue.images_before(priority, "gpt-image-2") == images
+            assert self.queue.images_before(priority, "another") == 0
 
     @invariant()
     def nobody_starves(self) -> None:

@@ -344,6 +344,7 @@ async def test_a_price_that_steps_down_with_the_months_spend_changes_the_choice(
     stage.ask()
     await stage.run()
     stage.pool._month_spend_microusd = lambda _: 1_000
+    await stage.run(1.2)
     stage.ask()
     await stage.run()
     assert [used for _, used in stage.started] == ["direct", "stepped"]
@@ -410,7 +411,7 @@ async def test_each_model_goes_to_the_upstreams_that_have_it(stage: Stage) -> No
     stage.ask("a")
     stage.ask("b", model="flux")
     await stage.run()
-    assert stage.started == [("a", "both"), ("b", "flux-only")]
+    assert sorted(stage.started) == [("a", "both"), ("b", "flux-only")]
 
 
 async def test_an_upstream_that_failed_a_job_is_not_given_it_again_while_there_is_another(stage: Stage) -> None:
@@ -422,6 +423,97 @@ async def test_an_upstream_that_failed_a_job_is_not_given_it_again_while_there_i
     stage.ask(avoid={"cheap"})
     await stage.run()
     assert stage.lanes_used == {"dear": 1, "cheap": 1}
+
+
+@pytest.mark.parametrize("percents", [(50.0, 50.0), (30.0, None)])
+async def test_a_job_that_failed_at_one_share_goes_to_the_others(
+    stage: Stage, percents: tuple[float | None, ...]
+) -> None:
+    stage.open(*(lane(name, percent=percent) for name, percent in zip("ab", percents, strict=True)))
+    await stage.pool.update("a" if percents[1] else "b", paused=percents[1] is None)
+    stage.ask(avoid={"a"} if percents[1] else set())
+    await stage.run(2.0)
+    assert stage.lanes_used == ({"b": 1} if percents[1] else {"a": 1})
+
+
+async def test_jobs_that_wait_are_taken_by_a_share_when_all_others_have_left(stage: Stage) -> None:
+    stage.limits.spacing_s = {"free": 1_000.0}
+    stage.open(lane("free"), lane("fifth", percent=20.0))
+    for _ in range(4):
+        stage.ask()
+    await stage.run()
+    assert stage.lanes_used == {"free": 1}
+    await stage.pool.update("free", paused=True)
+    await stage.run(1.0)
+    assert stage.lanes_used == {"free": 1, "fifth": 3}
+
+
+async def test_what_is_late_at_its_share_is_still_served_where_there_are_only_shares(stage: Stage) -> None:
+    stage.limits.spacing_s = {"a": 50.0, "b": 50.0}
+    stage.open(lane("a", percent=50.0), lane("b", percent=50.0))
+    for _ in range(4):
+        stage.ask(within_s=60.0)
+    await stage.run(60.0, step_s=0.5)
+    assert len(stage.started) == 4
+
+
+async def test_a_full_group_is_not_asked_again_and_again_for_an_interactive_job_of_another(stage: Stage) -> None:
+    stage.limits.spacing_s = {"other": 1_000.0}
+    stage.open(lane("full"), lane("other", models=("flux",)), concurrent=4, interactive_share=0.25)
+    for _ in range(5):
+        stage.ask("standard")
+    stage.ask("flux", model="flux")
+    await stage.run()
+    reserved = len(stage.limits.reserved)
+    stage.ask("vip", model="flux", priority=Priority.INTERACTIVE)
+    await stage.run(0.4)
+    assert len(stage.limits.reserved) <= reserved + 1
+
+
+async def test_a_model_with_a_long_queue_makes_another_models_jobs_no_later(stage: Stage) -> None:
+    stage.limits.spacing_s = {"a": 1.0}
+    stage.open(lane("a"), lane("flux", models=("flux",)))
+    for _ in range(100):
+        stage.ask()
+    await stage.run(0.1)
+    assert stage.scheduler.wait_s("flux", Priority.STANDARD) == 0
+    assert stage.scheduler.wait_s(MODEL, Priority.STANDARD) > 90
+
+
+async def test_jobs_pass_by_a_lane_whose_trial_call_hangs(stage: Stage) -> None:
+    stage.open(lane("trial", price_factor=0.5), lane("dear"))
+    stage.pool.lanes[0].is_on_trial = True
+    hanging = stage.ask("hangs")
+    await stage.run()
+    assert hanging.result().lane.name == "trial"
+    for _ in range(5):
+        stage.ask()
+    await stage.run(2.0)
+    assert stage.lanes_used == {"trial": 1, "dear": 5}
+
+
+async def test_jobs_are_looked_at_again_however_they_come_and_go(stage: Stage) -> None:
+    down = lane()
+    stage.open(down)
+    for _ in range(20):
+        down.upstream.fail_next(UpstreamDownError("down"))  # type: ignore[attr-defined] # the fake's
+    fail(stage, "one", UpstreamDownError("down"), 3)
+    first = stage.ask()
+    await stage.run()
+    first.cancel()
+    waiting = stage.ask()
+    await stage.run(17.0)
+    with pytest.raises(UpstreamDownError):
+        await waiting
+
+
+async def test_a_job_hastened_while_it_is_called_is_urgent_when_it_comes_back(stage: Stage) -> None:
+    stage.open(lane())
+    job = stage.job(priority=Priority.BATCH)
+    turn = await stage.scheduler.turn(job)
+    stage.scheduler.hasten(job, priority=Priority.INTERACTIVE, deadline_s=5.0)
+    stage.finish(turn)
+    assert (job.priority, job.deadline_s) == (Priority.INTERACTIVE, 5.0)
 
 
 # ── upstreams that leave and come back ──────────────────────────────────────────────────────────────────────

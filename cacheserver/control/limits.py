@@ -10,6 +10,7 @@ from typing import Protocol
 import structlog
 
 from cacheserver.control.redis import UNREACHABLE
+from cacheserver.control.scripts import run_script
 from cacheserver.interfaces import Limits
 from cacheserver.model import Amounts, CallReport, GroupLimits, RateLimit, Slot
 from cacheserver.tiers.redis import Client
@@ -20,6 +21,7 @@ _AWAY_S = 1.0
 """After a failure Redis is left alone for so long, so that not every call waits for the timeout."""
 _MOST_TOLD = 10**9
 _MOST_OWED = 1_000
+_AT_ONCE = 24
 
 _COMMON = """
 local now = tonumber(ARGV[1])
@@ -255,6 +257,7 @@ class RedisLimits:
         self._prefix = prefix
         self._monotonic_s = monotonic_s
         self._timeout_s = timeout_s
+        self._turns = asyncio.Semaphore(_AT_ONCE)
         self._away_until_s = float("-inf")
         self._is_away = False
         self._owed: dict[str, list[str]] = {}
@@ -329,8 +332,7 @@ class RedisLimits:
         if self._is_away:
             self._away_until_s = asked_at_s + _AWAY_S  # one call finds out whether it is back, the others go on
         try:
-            async with asyncio.timeout(self._timeout_s):
-                answer = await self._eval(script, group, amounts, *args)
+            answer = await self._eval(script, group, amounts, *args)
         except UNREACHABLE as error:
             self._away(error)
             return None
@@ -345,8 +347,9 @@ class RedisLimits:
         keys = (f"{self._prefix}{{lg:{group}}}:state", f"{self._prefix}{{lg:{group}}}:running")
         limits = _limit_args(self._limits.get(group, GroupLimits()))
         units = (str(amounts.images), str(amounts.requests), str(amounts.tokens))
-        # EVAL and not EVALSHA: redis-py's asyncio Cluster client cannot load scripts, and these calls are rare.
-        answer: list[bytes] = await self._client.eval(script, len(keys), *keys, self._now_arg(), *limits, *units, *args)
+        given = (self._now_arg(), *limits, *units, *args)
+        async with self._turns:  # redis-py refuses what is beyond its connections
+            answer: list[bytes] = await run_script(self._client, script, keys, given, timeout_s=self._timeout_s)
         return answer
 
     def _now_arg(self) -> str:

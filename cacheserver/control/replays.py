@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable
 
@@ -10,6 +9,7 @@ import structlog
 from cachetools import TTLCache
 
 from cacheserver.control.redis import UNREACHABLE
+from cacheserver.control.scripts import run_script
 from cacheserver.model import Replay
 from cacheserver.tiers.redis import Client
 
@@ -68,8 +68,7 @@ class RedisReplays:
         if (known := await self._here.recall(replay_id)) is not None:
             return known
         try:
-            async with asyncio.timeout(self._timeout_s):
-                stored = await self._run(_RECALL, replay_id)
+            stored = await self._run(_RECALL, replay_id)
         except UNREACHABLE as error:
             _log.warning("replays_unreachable", op="recall", error=type(error).__name__)
             return None
@@ -80,14 +79,12 @@ class RedisReplays:
         await self._here.remember(replay_id, replay)
         value = json.dumps([replay.identity_name, *replay.variants])
         try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._run(_REMEMBER, replay_id, value, str(_LIFETIME_S))
+            await self._run(_REMEMBER, replay_id, value, str(_LIFETIME_S))
         except UNREACHABLE as error:
             _log.warning("replays_unreachable", op="remember", error=type(error).__name__)
 
     async def _run(self, script: str, *args: str) -> bytes | None:
-        # EVAL and not EVALSHA: redis-py's asyncio Cluster client cannot load scripts, and these calls are rare.
-        answer: bytes | None = await self._client.eval(script, len(self._names), *self._names, *args)
+        answer: bytes | None = await run_script(self._client, script, self._names, args, timeout_s=self._timeout_s)
         return answer
 
 

@@ -43,6 +43,7 @@ from cacheserver.model import (
     Attempt,
     AttemptOutcome,
     CallReport,
+    Delivery,
     GeneratedImage,
     ImageRequest,
     Order,
@@ -236,7 +237,7 @@ class Generator:
                 task.cancel()
             await asyncio.wait(tasks)
             raise
-        return _succeeded(tasks)
+        return _succeeded(tasks, works[0].ears)
 
     async def _make(self, work: _Work) -> list[GeneratedImage]:
         tries = Tries(self._retries)
@@ -315,7 +316,7 @@ class Generator:
             work.ears.on_spending()
             images, report = await self._paid(turn.lane, work, attempt)
         except UpstreamError as error:
-            report = _report_of(error, turn.lane)
+            report = _report_of(error)
             work.job.avoid.add(turn.lane.name)
             self._pool.failed(turn.lane, error)
             raise
@@ -337,8 +338,10 @@ class Generator:
         request, factor = work.order.request, self._pool.price_factor(lane)
         closed = replace(attempt, outcome=AttemptOutcome.UNKNOWN, reason=CacheServerError.reason)
         try:
-            images = await lane.upstream.generate(request, work.variants, price_factor=factor)
-            closed = _settled(attempt, images)
+            delivery = await lane.upstream.generate(
+                request, work.variants, price_factor=factor, most_microusd=attempt.estimate_microusd
+            )
+            closed = _delivered(attempt, delivery)
         except UpstreamError as error:
             closed = _failed(attempt, error)
             raise
@@ -351,7 +354,7 @@ class Generator:
             self._close(closed)
         self._pool.succeeded(lane, quality=request.quality, seconds=seconds)
         tokens = closed.usage.total_tokens if closed.usage else work.job.amounts.tokens
-        return images, CallReport(told=lane.upstream.limits, tokens=tokens)
+        return list(delivery), CallReport(told=delivery.told, tokens=tokens)
 
     def _close(self, attempt: Attempt) -> None:
         """Write how an attempt ended. Behind the answer: until it is done, what was set aside stays so."""
@@ -396,7 +399,8 @@ class Generator:
 
     async def _race(self, first: asyncio.Task[list[GeneratedImage]], lane: Lane, work: _Work) -> list[GeneratedImage]:
         """Whichever call answers first is the answer. The other is paid for too: its pictures are spare ones."""
-        job = replace(work.job, avoid={lane.name, *work.job.avoid})
+        turn = asyncio.get_running_loop().create_future()
+        job = replace(work.job, avoid={lane.name, *work.job.avoid}, turn=turn)
         second = self._tasks.own(self._hedge(replace(work, job=job)), "hedge")
         racing = {first, second}
         try:
@@ -406,6 +410,8 @@ class Generator:
                 if winner is not None:
                     for late in {first, second} - {winner}:
                         _keep_what_comes(late, work.ears)
+                    if winner is first and not job.turn.done():
+                        second.cancel()  # it still waits for its turn, and costs nothing yet
                     return winner.result()
         except asyncio.CancelledError:
             _keep_what_comes(second, work.ears)
@@ -450,15 +456,20 @@ class Generator:
         return min((lane.latency_s(quality) for lane in usable), default=0.0)
 
 
-def _succeeded(tasks: Sequence[asyncio.Task[list[GeneratedImage]]]) -> list[GeneratedImage]:
+def _succeeded(tasks: Sequence[asyncio.Task[list[GeneratedImage]]], ears: _Ears) -> list[GeneratedImage]:
     """What worked; the first failure if nothing did, and any that is no error of ours at once."""
+    images = [image for task in tasks if task.exception() is None for image in task.result()]
     failures = [error for task in tasks if (error := task.exception()) is not None]
     unforeseen = next((error for error in failures if not isinstance(error, CacheServerError)), None)
-    if unforeseen is not None or len(failures) == len(tasks):
-        raise unforeseen or failures[0]
+    if unforeseen is not None:
+        for image in images:
+            ears.on_spare(image)
+        raise unforeseen
+    if not images:
+        raise failures[0]
     for failure in failures:
         _log.warning("pictures_lost", error=str(failure))
-    return [image for task in tasks if task.exception() is None for image in task.result()]
+    return images
 
 
 def _keep_what_comes(task: asyncio.Task[list[GeneratedImage]], ears: _Ears) -> None:
@@ -472,14 +483,15 @@ def _keep_what_comes(task: asyncio.Task[list[GeneratedImage]], ears: _Ears) -> N
     task.add_done_callback(give)
 
 
-def _settled(attempt: Attempt, images: Sequence[GeneratedImage]) -> Attempt:
+def _delivered(attempt: Attempt, delivery: Delivery) -> Attempt:
+    """A call that made its pictures: settled, or unknown where nobody said what it cost."""
     return replace(
         attempt,
-        outcome=AttemptOutcome.SETTLED,
-        cost_microusd=sum(image.paid_microusd for image in images),
+        outcome=AttemptOutcome.SETTLED if delivery.priced else AttemptOutcome.UNKNOWN,
+        cost_microusd=sum(image.paid_microusd for image in delivery),
         reason="ok",
-        upstream_request_id=images[0].upstream_request_id,
-        usage=_sum_of([image.usage for image in images if image.usage is not None]),
+        upstream_request_id=delivery.images[0].upstream_request_id,
+        usage=_sum_of([image.usage for image in delivery if image.usage is not None]),
     )
 
 
@@ -499,14 +511,9 @@ def _failed(attempt: Attempt, error: UpstreamError) -> Attempt:
     )
 
 
-def _report_of(error: UpstreamError, lane: Lane) -> CallReport:
+def _report_of(error: UpstreamError) -> CallReport:
     is_limited = isinstance(error, UpstreamLimitedError)
-    return CallReport(
-        limited=is_limited,
-        retry_after_s=error.stated_wait_s if is_limited else None,
-        told=lane.upstream.limits,
-        tokens=None,
-    )
+    return CallReport(limited=is_limited, retry_after_s=error.stated_wait_s if is_limited else None, told=error.told)
 
 
 def _sum_of(usages: Sequence[Usage]) -> Usage | None:

@@ -40,6 +40,8 @@ _FAILURES_IN_A_ROW = 3
 _LIMITED_IN_A_ROW = 3
 """So many 429s and never a success are a missing right, not a limit: one may be another's traffic."""
 
+_REFUTED_BY_A_SUCCESS = frozenset({UpstreamHealth.DOWN, UpstreamHealth.NOT_ENTITLED})
+
 _FIRST_PROBE_S, _LAST_PROBE_S = 0.5, 4.0
 _HOURLY_S = 3_600.0
 
@@ -200,9 +202,11 @@ class Pool:
     def succeeded(self, lane: Lane, *, quality: str, seconds: float) -> None:
         """A call made its pictures."""
         lane.took(quality, seconds)
-        self._answered(lane)
         lane.success_rate += _DECAY * (1 - lane.success_rate)
         lane.has_succeeded = True
+        if lane.health in _REFUTED_BY_A_SUCCESS:  # a call that was under way when others failed
+            self._bring_back(lane)
+        self._answered(lane)
         if lane.is_on_trial:
             lane.is_on_trial = False
             self.on_change()
@@ -216,7 +220,9 @@ class Pool:
                 self._take_out(lane, UpstreamHealth.NOT_ENTITLED)
             case UpstreamLimitedError():
                 lane.limited += 1
-                if not lane.has_succeeded and lane.limited >= _LIMITED_IN_A_ROW:
+                # While other calls are under way one of them may be the first success.
+                is_alone = lane.in_flight <= 1
+                if not lane.has_succeeded and is_alone and lane.limited >= _LIMITED_IN_A_ROW:
                     self._take_out(lane, UpstreamHealth.NOT_ENTITLED)
             case UpstreamDownError() | UpstreamBadImageError() | UpstreamNotEntitledError():
                 lane.failures += 1

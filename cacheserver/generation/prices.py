@@ -34,7 +34,7 @@ class ModelPrice:
 
 @dataclass(frozen=True, slots=True)
 class PriceTable:
-    """The prices of all models we know, as of a day (ISO 8601). A model it does not list costs nothing."""
+    """The prices of all models we know, as of a day (ISO 8601). Of a model it does not list nobody knows the price."""
 
     as_of: str
     models: Mapping[str, ModelPrice]
@@ -70,19 +70,19 @@ class PriceTable:
         usage: Mapping[str, JsonValue] | None,
         n: int,
         factor: Decimal = Decimal(1),
-    ) -> int:
+    ) -> int | None:
         """What a call that made `n` pictures cost; `usage` is the provider's own count, as its answer has it.
 
         Token counts win over the table. `factor` is what the list price is multiplied by. Exact until it is
-        rounded half-even, once for the call. 0 for what neither tells.
+        rounded half-even, once for the call. None where neither usage nor table tells.
         """
         price = self._price(model)
         if price is None:
-            return 0
+            return None
         if usage is not None and price.usd_per_million_tokens and token_count(usage, "output_tokens"):
             return _round(_token_cost(price.usd_per_million_tokens, usage) * factor)
-        usd = price.usd_per_image.get(quality, {}).get(size, Decimal(0))
-        return _round(usd * _MICRO * n * factor)
+        usd = price.usd_per_image.get(quality, {}).get(size)
+        return None if usd is None else _round(usd * _MICRO * n * factor)
 
     def estimate_microusd(self, request: ImageRequest, n: int, factor: Decimal = Decimal(1)) -> int:
         """The most that a call for `n` pictures of `request` can cost; 0 where no price is known.

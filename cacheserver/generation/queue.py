@@ -151,6 +151,7 @@ class JobQueue:
         self._arrivals = itertools.count(1)
         self._jobs: set[Job] = set()
         self._depth: Counter[Priority] = Counter()
+        self._images: Counter[tuple[Priority, str]] = Counter()
         self._bytes = 0
         self.demand: Counter[Route] = Counter()
         """How many jobs wait on each route."""
@@ -176,10 +177,9 @@ class JobQueue:
         """How many wait, by priority."""
         return +self._depth
 
-    def images_before(self, priority: Priority) -> int:
-        """Pictures that wait at `priority` or above."""
-        classes = (each for of, each in self._classes.items() if of >= priority)
-        return sum(line.images for each in classes for line in each.lines.values())
+    def images_before(self, priority: Priority, model: str) -> int:
+        """Pictures of `model` that wait at `priority` or above."""
+        return sum(self._images[of, model] for of in Priority if of >= priority)
 
     def add(self, job: Job) -> list[Job]:
         """Let a new job wait; those that had to leave for it, which will not be served.
@@ -235,12 +235,14 @@ class JobQueue:
         self._jobs.add(job)
         self._bytes += job.size_bytes
         self._depth[job.priority] += 1
+        self._images[job.priority, job.model] += job.amounts.images
         self.demand[job.route] += 1
 
     def _forget(self, job: Job) -> None:
         self._jobs.discard(job)
         self._bytes -= job.size_bytes
         self._depth[job.priority] -= 1
+        self._images[job.priority, job.model] -= job.amounts.images
         self.demand[job.route] -= 1
         if not self.demand[job.route]:
             del self.demand[job.route]

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -87,6 +88,18 @@ class _Level(NamedTuple):
         return self.next_s + images_before / self.per_s if self.per_s else math.inf
 
 
+class _Offer(NamedTuple):
+    """A slot under way: when it is due, what a job of each model must reach for it, and the lanes it may go to."""
+
+    due_s: float
+    costs: dict[str, float]
+    lanes: frozenset[str]
+
+    def is_worth(self, lane: Lane, model: str, cost: float, due_s: float) -> bool:
+        """Whether it serves, by `due_s`, jobs of `model` that need a lane like this one."""
+        return self.due_s <= due_s and (lane.name in self.lanes or self.costs.get(model, -math.inf) >= cost)
+
+
 class Scheduler:
     """Gives waiting jobs their turns."""
 
@@ -121,7 +134,9 @@ class Scheduler:
             for name, group in self._groups.items()
         }
         self._tasks = OwnedTasks()
-        self._seeking: set[_Group] = set()
+        self._costs: dict[str, float] = {}
+        self._costs_until_s = 0.0
+        self._seek_soon: asyncio.Handle | None = None
         self._known_levels: dict[tuple[str, str, bool], tuple[float, list[_Level]]] = {}
         self._watching: asyncio.Task[None] | None = None
         self._closing = False
@@ -141,6 +156,7 @@ class Scheduler:
         if self._closing:
             raise ShuttingDownError("The service is shutting down; try another replica.")
         self._check_served(job)
+        self._refresh_costs()
         job.turn = asyncio.get_running_loop().create_future()
         self._admit(job, again=again)
         self._watch()
@@ -156,6 +172,7 @@ class Scheduler:
         finally:
             if not self._queue and self._watching is not None:
                 self._watching.cancel()
+                self._watching = None
 
     def finished(self, turn: Turn, report: CallReport) -> None:
         """The turn's call is over, with this to say about its group's limits."""
@@ -164,10 +181,12 @@ class Scheduler:
         self._tasks.own(self._end(group, turn.slot, report), "end slot")
 
     def hasten(self, job: Job, *, priority: Priority, deadline_s: float) -> None:
-        """Someone more urgent waits for this job too. Does nothing for one that waits no more."""
+        """Someone more urgent waits for this job too; one that has its turn may need another."""
         if job in self._queue:
             self._queue.hasten(job, priority=priority, deadline_s=deadline_s)
             self._seek()
+        else:
+            job.priority, job.deadline_s = max(job.priority, priority), min(job.deadline_s, deadline_s)
 
     @property
     def depth(self) -> Mapping[Priority, int]:
@@ -177,7 +196,7 @@ class Scheduler:
     def wait_s(self, model: str, priority: Priority) -> float:
         """How long a new job is expected to wait for its turn."""
         levels = self._levels(model, "", is_urgent=priority is Priority.INTERACTIVE)
-        return levels[-1].start_s(self._queue.images_before(priority)) if levels else math.inf
+        return levels[-1].start_s(self._queue.images_before(priority, model)) if levels else math.inf
 
     async def aclose(self) -> None:
         """Turn away whoever waits, and give slots back."""
@@ -189,7 +208,7 @@ class Scheduler:
         for task in running:
             task.cancel()
         if running:
-            await asyncio.wait(running)
+            await asyncio.wait(running, timeout=_CLOSING_S)
         await self._tasks.aclose(_CLOSING_S)
 
     def _check_served(self, job: Job) -> None:
@@ -206,7 +225,7 @@ class Scheduler:
 
     def _admit(self, job: Job, *, again: bool) -> None:
         job.pinned = self._pin(job)
-        job.reach = self._reach(job, self._queue.images_before(job.priority))
+        job.reach = self._reach(job, self._queue.images_before(job.priority, job.model))
         if again:
             self._queue.add_again(job)
             return
@@ -234,28 +253,39 @@ class Scheduler:
     # ── seeking slots ───────────────────────────────────────────────────────────────────────────────────────
 
     def _seek(self) -> None:
+        """Look for slots soon: once, however many things happen at the same time."""
+        if self._queue and not self._closing and self._seek_soon is None:
+            self._seek_soon = asyncio.get_running_loop().call_soon(self._seek_now)
+
+    def _seek_now(self) -> None:
         """Seek slots in idle groups while more jobs wait than slots are under way that could serve them."""
-        if not self._queue or self._closing:
+        self._seek_soon = None
+        if self._closing:
             return
-        has_interactive = bool(self._queue.depth[Priority.INTERACTIVE])
-        for group in sorted(self._idle(), key=self._preference):
-            spare = 0 if has_interactive else self._spare[group.name]
-            is_full = group.full_at_spare is not None and spare >= group.full_at_spare
-            if not is_full and self._is_wanted(group):
-                self._start_seeking(group, spare)
+        offers = [self._offer(group) for group in self._groups.values() if group.seeker is not None]
+        idle = [group for group in self._groups.values() if group.seeker is None and self._has_room(group)]
+        for group in sorted(idle, key=self._preference):
+            if self._is_wanted(group, offers) and self._start_seeking(group):
+                offers.append(self._offer(group))
 
-    def _idle(self) -> list[_Group]:
-        return [
-            group
-            for group in self._groups.values()
-            if group.seeker is None and any(lane.has_room for lane in group.lanes)
-        ]
+    @staticmethod
+    def _has_room(group: _Group) -> bool:
+        return any(lane.has_room for lane in group.lanes)
 
-    def _is_wanted(self, group: _Group) -> bool:
+    def _offer(self, group: _Group) -> _Offer:
+        """The slot under way in a group, as what it is worth to jobs."""
+        costs: dict[str, float] = {}
+        for lane in group.lanes:
+            if self._takes_any(lane):
+                for model in lane.models:
+                    costs[model] = max(costs.get(model, -math.inf), self._cost(lane))
+        return _Offer(group.due_s, costs, frozenset(lane.name for lane in group.lanes))
+
+    def _is_wanted(self, group: _Group, offers: Sequence[_Offer]) -> bool:
         """Whether more jobs wait that a lane of this group may take than slots for them are due before its next."""
         due_s = self._clock.monotonic_s() + self._limits.next_s(group.name)
         return any(
-            self._waiting(lane, model) > self._offered(lane, model, due_s)
+            self._waiting(lane, model) > sum(offer.is_worth(lane, model, self._cost(lane), due_s) for offer in offers)
             for lane in group.lanes
             if lane.has_room
             for model in lane.models
@@ -263,31 +293,18 @@ class Scheduler:
 
     def _waiting(self, lane: Lane, model: str) -> int:
         """How many jobs of `model` wait that this lane may take."""
-        cost = self._cost(lane)
+        cost, takes_any = self._cost(lane), self._takes_any(lane)
         return sum(
             count
             for route, count in self._queue.demand.items()
             if route.model == model
-            and (route.pinned == lane.name if route.pinned else lane.percent is None and route.reach >= cost)
+            and (route.pinned == lane.name if route.pinned else takes_any and route.reach >= cost)
         )
 
-    def _offered(self, lane: Lane, model: str, due_s: float) -> int:
-        """How many slots under way are due by `due_s` and serve jobs that need a lane like this one."""
-        cost = self._cost(lane)
-        return sum(
-            1
-            for group in self._seeking
-            if group.due_s <= due_s
-            and any(
-                other is lane
-                or (
-                    lane.percent is None
-                    and other.percent is None
-                    and model in other.models
-                    and self._cost(other) >= cost
-                )
-                for other in group.lanes
-            )
+    def _takes_any(self, lane: Lane) -> bool:
+        """Whether it takes jobs that are not pinned to it: one with a percentage does not while others are there."""
+        return lane.percent is None or not any(
+            other.percent is None and other.is_open for model in lane.models for other in self._pool.serving(model)
         )
 
     def _preference(self, group: _Group) -> tuple[float, ...]:
@@ -302,26 +319,33 @@ class Scheduler:
             case Policy.CHEAPEST | Policy.PRIORITY:
                 return (min(self._cost(lane) for lane in lanes), next_s, min(_share(lane) for lane in lanes))
 
-    def _start_seeking(self, group: _Group, spare: int) -> None:
+    def _start_seeking(self, group: _Group) -> bool:
+        """Seek a slot for the most urgent job the group may serve, if it may have a place for that."""
         job = next((job for job in self._queue if self._lane(group, job) is not None), None)
-        if job is not None:
-            self._run_seeker(group, self._seek_slot(group, job.amounts, spare))
+        if job is None:
+            return False
+        kept = self._kept(group, job)
+        if group.full_at_spare is not None and kept >= group.full_at_spare:
+            return False
+        self._run_seeker(group, self._seek_slot(group, job.amounts, kept))
+        return True
 
     def _run_seeker(self, group: _Group, work: Coroutine[None, None, None]) -> None:
         group.due_s = self._clock.monotonic_s() + self._limits.next_s(group.name)
-        self._seeking.add(group)
         group.seeker = self._tasks.own(work, f"seek {group.name}")
         group.seeker.add_done_callback(lambda _: self._sought(group))
 
     def _sought(self, group: _Group) -> None:
         """The seeker has ended: use what it found."""
-        self._seeking.discard(group)
         group.seeker = None
         self._use(group)
 
     async def _seek_slot(self, group: _Group, amounts: Amounts, spare: int) -> None:
         """Reserve the group's next slot and wait until it is due."""
         slot = await self._limits.reserve(group.name, amounts, lease_s=self._lease_s, spare=spare)
+        if slot is not None and self._closing:
+            self._release(slot)
+            return
         if slot is None:
             group.full_at_spare = spare
             self._tasks.own(self._ask_again(group), "ask again")
@@ -390,7 +414,14 @@ class Scheduler:
             return False
         if job.pinned:
             return lane.name == job.pinned
-        return lane.percent is None and self._cost(lane) <= job.reach
+        return self._cost(lane) <= job.reach and (self._takes_any(lane) or not self._has_free(job))
+
+    def _has_free(self, job: Job) -> bool:
+        """Whether an upstream without a percentage could serve the job that has not failed it yet."""
+        return any(
+            lane.is_open and lane.percent is None and lane.name not in job.avoid
+            for lane in self._pool.serving(job.model)
+        )
 
     def _has_other(self, job: Job) -> bool:
         """Whether an upstream could serve the job that has not failed it yet."""
@@ -414,6 +445,19 @@ class Scheduler:
 
     def _cost(self, lane: Lane) -> float:
         """What a job must reach to be taken by this lane."""
+        cost = self._costs.get(lane.name)
+        if cost is None:
+            cost = self._costs[lane.name] = self._measure_cost(lane)
+        return cost
+
+    def _refresh_costs(self) -> None:
+        """Look costs up anew once a second: prices step with what is spent."""
+        now_s = self._clock.monotonic_s()
+        if now_s >= self._costs_until_s:
+            self._costs.clear()
+            self._costs_until_s = now_s + _LOOK_AGAIN_S
+
+    def _measure_cost(self, lane: Lane) -> float:
         match self._policy:
             case Policy.CHEAPEST:
                 return float(self._pool.price_factor(lane))
@@ -450,7 +494,7 @@ class Scheduler:
         return levels
 
     def _measure_levels(self, model: str, quality: str, *, is_urgent: bool) -> list[_Level]:
-        lanes = [lane for lane in self._pool.serving(model) if lane.is_open and lane.percent is None]
+        lanes = [lane for lane in self._pool.serving(model) if lane.has_room and self._takes_any(lane)]
         by_cost: dict[float, list[Lane]] = {}
         for lane in lanes:
             by_cost.setdefault(self._cost(lane), []).append(lane)
@@ -477,8 +521,8 @@ class Scheduler:
 
     def _pin(self, job: Job) -> str:
         """The lane whose percentage is due, if there is one: it gets this job."""
-        lanes = [lane for lane in self._pool.serving(job.model) if lane.is_open]
-        shares = [lane for lane in lanes if lane.percent is not None and lane.name not in job.avoid]
+        lanes = [lane for lane in self._pool.serving(job.model) if lane.is_open and lane.name not in job.avoid]
+        shares = [lane for lane in lanes if lane.percent is not None]
         for lane in shares:
             lane.credit += (lane.percent or 0.0) / 100 * job.amounts.images
         due = max(shares, key=lambda lane: lane.credit, default=None)
@@ -490,15 +534,17 @@ class Scheduler:
     def _look_again(self) -> None:
         """See anew how far each waiting job reaches, and turn away those that nobody can serve."""
         self._known_levels.clear()
+        self._refresh_costs()
         may_come = {model: self._may_come(model) for model in self._pool.models}
-        images = 0
+        images: Counter[str] = Counter()
         for job in list(self._queue):
             if not may_come[job.model]:
                 self._fail(job, self._pool.why_none(job.model))
                 continue
-            pinned = job.pinned if self._is_served_by(job.pinned, job, images) else ""
-            self._queue.reroute(job, pinned=pinned, reach=self._reach(job, images))
-            images += job.amounts.images
+            before = images[job.model]
+            pinned = job.pinned if job.pinned and self._is_served_by(job.pinned, job, before) else ""
+            self._queue.reroute(job, pinned=pinned, reach=self._reach(job, before))
+            images[job.model] += job.amounts.images
 
     def _is_served_by(self, pinned: str, job: Job, images_before: int) -> bool:
         """Whether the lane a job is pinned to is expected to serve it in time."""
@@ -516,7 +562,7 @@ class Scheduler:
         self._seek()
 
     def _watch(self) -> None:
-        if self._watching is None or self._watching.done():
+        if self._watching is None:
             self._watching = self._tasks.own(self._look_again_while_jobs_wait(), "watch the queue")
 
     async def _look_again_while_jobs_wait(self) -> None:

@@ -31,7 +31,7 @@ from cacheserver.generation.providers.download import ImageDownloads, is_public,
 from cacheserver.generation.providers.openai_errors import error_of, request_id
 from cacheserver.generation.providers.rate_limits import read_limits
 from cacheserver.interfaces import Clock
-from cacheserver.model import GeneratedImage, ImageRequest, JsonValue, RateLimits, Usage
+from cacheserver.model import Delivery, GeneratedImage, ImageRequest, JsonValue, RateLimits, Usage
 
 _T = TypeVar("_T")
 
@@ -103,6 +103,7 @@ class _Answer:
     body: bytes
     request_id: str
     private: bool
+    told: RateLimits | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,7 @@ class _Bill:
     request: ImageRequest
     answer: _Answer
     price_factor: Decimal
+    most_microusd: int
     reply: _Reply | None = None
 
     @property
@@ -151,7 +153,6 @@ class OpenAIUpstream:
         self._base_url = _base_url(endpoint)
         self._prices = prices.naming(endpoint.models)
         self._clock = clock
-        self._limits: RateLimits | None = None
         ssl_context = httpx.create_ssl_context()
         # They log each URL, and a signed image URL is a secret; and what they read, which may be the prompt.
         for library in ("httpx", "httpcore"):
@@ -184,14 +185,14 @@ class OpenAIUpstream:
         """Our names of the models it makes pictures with."""
         return tuple(self._endpoint.models)
 
-    @property
-    def limits(self) -> RateLimits | None:
-        """The rate limits the provider told of last; None if it never did."""
-        return self._limits
-
     async def generate(
-        self, request: ImageRequest, variants: Sequence[int], *, price_factor: Decimal = Decimal(1)
-    ) -> list[GeneratedImage]:
+        self,
+        request: ImageRequest,
+        variants: Sequence[int],
+        *,
+        price_factor: Decimal = Decimal(1),
+        most_microusd: int = 0,
+    ) -> Delivery:
         """Make one picture for each of `variants` in one call, `max_n` at most; fewer if some came damaged."""
         started_s = self._clock.monotonic_s()
         deadline_s = asyncio.get_running_loop().time() + self._endpoint.timeout_s
@@ -203,7 +204,7 @@ class OpenAIUpstream:
             timeout_s=self._endpoint.timeout_s,
             max_bytes=_REPLY_OVERHEAD_BYTES + int(n * self._endpoint.max_image_bytes * _BASE64_GROWTH),
         )
-        bill = _Bill(request, answer, price_factor)
+        bill = _Bill(request, answer, price_factor, most_microusd)
         try:
             async with asyncio.timeout_at(deadline_s):
                 bill.reply = reply = await asyncio.to_thread(_read_reply, answer.body)
@@ -217,8 +218,9 @@ class OpenAIUpstream:
             raise UpstreamDownError(text, cost_microusd=self._cost_microusd(bill)) from None
         except UpstreamError as error:
             error.cost_microusd, error.upstream_request_id = self._cost_microusd(bill), answer.request_id
+            error.told = answer.told
             raise
-        return self._with_costs(bill, images, seconds=self._clock.monotonic_s() - started_s)
+        return self._delivery(bill, images, seconds=self._clock.monotonic_s() - started_s)
 
     async def check(self) -> None:
         """Return if the provider lists its models for our key; raise UpstreamError if not."""
@@ -257,16 +259,18 @@ class OpenAIUpstream:
             return await self._client.send(request, stream=True)
 
     async def _read(self, response: httpx.Response, max_bytes: int) -> _Answer:
-        self._limits = read_limits(response.headers) or self._limits
+        told = read_limits(response.headers)
         private = _is_private(response)
         if response.status_code != httpx.codes.OK:
             body = await read_at_most(response, _MAX_ERROR_BYTES) or b""
-            raise error_of(self._name, response.status_code, response.headers, body, now_s=self._clock.now_s())
+            error = error_of(self._name, response.status_code, response.headers, body, now_s=self._clock.now_s())
+            error.told = told
+            raise error
         body = await read_at_most(response, max_bytes) or b""
         if not body:
             text = f"{self._name}: its answer is empty or has more than {max_bytes} bytes"
             raise UpstreamBadImageError(text, cost_microusd=None)
-        return _Answer(body, request_id(response.headers), private)
+        return _Answer(body, request_id(response.headers), private, told)
 
     def _headers(self) -> dict[str, str]:
         headers = {"content-type": "application/json"}
@@ -340,16 +344,20 @@ class OpenAIUpstream:
         )
 
     def _cost_microusd(self, bill: _Bill) -> int | None:
-        """What the call cost by its answer; None where the answer cannot be read, and so nobody knows."""
+        """What the call cost by its answer; None where nobody knows: its answer cannot be read, or has no price.
+
+        A model without any price, and without an upper bound of the operator's, costs nothing.
+        """
         if bill.reply is None:
             return None
         size, quality, _ = bill.resolved
         reply = bill.reply
-        return self._prices.cost_microusd(
+        cost = self._prices.cost_microusd(
             bill.request.model, size, quality, reply.usage, len(reply.items), bill.price_factor
         )
+        return 0 if cost is None and not bill.most_microusd else cost
 
-    def _with_costs(self, bill: _Bill, images: Sequence[GeneratedImage], *, seconds: float) -> list[GeneratedImage]:
+    def _delivery(self, bill: _Bill, images: Sequence[GeneratedImage], *, seconds: float) -> Delivery:
         """The pictures with what is known of all of them: time, resolved parameters, usage and cost divided.
 
         The whole call is divided among the pictures that arrived intact: their sum is what was paid.
@@ -358,8 +366,9 @@ class OpenAIUpstream:
         if reply is None:
             raise AssertionError("pictures come out of a reply")
         size, quality, background = bill.resolved
-        paid = self._cost_microusd(bill) or 0
-        return [
+        cost = self._cost_microusd(bill)
+        shares = split(bill.most_microusd if cost is None else cost, len(images))
+        whole = tuple(
             replace(
                 image,
                 model=_word(reply.facts.get("model"), bill.request.model),
@@ -372,10 +381,9 @@ class OpenAIUpstream:
                 generation_s=seconds,
                 paid_microusd=share,
             )
-            for image, share, usage in zip(
-                images, split(paid, len(images)), _split_usage(reply.usage, len(images)), strict=True
-            )
-        ]
+            for image, share, usage in zip(images, shares, _split_usage(reply.usage, len(images)), strict=True)
+        )
+        return Delivery(whole, told=bill.answer.told, priced=cost is not None)
 
 
 def _succeeded(upstream: str, outcomes: Sequence[_T | BaseException]) -> list[_T]:

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from cacheserver.errors import UpstreamInvalidError
 from cacheserver.generation.images import inspect
 from cacheserver.interfaces import Clock
-from cacheserver.model import GeneratedImage, ImageRequest
+from cacheserver.model import Delivery, GeneratedImage, ImageRequest
 
 MODEL = "painter"
 """The one model the painter serves: its pictures are never taken for a real model's."""
@@ -51,18 +51,14 @@ class PainterUpstream:
         """Its name in config, metrics and logs."""
         return MODEL
 
-    @property
-    def limits(self) -> None:
-        """None: it has no limits."""
-        return
-
     async def generate(
         self,
         request: ImageRequest,
         variants: Sequence[int],
         *,
         price_factor: Decimal = Decimal(1),  # noqa: ARG002 - it costs nothing
-    ) -> list[GeneratedImage]:
+        most_microusd: int = 0,  # noqa: ARG002 - as above
+    ) -> Delivery:
         """One picture for each of `variants`."""
         started_s = self._clock.monotonic_s()
         size = _size(request)
@@ -72,7 +68,7 @@ class PainterUpstream:
             await self._clock.sleep(self._delay_s)
         images = [await asyncio.to_thread(_paint, request, variant, size) for variant in variants]
         seconds = self._clock.monotonic_s() - started_s
-        return [replace(image, generation_s=seconds) for image in images]
+        return Delivery(tuple(replace(image, generation_s=seconds) for image in images))
 
     async def check(self) -> None:
         """Return: a painter is always there."""
