@@ -124,6 +124,21 @@ class ValkeyServer(Server):
             return b""
 
 
+class ClusterServer(ValkeyServer):
+    """A Redis Cluster of one node that holds every slot."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        (self._bus_port,) = free_ports(1)
+
+    def command(self) -> list[str]:
+        return [*super().command(), "--cluster-enabled", "yes", "--cluster-port", str(self._bus_port)]
+
+    def is_ready(self) -> bool:
+        self.execute("CLUSTER ADDSLOTSRANGE 0 16383")
+        return b"cluster_state:ok" in self.execute("CLUSTER INFO")
+
+
 class S3Server(Server):
     """A SeaweedFS that checks credentials, checksums and conditions like S3 does."""
 

@@ -25,7 +25,7 @@ from cacheserver.interfaces import Books, Budgets
 from cacheserver.model import Budget, BudgetPeriod, BudgetScope
 from cacheserver.tiers.redis import Client, connect, disconnect
 from tests.fakes import FakeClock
-from tests.servers import TcpProxy, ValkeyServer
+from tests.servers import ClusterServer, TcpProxy, ValkeyServer
 from tests.waiting import until
 
 T = TypeVar("T")
@@ -816,17 +816,6 @@ async def _live_through(  # noqa: C901 - a step is a line or two
     sums = [own for each in replicas for own in each._here.accounts.sums.values()]
     expected = (sum(own.spent for own in sums), sum(own.reserved for own in sums))
     assert (await standing(replicas[0])).get("global/day", (0, 0)) == expected
-
-
-class ClusterServer(ValkeyServer):
-    """A Cluster of one node that holds every slot."""
-
-    def command(self) -> list[str]:
-        return [*super().command(), "--cluster-enabled", "yes"]
-
-    def is_ready(self) -> bool:
-        self.execute("CLUSTER ADDSLOTSRANGE 0 16383")
-        return b"cluster_state:ok" in self.execute("CLUSTER INFO")
 
 
 async def test_budgets_work_in_a_cluster(clock: FakeClock, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -319,12 +319,12 @@ def test_quoted_text_stays_as_written_in_all_marks(marks: str, surrounding: str)
         "\u0301" * 32_000,
         "1.2," * 8_000,
     ],
-    ids=ascii,
+    ids=lambda prompt: ascii(prompt[:12]),
 )
 def test_the_longest_prompt_takes_no_time_to_speak_of(prompt: str) -> None:
     begin = time.process_time()
     normalize_prompt(prompt, "catalog", (r"[a-z]+-\d+", r"\d+x"))
-    assert time.process_time() - begin < 1.0  # quadratic time would be tens of seconds
+    assert time.process_time() - begin < 5.0  # quadratic time would be tens of seconds
 
 
 @given(prompt=AWKWARD | st.text(), profile=st.sampled_from(sorted(PROFILES)))

@@ -27,7 +27,7 @@ from cacheserver.tiers import codec
 from cacheserver.tiers.guard import GuardedTier
 from cacheserver.tiers.redis import RedisTier, connect
 from tests.fakes import FakeClock
-from tests.servers import TcpProxy, ValkeyServer
+from tests.servers import ClusterServer, TcpProxy, ValkeyServer
 from tests.tier_contract import (
     MAX_ENTRY_BYTES,
     TierContract,
@@ -326,17 +326,6 @@ async def test_a_replica_is_no_place_to_write(own_valkey: Callable[[], ValkeySer
     async with open_tier(server.url, clock) as tier:
         with pytest.raises(TierError, match="read-only replica"):
             await tier.ping()
-
-
-class ClusterServer(ValkeyServer):
-    """A Redis Cluster of one."""
-
-    def command(self) -> list[str]:
-        return [*super().command(), "--cluster-enabled", "yes"]
-
-    def is_ready(self) -> bool:
-        self.execute("CLUSTER ADDSLOTSRANGE 0 16383")
-        return b"cluster_state:ok" in self.execute("CLUSTER INFO")
 
 
 class SentinelServer(ValkeyServer):
