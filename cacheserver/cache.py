@@ -40,7 +40,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace as with_fields
 from functools import partial
 from typing import Any, NamedTuple
@@ -56,7 +55,6 @@ from cacheserver.errors import (
     InvalidRequestError,
     KeyGoneError,
     NoSignedUrlsError,
-    NotCachedError,
     RequestIdRunningError,
     RequestIdSpentError,
     TierError,
@@ -67,6 +65,7 @@ from cacheserver.flight import Flight, Flights, Loaded, Waiter
 from cacheserver.interfaces import Books, Clock, Generation, Replays, SigningTier, Tier
 from cacheserver.keep import Keeper
 from cacheserver.model import (
+    Ask,
     CachedImage,
     CacheKey,
     CachePolicy,
@@ -88,9 +87,10 @@ from cacheserver.model import (
 )
 from cacheserver.paying import Paying, UnknownPolicy, may_generate
 from cacheserver.purge import Purger, PurgeResult, PurgeSelector
-from cacheserver.remakes import Remake, Remakes
+from cacheserver.remakes import Remakes
 from cacheserver.resent import Promise, Resent, replay_id
 from cacheserver.reviews import Reviews
+from cacheserver.rungs import Identify, Rungs
 from cacheserver.tasks import OwnedTasks
 from cacheserver.tiers.memory import MemoryCache
 from cacheserver.variants import AnotherOne, random_ones, sticky_ones
@@ -98,9 +98,6 @@ from cacheserver.variants import AnotherOne, random_ones, sticky_ones
 _REMEMBERING_S = 1.0
 _REMEMBERED_FAILURES, _FAILURES_LAST_S = 10_000, 300.0
 _GONE = "No tier has the picture of this key any more; ask for it by its prompt."
-
-Identify = Callable[[ImageRequest, Namespace, MatchLevel | None], Identity]
-"""Turns a request into its identity in a namespace, no looser than a level."""
 
 
 class PromptCache:
@@ -130,7 +127,6 @@ class PromptCache:
         self._generation = generation
         self._reviews = reviews
         self._replays = replays
-        self._identify = identify
         self._books = books
         self._clock = clock
         self._signer = signer
@@ -145,6 +141,7 @@ class PromptCache:
         self._failures: TTLCache[tuple[str, str], CacheServerError] = TTLCache(
             _REMEMBERED_FAILURES, ttl=_FAILURES_LAST_S, timer=clock.monotonic_s
         )
+        self._rungs = Rungs(get=self._get_as_asked, generation=generation, identify=identify, books=books)
         self.remakes = Remakes(make=self._remake, clock=clock)
         self._purger = Purger(memory=memory, tiers=tiers, keeper=keeper)
 
@@ -170,35 +167,41 @@ class PromptCache:
         CannotAffordError, UpstreamError and the like. No failing tier makes this fail. A caller that is cancelled
         ends its wait and nothing else.
         """
+        ask = Ask(request, identity, namespace, caller, terms)
         try:
-            return await self._get_as_asked(request, identity, namespace=namespace, caller=caller, terms=terms)
+            return await self._get_as_asked(ask)
         except (CannotAffordError, TooSlowError) as error:
             if not terms.allow_degraded or not error.rungs:
                 raise
-            answer = await self._get_degraded(error, request, identity, namespace, caller, terms)
+            answer = await self._rungs.instead(ask, error)
         except RequestIdSpentError:
             if not terms.allow_degraded:
                 raise
-            return await self._replay_degraded(request, identity, namespace=namespace, caller=caller, terms=terms)
+            return await self._rungs.again(ask)
         is_plain = terms.cache_policy is CachePolicy.USE_CACHE and terms.variant_policy is VariantPolicy.FIRST
         if namespace.remake_degraded and is_plain and not isinstance(answer, Pending):
-            self.remakes.add(Remake(request, identity, namespace, caller, terms))
+            self.remakes.add(ask)
         return answer
 
-    async def _get_as_asked(
-        self, request: ImageRequest, identity: Identity, *, namespace: Namespace, caller: Caller, terms: Terms
-    ) -> list[Served] | Pending:
+    async def _get_as_asked(self, ask: Ask) -> list[Served] | Pending:
+        terms, namespace = ask.terms, ask.namespace
         if terms.n > namespace.max_variants:
             raise InvalidRequestError({"n": f"at most {namespace.max_variants} in namespace {namespace.name}"})
-        waiter = self._waiter(identity.key, tuple(range(terms.n)), namespace, caller, terms)
-        waiter.asked = request, identity
-        call_id = replay_id(caller, terms)
+        waiter = self._waiter(ask.identity.key, tuple(range(terms.n)), namespace, ask.caller, terms)
+        waiter.asked = ask.request, ask.identity
+        call_id = replay_id(ask.caller, terms)
         if terms.cache_policy is CachePolicy.NO_STORE:
             return await self._get_unstored(waiter, call_id)
         if call_id:
             return await self._get(waiter, await self._resent.prepare(waiter, call_id, self._choose))
         waiter.variants = await self._choose(waiter)
         return await self._get(waiter)
+
+    async def _remake(self, ask: Ask) -> None:
+        """Make what was answered with less as it was asked for, inside the budget and after everybody else."""
+        asked = ask.terms
+        terms = Terms(n=asked.n, priority=Priority.WARM_UP, tags=asked.tags, ttl_s=asked.ttl_s)
+        await self._get_as_asked(with_fields(ask, terms=terms))
 
     async def get_by_key(
         self, key: CacheKey, *, namespace: Namespace, caller: Caller, terms: Terms
@@ -596,67 +599,6 @@ class PromptCache:
             create_time_s=now_s if create_time_s is None else create_time_s,
             expire_time_s=None if lifetime_s is None else now_s + lifetime_s,
             tags=tags,
-        )
-
-    # ── less than was asked for ─────────────────────────────────────────────────────────────────────────────
-
-    async def _get_degraded(  # noqa: PLR0913, PLR0917 - a call's facts
-        self,
-        error: CannotAffordError | TooSlowError,
-        request: ImageRequest,
-        identity: Identity,
-        namespace: Namespace,
-        caller: Caller,
-        terms: Terms,
-    ) -> list[Served] | Pending:
-        """Walk the rungs below a request that cannot be had, as ordinary requests: a cached one costs nothing.
-
-        Over budget the dearest rung that can be had; short of time one that is cached, else the fastest.
-        """
-        on_rungs = with_fields(terms, allow_degraded=False)
-        get = partial(self._get_rung, level=identity.level, namespace=namespace, caller=caller)
-        if isinstance(error, CannotAffordError):
-            for rung in error.rungs:
-                with suppress(CannotAffordError):
-                    return await get(rung, terms=on_rungs)
-            raise error
-        for rung in error.rungs:
-            with suppress(NotCachedError):
-                return await get(rung, terms=with_fields(on_rungs, cache_policy=CachePolicy.ONLY_IF_CACHED))
-        expected_s = partial(self._generation.expected_s, priority=terms.priority)
-        fastest = min(error.rungs, key=expected_s)
-        if expected_s(fastest) < expected_s(request):
-            return await get(fastest, terms=on_rungs)
-        return await self._get_as_asked(request, identity, namespace=namespace, caller=caller, terms=on_rungs)
-
-    async def _replay_degraded(
-        self, request: ImageRequest, identity: Identity, *, namespace: Namespace, caller: Caller, terms: Terms
-    ) -> list[Served] | Pending:
-        """What a call sent again was given, if that was a rung below: there its request_id is known."""
-        on_rungs = with_fields(terms, allow_degraded=False)
-        for rung in self._generation.rungs(request):
-            with suppress(RequestIdSpentError):
-                return await self._get_rung(
-                    rung, level=identity.level, namespace=namespace, caller=caller, terms=on_rungs
-                )
-        raise RequestIdSpentError("This request_id was used for another request; use a new one.")
-
-    async def _get_rung(
-        self, rung: ImageRequest, *, level: MatchLevel, namespace: Namespace, caller: Caller, terms: Terms
-    ) -> list[Served] | Pending:
-        identity = self._identify(rung, namespace, level)
-        answer = await self._get_as_asked(rung, identity, namespace=namespace, caller=caller, terms=terms)
-        if isinstance(answer, Pending):
-            return answer
-        for served in answer:
-            self._books.degraded(namespace.name, served.tier)
-        return [with_fields(served, degraded=True) for served in answer]
-
-    async def _remake(self, remake: Remake) -> None:
-        """Make what was answered with less as it was asked for, inside the budget and after everybody else."""
-        terms = Terms(n=remake.terms.n, priority=Priority.WARM_UP, tags=remake.terms.tags, ttl_s=remake.terms.ttl_s)
-        await self._get_as_asked(
-            remake.request, remake.identity, namespace=remake.namespace, caller=remake.caller, terms=terms
         )
 
     # ── which variants, and calls sent twice ────────────────────────────────────────────────────────────────

@@ -595,6 +595,17 @@ class Terms:
 
 
 @dataclass(frozen=True, slots=True)
+class Ask:
+    """One call for pictures: what is asked for, by whom and on what terms."""
+
+    request: ImageRequest
+    identity: Identity
+    namespace: Namespace
+    caller: Caller
+    terms: Terms
+
+
+@dataclass(frozen=True, slots=True)
 class Served:
     """One picture of an answer and where it came from."""
 

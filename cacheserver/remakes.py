@@ -5,30 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import structlog
 
 from cacheserver.errors import CacheServerError
 from cacheserver.interfaces import Clock
-from cacheserver.model import Caller, Identity, ImageRequest, Namespace, Terms
+from cacheserver.model import Ask
 
 _log = structlog.get_logger(__name__)
 
 _REMEMBERED = 10_000
 _LOOK_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Remake:
-    """A call that was answered with a cheaper picture."""
-
-    request: ImageRequest
-    identity: Identity
-    namespace: Namespace
-    caller: Caller
-    terms: Terms
 
 
 class Remakes:
@@ -37,20 +25,20 @@ class Remakes:
     Nothing is lost with them: whoever asks again in the meantime has the picture made then.
     """
 
-    def __init__(self, *, make: Callable[[Remake], Awaitable[None]], clock: Clock) -> None:
+    def __init__(self, *, make: Callable[[Ask], Awaitable[None]], clock: Clock) -> None:
         """`make` makes the picture of one call, as it was asked for."""
         self._make = make
         self._clock = clock
-        self._waiting: OrderedDict[str, Remake] = OrderedDict()
+        self._waiting: OrderedDict[str, Ask] = OrderedDict()
         self._working: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
         """How many wait."""
         return len(self._waiting)
 
-    def add(self, remake: Remake) -> None:
+    def add(self, ask: Ask) -> None:
         """Remember a call; the oldest is forgotten for it if there are too many."""
-        self._waiting[remake.identity.key.identity_name] = remake
+        self._waiting[ask.identity.key.identity_name] = ask
         if len(self._waiting) > _REMEMBERED:
             self._waiting.popitem(last=False)
 
@@ -67,12 +55,12 @@ class Remakes:
     async def _work(self, off_peak_hours: tuple[int, int]) -> None:
         while True:
             while self._waiting and is_between(datetime.fromtimestamp(self._clock.now_s(), UTC).hour, off_peak_hours):
-                _, remake = self._waiting.popitem(last=False)
+                _, ask = self._waiting.popitem(last=False)
                 try:
-                    await self._make(remake)
+                    await self._make(ask)
                 except CacheServerError as error:
-                    _log.info("not_remade", namespace=remake.namespace.name, reason=error.reason)
-                    self.add(remake)
+                    _log.info("not_remade", namespace=ask.namespace.name, reason=error.reason)
+                    self.add(ask)
                     break
             await self._clock.sleep(_LOOK_S)
 

@@ -33,9 +33,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "paying": VALUES | {"flight"},
     "reviews": VALUES | {"tiers", "keep"},
     "remakes": VALUES,
+    "rungs": VALUES,
     "precheck": VALUES | {"identity"},
     "resent": VALUES | {"flight"},
-    "cache": VALUES | {"tiers", "flight", "keep", "purge", "paying", "resent", "variants", "reviews", "remakes"},
+    "cache": VALUES
+    | {"tiers", "flight", "keep", "purge", "paying", "resent", "variants", "reviews", "remakes", "rungs"},
     "settings": VALUES | {"identity"},
     "http": VALUES,
     "rpc": VALUES | {"cache", "purge", "identity", "accounting", "generation", "precheck", "pb"},
