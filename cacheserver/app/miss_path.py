@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
 from cacheserver.accounting.ledger import DaySpending, SqliteLedger
+from cacheserver.app.tiers import CONTROL_TIMEOUT_S
 from cacheserver.control.budgets import LocalBudgets, RedisBudgets
 from cacheserver.control.limits import RedisLimits
 from cacheserver.control.replicas import Replicas
@@ -203,6 +204,7 @@ async def _build_budgets(  # noqa: PLR0913 - the parts they stand on
         clock=clock,
         prefix=settings.redis.prefix,
         redis_lost=settings.budget.redis_lost,
+        timeout_s=CONTROL_TIMEOUT_S,
     )
     await shared.start()
     undo.push_async_callback(shared.aclose)
@@ -221,7 +223,14 @@ def _build_limits(settings: Settings, replicas: Replicas, *, client: Client | No
     if client is None:
         return here
     prefix = settings.redis.prefix
-    return RedisLimits(client=client, limits=limits, here=here, prefix=prefix, monotonic_s=clock.monotonic_s)
+    return RedisLimits(
+        client=client,
+        limits=limits,
+        here=here,
+        prefix=prefix,
+        monotonic_s=clock.monotonic_s,
+        timeout_s=CONTROL_TIMEOUT_S,
+    )
 
 
 def _build_scorer(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -> Scorer:

@@ -18,7 +18,15 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from cacheserver.accounting.books import CounterBooks
 from cacheserver.app.miss_path import MissPath, build_miss_path
-from cacheserver.app.tiers import Lower, build_tiers, describe_tiers, lock_disk, look_at_tiers, tier_states
+from cacheserver.app.tiers import (
+    CONTROL_TIMEOUT_S,
+    Lower,
+    build_tiers,
+    describe_tiers,
+    lock_disk,
+    look_at_tiers,
+    tier_states,
+)
 from cacheserver.cache import PromptCache
 from cacheserver.clock import SystemClock
 from cacheserver.control.replays import LocalReplays, RedisReplays
@@ -49,7 +57,6 @@ _log = structlog.get_logger(__name__)
 _WATCH_S = 1.0
 _RELOAD_S = 5.0
 _BUDGETS_S = 5.0
-_CONTROL_TIMEOUT_S = 0.5
 _ANYBODY = Caller("anonymous", frozenset(Permission))
 
 
@@ -300,7 +307,7 @@ def _replays(settings: Settings, client: Client | None, *, clock: Clock) -> Repl
     here = LocalReplays(monotonic_s=clock.monotonic_s)
     if client is None:
         return here
-    return RedisReplays(client=client, here=here, prefix=settings.redis.prefix, timeout_s=_CONTROL_TIMEOUT_S)
+    return RedisReplays(client=client, here=here, prefix=settings.redis.prefix, timeout_s=CONTROL_TIMEOUT_S)
 
 
 def _rpc_server(  # noqa: PLR0913 - the parts that calls reach

@@ -26,6 +26,9 @@ from cacheserver.tiers.s3 import S3Tier
 
 _log = structlog.get_logger(__name__)
 
+CONTROL_TIMEOUT_S = 2.0
+"""For control state: longer than a tier's, since no hit waits for it, and a busy moment of ours is no lost Redis."""
+
 _DISK_DEADLINES = Deadlines(read_s=5.0, write_s=30.0)
 
 
@@ -64,7 +67,8 @@ async def build_tiers(settings: Settings, *, books: Books, clock: Clock, undo: A
                 url = await _redis_url(settings, clock=clock, undo=undo)
                 if url is None:
                     continue
-                lower.client, lower.control = (_connect(url, settings) for _ in range(2))
+                lower.client = _connect(url, settings.redis.timeout_s)
+                lower.control = _connect(url, CONTROL_TIMEOUT_S)
                 undo.push_async_callback(disconnect, lower.control)
                 # A stale connection is replaced and the command sent once more: twice the timeout of one.
                 timeout_s = settings.redis.timeout_s
@@ -109,8 +113,7 @@ async def _redis_url(settings: Settings, *, clock: Clock, undo: AsyncExitStack) 
     return own.url
 
 
-def _connect(url: str, settings: Settings) -> Client:
-    timeout_s = settings.redis.timeout_s
+def _connect(url: str, timeout_s: float) -> Client:
     try:
         return connect(url, timeout_s=timeout_s, connect_timeout_s=timeout_s)
     except ValueError as error:

@@ -43,7 +43,7 @@ class Replicas:
         prefix: str,
         beat_s: float = 5.0,
         dead_after_s: float = 30.0,
-        timeout_s: float = 0.5,
+        timeout_s: float = 2.0,
     ) -> None:
         """`client` is closed by whoever made it; without one, this replica is alone. `prefix` begins every name."""
         self.id = replica_id

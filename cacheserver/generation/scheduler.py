@@ -62,8 +62,8 @@ class Policy(StrEnum):
 class _Group:
     """A limit group: its lanes, and the slot that is sought or due in it.
 
-    `due_s` (monotonic) is when the slot under way is, or is thought to be, due. `full_at_spare` is set while all
-    places are taken: so many were to be kept free when it was refused.
+    `next_s` (monotonic) is the group's next free moment as last heard of, `due_s` that of the slot under way.
+    `full_at_spare` is set while all places are taken: so many were to be kept free when it was refused.
     """
 
     name: str
@@ -71,6 +71,7 @@ class _Group:
     limits: GroupLimits
     slot: Slot | None = None
     full_at_spare: int | None = None
+    next_s: float = 0.0
     due_s: float = 0.0
     seeker: asyncio.Task[None] | None = None
 
@@ -283,7 +284,7 @@ class Scheduler:
 
     def _is_wanted(self, group: _Group, offers: Sequence[_Offer]) -> bool:
         """Whether more jobs wait that a lane of this group may take than slots for them are due before its next."""
-        due_s = self._clock.monotonic_s() + self._limits.next_s(group.name)
+        due_s = max(group.next_s, self._clock.monotonic_s())
         return any(
             self._waiting(lane, model) > sum(offer.is_worth(lane, model, self._cost(lane), due_s) for offer in offers)
             for lane in group.lanes
@@ -310,7 +311,7 @@ class Scheduler:
     def _preference(self, group: _Group) -> tuple[float, ...]:
         """The groups to seek in first."""
         lanes = [lane for lane in group.lanes if lane.has_room]
-        next_s = max(0.0, self._limits.next_s(group.name))
+        next_s = max(group.next_s, self._clock.monotonic_s())
         match self._policy:
             case Policy.LEAST_LATENCY:
                 return (next_s + min(lane.latency_s("") for lane in lanes),)
@@ -331,7 +332,7 @@ class Scheduler:
         return True
 
     def _run_seeker(self, group: _Group, work: Coroutine[None, None, None]) -> None:
-        group.due_s = self._clock.monotonic_s() + self._limits.next_s(group.name)
+        group.due_s = max(group.next_s, self._clock.monotonic_s())
         group.seeker = self._tasks.own(work, f"seek {group.name}")
         group.seeker.add_done_callback(lambda _: self._sought(group))
 
@@ -343,6 +344,7 @@ class Scheduler:
     async def _seek_slot(self, group: _Group, amounts: Amounts, spare: int) -> None:
         """Reserve the group's next slot and wait until it is due."""
         slot = await self._limits.reserve(group.name, amounts, lease_s=self._lease_s, spare=spare)
+        self._hear(group)
         if slot is not None and self._closing:
             self._release(slot)
             return
@@ -358,6 +360,10 @@ class Scheduler:
             self._release(slot)
             raise
         group.slot = slot
+
+    def _hear(self, group: _Group) -> None:
+        """Ask `Limits` what it knows of the group: after each talk of it, since every job looks at every group."""
+        group.next_s = self._clock.monotonic_s() + self._limits.next_s(group.name)
 
     async def _ask_again(self, group: _Group) -> None:
         await self._clock.sleep(_BUSY_POLL_S)
@@ -390,6 +396,7 @@ class Scheduler:
 
     async def _exchange(self, group: _Group, slot: Slot, job: Job) -> None:
         await self._limits.release(slot)
+        self._hear(group)
         await self._seek_slot(group, job.amounts, self._kept(group, job))
 
     def _begin(self, group: _Group, slot: Slot, job: Job) -> None:
@@ -434,10 +441,15 @@ class Scheduler:
         self._seek()
 
     def _release(self, slot: Slot) -> None:
-        self._tasks.own(self._limits.release(slot), "release slot")
+        self._tasks.own(self._give(slot), "release slot")
+
+    async def _give(self, slot: Slot) -> None:
+        await self._limits.release(slot)
+        self._hear(self._groups[slot.group])
 
     async def _end(self, group: _Group, slot: Slot, report: CallReport) -> None:
         await self._limits.end(slot, report)
+        self._hear(group)
         group.full_at_spare = None
         self._seek()
 
@@ -516,7 +528,7 @@ class Scheduler:
         running = sum(lane.in_flight for lane in group.lanes)
         # With all places taken one comes free every so often.
         place_s = latency_s / places if running >= places else 0.0
-        next_s = max(self._limits.next_s(group.name), place_s)
+        next_s = max(group.next_s - self._clock.monotonic_s(), place_s)
         return next_s, min(self._limits.images_per_s(group.name), places / latency_s)
 
     def _pin(self, job: Job) -> str:

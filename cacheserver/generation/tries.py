@@ -16,8 +16,10 @@ from cacheserver.errors import (
 MAX_TRIES = 3
 """Calls for one answer that may fail by the upstream's fault."""
 
-_AT_ONCE = 20.0
-_MOST_SAVED = 200.0
+_AT_ONCE = 100.0
+"""What an upstream may have in flight when it dies: each of these is worth a retry, however young the service is."""
+
+_MOST_SAVED = 400.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 
 
@@ -25,7 +27,7 @@ class RetryBudget:
     """Keeps a provider's outage from becoming a storm: retries are at most a share of all calls.
 
     A token bucket filled by calls instead of time (as in Finagle's retry budgets): each call earns `share` of a
-    retry, each retry takes one. Twenty are there from the start, so that a quiet service may retry too.
+    retry, each retry takes one. A hundred are there from the start, so that a quiet service may retry too.
     """
 
     def __init__(self, *, share: float) -> None:
