@@ -193,7 +193,7 @@ class Limits(Protocol):
     """The limits of every limit group, shared by all replicas: token buckets whose next moments are reserved.
 
     Control state: it must survive Redis eviction. Never raises: where Redis is gone, each replica works within a
-    fair share of the limits. A limit learns: it falls at once when the provider says so, and creeps up again.
+    fair share of the limits. A limit learns: it falls at once when the provider says so, and returns within minutes.
     """
 
     async def reserve(self, group: str, amounts: Amounts, *, lease_s: float, spare: int = 0) -> Slot | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import itertools
 import math
@@ -149,6 +150,25 @@ async def test_an_unused_moment_is_lost_once_a_later_one_is_reserved_but_its_par
     assert [round(slot.wait_s) for slot in slots if slot] == [2, 3, 28_800]
 
 
+def test_an_unused_moment_leaves_the_law_as_it_was() -> None:
+    law = group()
+    law.end(ONE, law.reserve(ONE, 0.0), CallReport(limited=True), 0.1)
+    law.reserve(ONE, 100.0)
+    before = dataclasses.replace(law.state, tat_s=list(law.state.tat_s), last_start_s=0.0)
+    law.release(ONE, law.reserve(ONE, 100.0))
+    assert dataclasses.replace(law.state, last_start_s=0.0) == before
+
+
+def test_a_moment_from_before_a_refusal_that_is_given_back_shortens_no_pause() -> None:
+    law = group()
+    refused_s, unused_s = law.reserve(ONE, 0.0), law.reserve(ONE, 0.0)
+    law.end(ONE, refused_s, CallReport(limited=True), 0.1)
+    resumes_s = law.earliest_s(ONE, 0.2)
+    law.release(ONE, unused_s)
+    assert law.earliest_s(ONE, 0.2) == resumes_s > 5.0
+    assert law.state.calm == 0.0
+
+
 async def test_replicas_on_their_own_share_the_limits_equally(clock: FakeClock) -> None:
     limits = local(clock, GroupLimits(images_per_minute=60, headroom=0, concurrent=7), replicas=3)
     slots = [await limits.reserve("g", ONE, lease_s=LEASE_S) for _ in range(3)]
@@ -246,16 +266,18 @@ def test_a_refusal_long_after_the_last_cuts_a_little_and_refusals_in_a_row_cut_h
         law.end(ONE, start_s, CallReport(limited=True), start_s + 0.1)
         now_s = start_s + 0.1
         factors.append(law.state.factor)
-    assert 0.9 < factors[0] < 1.0
-    assert factors[-1] < 0.4
+    assert 0.85 < factors[0] < 1.0
+    assert factors[-1] < 0.1
 
 
 def test_calls_on_their_way_when_one_is_refused_are_not_held_against_us_twice() -> None:
     law = group(GroupLimits(images_per_minute=600, headroom=0))
+    for second in range(100):
+        law.reserve(ONE, float(second))
     starts = [law.reserve(ONE, 100.0) for _ in range(5)]
     for start_s in starts:
         law.end(ONE, start_s, CallReport(limited=True), 100.2)
-    assert law.state.factor > 0.9
+    assert law.state.factor > 0.8
 
 
 def test_where_no_limit_is_known_a_refusal_makes_the_last_minute_s_rate_the_limit_and_it_may_grow() -> None:
@@ -264,15 +286,41 @@ def test_where_no_limit_is_known_a_refusal_makes_the_last_minute_s_rate_the_limi
         start_s = law.reserve(ONE, float(second))
     law.end(ONE, start_s, CallReport(limited=True), 90.1)
     assert 60 * law.images_per_s(91.0) == pytest.approx(60, abs=1.5)
-    for _ in range(1_000):
-        law.reserve(ONE, 100.0)
-    assert 60 * law.images_per_s(100.0) > 66
+    for minutes in (1, 2, 3):
+        assert 60 * law.images_per_s(law.state.resumed_at_s + minutes * 60) >= 59 * 2**minutes
+
+
+@pytest.mark.parametrize("calls", [1, 10])
+def test_where_no_limit_is_known_a_refusal_after_few_calls_leaves_ten_a_minute_and_more_each_minute(calls: int) -> None:
+    law = group(GroupLimits())
+    for _ in range(calls):
+        law.end(ONE, law.reserve(ONE, 100.0), CallReport(), 100.0)
+    law.end(ONE, law.reserve(ONE, 101.0), CallReport(limited=True, retry_after_s=1), 101.1)
+    usable = 1 - law.limits.headroom
+    assert 60 * law.images_per_s(101.1) >= 10 * usable
+    resumes_s = now_s = law.earliest_s(ONE, 101.1)
+    starts = [now_s := law.reserve(ONE, now_s) for _ in range(200)]
+    assert sum(start_s < 101.1 + 60 for start_s in starts) >= 10
+    for minutes in (1, 2, 3, 4):
+        assert sum(start_s < resumes_s + 60 * minutes for start_s in starts) >= 10 * usable * (2**minutes - 1)
+        assert 60 * law.images_per_s(resumes_s + 60 * minutes) >= 10 * usable * 2**minutes
+
+
+def test_a_found_limit_that_grew_though_nobody_asked_for_it_is_found_anew() -> None:
+    law = group(GroupLimits(headroom=0))
+    law.end(ONE, law.reserve(ONE, 100.0), CallReport(limited=True), 100.1)
+    for second in range(900, 1_000, 3):
+        start_s = law.reserve(ONE, float(second))
+    law.end(ONE, start_s, CallReport(limited=True), start_s)
+    assert 60 * law.images_per_s(start_s) == pytest.approx(20, abs=2)
 
 
 def test_a_refused_call_that_takes_nothing_of_the_limits_we_know_cuts_a_little_and_pauses() -> None:
     law = group(GroupLimits(tokens_per_minute=6_000, headroom=0))
-    law.end(ONE, law.reserve(ONE, 10.0), CallReport(limited=True), 10.0)
-    assert 0.9 < law.state.factor < 1.0
+    for _ in range(100):
+        start_s = law.reserve(ONE, 10.0)
+    law.end(ONE, start_s, CallReport(limited=True), 10.0)
+    assert 0.8 < law.state.factor < 1.0
     assert law.earliest_s(ONE, 10.0) > 10.0
 
 
@@ -448,9 +496,10 @@ def minutes_for(limit: int) -> int:
 
 @pytest.mark.parametrize("halved", STEADY, ids=STEADY.get)
 @pytest.mark.parametrize("headers", HEADERS, ids=HEADERS.get)
-@pytest.mark.parametrize("limit", [50, 100, 250, 1_000])
+@pytest.mark.parametrize(("limit", "most_refused"), [(50, 0.03), (60, 0.03), (100, 0.01), (250, 0.01), (1_000, 0.01)])
 def test_what_others_leave_of_a_minute_s_bucket_is_used_with_hardly_a_refusal(
     limit: int,
+    most_refused: float,
     *,
     headers: bool,
     halved: bool,
@@ -458,7 +507,7 @@ def test_what_others_leave_of_a_minute_s_bucket_is_used_with_hardly_a_refusal(
     runs = [run(limit, minutes=minutes_for(limit), headers=headers, halved=halved, seed=seed) for seed in (1, 2, 3)]
     result = sum(runs, Result())
     assert result.used_of_refill >= 0.95
-    assert result.refused_share <= 0.01
+    assert result.refused_share <= most_refused
 
 
 @pytest.mark.parametrize(
@@ -490,7 +539,7 @@ def test_a_halved_limit_is_found_within_a_handful_of_refusals() -> None:
     law = group(GroupLimits(images_per_minute=300))
     provider = Provider(150, by_second=False)
     provider.level = 0.0
-    now_s = refused = 0
+    now_s, refused = 0.0, 0
     while now_s < 120:
         now_s = law.reserve(ONE, now_s)
         if not provider.take(now_s):
@@ -500,11 +549,53 @@ def test_a_halved_limit_is_found_within_a_handful_of_refusals() -> None:
     assert refused <= 8
 
 
-def test_what_others_no_longer_take_is_ours_again_after_some_hundred_calls() -> None:
+def test_what_others_no_longer_take_is_ours_again_within_two_returns() -> None:
+    law = group(GroupLimits(images_per_minute=600))
+    law.state = GroupState(low=0.45, goal=0.5, resumed_at_s=100.0)
+    factors = [law.factor(100.0 + after_s) for after_s in range(0, 100, 5)]
+    assert factors == sorted(factors)
+    assert factors[9] == 0.5
+    assert factors[-2] == 1.0
+
+
+def test_after_ten_idle_minutes_the_limits_are_trusted_again() -> None:
     law = group()
-    law.state.factor = 0.5
-    calls = 0
-    while law.state.factor < 1.0:
-        law.reserve(ONE, 0.0)
-        calls += 1
-    assert 500 < calls < 2_500
+    law.state = GroupState(low=0.02, goal=0.02, return_s=300.0, resumed_at_s=100.0)
+    assert law.images_per_s(690.0) < 0.1
+    assert law.images_per_s(700.0) == 1.0
+
+
+def seconds_until_back(limit: int, *, strays: int, retry_after_s: float | None, refusal_takes_s: float) -> float:
+    """From the last of so many refusals in a row, for no reason of ours, until 90 % of the limit may be sent again.
+
+    We send all we may before and after; each call is refused that was sent after the last refusal's pause.
+    """
+    law = group(GroupLimits(images_per_minute=limit))
+    now_s = 1_000.0
+    for _ in range(300):
+        now_s = law.reserve(ONE, now_s)
+    for _ in range(strays):
+        start_s = law.reserve(ONE, now_s)
+        heard_s = start_s + refusal_takes_s
+        sent_since = [start_s]
+        while sent_since[-1] < heard_s:
+            sent_since.append(law.reserve(ONE, sent_since[-1]))
+        for sent_s in sent_since[:-1]:
+            now_s = sent_s + refusal_takes_s
+            law.end(ONE, sent_s, CallReport(limited=True, retry_after_s=retry_after_s), now_s)
+    last_s = now_s
+    while 60 * law.images_per_s(now_s) < 0.9 * limit:
+        now_s = law.reserve(ONE, now_s + 0.001)
+        assert now_s < last_s + 3_600
+    return now_s - last_s
+
+
+@pytest.mark.parametrize("refusal_takes_s", [0.1, 1.5])
+@pytest.mark.parametrize("retry_after_s", [None, 1.0])
+@pytest.mark.parametrize("strays", [1, 2, 3, 5])
+@pytest.mark.parametrize(("limit", "within_s"), [(50, 360), (100, 180), (300, 180), (1_000, 180)])
+def test_a_few_stray_refusals_in_a_row_cost_minutes_at_most(
+    limit: int, within_s: float, strays: int, retry_after_s: float | None, refusal_takes_s: float
+) -> None:
+    back_s = seconds_until_back(limit, strays=strays, retry_after_s=retry_after_s, refusal_takes_s=refusal_takes_s)
+    assert back_s <= within_s

@@ -35,22 +35,25 @@ local burst, usable = tonumber(ARGV[9]), 1 - tonumber(ARGV[10])
 local amounts = {tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])}
 local member = ARGV[14]
 
-local s = setmetatable({factor = 1}, {__index = function() return 0 end})
+local s = setmetatable({factor = 1, low = 1, goal = 1, return_s = 45}, {__index = function() return 0 end})
 local stored = redis.call('HGETALL', KEYS[1])
 for i = 1, #stored, 2 do s[stored[i]] = tonumber(stored[i + 1]) end
 
 local function text(number) return string.format('%.17g', number) end
 
+local function is_only_found()
+  return limit[1] + limit[2] + limit[3] + s.told1 + s.told2 + s.told3 == 0
+end
+
 local function per_minute()
-  local known, any = {}, false
+  if is_only_found() then return {s.found, 0, 0} end
+  local known = {}
   for i = 1, 3 do
     local told = s['told' .. i]
     known[i] = limit[i]
     if known[i] == 0 or (told > 0 and told < known[i]) then known[i] = told end
-    any = any or known[i] > 0
   end
-  if not any then known[1] = s.found end
-  return known, any or s.found > 0
+  return known
 end
 
 local function units()
@@ -71,6 +74,14 @@ local function costs()
 end
 
 local function slowest(cost) return math.max(cost[1], cost[2], cost[3]) end
+
+local function factor()
+  local most, calm = is_only_found() and 1000 or 1, math.max(0, now - s.resumed_at_s)
+  if calm >= 600 then return most end
+  local past_goal = calm / s.return_s - 1
+  local height = past_goal < 0 and s.goal - s.low or s.goal
+  return math.min(s.goal + height * past_goal * past_goal * past_goal, most)
+end
 
 local function turn_minute()
   if now - s.minute_at_s >= 120 then
@@ -104,6 +115,7 @@ redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', text(now))
 local running = redis.call('ZCARD', KEYS[2])
 if running >= tonumber(ARGV[8]) - spare then return answer(0, 0, running) end
 
+s.factor = factor()
 local cost = costs()
 local start = math.max(now, s.blocked_until_s)
 for i = 1, 6 do
@@ -114,15 +126,7 @@ for i = 1, 6 do
   if cost[i] > 0 then s['tat_s' .. i] = math.max(s['tat_s' .. i], start) + cost[i] end
 end
 
-local gap = math.max(0, start - s.last_start_s)
-s.open_s = s.open_s + (start > now and gap or math.min(gap, slowest(cost)))
-s.used_s = s.used_s + slowest(cost) * s.factor
-
 s.calm = s.calm + 1
-local regained = s.factor * (1 + 0.0001 * (1 + s.calm / 200))
-local known = limit[1] + limit[2] + limit[3] + s.told1 + s.told2 + s.told3
-s.factor = math.min(regained, known > 0 and 1 or 1000)
-
 turn_minute()
 s.minute_images = s.minute_images + amounts[1]
 s.last_start_s = start
@@ -133,10 +137,12 @@ return answer(1, start, running + 1)
 _RELEASE = f"""{_COMMON}
 local start = tonumber(ARGV[15])
 if redis.call('ZREM', KEYS[2], member) == 1 then
-  local cost, is_last = costs(), start >= s.last_start_s
+  local cost, is_of_now = costs(), start >= s.resumed_at_s
+  local is_last = is_of_now and start >= s.last_start_s
   for i = 1, 6 do
     if is_last or i > 3 then s['tat_s' .. i] = s['tat_s' .. i] - cost[i] end
   end
+  if is_of_now then s.calm = math.max(0, s.calm - 1) end
   uncount()
 end
 return answer(1, start, 0)
@@ -147,26 +153,20 @@ local start, limited, retry_after = tonumber(ARGV[15]), ARGV[16] == '1', tonumbe
 local tokens, is_told, told_wait = tonumber(ARGV[18]), ARGV[19] == '1', tonumber(ARGV[23])
 redis.call('ZREM', KEYS[2], member)
 
-local function cut(call_cost)
-  local call = call_cost * s.factor
-  if call == 0 then
-    s.factor = math.max(s.factor * (1 - 0.035), 0.02)
-    return
-  end
-  if s.past_open_s > 0 then
-    local kept = s.calm / (s.calm + 60)
-    s.past_used_s = s.past_used_s * kept + s.used_s
-    s.past_open_s = s.past_open_s * kept + s.open_s
-    local too_far = math.max(1, s.past_used_s / (200 * call))
-    s.past_used_s = s.past_used_s / too_far
-    s.past_open_s = s.past_open_s / too_far
+local function left(passed) return passed / (passed + 6) end
+
+local function cut(cost)
+  local passed = math.max(0, s.calm - 1)
+  if cost > 0 then passed = math.min(passed, math.max(0, start - s.resumed_at_s) / cost) end
+  s.low = math.max(s.factor * math.max(left(passed) * (1 - 0.1), 0.5), 0.02)
+  if passed < 5 then
+    s.goal = math.max(s.goal, s.factor)
+    s.doublings = math.min(s.doublings + 1, 3)
   else
-    s.past_used_s = 200 / 4 * call
-    s.past_open_s = s.past_used_s / s.factor
+    s.goal = math.max(s.factor * left(passed + 40), 0.02)
+    s.return_s = math.min(math.max(300 * (cost * s.factor / s.goal), 45), 300)
+    s.doublings = 0
   end
-  local doubt = 2 * call
-  local measured = (s.past_used_s + doubt) / (s.past_open_s + doubt / s.factor)
-  s.factor = math.max(math.min(s.factor, measured) * (1 - 0.035), 0.02)
 end
 
 local function refused()
@@ -174,16 +174,17 @@ local function refused()
   uncount()
   if retry_after then block(now + math.min(retry_after, 900)) end
   if start < s.resumed_at_s then return end
-  local _, is_known = per_minute()
-  if is_known then
-    cut(slowest(costs()))
+  s.factor = factor()
+  if is_only_found() and (s.found == 0 or s.factor > 2 * s.goal) then
+    s.found = math.max(10, s.minute_images + s.last_minute_images * (1 - (now - s.minute_at_s) / 60))
+    s.low, s.goal, s.return_s = 1, 2, 60
   else
-    s.found = math.max(1, s.minute_images + s.last_minute_images * (1 - (now - s.minute_at_s) / 60))
+    cut(slowest(costs()))
   end
-  s.doublings = s.calm < 5 and math.min(s.doublings + 1, 3) or 0
+  s.factor = s.low
   local cost = costs()
-  block(now + math.min(math.max(6 * slowest(cost), 0.25) * 2 ^ s.doublings, 30))
-  s.resumed_at_s, s.calm, s.used_s, s.open_s = s.blocked_until_s, 0, 0, 0
+  block(now + math.min(math.min(math.max(6 * slowest(cost), 0.25), 15) * 2 ^ s.doublings, 30))
+  s.resumed_at_s, s.calm = s.blocked_until_s, 0
   for i = 1, 3 do
     s['tat_s' .. i] = math.max(s['tat_s' .. i], s.resumed_at_s + math.max(0, burst - cost[i]))
   end

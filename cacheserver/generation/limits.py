@@ -7,14 +7,33 @@ where it was, and not from when the call was really sent, being late loses no ra
 tolerance is the bucket's size in seconds: `burst_s` for a limit by the minute, a whole day for one by the day, and
 never less than the call itself.
 
-What is learned is one factor on all limits by the minute: the share of them that others leave to us. A refused call
-(429) says that the provider's bucket is empty. What was let through between two such moments is just what others
-left, so their measured share becomes the factor, less a little, and the group pauses for a few calls so that the
-bucket is not empty when it goes on. Intervals of few calls make older ones forgotten: a halved limit is found within a
-handful of refusals. Each call grants the factor a little back, ever more the longer nothing is refused. Counted in
-calls, and not in time, the share of refused ones settles below one in a hundred whatever the limit, if the provider's
-bucket holds a good many calls. One of two or three (a second of a small limit) refuses more than that to anybody whom
-others come before by chance, however few we send; there the factor falls far below what others leave.
+What is learned is one factor on all limits by the minute: the share of them that others leave to us. Only refused calls
+(429) tell of it, and a refusal means one of two things.
+
+- We sent more than others leave, and the provider's bucket is empty. If n calls were let through since the pause of
+  the last refusal, they had the time of n and of the 6 calls of the pause: others leave n / (n + 6) of our rate. That,
+  less a tenth so that the bucket fills again, is how low the factor falls, but never under half of what it was.
+- Something passed by: a fault, a burst of somebody else. Then the rate was right, and will be right again.
+
+One refusal does not tell which. So the factor falls at once, and returns to a goal by the clock, as CUBIC does (RFC
+9438): quickly at first, slowly around the goal, then ever faster beyond it, to find what others no longer take. The
+goal is the rate before the refusal times the measured share, which counts the less the fewer calls it rests on: n is
+taken for 40 more. Refusals within five calls of one another measure nothing: each halves the factor and doubles the
+pause, but the goal stays. So stray refusals cost a minute or two, however low a row of them brings the factor, while
+a limit that was halved refuses each return, is measured each time, and is found within some ten refusals.
+
+A return takes the time of 300 calls at the goal, between 45 s and 5 minutes. Where others take a part it ends in a
+refusal, so the share of refused calls settles below one in a hundred wherever a call a second or so is left to us, and
+at a few in a hundred for a few calls a minute: if the provider's bucket holds a good many calls, as one of a minute
+does, which also keeps for us what we did not take meanwhile. One of two or three (a second of a small limit) refuses
+more than that to anybody whom others come before by chance, however few we send; there the factor falls far below
+what others leave. So it does where one call in a hundred is refused at any rate: that cannot be told from others'
+traffic. The factor comes back by the clock, and not by our calls, as the provider's bucket fills by the
+clock: who sends little is not held down for longer than who sends much. After ten minutes without a refusal the limits
+are trusted again.
+
+Where no limit is known, a refusal makes the last minute's rate the limit, but no less than ten images a minute, and it
+doubles each minute until the next refusal, from which on it is learned like any other.
 
 `control/limits.py` says the same in Lua; a test holds the two to the same answers.
 """
@@ -35,28 +54,35 @@ _BY_DAY = 3
 _TOKENS = 2
 """The place of the tokens among the limits by the minute."""
 
-_CUT = 0.035
-"""What each refusal takes of the measured share, so that the provider's bucket fills again."""
-_REGAIN = 0.000_1
-"""What each call adds to the factor (share of it) right after a refusal."""
-_REGAIN_DOUBLES_CALLS = 200.0
-"""After so many calls without a refusal each adds twice that, after twice as many thrice."""
+_CUT = 0.1
+"""What a refusal takes of the measured rate, so that the provider's bucket fills again."""
+_LEAST_SHARE = 0.5
+"""What a refusal leaves of the factor at least."""
+_DOUBT_CALLS = 40.0
+"""So many calls more must have been let through for a measurement to count as much for the goal as for the low."""
+_RETURN_CALLS = 300.0
+"""The return takes the time of so many calls at the goal, within these bounds."""
+_LEAST_RETURN_S = 45.0
+_MOST_RETURN_S = 300.0
+_FORGOTTEN_S = 600.0
+"""After so long without a refusal the limits are trusted again."""
 _LEAST_FACTOR = 0.02
 _MOST_FACTOR_OF_FOUND = 1_000.0
 """A limit nobody told, only measured when a call was refused, may have been found far too low."""
 
-_MEMORY_CALLS = 200.0
-"""The measured share reaches back so many calls."""
-_FORGETTING_CALLS = 60.0
-"""An interval of so many calls halves the weight of those before it; a shorter one weakens them more."""
-_DOUBT_CALLS = 2.0
-"""How many calls at the present factor a new measurement is weighed against."""
+_LEAST_FOUND = 10.0
+"""Images a minute: one refused call among a few tells nothing of a limit."""
+_FOUND_GOAL = 2.0
+"""Where a found limit has grown beyond twice its goal, nobody may have asked for so much: it is found anew."""
+_FOUND_RETURN_S = 60.0
+"""Where no limit is known the rate doubles in so long, and faster later."""
 
 _PAUSE_CALLS = 6.0
 _LEAST_PAUSE_S = 0.25
+_MOST_FIRST_PAUSE_S = 15.0
 _MOST_PAUSE_S = 30.0
 _SOON_CALLS = 5.0
-"""A refusal within so many calls of the one before doubles the pause, up to _MOST_DOUBLINGS times."""
+"""A refusal after fewer calls than these doubles the pause, up to _MOST_DOUBLINGS times, and measures nothing."""
 _MOST_DOUBLINGS = 3.0
 _LONGEST_BLOCK_S = 900.0
 """The longest wait that is believed: one refused call each quarter of an hour is a cheap way to ask again."""
@@ -73,9 +99,8 @@ class GroupState:
     refusal, `doublings` the refusals that came soon after another; a call reserved for a moment before `resumed_at_s`
     was on its way when the last cut was made.
 
-    The measurement, in seconds of the whole limits: of `open_s` in which calls could be sent, `used_s` were taken
-    since the last refusal, and `past_used_s` of `past_open_s` before it. `minute_images` of `minute_at_s` and
-    `last_minute_images` give the rate where there is no limit.
+    `factor` is the one of the last reservation or refusal: from `low` at `resumed_at_s` it returns to `goal` within
+    `return_s`. `minute_images` of `minute_at_s` and `last_minute_images` give the rate where there is no limit.
     """
 
     tat_s: list[float] = field(default_factory=lambda: [0.0] * 6)
@@ -85,10 +110,9 @@ class GroupState:
     calm: float = 0.0
     doublings: float = 0.0
     resumed_at_s: float = 0.0
-    used_s: float = 0.0
-    open_s: float = 0.0
-    past_used_s: float = 0.0
-    past_open_s: float = 0.0
+    low: float = 1.0
+    goal: float = 1.0
+    return_s: float = _LEAST_RETURN_S
     told: list[float] = field(default_factory=lambda: [0.0] * 3)
     told_at_s: float = 0.0
     found: float = 0.0
@@ -108,14 +132,25 @@ class Group:
     state: GroupState
     sharers: int = 1
 
-    def unit_s(self) -> list[float]:
+    def unit_s(self, factor: float) -> list[float]:
         """Seconds for one unit of each limit, in the order of `GroupState.tat_s`; 0 where there is no limit."""
         usable = (1 - self.limits.headroom) / self.sharers
         by_day = (self.limits.images_per_day, self.limits.requests_per_day, self.limits.tokens_per_day)
         return [
-            *(_MINUTE_S / (limit * usable * self.state.factor) if limit else 0.0 for limit in self._per_minute()),
+            *(_MINUTE_S / (limit * usable * factor) if limit else 0.0 for limit in self._per_minute()),
             *(_DAY_S / (limit * usable) if limit else 0.0 for limit in by_day),
         ]
+
+    def factor(self, now_s: float) -> float:
+        """What has come back of the limits by the minute since the last refusal."""
+        state = self.state
+        most = _MOST_FACTOR_OF_FOUND if self._is_only_found() else 1.0
+        calm_s = max(0.0, now_s - state.resumed_at_s)
+        if calm_s >= _FORGOTTEN_S:
+            return most
+        past_goal = calm_s / state.return_s - 1
+        height = state.goal - state.low if past_goal < 0 else state.goal
+        return min(state.goal + height * past_goal * past_goal * past_goal, most)
 
     def earliest_s(self, amounts: Amounts, now_s: float) -> float:
         """The first moment at which `amounts` may be sent."""
@@ -129,13 +164,12 @@ class Group:
     def reserve(self, amounts: Amounts, now_s: float) -> float:
         """Take the first moment at which `amounts` may be sent."""
         state = self.state
+        state.factor = self.factor(now_s)
         start_s = self.earliest_s(amounts, now_s)
-        costs_s = self._costs_s(amounts)
-        for place, cost_s in enumerate(costs_s):
+        for place, cost_s in enumerate(self._costs_s(amounts)):
             if cost_s:
                 state.tat_s[place] = max(state.tat_s[place], start_s) + cost_s
-        self._measure(max(costs_s[:_BY_DAY]), start_s, now_s)
-        self._regain()
+        state.calm += 1
         self._turn_minute(now_s)
         state.minute_images += amounts.images
         state.last_start_s = start_s
@@ -143,18 +177,22 @@ class Group:
 
     def release(self, amounts: Amounts, start_s: float) -> None:
         """Undo an unused reservation: its part of the day, and its moment if nobody has reserved a later one."""
-        is_last = start_s >= self.state.last_start_s
+        is_of_now = start_s >= self.state.resumed_at_s  # and not from before the last refusal, which moved the TATs
+        is_last = is_of_now and start_s >= self.state.last_start_s
         for place, cost_s in enumerate(self._costs_s(amounts)):
             if is_last or place >= _BY_DAY:
                 self.state.tat_s[place] -= cost_s
+        if is_of_now:
+            self.state.calm = max(0.0, self.state.calm - 1)
         self._uncount(amounts)
 
     def end(self, amounts: Amounts, start_s: float, report: CallReport, now_s: float) -> None:
         """Learn from what the call reserved for `start_s` met."""
         state = self.state
         if report.tokens is not None:
+            units_s = self.unit_s(state.factor)
             for place in (_TOKENS, _TOKENS + _BY_DAY):
-                state.tat_s[place] += (min(max(report.tokens, 0), _MOST_TOLD) - amounts.tokens) * self.unit_s()[place]
+                state.tat_s[place] += (min(max(report.tokens, 0), _MOST_TOLD) - amounts.tokens) * units_s[place]
         told = report.told
         if told is not None and start_s >= state.told_at_s:
             # Answers come in the order they are done, not in the order they were sent.
@@ -169,7 +207,7 @@ class Group:
 
     def images_per_s(self, now_s: float) -> float:
         """The pictures a second, one a call, that may be made for now; infinity without a limit."""
-        units_s = self.unit_s()
+        units_s = self.unit_s(self.factor(now_s))
         # A limit by the day counts once its bucket is empty.
         days_s = [
             unit_s
@@ -186,19 +224,7 @@ class Group:
 
     def _costs_s(self, amounts: Amounts) -> list[float]:
         units = (amounts.images, amounts.requests, amounts.tokens) * 2
-        return [amount * unit_s for amount, unit_s in zip(units, self.unit_s(), strict=True)]
-
-    def _measure(self, cost_s: float, start_s: float, now_s: float) -> None:
-        gap_s = max(0.0, start_s - self.state.last_start_s)
-        # Time in which nobody asked says nothing about what could have been sent.
-        self.state.open_s += gap_s if start_s > now_s else min(gap_s, cost_s)
-        self.state.used_s += cost_s * self.state.factor
-
-    def _regain(self) -> None:
-        state = self.state
-        state.calm += 1
-        regained = state.factor * (1 + _REGAIN * (1 + state.calm / _REGAIN_DOUBLES_CALLS))
-        state.factor = min(regained, _MOST_FACTOR_OF_FOUND if self._is_only_found() else 1.0)
+        return [amount * unit_s for amount, unit_s in zip(units, self.unit_s(self.state.factor), strict=True)]
 
     def _is_only_found(self) -> bool:
         limits = self.limits
@@ -213,42 +239,37 @@ class Group:
             self._block(now_s + min(retry_after_s, _LONGEST_BLOCK_S))
         if start_s < state.resumed_at_s:
             return  # on its way when the last cut was made: it says nothing about the rate since
-        if any(self._per_minute()):
-            self._cut(max(self._costs_s(amounts)[:_BY_DAY]))
-        else:
+        state.factor = self.factor(now_s)
+        if self._is_only_found() and (not state.found or state.factor > 2 * state.goal):
             past_share = 1 - (now_s - state.minute_at_s) / _MINUTE_S
-            state.found = max(1.0, state.minute_images + state.last_minute_images * past_share)
-        state.doublings = min(state.doublings + 1, _MOST_DOUBLINGS) if state.calm < _SOON_CALLS else 0.0
+            state.found = max(_LEAST_FOUND, state.minute_images + state.last_minute_images * past_share)
+            state.low, state.goal, state.return_s = 1.0, _FOUND_GOAL, _FOUND_RETURN_S
+        else:
+            self._cut(max(self._costs_s(amounts)[:_BY_DAY]), start_s)
+        state.factor = state.low
         costs_s = self._costs_s(amounts)[:_BY_DAY]
-        pause_s = max(_PAUSE_CALLS * max(costs_s), _LEAST_PAUSE_S) * 2**state.doublings
-        self._block(now_s + min(pause_s, _MOST_PAUSE_S))
+        pause_s = min(max(_PAUSE_CALLS * max(costs_s), _LEAST_PAUSE_S), _MOST_FIRST_PAUSE_S)
+        self._block(now_s + min(pause_s * 2**state.doublings, _MOST_PAUSE_S))
         state.resumed_at_s = state.blocked_until_s
         # A pause that is caught up on at once is none.
         for place, cost_s in enumerate(costs_s):
             state.tat_s[place] = max(state.tat_s[place], state.resumed_at_s + max(0.0, self.limits.burst_s - cost_s))
-        state.calm = state.used_s = state.open_s = 0.0
+        state.calm = 0.0
 
-    def _cut(self, cost_s: float) -> None:
+    def _cut(self, cost_s: float, start_s: float) -> None:
         state = self.state
-        call_s = cost_s * state.factor
-        if not call_s:  # a call that takes nothing of the limits we know measures none of them
-            state.factor = max(state.factor * (1 - _CUT), _LEAST_FACTOR)
-            return
-        if state.past_open_s:
-            kept = state.calm / (state.calm + _FORGETTING_CALLS)
-            # One too many, as the refused call is among them; one too few, as the last interval's last call was not.
-            state.past_used_s = state.past_used_s * kept + state.used_s
-            state.past_open_s = state.past_open_s * kept + state.open_s
-            too_far = max(1.0, state.past_used_s / (_MEMORY_CALLS * call_s))
-            state.past_used_s /= too_far
-            state.past_open_s /= too_far
+        passed = max(0.0, state.calm - 1)
+        if cost_s:  # those reserved since this one was sent prove nothing yet
+            passed = min(passed, max(0.0, start_s - state.resumed_at_s) / cost_s)
+        state.low = max(state.factor * max(_left(passed) * (1 - _CUT), _LEAST_SHARE), _LEAST_FACTOR)
+        if passed < _SOON_CALLS:
+            state.goal = max(state.goal, state.factor)
+            state.doublings = min(state.doublings + 1, _MOST_DOUBLINGS)
         else:
-            # The first refusal: nobody knows how full the provider's bucket was before.
-            state.past_used_s = _MEMORY_CALLS / 4 * call_s
-            state.past_open_s = state.past_used_s / state.factor
-        doubt_s = _DOUBT_CALLS * call_s
-        measured = (state.past_used_s + doubt_s) / (state.past_open_s + doubt_s / state.factor)
-        state.factor = max(min(state.factor, measured) * (1 - _CUT), _LEAST_FACTOR)
+            state.goal = max(state.factor * _left(passed + _DOUBT_CALLS), _LEAST_FACTOR)
+            goal_cost_s = cost_s * state.factor / state.goal
+            state.return_s = min(max(_RETURN_CALLS * goal_cost_s, _LEAST_RETURN_S), _MOST_RETURN_S)
+            state.doublings = 0.0
 
     def _block(self, until_s: float) -> None:
         self.state.blocked_until_s = max(self.state.blocked_until_s, until_s)
@@ -263,6 +284,11 @@ class Group:
 
     def _uncount(self, amounts: Amounts) -> None:
         self.state.minute_images = max(0.0, self.state.minute_images - amounts.images)
+
+
+def _left(passed: float) -> float:
+    # Of a rate: what others leave of it, if after a pause so many calls were let through.
+    return passed / (passed + _PAUSE_CALLS)
 
 
 def _told(limit: RateLimit | None) -> float:
@@ -347,7 +373,7 @@ class LocalLimits:
         law.state = GroupState(
             tat_s=[known.get(f"tat_s{place}", 0.0) + later_s for place in range(1, 7)],
             told=[known.get(f"told{place}", 0.0) for place in range(1, 4)],
-            **{name: known.get(name, 1.0 if name == "factor" else 0.0) for name in _AMOUNTS},
+            **{name: known.get(name, _AT_FIRST.get(name, 0.0)) for name in _AMOUNTS},
             **{name: known.get(name, 0.0) + later_s for name in _MOMENTS},
         )
 
@@ -373,11 +399,11 @@ _AMOUNTS = (
     "factor",
     "calm",
     "doublings",
-    "used_s",
-    "open_s",
-    "past_used_s",
-    "past_open_s",
+    "low",
+    "goal",
+    "return_s",
     "found",
     "minute_images",
     "last_minute_images",
 )
+_AT_FIRST = {"factor": 1.0, "low": 1.0, "goal": 1.0, "return_s": _LEAST_RETURN_S}
