@@ -726,6 +726,17 @@ async def test_more_calls_than_the_service_takes_are_told_to_come_again(house: H
         assert (await front.stub.GetImage(ask())).status.tier == pb.TIER_MEMORY
 
 
+async def test_as_many_calls_as_are_allowed_may_come_at_once(house: House) -> None:
+    async with open_front(house) as front:
+        house.upstream.hold()
+        calls = [asyncio.ensure_future(front.stub.GetImage(ask())) for _ in range(Limits().max_concurrent_calls - 1)]
+        await house.upstream.arrived(1)
+        house.upstream.release()
+        tiers = {answer.status.tier for answer in await asyncio.gather(*calls)}
+    assert tiers <= {pb.TIER_UPSTREAM, pb.TIER_MEMORY}
+    assert house.upstream.calls == 1
+
+
 async def test_a_url_for_a_picture_that_is_not_stored_is_refused_before_any_spend(house: House) -> None:
     async with open_front(house) as front:
         refused = await failure(front.stub.GetImage(ask(delivery="DELIVERY_URL", cache_policy="CACHE_POLICY_NO_STORE")))

@@ -33,6 +33,11 @@ _OPTIONS = (
     # A caller that vanished without a word is noticed within 80 s, not after the two hours of the default.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    # How many calls there may be is ours to say, and what is too much hears why. By default grpc cancels, without a
+    # word to us, calls it could not hand over within 30 s, and those above 1,000 at once.
+    ("grpc.server_max_unrequested_time_in_server", 3_600),
+    ("grpc.server.max_pending_requests", 1_000_000),
+    ("grpc.server.max_pending_requests_hard_limit", 1_000_000),
 )
 
 _REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
