@@ -508,7 +508,7 @@ async def test_without_hedging_nothing_is_bought_twice(clock: FakeClock) -> None
 # ── waits ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_the_expected_time_begins_at_twenty_seconds_and_learns_by_quality(clock: FakeClock) -> None:
+async def test_the_expected_time_begins_at_twenty_seconds_and_learns_by_quality_or_price(clock: FakeClock) -> None:
     path = MissPath(clock)
     took_s = iter((10.0, 20.0, 3.0))
 
@@ -522,7 +522,9 @@ async def test_the_expected_time_begins_at_twenty_seconds_and_learns_by_quality(
     assert path.generator.expected_s(CAT, Priority.STANDARD) == 10.0
     await path.make()
     assert path.generator.expected_s(CAT, Priority.STANDARD) == pytest.approx(11.0)
-    assert path.generator.expected_s(low, Priority.STANDARD) == pytest.approx(11.0)
+    by_price = path.generator.estimate_microusd(low, 1) / path.generator.estimate_microusd(CAT, 1)
+    assert by_price < 0.2
+    assert path.generator.expected_s(low, Priority.STANDARD) == pytest.approx(11.0 * by_price)
     await path.make(low)
     assert path.generator.expected_s(low, Priority.STANDARD) == 3.0
 

@@ -43,11 +43,16 @@ class SpacedLimits:
         self.reserved: list[Slot] = []
         self.released: list[Slot] = []
         self.reports: list[CallReport] = []
+        self.asked = 0
+        self.fault: Exception | None = None
         self._next: dict[str, float] = {}
         self._ids = itertools.count()
 
     async def reserve(self, group: str, amounts: Amounts, *, lease_s: float, spare: int = 0) -> Slot | None:
         assert lease_s > 0
+        self.asked += 1
+        if self.fault is not None:
+            raise self.fault
         if self.running[group] >= self.places.get(group, 100) - spare:
             return None
         now_s = self._clock.monotonic_s()
@@ -490,6 +495,17 @@ async def test_jobs_pass_by_a_lane_whose_trial_call_hangs(stage: Stage) -> None:
         stage.ask()
     await stage.run(2.0)
     assert stage.lanes_used == {"trial": 1, "dear": 5}
+
+
+async def test_limits_that_break_are_asked_again_in_a_while_and_the_jobs_wait(stage: Stage) -> None:
+    stage.open(lane())
+    stage.limits.fault = RuntimeError("a bug")
+    waiting = stage.ask()
+    await stage.run(2.0)
+    assert 3 <= stage.limits.asked <= 6
+    stage.limits.fault = None
+    await stage.run(1.0)
+    assert waiting.result().lane.name == "one"
 
 
 async def test_jobs_are_looked_at_again_however_they_come_and_go(stage: Stage) -> None:

@@ -195,7 +195,8 @@ async def _build_budgets(  # noqa: PLR0913 - the parts they stand on
         books=books,
         degrade_at=settings.budget.degrade_at,
     )
-    if client is None:
+    has_shared = bool(settings.budgets) or any(each.price_steps for each in settings.upstreams)
+    if client is None or not has_shared:
         return here
     shared = RedisBudgets(
         client=client,

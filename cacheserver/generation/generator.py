@@ -16,6 +16,7 @@ import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from random import Random
 
 import structlog
@@ -186,14 +187,17 @@ class Generator:
 
     def estimated_wait_s(self, model: str, since_s: float) -> float:
         """How many more seconds a generation asked for at `since_s` (monotonic) will take; at least 0.5."""
-        expected_s = self._scheduler.wait_s(model, Priority.STANDARD) + self._latency_s(model, "")
+        latency_s = min((lane.latency_s("") for lane in self._usable(model)), default=0.0)
+        expected_s = self._scheduler.wait_s(model, Priority.STANDARD) + latency_s
         return max(
             min(expected_s, PATIENCE_S[Priority.BATCH]) - (self._clock.monotonic_s() - since_s), _SHORTEST_WAIT_S
         )
 
     def expected_s(self, request: ImageRequest, priority: Priority) -> float:
         """How long from now a new generation of `request` is expected to take, its wait for a turn included."""
-        return self._scheduler.wait_s(request.model, priority) + self._latency_s(request.model, request.quality)
+        lanes = self._usable(request.model)
+        latency_s = min((self._latency_s(lane, request) for lane in lanes), default=0.0)
+        return self._scheduler.wait_s(request.model, priority) + latency_s
 
     def rungs(self, request: ImageRequest) -> Sequence[ImageRequest]:
         """Cheaper requests of the same picture, dearest first."""
@@ -201,7 +205,10 @@ class Generator:
 
     def estimate_microusd(self, request: ImageRequest, n: int) -> int:
         """What `n` pictures may cost at most, at the dearest upstream; 0 where no price is known."""
-        return max((self._most_microusd(lane, request, n) for lane in self._pool.serving(request.model)), default=0)
+        lanes = self._pool.serving(request.model)
+        # Of many lanes most are priced alike, and every request asks.
+        priced = {(lane.terms.max_cost_microusd, self._pool.price_factor(lane)) for lane in lanes}
+        return max((self._most_microusd(request, n, most, factor) for most, factor in priced), default=0)
 
     async def check(self) -> None:
         """Return if every upstream answers and accepts our key; raise the first UpstreamError if not."""
@@ -445,15 +452,25 @@ class Generator:
 
     # ── what things cost and take ───────────────────────────────────────────────────────────────────────────
 
-    def _most_microusd(self, lane: Lane, request: ImageRequest, n: int) -> int:
-        if lane.terms.max_cost_microusd is not None:
-            return lane.terms.max_cost_microusd * n
-        return self._prices.estimate_microusd(request, n, self._pool.price_factor(lane))
+    def _most_microusd(self, request: ImageRequest, n: int, most_each: int | None, factor: Decimal) -> int:
+        return self._prices.estimate_microusd(request, n, factor) if most_each is None else most_each * n
 
-    def _latency_s(self, model: str, quality: str) -> float:
+    def _usable(self, model: str) -> list[Lane]:
         lanes = self._pool.serving(model)
-        usable = [lane for lane in lanes if lane.is_open] or lanes
-        return min((lane.latency_s(quality) for lane in usable), default=0.0)
+        return [lane for lane in lanes if lane.is_open] or lanes
+
+    def _latency_s(self, lane: Lane, request: ImageRequest) -> float:
+        """As learned; of a quality not tried yet by one that was, and by prices: tokens take time and money alike.
+
+        Were it taken for slow until tried, nobody who is short of time would ever try it.
+        """
+        tried = lane.mean_latencies_s
+        own = self._prices.estimate_microusd(request, 1)
+        if request.quality in tried or not own:
+            return lane.latency_s(request.quality)
+        prices = {quality: self._prices.estimate_microusd(replace(request, quality=quality), 1) for quality in tried}
+        scaled = (mean_s * own / prices[quality] for quality, mean_s in tried.items())
+        return max(scaled, default=lane.latency_s(request.quality))
 
 
 def _succeeded(tasks: Sequence[asyncio.Task[list[GeneratedImage]]], ears: _Ears) -> list[GeneratedImage]:

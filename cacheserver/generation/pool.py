@@ -139,9 +139,14 @@ class Lane:
         self._latencies[quality].add(seconds)
 
     @property
+    def mean_latencies_s(self) -> dict[str, float]:
+        """What calls took on average, by the qualities that were made."""
+        return {quality: each.mean_s for quality, each in self._latencies.items()}
+
+    @property
     def mean_latency_s(self) -> float | None:
         """The average over all qualities; None before the first success."""
-        means = [each.mean_s for each in self._latencies.values()]
+        means = self.mean_latencies_s.values()
         return sum(means) / len(means) if means else None
 
 

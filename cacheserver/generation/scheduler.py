@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -44,6 +44,9 @@ _ALL_DOWN_GRACE_S = 15.0
 _LEVELS_LAST_S = 0.25
 _SHORTEST_LATENCY_S = 0.001
 _CLOSING_S = 2.0
+
+_MUCH_LATER_S = 0.1
+"""Than a slot was expected: jobs may then find one sooner elsewhere."""
 
 _BUSY_POLL_S = 0.5
 """How often a full group is asked for a place again: another replica's calls end without a word to us."""
@@ -89,16 +92,32 @@ class _Level(NamedTuple):
         return self.next_s + images_before / self.per_s if self.per_s else math.inf
 
 
+class _Traits(NamedTuple):
+    """What a group is to jobs, as long as prices and the pool stand as they do.
+
+    `costs` is what a job of each model must reach for it, `lanes` those it has by name. Groups of the same `kind` serve
+    the same jobs.
+    """
+
+    costs: Mapping[str, float]
+    lanes: frozenset[str]
+    kind: Hashable
+
+
 class _Offer(NamedTuple):
-    """A slot under way: when it is due, what a job of each model must reach for it, and the lanes it may go to."""
+    """A slot under way: when it is due, and what its group is."""
 
     due_s: float
-    costs: dict[str, float]
-    lanes: frozenset[str]
+    traits: _Traits
 
     def is_worth(self, lane: Lane, model: str, cost: float, due_s: float) -> bool:
         """Whether it serves, by `due_s`, jobs of `model` that need a lane like this one."""
-        return self.due_s <= due_s and (lane.name in self.lanes or self.costs.get(model, -math.inf) >= cost)
+        is_for_them = lane.name in self.traits.lanes or self.traits.costs.get(model, -math.inf) >= cost
+        return self.due_s <= due_s and is_for_them
+
+    def may_serve(self, model: str, reach: float) -> bool:
+        """Whether a job of `model` that reaches so far may take it."""
+        return self.traits.costs.get(model, math.inf) <= reach
 
 
 class Scheduler:
@@ -137,6 +156,7 @@ class Scheduler:
         self._tasks = OwnedTasks()
         self._costs: dict[str, float] = {}
         self._costs_until_s = 0.0
+        self._known_traits: dict[str, _Traits] = {}
         self._seek_soon: asyncio.Handle | None = None
         self._known_levels: dict[tuple[str, str, bool], tuple[float, list[_Level]]] = {}
         self._watching: asyncio.Task[None] | None = None
@@ -261,13 +281,38 @@ class Scheduler:
     def _seek_now(self) -> None:
         """Seek slots in idle groups while more jobs wait than slots are under way that could serve them."""
         self._seek_soon = None
-        if self._closing:
+        idle = [group for group in self._groups.values() if group.seeker is None and self._has_room(group)]
+        if self._closing or not idle:
             return
         offers = [self._offer(group) for group in self._groups.values() if group.seeker is not None]
-        idle = [group for group in self._groups.values() if group.seeker is None and self._has_room(group)]
-        for group in sorted(idle, key=self._preference):
-            if self._is_wanted(group, offers) and self._start_seeking(group):
+        now_s = self._clock.monotonic_s()
+        unwanted_from_s: dict[Hashable, float] = {}
+        for group in sorted(idle, key=lambda group: self._preference(group, now_s)):
+            if self._is_met(offers, now_s):
+                return
+            due_s, kind = max(group.next_s, now_s), self._traits(group).kind
+            if due_s >= unwanted_from_s.get(kind, math.inf):
+                continue
+            if not self._is_wanted(group, offers, due_s):
+                unwanted_from_s[kind] = due_s
+            elif self._start_seeking(group):
                 offers.append(self._offer(group))
+
+    def _is_met(self, offers: Sequence[_Offer], now_s: float) -> bool:
+        """Whether slots that are due now are under way for all jobs that wait."""
+        ready = [offer for offer in offers if offer.due_s <= now_s]
+        if len(self._queue) > len(ready):
+            return False
+        waiting: Counter[str] = Counter()
+        reaches: dict[str, float] = {}
+        for route, count in self._queue.demand.items():
+            if route.pinned:
+                return False
+            waiting[route.model] += count
+            reaches[route.model] = min(reaches.get(route.model, math.inf), route.reach)
+        return all(
+            count <= sum(offer.may_serve(model, reaches[model]) for offer in ready) for model, count in waiting.items()
+        )
 
     @staticmethod
     def _has_room(group: _Group) -> bool:
@@ -275,21 +320,32 @@ class Scheduler:
 
     def _offer(self, group: _Group) -> _Offer:
         """The slot under way in a group, as what it is worth to jobs."""
+        return _Offer(group.due_s, self._traits(group))
+
+    def _traits(self, group: _Group) -> _Traits:
+        traits = self._known_traits.get(group.name)
+        if traits is None:
+            traits = self._known_traits[group.name] = self._look_at(group)
+        return traits
+
+    def _look_at(self, group: _Group) -> _Traits:
         costs: dict[str, float] = {}
         for lane in group.lanes:
             if self._takes_any(lane):
                 for model in lane.models:
                     costs[model] = max(costs.get(model, -math.inf), self._cost(lane))
-        return _Offer(group.due_s, costs, frozenset(lane.name for lane in group.lanes))
+        is_plain = all(lane.percent is None and not lane.is_on_trial for lane in group.lanes)
+        kind = frozenset((lane.models, self._cost(lane)) for lane in group.lanes if lane.is_open)
+        return _Traits(costs, frozenset(lane.name for lane in group.lanes), kind if is_plain else group.name)
 
-    def _is_wanted(self, group: _Group, offers: Sequence[_Offer]) -> bool:
-        """Whether more jobs wait that a lane of this group may take than slots for them are due before its next."""
-        due_s = max(group.next_s, self._clock.monotonic_s())
+    def _is_wanted(self, group: _Group, offers: Sequence[_Offer], due_s: float) -> bool:
+        """Whether more jobs wait that a lane of this group may take than slots for them are due by `due_s`."""
         return any(
-            self._waiting(lane, model) > sum(offer.is_worth(lane, model, self._cost(lane), due_s) for offer in offers)
+            count > len(offers) or count > sum(offer.is_worth(lane, model, self._cost(lane), due_s) for offer in offers)
             for lane in group.lanes
             if lane.has_room
             for model in lane.models
+            if (count := self._waiting(lane, model))
         )
 
     def _waiting(self, lane: Lane, model: str) -> int:
@@ -308,10 +364,10 @@ class Scheduler:
             other.percent is None and other.is_open for model in lane.models for other in self._pool.serving(model)
         )
 
-    def _preference(self, group: _Group) -> tuple[float, ...]:
+    def _preference(self, group: _Group, now_s: float) -> tuple[float, ...]:
         """The groups to seek in first."""
         lanes = [lane for lane in group.lanes if lane.has_room]
-        next_s = max(group.next_s, self._clock.monotonic_s())
+        next_s = max(group.next_s, now_s)
         match self._policy:
             case Policy.LEAST_LATENCY:
                 return (next_s + min(lane.latency_s("") for lane in lanes),)
@@ -334,11 +390,13 @@ class Scheduler:
     def _run_seeker(self, group: _Group, work: Coroutine[None, None, None]) -> None:
         group.due_s = max(group.next_s, self._clock.monotonic_s())
         group.seeker = self._tasks.own(work, f"seek {group.name}")
-        group.seeker.add_done_callback(lambda _: self._sought(group))
+        group.seeker.add_done_callback(lambda seeker: self._sought(group, seeker))
 
-    def _sought(self, group: _Group) -> None:
+    def _sought(self, group: _Group, seeker: asyncio.Task[None]) -> None:
         """The seeker has ended: use what it found."""
         group.seeker = None
+        if not seeker.cancelled() and seeker.exception() is not None:
+            self._pause(group, spare=0)  # a bug, which is logged: asking on at once would only repeat it
         self._use(group)
 
     async def _seek_slot(self, group: _Group, amounts: Amounts, spare: int) -> None:
@@ -349,10 +407,11 @@ class Scheduler:
             self._release(slot)
             return
         if slot is None:
-            group.full_at_spare = spare
-            self._tasks.own(self._ask_again(group), "ask again")
+            self._pause(group, spare=spare)
             return
-        group.due_s = self._clock.monotonic_s() + slot.wait_s
+        expected_s, group.due_s = group.due_s, self._clock.monotonic_s() + slot.wait_s
+        if group.due_s > expected_s + _MUCH_LATER_S:
+            self._seek()  # another replica was there first: another group may be sooner
         try:
             if slot.wait_s > 0:
                 await self._clock.sleep(slot.wait_s)
@@ -364,6 +423,11 @@ class Scheduler:
     def _hear(self, group: _Group) -> None:
         """Ask `Limits` what it knows of the group: after each talk of it, since every job looks at every group."""
         group.next_s = self._clock.monotonic_s() + self._limits.next_s(group.name)
+
+    def _pause(self, group: _Group, *, spare: int) -> None:
+        """Ask for no place in the group for a moment, unless fewer than `spare` must be kept free."""
+        group.full_at_spare = spare
+        self._tasks.own(self._ask_again(group), "ask again")
 
     async def _ask_again(self, group: _Group) -> None:
         await self._clock.sleep(_BUSY_POLL_S)
@@ -467,6 +531,7 @@ class Scheduler:
         now_s = self._clock.monotonic_s()
         if now_s >= self._costs_until_s:
             self._costs.clear()
+            self._known_traits.clear()
             self._costs_until_s = now_s + _LOOK_AGAIN_S
 
     def _measure_cost(self, lane: Lane) -> float:
@@ -570,6 +635,7 @@ class Scheduler:
         return False
 
     def _pool_changed(self) -> None:
+        self._known_traits.clear()
         self._look_again()
         self._seek()
 

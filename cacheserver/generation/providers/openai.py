@@ -9,10 +9,12 @@ import ipaddress
 import json
 import logging
 import re
+import ssl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from enum import StrEnum
+from functools import cache
 from typing import TypeVar
 
 import httpx
@@ -25,7 +27,7 @@ from cacheserver.errors import (
     UpstreamError,
     UpstreamNotEntitledError,
 )
-from cacheserver.generation.images import BadImageError, asked_size, inspect_in_thread
+from cacheserver.generation.images import BadImageError, ImageFacts, asked_size, inspect
 from cacheserver.generation.prices import PriceTable, split, token_count
 from cacheserver.generation.providers.download import ImageDownloads, is_public, read_at_most
 from cacheserver.generation.providers.openai_errors import error_of, request_id
@@ -153,7 +155,7 @@ class OpenAIUpstream:
         self._base_url = _base_url(endpoint)
         self._prices = prices.naming(endpoint.models)
         self._clock = clock
-        ssl_context = httpx.create_ssl_context()
+        ssl_context = _ssl_context()
         # They log each URL, and a signed image URL is a secret; and what they read, which may be the prompt.
         for library in ("httpx", "httpcore"):
             logging.getLogger(library).setLevel(logging.WARNING)
@@ -312,22 +314,12 @@ class OpenAIUpstream:
         """One item of a reply as a picture, its bytes fetched if need be, and decoded."""
         encoded, url = item.get("b64_json"), item.get("url")
         if isinstance(encoded, str) and encoded:
-            data = await asyncio.to_thread(_from_base64, encoded)
+            data, facts = await asyncio.to_thread(self._unpack, encoded, request)
         elif isinstance(url, str) and url:
             data = await self._downloads.fetch(url, private=private)
+            facts = await asyncio.to_thread(self._inspect, data, request)
         else:
             raise UpstreamBadImageError(f"{self._name}: its answer has neither b64_json nor url")
-        try:
-            facts = await inspect_in_thread(
-                data,
-                max_pixels=self._endpoint.max_pixels,
-                max_bytes=self._endpoint.max_image_bytes,
-                expect_format=request.output_format,
-                expect_size=asked_size(request.size),
-                allow_blank=False,
-            )
-        except BadImageError as exc:
-            raise UpstreamBadImageError(f"{self._name}: {exc}") from None
         revised = item.get("revised_prompt")
         return GeneratedImage(
             data=data,
@@ -342,6 +334,23 @@ class OpenAIUpstream:
             revised_prompt=revised[:_MAX_REVISED_PROMPT] if isinstance(revised, str) else "",
             upstream=self._name,
         )
+
+    def _unpack(self, encoded: str, request: ImageRequest) -> tuple[bytes, ImageFacts]:
+        data = _from_base64(encoded)
+        return data, self._inspect(data, request)
+
+    def _inspect(self, data: bytes, request: ImageRequest) -> ImageFacts:
+        try:
+            return inspect(
+                data,
+                max_pixels=self._endpoint.max_pixels,
+                max_bytes=self._endpoint.max_image_bytes,
+                expect_format=request.output_format,
+                expect_size=asked_size(request.size),
+                allow_blank=False,
+            )
+        except BadImageError as exc:
+            raise UpstreamBadImageError(f"{self._name}: {exc}") from None
 
     def _cost_microusd(self, bill: _Bill) -> int | None:
         """What the call cost by its answer; None where nobody knows: its answer cannot be read, or has no price.
@@ -384,6 +393,12 @@ class OpenAIUpstream:
             for image, share, usage in zip(images, shares, _split_usage(reply.usage, len(images)), strict=True)
         )
         return Delivery(whole, told=bill.answer.told, priced=cost is not None)
+
+
+@cache
+def _ssl_context() -> ssl.SSLContext:
+    """One for all upstreams: to read the certificates takes a tenth of a second."""
+    return httpx.create_ssl_context()
 
 
 def _succeeded(upstream: str, outcomes: Sequence[_T | BaseException]) -> list[_T]:
