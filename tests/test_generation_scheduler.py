@@ -194,6 +194,32 @@ async def test_one_slot_is_sought_at_a_time_however_many_wait(stage: Stage) -> N
     assert len(stage.limits.reserved) == 2  # the one that was due, and the next
 
 
+class RealClock(FakeClock):
+    """Never the same time twice."""
+
+    def monotonic_s(self) -> float:
+        self._monotonic_s += 1e-7
+        return self._monotonic_s
+
+
+@pytest.mark.parametrize("policy", list(Policy))
+async def test_so_many_slots_are_sought_as_jobs_wait_however_many_groups_are_idle(policy: Policy) -> None:
+    stage = Stage(RealClock())
+    try:
+        stage.open(*(lane(f"lane-{number}") for number in range(50)), policy=policy)
+        for _ in range(3):
+            stage.ask()
+        await stage.run()
+        assert (len(stage.started), len(stage.limits.reserved), stage.limits.released) == (3, 3, [])
+        for task in stage.tasks:
+            stage.finish(task.result())
+        stage.ask()
+        await stage.run()
+        assert (len(stage.started), len(stage.limits.reserved)) == (4, 4)
+    finally:
+        await stage.aclose()
+
+
 async def test_a_slot_sought_for_a_standard_job_goes_to_the_interactive_one_that_came_meanwhile(stage: Stage) -> None:
     stage.limits.spacing_s = {"one": 2.0}
     stage.open(lane())

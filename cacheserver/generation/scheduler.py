@@ -95,13 +95,16 @@ class _Level(NamedTuple):
 class _Traits(NamedTuple):
     """What a group is to jobs, as long as prices and the pool stand as they do.
 
-    `costs` is what a job of each model must reach for it, `lanes` those it has by name. Groups of the same `kind` serve
-    the same jobs.
+    `costs` is what a job of each model must reach for it, `least_cost` the least of its open lanes', `lanes` all it has
+    by name. Groups of the same `kind` serve the same jobs. `is_steady`: none of its lanes is on trial.
     """
 
     costs: Mapping[str, float]
+    least_cost: float
     lanes: frozenset[str]
+    open: Sequence[Lane]
     kind: Hashable
+    is_steady: bool
 
 
 class _Offer(NamedTuple):
@@ -281,7 +284,7 @@ class Scheduler:
     def _seek_now(self) -> None:
         """Seek slots in idle groups while more jobs wait than slots are under way that could serve them."""
         self._seek_soon = None
-        idle = [group for group in self._groups.values() if group.seeker is None and self._has_room(group)]
+        idle = [group for group in self._groups.values() if group.seeker is None and self._with_room(group)]
         if self._closing or not idle:
             return
         offers = [self._offer(group) for group in self._groups.values() if group.seeker is not None]
@@ -314,9 +317,9 @@ class Scheduler:
             count <= sum(offer.may_serve(model, reaches[model]) for offer in ready) for model, count in waiting.items()
         )
 
-    @staticmethod
-    def _has_room(group: _Group) -> bool:
-        return any(lane.has_room for lane in group.lanes)
+    def _with_room(self, group: _Group) -> Sequence[Lane]:
+        traits = self._traits(group)
+        return traits.open if traits.is_steady else [lane for lane in traits.open if lane.has_room]
 
     def _offer(self, group: _Group) -> _Offer:
         """The slot under way in a group, as what it is worth to jobs."""
@@ -334,16 +337,23 @@ class Scheduler:
             if self._takes_any(lane):
                 for model in lane.models:
                     costs[model] = max(costs.get(model, -math.inf), self._cost(lane))
-        is_plain = all(lane.percent is None and not lane.is_on_trial for lane in group.lanes)
-        kind = frozenset((lane.models, self._cost(lane)) for lane in group.lanes if lane.is_open)
-        return _Traits(costs, frozenset(lane.name for lane in group.lanes), kind if is_plain else group.name)
+        is_open = [lane for lane in group.lanes if lane.is_open]
+        is_steady = not any(lane.is_on_trial for lane in is_open)
+        is_plain = is_steady and all(lane.percent is None for lane in is_open)
+        return _Traits(
+            costs,
+            min((self._cost(lane) for lane in is_open), default=math.inf),
+            frozenset(lane.name for lane in group.lanes),
+            is_open,
+            frozenset((lane.models, self._cost(lane)) for lane in is_open) if is_plain else group.name,
+            is_steady,
+        )
 
     def _is_wanted(self, group: _Group, offers: Sequence[_Offer], due_s: float) -> bool:
         """Whether more jobs wait that a lane of this group may take than slots for them are due by `due_s`."""
         return any(
             count > len(offers) or count > sum(offer.is_worth(lane, model, self._cost(lane), due_s) for offer in offers)
-            for lane in group.lanes
-            if lane.has_room
+            for lane in self._with_room(group)
             for model in lane.models
             if (count := self._waiting(lane, model))
         )
@@ -366,15 +376,15 @@ class Scheduler:
 
     def _preference(self, group: _Group, now_s: float) -> tuple[float, ...]:
         """The groups to seek in first."""
-        lanes = [lane for lane in group.lanes if lane.has_room]
+        lanes = self._with_room(group)
         next_s = max(group.next_s, now_s)
         match self._policy:
             case Policy.LEAST_LATENCY:
                 return (next_s + min(lane.latency_s("") for lane in lanes),)
             case Policy.WEIGHTED:
-                return (min(_share(lane) for lane in lanes), next_s)
+                return (min(map(_share, lanes)), next_s)
             case Policy.CHEAPEST | Policy.PRIORITY:
-                return (min(self._cost(lane) for lane in lanes), next_s, min(_share(lane) for lane in lanes))
+                return (self._traits(group).least_cost, next_s, min(map(_share, lanes)))
 
     def _start_seeking(self, group: _Group) -> bool:
         """Seek a slot for the most urgent job the group may serve, if it may have a place for that."""
@@ -388,7 +398,7 @@ class Scheduler:
         return True
 
     def _run_seeker(self, group: _Group, work: Coroutine[None, None, None]) -> None:
-        group.due_s = max(group.next_s, self._clock.monotonic_s())
+        group.due_s = group.next_s
         group.seeker = self._tasks.own(work, f"seek {group.name}")
         group.seeker.add_done_callback(lambda seeker: self._sought(group, seeker))
 
@@ -401,6 +411,7 @@ class Scheduler:
 
     async def _seek_slot(self, group: _Group, amounts: Amounts, spare: int) -> None:
         """Reserve the group's next slot and wait until it is due."""
+        expected_s = max(group.next_s, self._clock.monotonic_s())
         slot = await self._limits.reserve(group.name, amounts, lease_s=self._lease_s, spare=spare)
         self._hear(group)
         if slot is not None and self._closing:
@@ -409,8 +420,8 @@ class Scheduler:
         if slot is None:
             self._pause(group, spare=spare)
             return
-        expected_s, group.due_s = group.due_s, self._clock.monotonic_s() + slot.wait_s
-        if group.due_s > expected_s + _MUCH_LATER_S:
+        group.due_s = self._clock.monotonic_s() + slot.wait_s
+        if slot.wait_s > 0 and group.due_s > expected_s + _MUCH_LATER_S:
             self._seek()  # another replica was there first: another group may be sooner
         try:
             if slot.wait_s > 0:
