@@ -23,7 +23,7 @@ class Gone:
     def __init__(self, error: Exception) -> None:
         self._error = error
 
-    async def eval(self, *_: object) -> NoReturn:
+    async def evalsha(self, *_: object) -> NoReturn:
         raise self._error
 
     async def info(self, *_: object) -> NoReturn:

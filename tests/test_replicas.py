@@ -106,9 +106,17 @@ async def test_what_was_last_known_holds_while_redis_is_lost(
     await disconnect(client)
 
 
+async def test_a_server_that_forgot_a_script_is_told_it_again(client: Client, prefix: str) -> None:
+    count, name = "return redis.call('INCR', KEYS[1])", f"{prefix}count"
+    for times in (1, 2):
+        assert await run_script(client, count, [name], [], timeout_s=30) == times
+    await client.script_flush()
+    assert await run_script(client, count, [name], [], timeout_s=30) == 3
+
+
 async def test_a_cancellation_that_the_client_swallows_still_ends_the_task() -> None:
     class Swallowing:
-        async def eval(self, *_: object) -> int:
+        async def evalsha(self, *_: object) -> int:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.Event().wait()
             return 1

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
+
+from redis.exceptions import NoScriptError
 
 from cacheserver.tiers.redis import Client
 
 
 async def run_script(client: Client, script: str, keys: Sequence[str], args: Sequence[Any], *, timeout_s: float) -> Any:
-    """The script's answer. EVAL and not EVALSHA: redis-py's asyncio Cluster client cannot load scripts.
+    """The script's answer. It goes by its hash, and as a whole to a server that does not know it yet.
+
+    redis-py's own way of doing so needs SCRIPT LOAD, which its asyncio Cluster client does not have.
 
     Raises:
         UNREACHABLE: what any talk to Redis raises. The script may have run.
     """
     task = asyncio.current_task()
     cancels_before = task.cancelling() if task else 0
+    given = (*keys, *map(str, args))
     async with asyncio.timeout(timeout_s):
         try:
-            return await client.eval(script, len(keys), *keys, *map(str, args))
+            try:
+                return await client.evalsha(_sha1(script), len(keys), *given)
+            except NoScriptError:
+                return await client.eval(script, len(keys), *given)
         finally:
             # redis-py sends through asyncio.wait_for, which before Python 3.12 swallows a cancellation that comes
             # just as the sending is done; a task that loops would never end.
             if task and task.cancelling() > cancels_before:
                 raise asyncio.CancelledError
+
+
+@cache
+def _sha1(script: str) -> str:
+    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
