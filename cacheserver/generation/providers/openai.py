@@ -42,6 +42,7 @@ _log = structlog.get_logger(__name__)
 _AUTO = "auto"
 _MAX_ERROR_BYTES = 64 * 1024
 _MAX_LIST_BYTES = 4 * 1024 * 1024
+_SHORT_REPLY_BYTES = 16 * 1024
 _MAX_REVISED_PROMPT = 32_000
 _CHECK_TIMEOUT_S = 10.0
 # Base64 takes four bytes for three; the rest is what JSON and a revised prompt need.
@@ -153,6 +154,7 @@ class OpenAIUpstream:
         self._endpoint = endpoint
         self._name = endpoint.name
         self._base_url = _base_url(endpoint)
+        self._generations = {model: self._url("images/generations", model) for model in endpoint.models}
         self._prices = prices.naming(endpoint.models)
         self._clock = clock
         ssl_context = _ssl_context()
@@ -201,7 +203,7 @@ class OpenAIUpstream:
         n = min(len(variants), self._endpoint.max_n)
         answer = await self._exchange(
             "POST",
-            self._url("images/generations", request.model),
+            self._generations[request.model],
             json.dumps(self._body(request, n)).encode("ascii"),
             timeout_s=self._endpoint.timeout_s,
             max_bytes=_REPLY_OVERHEAD_BYTES + int(n * self._endpoint.max_image_bytes * _BASE64_GROWTH),
@@ -209,7 +211,7 @@ class OpenAIUpstream:
         bill = _Bill(request, answer, price_factor, most_microusd)
         try:
             async with asyncio.timeout_at(deadline_s):
-                bill.reply = reply = await asyncio.to_thread(_read_reply, answer.body)
+                bill.reply = reply = await self._read_reply(answer.body)
                 outcomes = await asyncio.gather(
                     *(self._picture(item, request, private=answer.private) for item in reply.items[:n]),
                     return_exceptions=True,
@@ -273,6 +275,10 @@ class OpenAIUpstream:
             text = f"{self._name}: its answer is empty or has more than {max_bytes} bytes"
             raise UpstreamBadImageError(text, cost_microusd=None)
         return _Answer(body, request_id(response.headers), private, told)
+
+    async def _read_reply(self, body: bytes) -> _Reply:
+        # A short one, which names URLs, is read sooner than a thread begins.
+        return _read_reply(body) if len(body) <= _SHORT_REPLY_BYTES else await asyncio.to_thread(_read_reply, body)
 
     def _headers(self) -> dict[str, str]:
         headers = {"content-type": "application/json"}
