@@ -226,7 +226,7 @@ class JobQueue:
 
     def reroute(self, job: Job, *, pinned: str, reach: float) -> None:
         """Change which lanes may take a waiting job."""
-        self.demand[job.route] -= 1
+        self._demand_less(job.route)
         job.pinned, job.reach = pinned, reach
         self.demand[job.route] += 1
 
@@ -243,9 +243,12 @@ class JobQueue:
         self._bytes -= job.size_bytes
         self._depth[job.priority] -= 1
         self._images[job.priority, job.model] -= job.amounts.images
-        self.demand[job.route] -= 1
-        if not self.demand[job.route]:
-            del self.demand[job.route]
+        self._demand_less(job.route)
+
+    def _demand_less(self, route: Route) -> None:
+        self.demand[route] -= 1
+        if not self.demand[route]:
+            del self.demand[route]
 
     def _last(self) -> Job:
         """Who would be served last."""

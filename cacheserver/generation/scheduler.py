@@ -289,10 +289,10 @@ class Scheduler:
             return
         offers = [self._offer(group) for group in self._groups.values() if group.seeker is not None]
         now_s = self._clock.monotonic_s()
+        if self._is_met(offers, now_s):
+            return
         unwanted_from_s: dict[Hashable, float] = {}
         for group in sorted(idle, key=lambda group: self._preference(group, now_s)):
-            if self._is_met(offers, now_s):
-                return
             due_s, kind = max(group.next_s, now_s), self._traits(group).kind
             if due_s >= unwanted_from_s.get(kind, math.inf):
                 continue
@@ -300,6 +300,8 @@ class Scheduler:
                 unwanted_from_s[kind] = due_s
             elif self._start_seeking(group):
                 offers.append(self._offer(group))
+                if self._is_met(offers, now_s):
+                    return
 
     def _is_met(self, offers: Sequence[_Offer], now_s: float) -> bool:
         """Whether slots that are due now are under way for all jobs that wait."""
