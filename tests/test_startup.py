@@ -90,6 +90,7 @@ async def serving(env: dict[str, str], *arguments: str) -> AsyncIterator[Process
         COMMAND,
         "serve",
         *arguments,
+        # The fault handler: should native code crash, the log says where.
         env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", "PYTHONFAULTHANDLER": "1", **env},
         cwd="/",
         stdout=asyncio.subprocess.DEVNULL,
