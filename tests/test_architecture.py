@@ -55,6 +55,7 @@ LIBRARIES: dict[str, set[str]] = {
     "boto3": {"tiers/s3.py"},
     "botocore": {"tiers/s3.py"},
     "PIL": {"generation"},
+    "aiohttp": {"generation"},
     "httpx": {"generation", "cli", "embedded"},
     "starlette": {"http"},
     "uvicorn": {"http"},

@@ -15,9 +15,10 @@ from decimal import Decimal
 from email.utils import format_datetime
 from typing import Any
 
-import httpx
+import aiohttp
 import pytest
 import structlog
+from yarl import URL
 
 from cacheserver.errors import (
     ConfigError,
@@ -707,7 +708,7 @@ async def test_bytes_that_are_not_http_do_not_enter_the_message(make: Make) -> N
     async with await asyncio.start_server(talk_nonsense, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         error = await failure(make(base_url=f"http://127.0.0.1:{port}/v1"))
-    assert "RemoteProtocolError" in str(error)
+    assert "ClientResponseError" in str(error)
 
 
 @pytest.mark.parametrize("sent_bytes", [None, 0, 50])
@@ -730,36 +731,95 @@ async def test_silence_of_a_download_ends_at_the_same_deadline(make: Make, provi
 
 
 async def test_a_closed_port_is_tried_twice_and_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[str] = []
-    send = httpx.AsyncClient.send
+    tried: list[URL] = []
+    connect = aiohttp.TCPConnector.connect
 
-    async def counted(self: httpx.AsyncClient, request: httpx.Request, **options: Any) -> httpx.Response:
-        tried.append(request.method)
-        return await send(self, request, **options)
+    async def counted(self: aiohttp.TCPConnector, req: aiohttp.ClientRequest, *rest: Any, **more: Any) -> Any:
+        tried.append(req.url)
+        return await connect(self, req, *rest, **more)
 
-    monkeypatch.setattr(httpx.AsyncClient, "send", counted)
+    monkeypatch.setattr(aiohttp.TCPConnector, "connect", counted)
     async with OpenAIStandIn() as gone:
         base_url = gone.base_url
     error = await failure(make(base_url=base_url))
     assert type(error) is UpstreamDownError
     assert "cannot connect to 127.0.0.1" in str(error)
-    assert tried == ["POST", "POST"]
+    assert error.cost_microusd == 0
+    assert [str(url) for url in tried] == [f"{base_url}/images/generations"] * 2
 
 
 async def test_a_connection_that_fails_once_is_not_noticed(
     upstream: OpenAIUpstream, provider: OpenAIStandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    handle = httpx.AsyncHTTPTransport.handle_async_request
+    connect = aiohttp.TCPConnector.connect
     failures = iter([True])
 
-    async def fail_first(self: httpx.AsyncHTTPTransport, request: httpx.Request) -> httpx.Response:
+    async def fail_first(self: aiohttp.TCPConnector, *rest: Any, **more: Any) -> Any:
         if next(failures, False):
-            raise httpx.ConnectTimeout("no", request=request)
-        return await handle(self, request)
+            raise aiohttp.ConnectionTimeoutError
+        return await connect(self, *rest, **more)
 
-    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", fail_first)
+    monkeypatch.setattr(aiohttp.TCPConnector, "connect", fail_first)
     assert len(await upstream.generate(asked(), [0])) == 1
+    assert next(failures, None) is None
     assert provider.calls == 1
+
+
+async def test_a_handshake_that_never_ends_is_no_connection(make: Make) -> None:
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        error = await failure(make(base_url=f"https://127.0.0.1:{port}/v1", connect_timeout_s=0.05))
+    assert "cannot connect to 127.0.0.1" in str(error)
+    assert error.cost_microusd == 0
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "all_proxy"])
+async def test_the_environments_proxy_is_used(
+    make: Make, provider: OpenAIStandIn, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, f"127.0.0.1:{provider.port}")
+    await make(base_url="http://images.example/v1").generate(asked(), [0])
+    assert provider.requests[0].target == "http://images.example/v1/images/generations"
+    assert provider.requests[0].headers["host"] == "images.example"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+async def test_no_proxy_is_asked_for_a_provider_on_this_machine(
+    make: Make, provider: OpenAIStandIn, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    assert len(await make(base_url=f"http://{host}:{provider.port}/v1").generate(asked(), [0])) == 1
+
+
+async def test_hosts_the_environment_excepts_are_asked_directly(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("no_proxy", "images.invalid")
+    assert "cannot connect to images.invalid" in str(await failure(make(base_url="http://images.invalid/v1")))
+
+
+async def test_a_proxy_of_another_kind_is_refused_at_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "socks5://127.0.0.1:1080")
+    with pytest.raises(ConfigError, match=r"http\(s\)://host"):
+        make(base_url="https://images.example/v1")
+
+
+async def test_what_comes_through_a_proxy_is_not_taken_for_a_neighbours(
+    make: Make, provider: OpenAIStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proxy has a private address; the provider behind it does not, and may not lead us to one."""
+    monkeypatch.setenv("http_proxy", provider.root_url)
+    provider.image_url = "http://localtest.example/cat.png"
+    upstream = make(base_url="http://localtest.example/v1")
+
+    async def lookup(*_: object) -> list[str]:
+        return ["127.0.0.1"]
+
+    monkeypatch.setattr(upstream._downloads, "_resolve", lookup)
+    assert "a private address" in str(await failure(upstream))
 
 
 async def test_cancelling_lets_go_of_the_connection(upstream: OpenAIUpstream, provider: OpenAIStandIn) -> None:

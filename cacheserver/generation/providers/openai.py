@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import ipaddress
 import json
 import logging
 import re
-import ssl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from enum import StrEnum
-from functools import cache
+from functools import partial
+from http import HTTPStatus
 from typing import TypeVar
 
 import httpx
@@ -29,7 +28,14 @@ from cacheserver.errors import (
 )
 from cacheserver.generation.images import BadImageError, ImageFacts, asked_size, inspect
 from cacheserver.generation.prices import PriceTable, split, token_count
-from cacheserver.generation.providers.download import ImageDownloads, is_public, read_at_most
+from cacheserver.generation.providers.download import ImageDownloads
+from cacheserver.generation.providers.exchanges import (
+    Answer,
+    CannotConnectError,
+    ConnectionFailedError,
+    Exchanges,
+    ssl_context,
+)
 from cacheserver.generation.providers.openai_errors import error_of, request_id
 from cacheserver.generation.providers.rate_limits import read_limits
 from cacheserver.interfaces import Clock
@@ -157,26 +163,21 @@ class OpenAIUpstream:
         self._generations = {model: self._url("images/generations", model) for model in endpoint.models}
         self._prices = prices.naming(endpoint.models)
         self._clock = clock
-        ssl_context = _ssl_context()
-        # They log each URL, and a signed image URL is a secret; and what they read, which may be the prompt.
+        self._exchanges = Exchanges(
+            name=endpoint.name,
+            base_url=self._base_url,
+            connect_timeout_s=endpoint.connect_timeout_s,
+            ssl_context=ssl_context(),
+        )
+        # They log each URL, and a signed image URL is a secret.
         for library in ("httpx", "httpcore"):
             logging.getLogger(library).setLevel(logging.WARNING)
-        self._client = httpx.AsyncClient(
-            verify=ssl_context,
-            # A proxy from the environment is for the internet; on loopback there is none to pass.
-            trust_env=not _is_loopback(self._base_url.host),
-            follow_redirects=False,
-            timeout=httpx.Timeout(None, connect=endpoint.connect_timeout_s),
-            limits=httpx.Limits(max_connections=None),
-            # An answer that is not compressed cannot grow while it is read.
-            headers={"accept": "application/json", "accept-encoding": "identity"},
-        )
         self._downloads = ImageDownloads(
             base_url=self._base_url,
             url_hosts=endpoint.url_hosts,
             max_bytes=endpoint.max_image_bytes,
             connect_timeout_s=endpoint.connect_timeout_s,
-            ssl_context=ssl_context,
+            ssl_context=ssl_context(),
         )
 
     @property
@@ -232,49 +233,52 @@ class OpenAIUpstream:
 
     async def aclose(self) -> None:
         """Let go of connections."""
-        await self._client.aclose()
+        await self._exchanges.aclose()
         await self._downloads.aclose()
 
     async def _exchange(
-        self, method: str, url: httpx.URL, content: bytes | None, *, timeout_s: float, max_bytes: int
+        self, method: str, url: str, content: bytes | None, *, timeout_s: float, max_bytes: int
     ) -> _Answer:
         """One HTTP exchange under a deadline; every answer but a 200 is raised as the error it stands for."""
-        request = self._client.build_request(method, url, content=content, headers=self._headers())
+        headers = self._headers()
         try:
             async with asyncio.timeout(timeout_s):
-                response = await self._send(request)
-                try:
-                    return await self._read(response, max_bytes)
-                finally:
-                    await response.aclose()
+                answer = await self._send(method, url, headers, content, max_bytes)
         except TimeoutError:
             raise UpstreamDownError(f"{self._name}: no answer within {timeout_s:.0f} s", cost_microusd=None) from None
-        except (httpx.ConnectError, httpx.ConnectTimeout) as exc:
-            raise UpstreamDownError(f"{self._name}: cannot connect to {url.host}: check base_url") from exc
-        except httpx.RequestError as exc:
-            # Not chained: a protocol error quotes what it read, which may be the prompt.
-            text = f"{self._name}: the connection failed ({type(exc).__name__})"
-            raise UpstreamDownError(text, cost_microusd=None) from None
+        except CannotConnectError as exc:
+            raise UpstreamDownError(f"{self._name}: cannot connect to {self._base_url.host}: check base_url") from exc
+        except ConnectionFailedError as exc:
+            raise UpstreamDownError(f"{self._name}: the connection failed ({exc})", cost_microusd=None) from None
+        return self._take(answer, max_bytes)
 
-    async def _send(self, request: httpx.Request) -> httpx.Response:
+    async def _send(
+        self, method: str, url: str, headers: Mapping[str, str], content: bytes | None, max_bytes: int
+    ) -> Answer:
+        send = partial(
+            self._exchanges.send,
+            method,
+            url,
+            headers=headers,
+            content=content,
+            max_bytes=max_bytes,
+            max_error_bytes=_MAX_ERROR_BYTES,
+        )
         try:
-            return await self._client.send(request, stream=True)
-        except (httpx.ConnectError, httpx.ConnectTimeout):
-            return await self._client.send(request, stream=True)
+            return await send()
+        except CannotConnectError:
+            return await send()
 
-    async def _read(self, response: httpx.Response, max_bytes: int) -> _Answer:
-        told = read_limits(response.headers)
-        private = _is_private(response)
-        if response.status_code != httpx.codes.OK:
-            body = await read_at_most(response, _MAX_ERROR_BYTES) or b""
-            error = error_of(self._name, response.status_code, response.headers, body, now_s=self._clock.now_s())
+    def _take(self, answer: Answer, max_bytes: int) -> _Answer:
+        told = read_limits(answer.headers)
+        if answer.status != HTTPStatus.OK:
+            error = error_of(self._name, answer.status, answer.headers, answer.body or b"", now_s=self._clock.now_s())
             error.told = told
             raise error
-        body = await read_at_most(response, max_bytes) or b""
-        if not body:
+        if not answer.body:
             text = f"{self._name}: its answer is empty or has more than {max_bytes} bytes"
             raise UpstreamBadImageError(text, cost_microusd=None)
-        return _Answer(body, request_id(response.headers), private, told)
+        return _Answer(answer.body, request_id(answer.headers), answer.private, told)
 
     async def _read_reply(self, body: bytes) -> _Reply:
         # A short one, which names URLs, is read sooner than a thread begins.
@@ -291,12 +295,13 @@ class OpenAIUpstream:
             return headers | {"api-key": key}
         return headers | {"authorization": f"Bearer {key}"}
 
-    def _url(self, path: str, model: str = "") -> httpx.URL:
+    def _url(self, path: str, model: str = "") -> str:
         base = str(self._base_url).rstrip("/")
         if self._endpoint.style is Style.OPENAI:
-            return httpx.URL(f"{base}/{path}")
+            return f"{base}/{path}"
         deployment = f"deployments/{self._endpoint.models[model]}/" if model else ""
-        return httpx.URL(f"{base}/openai/{deployment}{path}", params={"api-version": self._endpoint.api_version})
+        query = {"api-version": self._endpoint.api_version}
+        return str(httpx.URL(f"{base}/openai/{deployment}{path}", params=query))
 
     def _body(self, request: ImageRequest, n: int) -> dict[str, JsonValue]:
         """What goes out: what differs from the provider's defaults, and what decides the bytes.
@@ -401,12 +406,6 @@ class OpenAIUpstream:
         return Delivery(whole, told=bill.answer.told, priced=cost is not None)
 
 
-@cache
-def _ssl_context() -> ssl.SSLContext:
-    """One for all upstreams: to read the certificates takes a tenth of a second."""
-    return httpx.create_ssl_context()
-
-
 def _succeeded(upstream: str, outcomes: Sequence[_T | BaseException]) -> list[_T]:
     """What worked; the first failure if nothing did, and any that is not the upstream's at once."""
     worked: list[_T] = []
@@ -474,12 +473,6 @@ def _word(value: JsonValue, otherwise: str) -> str:
     return value if isinstance(value, str) and _WORD.fullmatch(value) else otherwise
 
 
-def _is_private(response: httpx.Response) -> bool:
-    """Whether the answer comes from an address that is not on the internet; False if that cannot be told."""
-    address = response.extensions["network_stream"].get_extra_info("server_addr")
-    return address is not None and not is_public(ipaddress.ip_address(address[0]))
-
-
 def _base_url(endpoint: Endpoint) -> httpx.URL:
     try:
         url = httpx.URL(endpoint.base_url)
@@ -488,10 +481,3 @@ def _base_url(endpoint: Endpoint) -> httpx.URL:
     if url.scheme not in {"http", "https"} or not url.host or url.userinfo or url.query or url.fragment:
         raise ConfigError(f"upstream {endpoint.name}: base_url has to be http(s)://host[:port][/path], nothing else")
     return url
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -1,0 +1,179 @@
+"""HTTP exchanges with one provider, over connections that are kept.
+
+By aiohttp, where the rest of the house uses httpx: with ten calls in flight an exchange takes 0.3 ms of processor
+time here and 2.5 ms there, a fifth of all that a miss takes.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import ssl
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from http import HTTPStatus
+
+import aiohttp
+import httpx
+from aiohttp.connector import Connection
+from yarl import URL
+
+from cacheserver.errors import ConfigError
+from cacheserver.generation.providers.download import is_public
+
+_READ_BUFFER_BYTES = 256 * 1024
+_PROXY_SCHEMES = frozenset({"http", "https"})
+
+
+class CannotConnectError(Exception):
+    """There is no connection to the provider, so nothing was sent."""
+
+
+class ConnectionFailedError(Exception):
+    """The connection failed when the request may have been sent. The message is the failure's kind and no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back."""
+
+    status: int
+
+    headers: Mapping[str, str]
+    """By name, however it is written."""
+
+    body: bytes | None
+    """None, with the rest unread, if there is more of it than was to be taken."""
+
+    private: bool
+    """Whether it came straight from an address that is not on the internet."""
+
+
+class Exchanges:
+    """Sends requests to one provider, each once, and reads the answers up to a size."""
+
+    def __init__(
+        self, *, name: str, base_url: httpx.URL, connect_timeout_s: float, ssl_context: ssl.SSLContext
+    ) -> None:
+        """Without network traffic yet. `connect_timeout_s` is for everything until a request can be sent.
+
+        Raises:
+            ConfigError: the environment names a proxy of a kind that is not supported.
+        """
+        self._connect_timeout_s = connect_timeout_s
+        self._ssl_context = ssl_context
+        # From the environment as it is now: aiohttp would look at it, and for a .netrc, at each call.
+        self._proxy = _proxy(name, base_url)
+
+    async def send(  # noqa: PLR0913 - a request's parts, by keyword
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str],
+        content: bytes | None,
+        max_bytes: int,
+        max_error_bytes: int,
+    ) -> Answer:
+        """One request and its answer. The caller sets the deadline.
+
+        Args:
+            method: POST, or GET.
+            url: encoded.
+            headers: besides those that say how we read.
+            content: the request's body.
+            max_bytes: most that is taken of the body of a 200.
+            max_error_bytes: most that is taken of any other.
+
+        Raises:
+            CannotConnectError: nothing was sent.
+            ConnectionFailedError: it may have been sent, and nobody knows what became of it.
+        """
+        try:
+            async with self._session.request(method, URL(url, encoded=True), data=content, headers=headers) as response:
+                most_bytes = max_bytes if response.status == HTTPStatus.OK else max_error_bytes
+                body = await _read_at_most(response, most_bytes)
+                private = self._proxy is None and _is_private(response)
+                return Answer(response.status, response.headers, body, private)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.ClientHttpProxyError) as exc:
+            raise CannotConnectError(type(exc).__name__) from exc
+        except aiohttp.ClientError as exc:
+            # Not chained: a protocol error quotes what it read, which may be the prompt.
+            raise ConnectionFailedError(type(exc).__name__) from None
+
+    async def aclose(self) -> None:
+        """Let go of connections."""
+        await self._session.close()
+
+    @cached_property
+    def _session(self) -> aiohttp.ClientSession:
+        """Made at the first call: it belongs to the loop that runs then."""
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ssl=self._ssl_context),
+            timeout=aiohttp.ClientTimeout(total=None, connect=self._connect_timeout_s),
+            proxy=self._proxy,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            response_class=_Response,
+            read_bufsize=_READ_BUFFER_BYTES,
+            # An answer that is not compressed cannot grow while it is read.
+            headers={"accept": "application/json", "accept-encoding": "identity", "user-agent": "cacheserver"},
+        )
+
+
+class _Response(aiohttp.ClientResponse):
+    """Remembers who answered: a short answer has given its connection back before anyone can ask it."""
+
+    peer: tuple[str, int] | None = None
+
+    async def start(self, connection: Connection) -> aiohttp.ClientResponse:
+        if connection.transport is not None:
+            self.peer = connection.transport.get_extra_info("peername")
+        return await super().start(connection)
+
+
+async def _read_at_most(response: aiohttp.ClientResponse, max_bytes: int) -> bytes | None:
+    if response.content_length is not None and response.content_length > max_bytes:
+        response.close()
+        return None
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > max_bytes:
+            response.close()
+            return None
+    return bytes(body)
+
+
+def _is_private(response: aiohttp.ClientResponse) -> bool:
+    """Whether the answer comes from an address that is not on the internet; False if that cannot be told."""
+    peer = response.peer if isinstance(response, _Response) else None
+    return peer is not None and not is_public(ipaddress.ip_address(peer[0]))
+
+
+def _proxy(name: str, url: httpx.URL) -> str | None:
+    """The proxy that the environment names for `url`. There is none to pass on loopback."""
+    if is_loopback(url.host) or urllib.request.proxy_bypass(url.host):
+        return None
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if proxy is None:
+        return None
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    if URL(proxy).scheme not in _PROXY_SCHEMES:
+        raise ConfigError(f"upstream {name}: the environment's proxy has to be http(s)://host[:port], or NO_PROXY set")
+    return proxy
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a URL's host is this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@cache
+def ssl_context() -> ssl.SSLContext:
+    """One for all upstreams: to read the certificates takes a tenth of a second."""
+    return httpx.create_ssl_context()
