@@ -6,11 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Protocol
 
 from cacheserver.model import Budget, BudgetPeriod, BudgetScope
 
-_KEPT_S = 86_400
+_DAY_S = 86_400
+_KEPT_S = _DAY_S
 
 
 class DaySpending(Protocol):
@@ -53,14 +55,19 @@ class Period:
     @staticmethod
     def at(kind: BudgetPeriod, moment_s: float) -> Period:
         """The day or month that `moment_s` lies in."""
-        moment = datetime.fromtimestamp(moment_s, UTC)
-        start = moment.replace(hour=0, minute=0, second=0, microsecond=0)
-        if kind is BudgetPeriod.DAY:
-            end = start + timedelta(days=1)
-            return Period(f"{start:%Y-%m-%d}", int(start.timestamp()), int(end.timestamp()))
-        start = start.replace(day=1)
-        end = (start + timedelta(days=31)).replace(day=1)
-        return Period(f"{start:%Y-%m}", int(start.timestamp()), int(end.timestamp()))
+        return _period(kind, int(moment_s // _DAY_S))
+
+
+@lru_cache(maxsize=256)  # each money question asks for the same few
+def _period(kind: BudgetPeriod, day: int) -> Period:
+    """The day or month with the day that is so many after 1970-01-01."""
+    start = datetime.fromtimestamp(day * _DAY_S, UTC)
+    if kind is BudgetPeriod.DAY:
+        end = start + timedelta(days=1)
+        return Period(f"{start:%Y-%m-%d}", int(start.timestamp()), int(end.timestamp()))
+    start = start.replace(day=1)
+    end = (start + timedelta(days=31)).replace(day=1)
+    return Period(f"{start:%Y-%m}", int(start.timestamp()), int(end.timestamp()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Protocol
 
 import structlog
@@ -372,6 +373,7 @@ class RedisLimits:
 _SHARED = "shared:"
 
 
+@cache
 def _limit_args(limits: GroupLimits) -> tuple[str, ...]:
     amounts = (
         limits.images_per_minute,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import secrets
 import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -29,8 +31,8 @@ class DiskTier:
     """A file per entry, named by its key, the least recently used going first at a bound of bytes. A `Tier`.
 
     Files come into being whole, by a rename, and need no index beside them: their sizes and times are read
-    again at start. One process owns the directory. Equal pictures under two keys are stored twice: sharing
-    them would take counts of references that a crash can break.
+    again at start. One process owns the directory: what others put there while it runs is not seen. Equal
+    pictures under two keys are stored twice: sharing them would take counts of references that a crash can break.
 
         <directory>/v1/<partition>/<first two hex digits of the fingerprint>/<key>
         <directory>/tmp/       what is being written
@@ -50,6 +52,9 @@ class DiskTier:
         self._max_entry_bytes = max_entry_bytes
         self._sync = sync
         self._workers = Workers(threads=threads, name="disk")
+        # No two processes, one ending and one beginning, write the same temporary file.
+        self._process = secrets.token_hex(8)
+        self._writes = itertools.count()
         # Guards the two below, and every change of which file stands under a name.
         self._lock = threading.Lock()
         self._sizes: OrderedDict[str, int] = OrderedDict()
@@ -100,6 +105,8 @@ class DiskTier:
 
     async def get(self, key: CacheKey) -> CachedImage | None:
         """See `Tier.get`."""
+        if key.name not in self._sizes:
+            return None  # most of what is asked for is not here: that needs no thread to be seen
         return await self._run("get", self._get, key)
 
     async def find(self, keys: Sequence[CacheKey]) -> list[bool]:
@@ -200,8 +207,10 @@ class DiskTier:
             raise EntryTooLargeError(f"the entry has {len(stored)} bytes; the disk holds {self._max_bytes} in all")
         is_placed = False
         self._reserve(len(stored))
+        temporary = self._temporary / f"{self._process}-{next(self._writes)}"
         try:
-            with self._written(stored) as temporary, self._lock:
+            self._write(temporary, stored)
+            with self._lock:
                 held = None if replace else self._holder(key)
                 if held is not None:
                     return held.image.sha256 == entry.image.sha256
@@ -210,11 +219,14 @@ class DiskTier:
         finally:
             if not is_placed:
                 self._release(len(stored))
+                temporary.unlink(missing_ok=True)
         if self._sync:
             _sync_directory(self._path(key.name).parent)
         return True
 
     def _holder(self, key: CacheKey) -> CachedImage | None:
+        if key.name not in self._sizes:
+            return None
         try:
             return self._servable(key)
         except CorruptEntryError:
@@ -234,24 +246,21 @@ class DiskTier:
         with self._lock:
             self._total_bytes -= size
 
-    @contextmanager
-    def _written(self, stored: bytes) -> Iterator[Path]:
-        """A temporary file that holds `stored`; gone afterwards unless it was moved."""
-        handle, name = tempfile.mkstemp(dir=self._temporary)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(stored)
-                file.flush()
-                if self._sync:
-                    os.fsync(handle)
-            yield Path(name)
-        finally:
-            Path(name).unlink(missing_ok=True)
+    def _write(self, path: Path, stored: bytes) -> None:
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(stored)
+            file.flush()
+            if self._sync:
+                os.fsync(handle)
 
     def _place(self, temporary: Path, name: str, size: int) -> None:
         path = self._path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.replace(path)
+        try:
+            temporary.replace(path)
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.replace(path)
         self._total_bytes -= self._sizes.pop(name, 0)
         self._sizes[name] = size
 
