@@ -21,8 +21,8 @@ crowd's, and what `interactive_share` costs the others: where they need more tha
 as long as the peak lasts. What a turn takes the service counts here as often as time is compressed: 20 ms between two
 calls in a place are 0.1 s at 5, one part in eighty of a picture. Compress less on a busy machine.
 
-Before a run the service makes pictures of both qualities, one after another, as one that has run for a day has: before
-it has seen how long low quality takes it does not believe that to be faster, and so makes none for who is in a hurry.
+Before a run the service makes a few pictures of medium quality, as one that has run for a minute has. How long low
+quality takes it has to guess, from its price, until it makes the first.
 """
 
 from __future__ import annotations
@@ -354,10 +354,9 @@ async def measure(  # noqa: PLR0913 - what a run depends on
 
 
 async def _warm_up(stage: Stage) -> None:
-    """Let the service see how long each quality takes."""
+    """Let the service see how long a picture takes."""
     for number in range(_WARM_UP_CALLS):
-        for quality in ("low", _QUALITY):
-            await stage.ask(number, pb.GetImageRequest(spec=_spec(f"warm-up {number}", quality)))
+        await stage.ask(number, pb.GetImageRequest(spec=_spec(f"warm-up {number}")))
 
 
 def requests_of(planned: Sequence[Planned], *, degraded: bool, compression: float) -> list[pb.GetImageRequest]:
@@ -383,7 +382,7 @@ def main(
     *,
     minutes: Annotated[float, typer.Option(help="Emulated minutes that the peak lasts.")] = 10.0,
     compression: Annotated[float, typer.Option(help="Emulated seconds that pass in a real one.")] = 5.0,
-    interactive_share: Annotated[float, typer.Option(help="Share of the places kept for VIPs.")] = 0.2,
+    interactive_share: Annotated[float, typer.Option(help="Share of the places kept for VIPs.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Of the schedule and the provider's latencies.")] = 1,
     json: Annotated[Path | None, typer.Option(help="File for the figures.")] = None,
 ) -> None:
