@@ -318,7 +318,7 @@ class Fleet:
         redis_lost: Literal["share", "refuse"] = "share",
         books: Any = None,
         url: str = "",
-        timeout_s: float = 0.5,
+        timeout_s: float = 5.0,
     ) -> RedisBudgets:
         client = connect(url or self.url, timeout_s=timeout_s)
         self.clients.append(client)
