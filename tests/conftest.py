@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -9,10 +10,15 @@ import pytest
 
 pytest.register_assert_rewrite("tests.tier_contract", "tests.rpc_front")
 
-from cacheserver.model import TierName  # noqa: E402 - assertions are rewritten as modules are first imported
+from cacheserver.embedded import child  # noqa: E402 - assertions are rewritten as modules are first imported
+from cacheserver.model import TierName  # noqa: E402 - as above
 from tests.fakes import FakeClock  # noqa: E402 - as above
 from tests.house import House, open_tier  # noqa: E402 - as above
 from tests.servers import own_s3, own_valkey, s3_server, valkey_server  # noqa: E402 - as above
+
+# Processes side by side would now and then find the same port free.
+_PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+child._PORTS = child._PORTS[_PROCESS :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
 
 __all__ = ["own_s3", "own_valkey", "s3_server", "valkey_server"]
 

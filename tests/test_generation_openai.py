@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import gzip
 import itertools
 import json
@@ -801,10 +802,38 @@ async def test_hosts_the_environment_excepts_are_asked_directly(make: Make, monk
     assert "cannot connect to images.invalid" in str(await failure(make(base_url="http://images.invalid/v1")))
 
 
-async def test_a_proxy_of_another_kind_is_refused_at_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("https_proxy", "socks5://127.0.0.1:1080")
-    with pytest.raises(ConfigError, match=r"http\(s\)://host"):
+async def test_of_an_exception_with_a_port_only_that_port_is_asked_directly(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with OpenAIStandIn() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.root_url)
+        monkeypatch.setenv("no_proxy", "images.invalid:8000")
+        await make(base_url="http://images.invalid:8001/v1").generate(asked(), [0])
+        assert proxy.calls == 1
+        assert "cannot connect" in str(await failure(make(base_url="http://images.invalid:8000/v1")))
+        assert proxy.calls == 1
+
+
+@pytest.mark.parametrize(
+    "proxy", ["socks5://127.0.0.1:1080", "http://", "http://me:pa#ss@proxy:3128", "http://proxy:99999"]
+)
+async def test_a_proxy_that_is_none_is_refused_at_once(make: Make, monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    monkeypatch.setenv("https_proxy", proxy)
+    with pytest.raises(ConfigError, match=r"http\(s\)://\[user:password@\]host") as caught:
         make(base_url="https://images.example/v1")
+    assert "pa#ss" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+async def test_a_proxys_password_is_in_no_error(
+    make: Make, provider: OpenAIStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in knows no CONNECT: it answers 404, whose reason and URL aiohttp quotes."""
+    monkeypatch.setenv("https_proxy", f"http://me:s3cret@127.0.0.1:{provider.port}")
+    error = await failure(make(base_url="https://images.example/v1"))
+    assert "cannot connect to images.example" in str(error)
+    assert "s3cret" not in "".join(traceback.format_exception(error))
+    assert provider.requests[0].method == "CONNECT"
 
 
 async def test_what_comes_through_a_proxy_is_not_taken_for_a_neighbours(
@@ -833,10 +862,51 @@ async def test_cancelling_lets_go_of_the_connection(upstream: OpenAIUpstream, pr
     assert len(await upstream.generate(asked(), [0])) == 1
 
 
-async def test_a_connection_is_used_again(upstream: OpenAIUpstream, provider: OpenAIStandIn) -> None:
-    for _ in range(3):
-        await upstream.generate(asked(), [0])
-    assert provider.connections == 1
+async def test_what_a_server_sends_after_its_answer_is_nobodys_answer(make: Make, provider: OpenAIStandIn) -> None:
+    """It would be taken for the answer to the next prompt, and that one's for the one after."""
+    numbers = itertools.count()
+    answered = asyncio.Event()
+
+    async def answer_twice(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while await reader.readuntil(b"\r\n\r\n"):
+                writer.write(picture(next(numbers)))
+                await answered.wait()
+                writer.write(picture(99))
+                await writer.drain()
+        writer.close()
+
+    def picture(number: int) -> bytes:
+        body = json.dumps({"data": [{"b64_json": base64.b64encode(small_image(number)).decode()}]}).encode()
+        return b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
+
+    async with await asyncio.start_server(answer_twice, "127.0.0.1", 0) as server:
+        upstream = make(base_url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1")
+        for number in range(3):
+            answered.clear()
+            [image] = await upstream.generate(asked(), [0])
+            assert image.data == small_image(number)
+            answered.set()
+            await make().generate(asked(), [0])  # time enough for what was sent meanwhile to arrive
+    assert provider.calls == 3
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_no_redirect_takes_the_prompt_elsewhere(make: Make, provider: OpenAIStandIn, status: int) -> None:
+    async with OpenAIStandIn() as other:
+        headers = {"location": f"{other.base_url}/images/generations"}
+        provider.answer_next(Reply(status, b"", headers=headers))
+        assert type(await failure(make())) is UpstreamDownError
+        assert other.connections == 0
+    provider.answer_next(Reply(status, b"", headers=headers))  # where nobody listens any more
+    error = await failure(make())
+    assert str(status) in str(error)
+    assert provider.calls == 2
+
+
+async def test_an_answer_with_long_headers_is_not_lost(upstream: OpenAIUpstream, provider: OpenAIStandIn) -> None:
+    provider.headers = {"set-cookie": "x" * 20_000} | {f"x-{number}": "1" for number in range(300)}
+    assert len(await upstream.generate(asked(), [0])) == 1
 
 
 async def test_an_error_of_our_own_is_not_taken_for_the_providers(
@@ -941,6 +1011,9 @@ async def test_check_tells_a_wrong_key_and_a_dead_endpoint(make: Make) -> None:
         "https://a/v1?k=1",
         "https://a/#x",
         "https://a:b",
+        "https://a:99999/v1",
+        "https://a..b/v1",
+        f"https://{'a' * 64}.example/v1",
     ],
 )
 def test_a_base_url_that_is_none_is_a_configuration_error(make: Make, base_url: str) -> None:

@@ -201,6 +201,24 @@ async def test_a_file_removed_by_hand_is_a_miss(tier: DiskTier, tmp_path: Path) 
     assert await tier.find([entry.key]) == [False]
 
 
+async def test_a_put_that_cannot_make_room_takes_none(
+    open_disk: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tier = await open_disk(max_bytes=STORED_BYTES + 100)
+    await put_thousand(tier, "a cat")
+    size_bytes = tier.size_bytes
+
+    def refuse(path: Path, *, missing_ok: bool = False) -> None:
+        if not missing_ok:
+            raise PermissionError(1, "Operation not permitted", path)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(TierError, match="Operation not permitted"):
+        await put_thousand(tier, "a dog")
+    assert tier.size_bytes == size_bytes
+    assert len(files_in(tmp_path)) == 1
+
+
 async def test_a_disk_that_cannot_be_written_is_unknown_to_a_put(tier: DiskTier, tmp_path: Path) -> None:
     temporary = tmp_path / "images/tmp"
     temporary.rmdir()

@@ -186,7 +186,7 @@ class DiskTier:
         return entry
 
     def _find(self, keys: Sequence[CacheKey]) -> list[bool]:
-        return [self._path(key.name).exists() for key in keys]
+        return [key.name in self._sizes and self._path(key.name).exists() for key in keys]
 
     def _servable(self, key: CacheKey) -> CachedImage | None:
         try:
@@ -206,9 +206,9 @@ class DiskTier:
         if len(stored) > self._max_bytes:
             raise EntryTooLargeError(f"the entry has {len(stored)} bytes; the disk holds {self._max_bytes} in all")
         is_placed = False
-        self._reserve(len(stored))
         temporary = self._temporary / f"{self._process}-{next(self._writes)}"
         try:
+            self._reserve(len(stored))
             self._write(temporary, stored)
             with self._lock:
                 held = None if replace else self._holder(key)
@@ -233,13 +233,12 @@ class DiskTier:
             return None
 
     def _reserve(self, size: int) -> None:
-        """Make room for a file of `size` bytes, which counts while it is being written."""
+        """Make room for a file of `size` bytes, which counts, whatever comes of this, until it is released."""
         with self._lock:
             self._total_bytes += size
             self._evict()
             is_full = self._total_bytes > self._max_bytes
         if is_full:
-            self._release(size)
             raise TierError(f"{size} bytes do not fit beside what is being written to the disk")
 
     def _release(self, size: int) -> None:
@@ -261,8 +260,9 @@ class DiskTier:
         except FileNotFoundError:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.replace(path)
-        self._total_bytes -= self._sizes.pop(name, 0)
-        self._sizes[name] = size
+        self._total_bytes -= self._sizes.get(name, 0)
+        self._sizes[name] = size  # never absent meanwhile: who looks takes no lock
+        self._sizes.move_to_end(name)
 
     def _evict(self) -> None:
         while self._total_bytes > self._max_bytes and self._sizes:

@@ -34,6 +34,7 @@ from cacheserver.generation.providers.exchanges import (
     CannotConnectError,
     ConnectionFailedError,
     Exchanges,
+    is_host,
     ssl_context,
 )
 from cacheserver.generation.providers.openai_errors import error_of, request_id
@@ -247,7 +248,8 @@ class OpenAIUpstream:
         except TimeoutError:
             raise UpstreamDownError(f"{self._name}: no answer within {timeout_s:.0f} s", cost_microusd=None) from None
         except CannotConnectError as exc:
-            raise UpstreamDownError(f"{self._name}: cannot connect to {self._base_url.host}: check base_url") from exc
+            text = f"{self._name}: cannot connect to {self._base_url.host} ({exc}): check base_url"
+            raise UpstreamDownError(text) from None
         except ConnectionFailedError as exc:
             raise UpstreamDownError(f"{self._name}: the connection failed ({exc})", cost_microusd=None) from None
         return self._take(answer, max_bytes)
@@ -478,6 +480,6 @@ def _base_url(endpoint: Endpoint) -> httpx.URL:
         url = httpx.URL(endpoint.base_url)
     except httpx.InvalidURL:
         url = httpx.URL()
-    if url.scheme not in {"http", "https"} or not url.host or url.userinfo or url.query or url.fragment:
+    if url.scheme not in {"http", "https"} or not is_host(url) or url.userinfo or url.query or url.fragment:
         raise ConfigError(f"upstream {endpoint.name}: base_url has to be http(s)://host[:port][/path], nothing else")
     return url
