@@ -205,10 +205,12 @@ class Generator:
 
     def estimate_microusd(self, request: ImageRequest, n: int) -> int:
         """What `n` pictures may cost at most, at the dearest upstream; 0 where no price is known."""
-        lanes = self._pool.serving(request.model)
-        # Of many lanes most are priced alike, and every request asks.
-        priced = {(lane.terms.max_cost_microusd, self._pool.price_factor(lane)) for lane in lanes}
-        return max((self._most_microusd(request, n, most, factor) for most, factor in priced), default=0)
+        lanes = self._pool.priced_apart(request.model)
+        bounds = (
+            self._most_microusd(request, n, lane.terms.max_cost_microusd, self._pool.price_factor(lane))
+            for lane in lanes
+        )
+        return max(bounds, default=0)
 
     async def check(self) -> None:
         """Return if every upstream answers and accepts our key; raise the first UpstreamError if not."""
@@ -455,7 +457,7 @@ class Generator:
     def _most_microusd(self, request: ImageRequest, n: int, most_each: int | None, factor: Decimal) -> int:
         return self._prices.estimate_microusd(request, n, factor) if most_each is None else most_each * n
 
-    def _usable(self, model: str) -> list[Lane]:
+    def _usable(self, model: str) -> Sequence[Lane]:
         lanes = self._pool.serving(model)
         return [lane for lane in lanes if lane.is_open] or lanes
 

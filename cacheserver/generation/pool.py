@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 
@@ -165,6 +165,11 @@ class Pool:
         """`month_spend_microusd` tells what an upstream was paid this month, `images_per_minute` a group's limit."""
         self.lanes = tuple(lanes)
         self._by_name = {lane.name: lane for lane in self.lanes}
+        self._serving: dict[str, list[Lane]] = {}
+        self._priced_apart: dict[str, list[Lane]] = {}
+        for model in self.models:
+            self._serving[model] = [lane for lane in self.lanes if model in lane.models]
+            self._priced_apart[model] = list({_price(lane): lane for lane in self._serving[model]}.values())
         self._clock = clock
         self._books = books
         self._month_spend_microusd = month_spend_microusd
@@ -180,9 +185,13 @@ class Pool:
         """Every model that some upstream serves, each once."""
         return tuple(dict.fromkeys(model for lane in self.lanes for model in lane.terms.models))
 
-    def serving(self, model: str) -> list[Lane]:
+    def serving(self, model: str) -> Sequence[Lane]:
         """The upstreams that have `model`, in the pool or not."""
-        return [lane for lane in self.lanes if model in lane.models]
+        return self._serving.get(model, ())
+
+    def priced_apart(self, model: str) -> Sequence[Lane]:
+        """Of the upstreams that have `model`, one for each price there is: most of a large pool are priced alike."""
+        return self._priced_apart.get(model, ())
 
     def price_factor(self, lane: Lane) -> Decimal:
         """What `lane` takes of the list price now, by what it was paid this month."""
@@ -338,6 +347,12 @@ _ALARMS: Mapping[UpstreamHealth, str] = {
     UpstreamHealth.NOT_ENTITLED: "it never accepted our key for this: check the key's rights at the provider",
     UpstreamHealth.NO_QUOTA: "its account's credit or spend limit is used up: raise it at the provider",
 }
+
+
+def _price(lane: Lane) -> Hashable:
+    """Alike for lanes that always cost the same. One whose price steps with what it was paid is like no other."""
+    terms = lane.terms
+    return lane.name if terms.price_steps else (terms.price_factor, terms.max_cost_microusd)
 
 
 def groups_of(lanes: Iterable[Lane]) -> dict[str, list[Lane]]:

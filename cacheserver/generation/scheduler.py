@@ -284,7 +284,11 @@ class Scheduler:
     def _seek_now(self) -> None:
         """Seek slots in idle groups while more jobs wait than slots are under way that could serve them."""
         self._seek_soon = None
-        idle = [group for group in self._groups.values() if group.seeker is None and self._with_room(group)]
+        idle = [
+            (group, lanes)
+            for group in self._groups.values()
+            if group.seeker is None and (lanes := self._with_room(group))
+        ]
         if self._closing or not idle:
             return
         offers = [self._offer(group) for group in self._groups.values() if group.seeker is not None]
@@ -292,7 +296,7 @@ class Scheduler:
         if self._is_met(offers, now_s):
             return
         unwanted_from_s: dict[Hashable, float] = {}
-        for group in sorted(idle, key=lambda group: self._preference(group, now_s)):
+        for group, _ in sorted(idle, key=lambda each: self._preference(each[0], each[1], now_s)):
             due_s, kind = max(group.next_s, now_s), self._traits(group).kind
             if due_s >= unwanted_from_s.get(kind, math.inf):
                 continue
@@ -376,9 +380,8 @@ class Scheduler:
             other.percent is None and other.is_open for model in lane.models for other in self._pool.serving(model)
         )
 
-    def _preference(self, group: _Group, now_s: float) -> tuple[float, ...]:
-        """The groups to seek in first."""
-        lanes = self._with_room(group)
+    def _preference(self, group: _Group, lanes: Sequence[Lane], now_s: float) -> tuple[float, ...]:
+        """The groups to seek in first. `lanes` are those of the group that have room."""
         next_s = max(group.next_s, now_s)
         match self._policy:
             case Policy.LEAST_LATENCY:
@@ -611,7 +614,10 @@ class Scheduler:
 
     def _pin(self, job: Job) -> str:
         """The lane whose percentage is due, if there is one: it gets this job."""
-        lanes = [lane for lane in self._pool.serving(job.model) if lane.is_open and lane.name not in job.avoid]
+        serving = self._pool.serving(job.model)
+        if all(lane.percent is None for lane in serving):
+            return ""
+        lanes = [lane for lane in serving if lane.is_open and lane.name not in job.avoid]
         shares = [lane for lane in lanes if lane.percent is not None]
         for lane in shares:
             lane.credit += (lane.percent or 0.0) / 100 * job.amounts.images
