@@ -8,6 +8,7 @@ import json
 import queue
 import sqlite3
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future
@@ -27,6 +28,7 @@ _log = structlog.get_logger(__name__)
 _VERSION = 1
 _DAY_S = 86_400
 _RETRY_S = 1.0
+_REST_S = 0.01
 _MOST_UNWRITTEN = 10_000
 _LONGEST_TEXT = 200
 
@@ -228,7 +230,10 @@ class _Write:
 
 
 class _Writer:
-    """The thread that writes, and its connection."""
+    """The thread that writes, and its connection.
+
+    It rests a moment after each commit: what comes meanwhile shares the next one, and what comes later waits for none.
+    """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
@@ -261,6 +266,7 @@ class _Writer:
                 self._unwritten.clear()
             for write in group:
                 write.done.set_result(failure)
+            time.sleep(_REST_S)
 
     def _next_group(self) -> tuple[list[_Write], bool]:
         """All that waits, at least one; none where it is time to offer again what was not taken."""
