@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Coroutine, Hashable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -67,6 +67,7 @@ class _Group:
 
     `next_s` (monotonic) is the group's next free moment as last heard of, `due_s` that of the slot under way.
     `full_at_spare` is set while all places are taken: so many were to be kept free when it was refused.
+    `traits` is None until someone looks again; `share` is the least of its open lanes', as of the last turn.
     """
 
     name: str
@@ -77,6 +78,8 @@ class _Group:
     next_s: float = 0.0
     due_s: float = 0.0
     seeker: asyncio.Task[None] | None = None
+    traits: _Traits | None = None
+    share: float = 0.0
 
 
 class _Level(NamedTuple):
@@ -159,7 +162,6 @@ class Scheduler:
         self._tasks = OwnedTasks()
         self._costs: dict[str, float] = {}
         self._costs_until_s = 0.0
-        self._known_traits: dict[str, _Traits] = {}
         self._seek_soon: asyncio.Handle | None = None
         self._known_levels: dict[tuple[str, str, bool], tuple[float, list[_Level]]] = {}
         self._watching: asyncio.Task[None] | None = None
@@ -284,11 +286,7 @@ class Scheduler:
     def _seek_now(self) -> None:
         """Seek slots in idle groups while more jobs wait than slots are under way that could serve them."""
         self._seek_soon = None
-        idle = [
-            (group, lanes)
-            for group in self._groups.values()
-            if group.seeker is None and (lanes := self._with_room(group))
-        ]
+        idle = [group for group in self._groups.values() if group.seeker is None and self._with_room(group)]
         if self._closing or not idle:
             return
         offers = [self._offer(group) for group in self._groups.values() if group.seeker is not None]
@@ -296,7 +294,8 @@ class Scheduler:
         if self._is_met(offers, now_s):
             return
         unwanted_from_s: dict[Hashable, float] = {}
-        for group, _ in sorted(idle, key=lambda each: self._preference(each[0], each[1], now_s)):
+        # The less the service keeps up, the more groups are idle, and each job looks at them all.
+        for group in sorted(idle, key=self._preference(now_s)):
             due_s, kind = max(group.next_s, now_s), self._traits(group).kind
             if due_s >= unwanted_from_s.get(kind, math.inf):
                 continue
@@ -332,10 +331,14 @@ class Scheduler:
         return _Offer(group.due_s, self._traits(group))
 
     def _traits(self, group: _Group) -> _Traits:
-        traits = self._known_traits.get(group.name)
-        if traits is None:
-            traits = self._known_traits[group.name] = self._look_at(group)
-        return traits
+        if group.traits is None:
+            group.traits = self._look_at(group)
+            group.share = min(map(_share, group.traits.open), default=math.inf)
+        return group.traits
+
+    def _forget_traits(self) -> None:
+        for group in self._groups.values():
+            group.traits = None
 
     def _look_at(self, group: _Group) -> _Traits:
         costs: dict[str, float] = {}
@@ -380,16 +383,17 @@ class Scheduler:
             other.percent is None and other.is_open for model in lane.models for other in self._pool.serving(model)
         )
 
-    def _preference(self, group: _Group, lanes: Sequence[Lane], now_s: float) -> tuple[float, ...]:
-        """The groups to seek in first. `lanes` are those of the group that have room."""
-        next_s = max(group.next_s, now_s)
+    def _preference(self, now_s: float) -> Callable[[_Group], tuple[float, ...]]:
+        """What to order groups by, those to seek in first coming first."""
         match self._policy:
             case Policy.LEAST_LATENCY:
-                return (next_s + min(lane.latency_s("") for lane in lanes),)
+                return lambda group: (
+                    max(group.next_s, now_s) + min(lane.latency_s("") for lane in self._with_room(group)),
+                )
             case Policy.WEIGHTED:
-                return (min(map(_share, lanes)), next_s)
+                return lambda group: (group.share, max(group.next_s, now_s))
             case Policy.CHEAPEST | Policy.PRIORITY:
-                return (self._traits(group).least_cost, next_s, min(map(_share, lanes)))
+                return lambda group: (self._traits(group).least_cost, max(group.next_s, now_s), group.share)
 
     def _start_seeking(self, group: _Group) -> bool:
         """Seek a slot for the most urgent job the group may serve, if it may have a place for that."""
@@ -489,6 +493,7 @@ class Scheduler:
         lane.in_flight += 1
         lane.calls += 1
         lane.served += job.amounts.images
+        group.share = min(map(_share, self._traits(group).open), default=math.inf)
         job.turn.set_result(Turn(lane, slot))
 
     def _lane(self, group: _Group, job: Job) -> Lane | None:
@@ -547,7 +552,7 @@ class Scheduler:
         now_s = self._clock.monotonic_s()
         if now_s >= self._costs_until_s:
             self._costs.clear()
-            self._known_traits.clear()
+            self._forget_traits()
             self._costs_until_s = now_s + _LOOK_AGAIN_S
 
     def _measure_cost(self, lane: Lane) -> float:
@@ -654,7 +659,7 @@ class Scheduler:
         return False
 
     def _pool_changed(self) -> None:
-        self._known_traits.clear()
+        self._forget_traits()
         self._look_again()
         self._seek()
 
