@@ -333,7 +333,7 @@ class Scheduler:
     def _traits(self, group: _Group) -> _Traits:
         if group.traits is None:
             group.traits = self._look_at(group)
-            group.share = min(map(_share, group.traits.open), default=math.inf)
+            group.share = _least_share(group.traits.open)
         return group.traits
 
     def _forget_traits(self) -> None:
@@ -493,7 +493,7 @@ class Scheduler:
         lane.in_flight += 1
         lane.calls += 1
         lane.served += job.amounts.images
-        group.share = min(map(_share, self._traits(group).open), default=math.inf)
+        group.share = _least_share(self._traits(group).open)
         job.turn.set_result(Turn(lane, slot))
 
     def _lane(self, group: _Group, job: Job) -> Lane | None:
@@ -677,3 +677,7 @@ class Scheduler:
 def _share(lane: Lane) -> float:
     """What a lane has had for its weight: who has had least is next."""
     return lane.served / lane.weight if lane.weight else math.inf
+
+
+def _least_share(lanes: Sequence[Lane]) -> float:
+    return min(map(_share, lanes), default=math.inf)

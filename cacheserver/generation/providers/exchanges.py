@@ -32,7 +32,6 @@ _MAX_HEADERS = 512
 _MAX_PORT = 65_535
 _PROXY_SCHEMES = frozenset({"http", "https"})
 
-
 _NOTHING_SENT = (
     aiohttp.ClientConnectorError,
     aiohttp.ConnectionTimeoutError,
