@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import errno
 import hashlib
+import socket
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
@@ -475,3 +477,45 @@ async def test_draining_waits_until_a_further_service_is_idle() -> None:
     assert not draining.done()
     busy.is_idle.set()
     await asyncio.wait_for(draining, timeout=10)
+
+
+@pytest.mark.parametrize("loop_steps", [0, 1, 5, 50])
+async def test_a_drain_that_is_cancelled_at_any_step_leaves_no_call_and_no_listener(loop_steps: int) -> None:
+    server = await opened(Busy())
+    async with watched(server) as watch:
+        draining = asyncio.ensure_future(server.drain(30))
+        for _ in range(1 + loop_steps):
+            await asyncio.sleep(0)
+        draining.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await draining
+        await ended(watch)
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", server.port)) == errno.ECONNREFUSED
+
+
+async def test_time_that_runs_out_while_calls_are_being_ended_does_no_harm() -> None:
+    """grpc crashes the process when its own grace runs out just after its server has ended."""
+    for step in range(100):
+        server = await opened(Busy())
+        async with watched(server) as watch:
+            await server.drain(0.01 + 0.0002 * (step % 10))
+            await ended(watch)
+
+
+@contextlib.asynccontextmanager
+async def watched(server: RpcServer) -> AsyncIterator[Any]:
+    """A health watch, which never ends by itself."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        health = cast("Any", health_pb2_grpc.HealthStub(channel))
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        await watch.read()
+        yield watch
+
+
+async def ended(call: Any) -> None:
+    """Return when a call of a stream has ended."""
+    async with asyncio.timeout(10):
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            while await call.read() is not grpc.aio.EOF:
+                pass

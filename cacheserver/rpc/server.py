@@ -42,6 +42,7 @@ _OPTIONS = (
 
 _REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 _WATCHERS_GRACE_S = 0.25
+_FOR_EVER_S = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,21 +127,27 @@ class RpcServer:
 
         Health watches never end by themselves: once our own calls are answered, nothing waits for them.
         """
-        if self._server is None:
+        server, self._server = self._server, None
+        if server is None:
             return
-        await self._health.enter_graceful_shutdown()
-        stopping = asyncio.create_task(self._server.stop(timeout_s), name="rpc_drain")
+        # grpc's own grace must not run out beside the second stop: it would then cancel the calls of a server that the
+        # other has just freed, and take the process along.
+        stopping = asyncio.create_task(server.stop(_FOR_EVER_S), name="rpc_drain")
         try:
             async with asyncio.timeout(timeout_s):
+                await self._health.enter_graceful_shutdown()
                 await asyncio.wait({stopping}, timeout=_WATCHERS_GRACE_S)
                 for service in self._services:
                     await service.idle()
         except TimeoutError:
-            pass  # stop() has its own clock and ends what is left
+            pass  # what is left is ended below
         finally:
-            await self._server.stop(None)
-            await stopping
-        self._server = None
+            ending = asyncio.gather(stopping, server.stop(None))
+            try:
+                await asyncio.shield(ending)
+            except asyncio.CancelledError:
+                await ending  # all calls are cancelled by now: it is a matter of moments
+                raise
 
     def _bind(self, server: grpc.aio.Server, credentials: grpc.ServerCredentials | None) -> None:
         listen = self._listen
