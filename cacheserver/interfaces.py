@@ -243,7 +243,12 @@ class Budgets(Protocol):
         ...
 
     async def sent(self, attempt_id: str) -> None:
-        """The attempt goes upstream: if we die now it counts as spent, not as free."""
+        """The attempt goes upstream: if we die now it counts as spent, not as free.
+
+        Raises:
+            CannotAffordError: others took this replica for dead meanwhile, and what was set aside is spent.
+            LedgerUnavailableError: nobody can say whether it is, and then nothing is to be bought.
+        """
         ...
 
     async def settle(self, attempt_id: str, microusd: int, *, upstream: str = "") -> None:

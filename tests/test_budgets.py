@@ -484,9 +484,37 @@ async def test_a_replica_taken_for_dead_tells_what_it_has_and_nothing_counts_twi
     await stalled.sent("a")
     await fleet.takes_for_dead(IDS[0], who=other)
     await stalled.settle("a", 60)
+    assert await standing(other) == everywhere(60, 0)  # what was not sent is free
+    await stalled.sent("b")
     assert await standing(other) == everywhere(60, 20)
     await stalled.release("b")
     assert await standing(other) == everywhere(60, 0)
+
+
+async def test_what_others_have_freed_is_set_aside_anew_before_it_is_sent(fleet: Fleet) -> None:
+    stalled, other = (fleet.replica(name, [GLOBAL_DAY]) for name in IDS[:2])
+    for attempt_id in ("a", "b", "c"):
+        await reserve(stalled, attempt_id, 300)
+    await fleet.takes_for_dead(IDS[0], who=other)
+    await reserve(other, "of the other", 600)
+    await stalled.sent("a")
+    with pytest.raises(CannotAffordError):
+        await stalled.sent("b")
+    await stalled.release("b")
+    await stalled.release("c")
+    assert await standing(other) == {"global/day": (0, 900)}
+    await stalled.settle("a", 200)
+    assert await standing(other) == {"global/day": (200, 600)}
+
+
+async def test_what_was_freed_while_it_is_being_sent_is_set_aside_anew(fleet: Fleet) -> None:
+    stalled, other = (fleet.replica(name, [GLOBAL_DAY]) for name in IDS[:2])
+    await reserve(stalled, "a", 600)
+    await fleet.takes_for_dead(IDS[0], who=other)
+    await asyncio.gather(stalled.sent("a"), stalled.look())
+    assert await standing(other) == {"global/day": (0, 600)}
+    await fleet.takes_for_dead(IDS[0], who=other)
+    assert await standing(other) == {"global/day": (600, 0)}  # it was sent: nobody knows what it cost
 
 
 @pytest.mark.parametrize("buried", [False, True])
@@ -561,7 +589,10 @@ async def test_while_redis_is_lost_nothing_is_bought_if_so_told(own_fleet: Fleet
     valkey.kill()
     with pytest.raises(LedgerUnavailableError, match="budgets cannot be checked"):
         await reserve(one, "b", 1)
+    with pytest.raises(LedgerUnavailableError, match="budgets cannot be checked"):
+        await one.sent("a")
     await reserve(one, "unbounded", 1, caller="batch")
+    await one.sent("unbounded")
     with pytest.raises(LedgerUnavailableError, match="in every replica"):
         await one.set_limit("caller:web/day", 1)
     await one.settle("a", 60)
@@ -588,6 +619,39 @@ async def test_a_redis_that_was_emptied_is_built_again_from_all_replicas(
     await one.look()
     assert await standing(one) == await standing(other) == everywhere(50, 240)
     assert one.month_spend_microusd("openai") == 50
+
+
+async def test_what_a_replica_had_spent_that_is_gone_outlives_a_redis_that_is_emptied(
+    own_fleet: Fleet, valkey: ValkeyServer
+) -> None:
+    one, gone = (own_fleet.replica(name, [GLOBAL_DAY]) for name in IDS[:2])
+    await reserve(gone, "a", 400)
+    await gone.sent("a")
+    await gone.settle("a", 400)
+    await one.look()
+    await own_fleet.takes_for_dead(IDS[1], who=one)
+    valkey.execute("FLUSHALL")
+    await one.look()
+    assert await standing(one) == {"global/day": (400, 0)}
+    await own_fleet.clients[0].set(own_fleet.name("epoch"), "1.0")  # long ago
+    await one.look()
+    assert not await fits(one, "b", 601)
+    assert await fits(one, "b", 600)
+
+
+async def test_a_replica_that_has_never_seen_redis_buys_nothing_that_a_budget_bounds(
+    own_fleet: Fleet, valkey: ValkeyServer
+) -> None:
+    valkey.kill()
+    one = own_fleet.replica(IDS[0], [WEB_DAY])
+    await one.start()
+    with pytest.raises(LedgerUnavailableError, match="budgets cannot be checked"):
+        await reserve(one, "a", 1)
+    await reserve(one, "unbounded", 1, caller="batch")
+    valkey.start()
+    await one.look()
+    await reserve(one, "a", 300)
+    await one.aclose()
 
 
 async def test_a_redis_that_lost_its_last_second_is_corrected(fleet: Fleet) -> None:
@@ -757,7 +821,9 @@ async def test_what_ended_long_ago_is_forgotten(fleet: Fleet) -> None:
 STEPS = st.one_of(
     st.tuples(st.just("reserve"), st.integers(0, 1), st.integers(0, 400)),
     st.tuples(st.just("settle"), st.integers(0, 1), st.integers(0, 100)),
-    st.tuples(st.sampled_from(["look", "doubt", "send", "release", "empty", "restart"]), st.integers(0, 1), st.just(0)),
+    st.tuples(
+        st.sampled_from(["look", "doubt", "send", "release", "empty", "restart", "bury"]), st.integers(0, 1), st.just(0)
+    ),
 )
 
 
@@ -774,9 +840,19 @@ async def test_whatever_happens_no_limit_is_exceeded_and_redis_has_what_the_repl
         await fleet.aclose()
 
 
+async def _goes_out(budgets: RedisBudgets, attempt_id: str) -> bool:
+    try:
+        await budgets.sent(attempt_id)
+    except CannotAffordError:
+        await budgets.release(attempt_id)
+        return False
+    return True
+
+
 async def _live_through(  # noqa: C901 - a step is a line or two
     fleet: Fleet, steps: list[tuple[str, int, int]]
 ) -> None:
+    """Budgets as callers use them: what is refused when it is to be sent is released, what is not sent is free."""
     replicas = [fleet.replica(name, [GLOBAL_DAY]) for name in IDS[:2]]
     client, ids = fleet.clients[0], itertools.count()
     seconds, _ = await client.time()
@@ -788,9 +864,11 @@ async def _live_through(  # noqa: C901 - a step is a line or two
         if step == "reserve":
             await fits(one, str(next(ids)), microusd)
         elif step == "settle" and oldest != "none":
-            await one.settle(oldest, accounts.open[oldest].microusd * microusd // 100)
+            cost_microusd = accounts.open[oldest].microusd * microusd // 100
+            if await _goes_out(one, oldest):
+                await one.settle(oldest, cost_microusd)
         elif step == "send":
-            await one.sent(oldest)
+            await _goes_out(one, oldest)
         elif step == "release":
             await one.release(oldest)
         elif step == "look":
@@ -807,8 +885,14 @@ async def _live_through(  # noqa: C901 - a step is a line or two
             ledger = [DaySpending(seconds - seconds % DAY_S, "shop", "web", "openai", spent)]
             replicas[which] = fleet.replica(IDS[which], [GLOBAL_DAY], spent=ledger)
             await replicas[which].look()
-        used = sum(own.used for each in replicas for own in each._here.accounts.sums.values())
-        assert used <= GLOBAL_DAY.limit_microusd
+        elif step == "bury":
+            await fleet.takes_for_dead(IDS[which], who=replicas[1 - which])
+        present = [each._here.accounts for each in replicas]
+        spent = sum(own.spent for each in present for own in each.sums.values())
+        sent = sum(
+            reservation.microusd for each in present for reservation in each.open.values() if reservation.is_sent
+        )
+        assert spent + sent <= GLOBAL_DAY.limit_microusd
 
     for one in replicas:
         await one.look()

@@ -60,9 +60,12 @@ TELL = (
     + """
 -- Everything this replica knows, over what Redis knows of it. ARGV[3]: the new life, ARGV[4]: the knowledge.
 -- ARGV[2] is the life that we think Redis knows: a telling that was overtaken by a later one changes nothing.
+-- ARGV[5] is the epoch in which we set aside what we know of, or nothing: a Redis that still is in it and does not
+-- know us has buried us, and what we had not sent is no longer set aside.
 local lives, open, epoch, periods, replicas, limits = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local known = redis.call('HGET', lives, ARGV[1]) or ''
 if known ~= ARGV[2] then return {'stranger', known} end
+if known == '' and ARGV[5] ~= '' and redis.call('GET', epoch) == ARGV[5] then return {'buried'} end
 local time = redis.call('TIME')
 local now = tonumber(time[1])
 local all = cjson.decode(ARGV[4])
@@ -71,6 +74,8 @@ bury(ARGV[1], open)
 for _, account in ipairs(all.accounts) do
   redis.call('HSET', account.name, 's:' .. ARGV[1], account.spent, 'r:' .. ARGV[1], account.reserved)
   redis.call('ZADD', periods, account.end_s, account.name)
+  -- Only where it was lost: those who still run tell it themselves, for the others nobody else would.
+  for replica, spent in pairs(account.others) do redis.call('HSETNX', account.name, 's:' .. replica, spent) end
 end
 for id, reservation in pairs(all.open) do redis.call('HSET', open, id, reservation) end
 for _, month in ipairs(all.paid) do
@@ -183,14 +188,15 @@ for _, name in ipairs(redis.call('ZRANGEBYSCORE', periods, '-inf', now - tonumbe
   redis.call('DEL', name)
   redis.call('ZREM', periods, name)
 end
-local standing = {}
+local standing, parts = {}, {}
 for i = 6, #KEYS do
   local nth = i - 5
   local limit = redis.call('HGET', limits, ARGV[4 + 2 * nth]) or ARGV[5 + 2 * nth]
   local spent, reserved, own_spent, own_reserved = sums(KEYS[i])
   standing[nth] = {tonumber(limit), spent, reserved, own_spent, own_reserved}
+  parts[nth] = redis.call('HGETALL', KEYS[i])
 end
-return {'done', now, standing, redis.call('HGETALL', month)}
+return {'done', now, standing, redis.call('HGETALL', month), parts}
 """
 )
 

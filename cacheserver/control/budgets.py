@@ -9,7 +9,7 @@ import math
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import structlog
 
@@ -165,17 +165,29 @@ class _Standing:
 _NOTHING = _Standing(Sum(), Sum())
 
 
+class _Wish(NamedTuple):
+    """What a reservation is made for."""
+
+    namespace: str
+    caller: str
+    microusd: int
+    degradable: bool
+
+
 class RedisBudgets:
     """`Budgets` that all replicas share. Each writes its own part, which it can always write anew.
 
     The truth of a replica's own part is in its memory and its ledger; Redis is where the parts meet. Whenever
     the two may differ (Redis was lost or emptied, a script was cut off, others took us for dead) the replica
     tells Redis everything it knows under a new *life*; scripts of an earlier life that arrive late do nothing.
+    What it knows is also what replicas that are gone had spent. Whom the others took for dead and buried has lost
+    what it had set aside and not sent: that is set aside anew, or refused, when it is to be sent.
 
     While Redis is lost: with "share" a replica spends, beyond what it had, its fair share of what was left in
     each budget when it last looked. If all lose Redis at once that keeps every limit, but for what they spent
-    since the last look, a second ago; one that is cut off alone may exceed a limit by its share. With "refuse"
-    nothing that a budget bounds is bought.
+    since the last look, a second ago; one that is cut off alone may exceed a limit by its share and by what it had
+    set aside before. With "refuse" nothing that a budget bounds is bought; nor is it with "share" by a replica that
+    has not seen Redis since it started, and so cannot know what its share is.
     """
 
     def __init__(  # noqa: PLR0913 - settings, each with its default
@@ -220,8 +232,15 @@ class RedisBudgets:
         self._running = 0
         """Scripts on their way."""
 
+        self._unsent: dict[str, _Wish] = {}
+        """What each reservation that is not sent yet was made for."""
+        self._buried: set[str] = set()
+        """Those of them that others have freed, as they took us for dead."""
+
         self._epoch: bytes | None = None
         self._standing: dict[Account, _Standing] = {}
+        self._spent_by_others: dict[Account, dict[str, int]] = {}
+        """What each of the other replicas had spent when we last looked, those that are gone included."""
         self._others_before_loss: dict[Account, int] = {}
         """What the others had used when we last looked before Redis lost all it knew."""
         self._paid_by_others: tuple[Period, dict[str, int]] | None = None
@@ -242,27 +261,23 @@ class RedisBudgets:
             CannotAffordError: a budget does not allow it.
             LedgerUnavailableError: Redis is lost, and then nothing is to be bought.
         """
-        try:
-            await self._reserve_in_redis(attempt_id, namespace, caller, microusd, degradable=degradable)
-        except _LostError:
-            wanted = self._here.wanted(namespace, caller, microusd, self._now_s())
-            if self._redis_lost == "refuse" and wanted.accounts:
-                raise LedgerUnavailableError(
-                    "Redis does not answer, so budgets cannot be checked now; what is cached is served. Try again."
-                ) from None
-
-            def left(account: Account) -> int:
-                return self._share_left(account, degradable=degradable)
-
-            self._here.set_aside(attempt_id, wanted, left)
+        await self._set_aside(attempt_id, _Wish(namespace, caller, microusd, degradable))
 
     async def sent(self, attempt_id: str) -> None:
         """See `Budgets.sent`."""
-        if (reservation := self._here.accounts.send(attempt_id)) is not None:
-            await self._change(budget_scripts.SENT, [], [attempt_id, self._spelled(reservation)])
+        try:
+            await self._send_in_redis(attempt_id)
+        except _LostError:
+            reservation = self._here.accounts.open.get(attempt_id)
+            if reservation is not None and reservation.accounts and self._redis_lost == "refuse":
+                raise _cannot_be_checked() from None
+        self._unsent.pop(attempt_id, None)
+        self._here.accounts.send(attempt_id)
 
     async def settle(self, attempt_id: str, microusd: int, *, upstream: str = "") -> None:
         """See `Budgets.settle`."""
+        self._unsent.pop(attempt_id, None)
+        self._buried.discard(attempt_id)
         if (closed := self._here.close(attempt_id, microusd, upstream)) is not None:
             month = closed.month
             keys = [self._periods, self._month_name(month), *map(self._name, closed.accounts)]
@@ -322,13 +337,50 @@ class RedisBudgets:
 
     # ---- reserving
 
-    async def _reserve_in_redis(
-        self, attempt_id: str, namespace: str, caller: str, microusd: int, *, degradable: bool
-    ) -> None:
-        share = self._here.degrade_at if degradable else 1.0
+    async def _set_aside(self, attempt_id: str, wish: _Wish) -> None:
+        try:
+            await self._reserve_in_redis(attempt_id, wish)
+        except _LostError:
+            wanted = self._here.wanted(wish.namespace, wish.caller, wish.microusd, self._now_s())
+            if wanted.accounts and (self._redis_lost == "refuse" or self._epoch is None):
+                raise _cannot_be_checked() from None
+
+            def left(account: Account) -> int:
+                return self._share_left(account, degradable=wish.degradable)
+
+            self._here.set_aside(attempt_id, wanted, left)
+        self._unsent[attempt_id] = wish
+
+    async def _send_in_redis(self, attempt_id: str) -> None:
+        """Say in Redis that the attempt is sent. What others have freed meanwhile is set aside anew first."""
+        for _ in range(_TRIES):
+            if attempt_id in self._buried:
+                self._buried.discard(attempt_id)
+                await self._set_aside(attempt_id, self._unsent[attempt_id])
+            reservation = self._here.accounts.open.get(attempt_id)
+            if reservation is None or reservation.is_sent:
+                return
+            # Our own accounts follow: should we be buried before Redis has heard of it, this counts as not sent.
+            args = [attempt_id, self._spelled(replace(reservation, is_sent=True))]
+            answer = await self._ask(budget_scripts.SENT, [self._open()], args)
+            if answer[0] == "done":
+                return
+            if attempt_id not in self._buried:
+                self._doubt("a reservation is missing")
+        raise self._lost("it does not keep what it is told")
+
+    def _bury(self) -> None:
+        """Others took us for dead: what was set aside and not sent is theirs to spend."""
+        for attempt_id, reservation in list(self._here.accounts.open.items()):
+            if not reservation.is_sent:
+                self._here.accounts.close(attempt_id, 0)
+                self._buried.add(attempt_id)
+
+    async def _reserve_in_redis(self, attempt_id: str, wish: _Wish) -> None:
+        share = self._here.degrade_at if wish.degradable else 1.0
         for _ in range(_TRIES):
             life = await self._present_life()
-            wanted = self._here.wanted(namespace, caller, microusd, self._now_s())
+            wanted = self._here.wanted(wish.namespace, wish.caller, wish.microusd, self._now_s())
             keys = [self._open(), self._limits, self._periods, self._epoch_name, *map(self._name, wanted.accounts)]
             args = self._reserve_args(attempt_id, wanted, share)
             if (answer := await self._run(budget_scripts.RESERVE, keys, args, life)) is None:
@@ -437,18 +489,24 @@ class RedisBudgets:
 
     async def _tell(self) -> str:
         """Write all we know over what Redis knows of us, and begin a new life. Only under `_telling`."""
-        version, knowledge = self._here.accounts.version, json.dumps(self._knowledge())
         life = f"{self._process}.{next(self._lives)}"
         keys = [self._lives_name, self._open(), self._epoch_name, self._periods]
         keys += [self._replicas.name_in_redis, self._limits]
         self._life = None
+        epoch = self._epoch.decode() if self._epoch else ""
         for _ in range(_TRIES):
+            version, knowledge = self._here.accounts.version, json.dumps(self._knowledge())
             try:
                 word, *rest = await self._eval(
-                    budget_scripts.TELL, keys, [self._replicas.id, self._life_in_redis, life, knowledge]
+                    budget_scripts.TELL, keys, [self._replicas.id, self._life_in_redis, life, knowledge, epoch]
                 )
             except UNREACHABLE as error:
                 raise self._lost(type(error).__name__) from error
+            if word == "buried":
+                _log.warning("budgets_buried", cause="other replicas took this one for dead")
+                self._bury()
+                epoch = ""
+                continue
             if word == "done":
                 self._set_server_time(rest[0])
                 self._enter_epoch(rest[1])
@@ -483,7 +541,9 @@ class RedisBudgets:
 
     def _part(self, account: Account) -> dict[str, Any]:
         own, end_s = self._here.accounts.own(account), account.period.end_s
-        return {"name": self._name(account), "end_s": end_s, "spent": own.spent, "reserved": own.reserved}
+        others = self._spent_by_others.get(account, {})
+        part = {"name": self._name(account), "end_s": end_s, "spent": own.spent, "reserved": own.reserved}
+        return part | {"others": others}
 
     def _enter_epoch(self, epoch: bytes) -> None:
         """The state in Redis began at this time of the server."""
@@ -537,11 +597,15 @@ class RedisBudgets:
         args += itertools.chain.from_iterable((each.budget.name, each.budget.limit_microusd) for each in accounts)
         version, is_quiet = self._here.accounts.version, self._running == 0
 
-        _, now_s, standing, paid = await self._ask(budget_scripts.LOOK, [*keys, *map(self._name, accounts)], args)
+        answer = await self._ask(budget_scripts.LOOK, [*keys, *map(self._name, accounts)], args)
+        _, now_s, standing, paid, parts = answer
         self._set_server_time(now_s)
         self._standing = {}
         self._see(accounts, standing)
         self._see_paid(month, paid)
+        self._spent_by_others = {
+            account: self._spent_in(fields) for account, fields in zip(accounts, parts, strict=True)
+        }
         # Only when nothing was on its way can the two be compared.
         is_quiet = is_quiet and self._running == 0 and self._here.accounts.version == version
         if is_quiet and any(self._standing[each].own != self._here.accounts.own(each) for each in accounts):
@@ -560,6 +624,15 @@ class RedisBudgets:
             if replica != self._replicas.id:
                 by_others[upstream] = by_others.get(upstream, 0) + int(microusd)
         self._paid_by_others = (month, by_others)
+
+    def _spent_in(self, fields: Sequence[bytes]) -> dict[str, int]:
+        """What each other replica spent, of an account as it lies in Redis."""
+        spent: dict[str, int] = {}
+        for field, microusd in zip(fields[::2], fields[1::2], strict=True):
+            kind, _, replica = field.decode().partition(":")
+            if kind == "s" and replica != self._replicas.id:
+                spent[replica] = int(microusd)
+        return spent
 
     # ---- names and time
 
@@ -601,6 +674,12 @@ class RedisBudgets:
     @property
     def _periods(self) -> str:
         return f"{self._prefix}periods"
+
+
+def _cannot_be_checked() -> LedgerUnavailableError:
+    return LedgerUnavailableError(
+        "Redis does not answer, so budgets cannot be checked now; what is cached is served. Try again."
+    )
 
 
 def refusal(account: Account) -> CannotAffordError:
