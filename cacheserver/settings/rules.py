@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -9,6 +10,9 @@ from cacheserver.errors import ConfigError
 from cacheserver.identity import QUALITIES
 from cacheserver.model import PARTITION_PATTERN, REVIEW_PREFIX, TierName
 from cacheserver.settings.schema import PAINTER, STORING_TIERS, Settings, is_loopback
+
+_USUAL_LATENCY_S = 20
+"""What an image of medium or high quality takes at most providers."""
 
 
 def check_rules(settings: Settings) -> None:
@@ -33,7 +37,21 @@ def warnings(settings: Settings) -> list[str]:
         lines.append("insecure: whoever can connect may use, fill and purge the cache and spend money")
     if settings.redis.url is None and settings.redis.embedded and not settings.serves_loopback_only:
         lines.append("redis.url: not set, and our own Valkey runs only on loopback: no Redis level")
+    lines += filter(None, (_few_places(settings, name) for name in settings.limit_groups))
     return lines
+
+
+def _few_places(settings: Settings, name: str) -> str | None:
+    """What is to be said of a limit group whose places, not its rate, decide how many images it makes."""
+    group = settings.limit_groups[name]
+    places = group.concurrent * (1 - settings.generation.interactive_share)
+    per_minute = math.floor(places * 60 / _USUAL_LATENCY_S)
+    if group.images_per_minute is None or per_minute >= group.images_per_minute:
+        return None
+    return (
+        f"limit_groups.{name}.concurrent: {group.concurrent} calls at a time make {per_minute} images a minute where "
+        f"each takes {_USUAL_LATENCY_S} s, less than images_per_minute allows; raise it if the provider takes more"
+    )
 
 
 def _upstream_is_there(settings: Settings) -> None:

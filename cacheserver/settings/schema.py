@@ -310,11 +310,21 @@ class LimitGroupSettings(_Section):
     """What the upstreams of one limit group may be asked for together."""
 
     images_per_minute: Count | None = Field(default=None, description="Images a minute. Unset: learned from refusals.")
-    requests_per_minute: Count | None = Field(default=None, description="Calls a minute. Unset: no limit.")
-    tokens_per_minute: Count | None = Field(default=None, description="Tokens a minute. Unset: no limit.")
-    images_per_day: Count | None = Field(default=None, description="Images a day. Unset: no limit.")
-    requests_per_day: Count | None = Field(default=None, description="Calls a day. Unset: no limit.")
-    tokens_per_day: Count | None = Field(default=None, description="Tokens a day. Unset: no limit.")
+    requests_per_minute: Count | None = Field(
+        default=None, description="Calls a minute. Unset: what the provider tells, if it does."
+    )
+    tokens_per_minute: Count | None = Field(
+        default=None, description="Tokens a minute. Unset: what the provider tells, if it does."
+    )
+    images_per_day: Count | None = Field(
+        default=None, description="Images a day. Unset: what the provider tells, if it does."
+    )
+    requests_per_day: Count | None = Field(
+        default=None, description="Calls a day. Unset: what the provider tells, if it does."
+    )
+    tokens_per_day: Count | None = Field(
+        default=None, description="Tokens a day. Unset: what the provider tells, if it does."
+    )
     concurrent: Count = Field(default=100, description="Calls at a time.")
     burst_s: float = Field(
         default=1.0, ge=0, le=60, description="Seconds of unused time that may be caught up on at once."

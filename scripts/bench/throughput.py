@@ -16,7 +16,8 @@ Against, after a learning minute:
 
 No call may fail. Services, callers, provider and Valkey are processes of their own. The last tier is a directory that
 does not wait for the device: an S3 server on the same machine would take more of it than the service does, and be what
-is measured. For the same reason the pictures are small. A deployment begins with a full bucket, as a fresh one does;
+is measured. For the same reason the pictures are small. As many may run and wait as the rates need: `concurrent` and
+`queue_max` are raised where their defaults are less. A deployment begins with a full bucket, as a fresh one does;
 the organisation's is emptied first, since what it holds would count as served beyond the limit.
 """
 
