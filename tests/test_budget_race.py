@@ -14,9 +14,8 @@ from pathlib import Path
 import grpc
 import pytest
 
+from cacheserver.app import miss_path, tiers
 from cacheserver.client import AsyncClient, Budget
-from cacheserver.control.budgets import RedisBudgets
-from cacheserver.control.limits import RedisLimits
 from cacheserver.control.replicas import Replicas
 from cacheserver.model import AttemptOutcome
 from cacheserver.pb import promptcache_pb2 as pb
@@ -50,8 +49,8 @@ _PATIENCE_S = 30.0
 @pytest.fixture(autouse=True)
 def _redis_is_never_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a machine has little time for so many services, a late answer is no lost Redis."""
-    for part in (RedisBudgets, RedisLimits, Replicas):
-        set_default(monkeypatch, part, "timeout_s", _PATIENCE_S)
+    for module in (miss_path, tiers):
+        monkeypatch.setattr(module, "CONTROL_TIMEOUT_S", _PATIENCE_S)
 
 
 def set_default(monkeypatch: pytest.MonkeyPatch, part: type, keyword: str, value: float) -> None:

@@ -77,7 +77,16 @@ async def environ(
     valkey, s3 = own_valkey(), own_s3()
     async with OpenAIStandIn() as provider, TcpProxy("127.0.0.1", s3.port) as s3_road:
         provider.min_image_bytes = 20_000
-        env = environment(tmp_path, provider=provider, redis=valkey, s3=s3, memory__max_bytes=280_000)
+        env = environment(
+            tmp_path,
+            provider=provider,
+            redis=valkey,
+            s3=s3,
+            memory__max_bytes=280_000,
+            # Patient: a busy machine must not look like the fault of the other tier.
+            redis__timeout_s=1,
+            s3__read_timeout_s=6,
+        )
         env["CACHESERVER_S3_ENDPOINT"] = f"http://127.0.0.1:{s3_road.port}"
         yield env, provider, valkey, s3, s3_road
         with contextlib.suppress(ProcessLookupError, AssertionError):

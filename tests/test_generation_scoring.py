@@ -335,8 +335,8 @@ async def test_an_unreachable_model_is_left_alone_for_a_while(
     make: Make, model: ScorerStandIn, clock: FakeClock, reply: Reply | None
 ) -> None:
     model.reply = reply
-    scorer = make(timeout_s=0.1)
-    assert await failure(scorer) == "the scorer did not answer within 0.1 s"
+    scorer = make(timeout_s=0.5)
+    assert await failure(scorer) == "the scorer did not answer within 0.5 s"
     model.reply = ScorerStandIn.reply
     clock.advance(29.9)
     assert "is not asked" in await failure(scorer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import functools
-import time
 import uuid
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -322,21 +321,19 @@ async def test_a_server_that_is_down_is_unknown_and_one_that_is_back_answers(
     own_s3: Callable[[], S3Server], clock: FakeClock
 ) -> None:
     server = own_s3()
-    async with open_tier(server, clock, read_timeout_s=0.5, write_timeout_s=0.5) as tier:
-        await tier.put(make_key(), make_entry(), replace=False)
+    hasty = open_tier(server, clock, read_timeout_s=0.5, write_timeout_s=0.5)
+    async with open_tier(server, clock) as patient, hasty as tier:
+        await patient.put(make_key(), make_entry(), replace=False)
         server.stop()
-        started_s = time.monotonic()
         with pytest.raises(TierTimeoutError):
             await tier.get(make_key())
         with pytest.raises(TierTimeoutError):
             await tier.put(make_key(), make_entry(), replace=False)
-        assert time.monotonic() - started_s < 3.0
         server.cont()
         server.kill()
         assert all("cannot be reached" in str(error) for error in await _each_call(tier))
-    async with open_tier(server, clock, prefix=tier._prefix) as tier:
         await asyncio.to_thread(server.start)
-        assert await tier.get(make_key()) == make_entry()
+        assert await patient.get(make_key()) == make_entry()
 
 
 async def test_an_answer_cut_short_is_unknown_and_a_put_may_be_repeated(s3_server: S3Server, clock: FakeClock) -> None:
