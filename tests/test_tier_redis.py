@@ -440,14 +440,13 @@ class Place:
         """Go away so that each of the client's connections, all idle, is reset, and wait until it has noticed."""
         for server in self.servers:
             server.stop()
-        connections = idle_connections(client)
-        writers = [connection._writer for connection in connections if connection._writer]
-        for writer in writers:
+        streams = [(c._reader, c._writer) for c in idle_connections(client) if c._reader and c._writer]
+        for _, writer in streams:
             writer.write(b"PING\r\n")
-        await until(lambda: not any(writer.transport.get_write_buffer_size() for writer in writers))
+        await until(lambda: not any(writer.transport.get_write_buffer_size() for _, writer in streams))
         for server in self.servers:
             server.kill()  # what it has not read makes the end a reset
-        await until(lambda: all(connection._reader and connection._reader.exception() for connection in connections))
+        await until(lambda: all(reader.exception() for reader, _ in streams))
 
     def start(self) -> None:
         for server in self.servers:

@@ -6,14 +6,14 @@ import asyncio
 import hashlib
 import random
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from redis.asyncio import ConnectionPool, Redis, RedisCluster, Sentinel
 from redis.asyncio.cluster import ClusterNode
-from redis.asyncio.connection import parse_url
+from redis.asyncio.connection import AbstractConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import MasterNotFoundError, SentinelConnectionPool
 from redis.backoff import NoBackoff
@@ -37,6 +37,8 @@ from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Labels, TierNa
 from cacheserver.tiers import codec
 
 Client = Redis | RedisCluster
+
+_ConnectionT = TypeVar("_ConnectionT", bound=AbstractConnection)
 
 URL_FORMS = (
     "redis://host:port/db, rediss://host:port/db, unix:///path?db=0, "
@@ -84,7 +86,7 @@ def connect(url: str, *, timeout_s: float = 0.25, connect_timeout_s: float = 0.2
         "retry": Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
     }
     try:
-        return _client(url, limits, max_connections)
+        return _with_alert_connections(_client(url, limits, max_connections))
     except (ValueError, TypeError, RedisError):
         # Not chained: urllib and redis-py quote the part they cannot read, which may be the password.
         raise ValueError(
@@ -295,6 +297,48 @@ _MEANINGS = (
     ((MasterNotFoundError,), "cannot be reached: no sentinel answers, or none knows the service"),
     ((RedisClusterException, ClusterError), "cannot be reached: no node of the cluster answers for the slot"),
 )
+
+
+class _AlertConnection(AbstractConnection):
+    """What every connection is besides its own kind: one that notices that it was reset while nobody was reading.
+
+    asyncio keeps a reset, or a keepalive that failed, for the next reader. redis-py looks for an end of the stream
+    alone, takes such a connection for sound and writes; then the event loop raises what nobody expects of a network:
+    uvloop a RuntimeError, asyncio of Python 3.13.0 an AttributeError. Nothing was written, so redis-py may repeat it.
+    """
+
+    async def can_read(self) -> bool:
+        """Whether the pool must connect anew before it lends this; behind Sentinel, that asks for the master again."""
+        return self._is_lost() or await super().can_read()
+
+    async def _send_packed_command(self, command: Iterable[bytes]) -> None:
+        # A Cluster's nodes lend without a look, and a reset may come after one.
+        if self._is_lost():
+            raise ConnectionResetError("the connection was lost before")
+        await super()._send_packed_command(command)
+
+    def _is_lost(self) -> bool:
+        return self._writer is not None and self._writer.transport.is_closing()
+
+
+def _with_alert_connections(client: Client) -> Client:
+    """`client`, which has no connection yet and will make none that is not alert."""
+    if isinstance(client, RedisCluster):
+        kind = _alert(client.connection_kwargs["connection_class"])
+        client.connection_kwargs["connection_class"] = kind  # for the nodes it will find
+        for node in client.startup_nodes:
+            node.connection_class = kind
+        return client
+    pools = [client.connection_pool]
+    if isinstance(client.connection_pool, SentinelConnectionPool):
+        pools += [sentinel.connection_pool for sentinel in client.connection_pool.sentinel_manager.sentinels]
+    for pool in pools:
+        pool.connection_class = _alert(pool.connection_class)
+    return client
+
+
+def _alert(kind: type[_ConnectionT]) -> type[_ConnectionT]:
+    return type(kind.__name__, (_AlertConnection, kind), {})
 
 
 def _client(url: str, limits: dict[str, Any], max_connections: int) -> Client:
