@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from decimal import Decimal
 from typing import Any
 
@@ -45,14 +45,21 @@ class SpacedLimits:
         self.reports: list[CallReport] = []
         self.asked = 0
         self.fault: Exception | None = None
+        self.on_reserve: Callable[[], object] = lambda: None
+        self.silent: set[str] = set()
+        self.may_release = asyncio.Event()
+        self.may_release.set()
         self._next: dict[str, float] = {}
         self._ids = itertools.count()
 
     async def reserve(self, group: str, amounts: Amounts, *, lease_s: float, spare: int = 0) -> Slot | None:
         assert lease_s > 0
         self.asked += 1
+        self.on_reserve()
         if self.fault is not None:
             raise self.fault
+        if group in self.silent:
+            await asyncio.Event().wait()
         if self.running[group] >= self.places.get(group, 100) - spare:
             return None
         now_s = self._clock.monotonic_s()
@@ -65,12 +72,16 @@ class SpacedLimits:
 
     async def release(self, slot: Slot) -> None:
         self.released.append(slot)
+        await self.may_release.wait()
         self.running[slot.group] -= 1
         self._next[slot.group] -= self.spacing_s.get(slot.group, 0.0) * slot.amounts.images
 
     async def end(self, slot: Slot, report: CallReport) -> None:
         self.reports.append(report)
         self.running[slot.group] -= 1
+
+    def set_next(self, group: str, at_s: float) -> None:
+        self._next[group] = at_s
 
     def next_s(self, group: str) -> float:
         return max(0.0, self._next.get(group, 0.0) - self._clock.monotonic_s())
@@ -288,6 +299,34 @@ async def test_a_job_of_four_pictures_exchanges_a_slot_sought_for_one(stage: Sta
     assert stage.started[-1][0] == "small"
 
 
+async def test_a_job_of_four_pictures_has_its_turn_beside_another_callers_many_of_one(stage: Stage) -> None:
+    stage.limits.spacing_s = {"a": 1.0, "b": 1.0}
+    stage.open(lane("a"), lane("b"))
+    stage.limits.set_next("b", 0.5)
+    for _ in range(40):
+        stage.ask("small", caller="bob")
+    await stage.run(2.25, step_s=0.25)
+    large = stage.ask("large", caller="ann", images=4)
+    await stage.run(1.0, step_s=0.25)
+    assert large.done()
+
+
+async def test_while_one_group_exchanges_its_slot_for_a_job_the_others_serve_the_next(stage: Stage) -> None:
+    stage.limits.spacing_s = {"a": 1.0, "b": 1.0}
+    stage.open(lane("a"), lane("b"))
+    for _ in range(4):
+        stage.ask("small", caller="bob")
+    await stage.run()
+    stage.limits.may_release.clear()
+    large = stage.ask("large", caller="ann", images=4, priority=Priority.INTERACTIVE)
+    await stage.run(1.1)
+    assert [name for name, _ in stage.started] == ["small"] * 3
+    stage.limits.may_release.set()
+    await stage.run()
+    assert large.done()
+    assert len(stage.limits.released) == 1
+
+
 async def test_keys_of_one_organisation_share_its_slots(stage: Stage) -> None:
     stage.limits.spacing_s = {"org": 1.0}
     stage.open(lane("key-1", group="org"), lane("key-2", group="org"))
@@ -437,6 +476,20 @@ async def test_a_share_goes_elsewhere_while_its_upstream_is_paused_or_would_be_l
     assert stage.lanes_used == {"old": 9, "new": 1}
 
 
+async def test_a_share_that_was_alone_for_long_gets_its_percentage_when_the_others_are_back(stage: Stage) -> None:
+    stage.open(lane("old"), lane("new", percent=20.0))
+    await stage.pool.update("old", paused=True)
+    for _ in range(50):
+        stage.ask()
+    await stage.run(1.0)
+    await stage.pool.update("old", paused=False)
+    stage.started.clear()
+    for _ in range(50):
+        stage.ask()
+        await stage.run()
+    assert stage.lanes_used == {"old": 41, "new": 9}
+
+
 async def test_each_model_goes_to_the_upstreams_that_have_it(stage: Stage) -> None:
     stage.open(lane("both", models=(MODEL, "flux")), lane("flux-only", models=("flux",), price_factor=0.5))
     stage.ask("a")
@@ -465,6 +518,51 @@ async def test_a_job_that_failed_at_one_share_goes_to_the_others(
     stage.ask(avoid={"a"} if percents[1] else set())
     await stage.run(2.0)
     assert stage.lanes_used == ({"b": 1} if percents[1] else {"a": 1})
+
+
+async def test_a_job_that_failed_where_it_is_free_is_served_late_at_its_share(stage: Stage) -> None:
+    stage.limits.spacing_s = {"relay": 30.0}
+    stage.open(lane("direct"), lane("relay", percent=20.0))
+    for _ in range(3):
+        stage.ask(avoid={"direct"}, within_s=25.0)
+    await stage.run(61.0, step_s=0.5)
+    assert stage.lanes_used == {"relay": 3}
+
+
+async def test_slots_sought_where_a_job_has_failed_do_not_count_for_it(stage: Stage) -> None:
+    stage.limits.spacing_s, stage.limits.silent = {"relay": 30.0}, {"direct"}
+    stage.open(lane("direct"), lane("relay", percent=20.0, price_factor=1.2))
+    for _ in range(3):
+        stage.ask(avoid={"direct"}, within_s=25.0)
+    await stage.run(29.0, step_s=0.5)
+    gone = stage.ask()
+    await stage.run(0.5)
+    gone.cancel()
+    await stage.run(31.0, step_s=0.5)
+    assert stage.lanes_used == {"relay": 3}
+
+
+async def test_a_job_that_failed_where_it_is_free_is_served_by_its_share_that_was_out(stage: Stage) -> None:
+    stage.limits.spacing_s = {"direct": 1_000.0, "relay": 5.0}
+    stage.open(lane("direct"), lane("relay", percent=20.0))
+    stage.ask("direct's only slot")
+    for _ in range(3):
+        stage.ask(avoid={"direct"})
+    await stage.run(1.0)
+    await stage.pool.update("relay", paused=True)
+    await stage.run(1.0)
+    await stage.pool.update("relay", paused=False)
+    await stage.run(9.0)
+    assert stage.lanes_used == {"direct": 1, "relay": 3}
+
+
+async def test_a_share_that_came_back_serves_the_model_that_only_it_has(stage: Stage) -> None:
+    stage.open(lane("both", models=(MODEL, "flux"), percent=50.0), lane("flux-only", models=("flux",)))
+    fail(stage, "both", UpstreamDownError("down"), 3)
+    stage.ask()
+    await stage.run(2.0)
+    assert stage.lanes_used == {"both": 1}
+    assert stage.scheduler.wait_s(MODEL, Priority.STANDARD) == 0
 
 
 async def test_jobs_that_wait_are_taken_by_a_share_when_all_others_have_left(stage: Stage) -> None:
@@ -523,6 +621,51 @@ async def test_jobs_pass_by_a_lane_whose_trial_call_hangs(stage: Stage) -> None:
     assert stage.lanes_used == {"trial": 1, "dear": 5}
 
 
+@pytest.mark.parametrize("percent", [20.0, None])
+async def test_a_trial_call_that_hangs_holds_up_no_job_beside_a_share(stage: Stage, percent: float | None) -> None:
+    trial, other = lane("trial", percent=percent), lane("other", percent=None if percent else 20.0)
+    trial.is_on_trial, trial.credit = True, 1.0
+    stage.open(trial, other)
+    for _ in range(10):
+        stage.ask()
+    await stage.run(1.2)
+    assert stage.lanes_used == {"trial": 1, "other": 9}
+    for _ in range(10):
+        stage.ask()
+    await stage.run(0.1)
+    assert stage.lanes_used == {"trial": 1, "other": 19}
+    assert stage.scheduler.wait_s(MODEL, Priority.STANDARD) == 0
+
+
+async def test_a_job_goes_back_to_who_failed_it_while_the_others_trial_call_hangs(stage: Stage) -> None:
+    stage.open(lane("cheap", price_factor=0.5), lane("dear"))
+    stage.pool.lanes[1].is_on_trial = True
+    for _ in range(2):
+        stage.ask(avoid={"cheap"})
+    await stage.run(1.0)
+    assert stage.lanes_used == {"dear": 1, "cheap": 1}
+
+
+@pytest.mark.parametrize("percent", [20.0, None])
+@pytest.mark.parametrize("avoid", [{"one"}, set[str]()])
+async def test_a_job_whose_only_upstream_is_on_trial_waits_for_it(
+    stage: Stage, percent: float | None, avoid: set[str]
+) -> None:
+    stage.open(lane(percent=percent))
+    stage.pool.lanes[0].is_on_trial = True
+    first, second = stage.ask("a", avoid=avoid), stage.ask("b", avoid=avoid)
+    await stage.run(30.0, step_s=0.5)
+    assert (first.done(), second.done()) == (True, False)
+    stage.finish(first.result())
+    await stage.run()
+    third = stage.ask("c", avoid=avoid)
+    await stage.run(0.1)
+    assert (second.done(), third.done()) == (True, False)
+    stage.finish(second.result())
+    await stage.run()
+    assert third.done()
+
+
 async def test_limits_that_break_are_asked_again_in_a_while_and_the_jobs_wait(stage: Stage) -> None:
     stage.open(lane())
     stage.limits.fault = RuntimeError("a bug")
@@ -547,6 +690,27 @@ async def test_jobs_are_looked_at_again_however_they_come_and_go(stage: Stage) -
     await stage.run(17.0)
     with pytest.raises(UpstreamDownError):
         await waiting
+
+
+async def test_jobs_are_looked_at_again_if_one_comes_just_when_the_queue_was_found_empty(stage: Stage) -> None:
+    down = lane()
+    stage.open(down, concurrent=1, interactive_share=0.0)
+
+    def watcher_wakes_and_one_comes() -> None:
+        stage.limits.on_reserve = lambda: None
+        stage.clock.advance(1.0)
+        stage.ask("second")
+
+    loop = asyncio.get_running_loop()
+    stage.limits.on_reserve = lambda: loop.call_soon(watcher_wakes_and_one_comes)
+    stage.ask("first")
+    await stage.run()
+    assert [name for name, _ in stage.started] == ["first"]
+    for _ in range(20):
+        down.upstream.fail_next(UpstreamDownError("down"))  # type: ignore[attr-defined] # the fake's
+    fail(stage, "one", UpstreamDownError("down"), 3)
+    await stage.run(17.0)
+    assert isinstance(stage.tasks[-1].done() and stage.tasks[-1].exception(), UpstreamDownError)
 
 
 async def test_a_job_hastened_while_it_is_called_is_urgent_when_it_comes_back(stage: Stage) -> None:

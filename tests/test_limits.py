@@ -176,6 +176,16 @@ async def test_replicas_on_their_own_share_the_limits_equally(clock: FakeClock) 
     assert slots[2] is None
 
 
+@pytest.mark.parametrize(("concurrent", "replicas", "places"), [(100, 1, 90), (100, 10, 9), (100, 7, 12), (10, 20, 1)])
+async def test_replicas_on_their_own_share_the_spare_places_as_they_share_the_others(
+    clock: FakeClock, concurrent: int, replicas: int, places: int
+) -> None:
+    limits = local(clock, GroupLimits(concurrent=concurrent), replicas=replicas)
+    spare = concurrent // 10
+    slots = [await limits.reserve("g", ONE, lease_s=LEASE_S, spare=spare) for _ in range(concurrent)]
+    assert sum(slot is not None for slot in slots) == places
+
+
 async def test_what_is_known_here_is_told_without_asking(clock: FakeClock) -> None:
     limits = local(clock)
     assert (limits.next_s("g"), limits.images_per_s("g"), limits.images_per_minute("g")) == (0.0, 1.0, 60.0)

@@ -299,8 +299,9 @@ def _told(limit: RateLimit | None) -> float:
 class LocalLimits:
     """`Limits` of this process alone; it forgets them when it ends.
 
-    Where replicas share limits that nobody keeps, each takes an equal part of them. What was learned together is
-    taken over by `adopt`, so that the part is one of the limits as they are.
+    Where replicas share limits that nobody keeps, each takes an equal part of them, and keeps an equal part of the
+    spare places free. What was learned together is taken over by `adopt`, so that the part is one of the limits as
+    they are.
     """
 
     def __init__(
@@ -323,7 +324,8 @@ class LocalLimits:
         law = self._group(group)
         law.sharers = max(1, self._replicas())
         running = self._running(group, now_s)
-        if running >= max(1, law.limits.concurrent // law.sharers) - spare:
+        places = max(1, law.limits.concurrent // law.sharers)
+        if running >= places - min(math.ceil(spare / law.sharers), places - 1):  # one is never kept from anybody
             return None
         start_s = law.reserve(amounts, now_s)
         slot = Slot(f"{uuid.uuid4().hex}@{start_s!r}", group, amounts, start_s - now_s, running + 1)

@@ -14,7 +14,7 @@ import asyncio
 import bisect
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -31,11 +31,15 @@ class Turn:
 
 
 class Route(NamedTuple):
-    """Jobs of one route may be taken by the same lanes: those of `model` that are `pinned`, or cost at most `reach`."""
+    """Jobs of one route may be taken by the same lanes: those of `model` that are `pinned`, or cost at most `reach`.
+
+    Lanes with a percentage take those pinned to them, and others only if they may go `past_percent`.
+    """
 
     model: str
     pinned: str
     reach: float
+    past_percent: bool
 
 
 @dataclass(eq=False, slots=True)
@@ -44,6 +48,7 @@ class Job:
 
     `deadline_s` is monotonic; a job that misses it is late, not lost. `reach` bounds what a lane may cost to be
     taken (the scheduler's own measure), `pinned` names the one lane it is meant for; lanes in `avoid` failed it.
+    `past_percent`: lanes with a percentage may take it though it is pinned to none, as no other could.
     """
 
     request: ImageRequest
@@ -54,6 +59,7 @@ class Job:
     size_bytes: int = 0
     reach: float = 0.0
     pinned: str = ""
+    past_percent: bool = False
     avoid: set[str] = field(default_factory=set)
     arrival: int = 0
     turn: asyncio.Future[Turn] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -66,7 +72,7 @@ class Job:
     @property
     def route(self) -> Route:
         """Which lanes may take it, as far as that can be told without knowing them."""
-        return Route(self.request.model, self.pinned, self.reach)
+        return Route(self.request.model, self.pinned, self.reach, self.past_percent)
 
 
 @dataclass(eq=False, slots=True)
@@ -204,13 +210,10 @@ class JobQueue:
         """Let a job wait that has been served in vain: in its old place, and even if the queue is full."""
         self._insert(job)
 
-    def take(self, accepts: Callable[[Job], bool]) -> Job | None:
-        """Serve the most urgent job that `accepts`; None if there is none."""
-        job = next((job for job in self if accepts(job)), None)
-        if job is not None:
-            self._classes[job.priority].serve(job)
-            self._forget(job)
-        return job
+    def take(self, job: Job) -> None:
+        """Serve a job whose turn it is: its pictures count to its caller."""
+        self._classes[job.priority].serve(job)
+        self._forget(job)
 
     def remove(self, job: Job) -> None:
         """Take out a job that waits no more, unserved."""
@@ -224,10 +227,10 @@ class JobQueue:
         job.deadline_s = min(job.deadline_s, deadline_s)
         self._insert(job)
 
-    def reroute(self, job: Job, *, pinned: str, reach: float) -> None:
+    def reroute(self, job: Job, *, pinned: str, reach: float, past_percent: bool) -> None:
         """Change which lanes may take a waiting job."""
         self._demand_less(job.route)
-        job.pinned, job.reach = pinned, reach
+        job.pinned, job.reach, job.past_percent = pinned, reach, past_percent
         self.demand[job.route] += 1
 
     def _insert(self, job: Job) -> None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
+from collections.abc import Callable, Container, Coroutine, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -162,6 +162,7 @@ class Scheduler:
         self._tasks = OwnedTasks()
         self._costs: dict[str, float] = {}
         self._costs_until_s = 0.0
+        self._exchanging: set[Job] = set()
         self._seek_soon: asyncio.Handle | None = None
         self._known_levels: dict[tuple[str, str, bool], tuple[float, list[_Level]]] = {}
         self._watching: asyncio.Task[None] | None = None
@@ -251,6 +252,7 @@ class Scheduler:
 
     def _admit(self, job: Job, *, again: bool) -> None:
         job.pinned = self._pin(job)
+        job.past_percent = not job.pinned and not self._has_free(job.model, job.avoid)
         job.reach = self._reach(job, self._queue.images_before(job.priority, job.model))
         if again:
             self._queue.add_again(job)
@@ -314,7 +316,7 @@ class Scheduler:
         waiting: Counter[str] = Counter()
         reaches: dict[str, float] = {}
         for route, count in self._queue.demand.items():
-            if route.pinned:
+            if route.pinned or route.past_percent:
                 return False
             waiting[route.model] += count
             reaches[route.model] = min(reaches.get(route.model, math.inf), route.reach)
@@ -343,8 +345,8 @@ class Scheduler:
     def _look_at(self, group: _Group) -> _Traits:
         costs: dict[str, float] = {}
         for lane in group.lanes:
-            if self._takes_any(lane):
-                for model in lane.models:
+            for model in lane.models:
+                if self._takes_any(lane, model):
                     costs[model] = max(costs.get(model, -math.inf), self._cost(lane))
         is_open = [lane for lane in group.lanes if lane.is_open]
         is_steady = not any(lane.is_on_trial for lane in is_open)
@@ -369,19 +371,21 @@ class Scheduler:
 
     def _waiting(self, lane: Lane, model: str) -> int:
         """How many jobs of `model` wait that this lane may take."""
-        cost, takes_any = self._cost(lane), self._takes_any(lane)
+        cost, has_percent = self._cost(lane), lane.percent is not None
         return sum(
             count
             for route, count in self._queue.demand.items()
             if route.model == model
-            and (route.pinned == lane.name if route.pinned else takes_any and route.reach >= cost)
+            and (
+                route.pinned == lane.name
+                if route.pinned
+                else route.reach >= cost and (route.past_percent or not has_percent)
+            )
         )
 
-    def _takes_any(self, lane: Lane) -> bool:
-        """Whether it takes jobs that are not pinned to it: one with a percentage does not while others are there."""
-        return lane.percent is None or not any(
-            other.percent is None and other.is_open for model in lane.models for other in self._pool.serving(model)
-        )
+    def _takes_any(self, lane: Lane, model: str) -> bool:
+        """Whether it takes jobs of `model` not pinned to it: one with a percentage does not while others are there."""
+        return lane.percent is None or not self._has_free(model)
 
     def _preference(self, now_s: float) -> Callable[[_Group], tuple[float, ...]]:
         """What to order groups by, those to seek in first coming first."""
@@ -460,18 +464,22 @@ class Scheduler:
         """Give the group's due slot to the most urgent job that one of its lanes may take, or give it back."""
         slot, group.slot = group.slot, None
         if slot is not None:
-            job = self._queue.take(lambda job: self._may_use(group, slot, job))
+            job = next((job for job in self._queue if self._may_use(group, slot, job)), None)
             if job is None:
                 self._release(slot)
-            elif job.amounts.images > slot.amounts.images:
+            elif _is_too_small(slot, job):
                 # It was sought for a smaller call: seek one that fits, which is due no later than it must be.
-                self._queue.add_again(job)
+                self._exchanging.add(job)
                 self._run_seeker(group, self._exchange(group, slot, job))
             else:
+                self._queue.take(job)
                 self._begin(group, slot, job)
         self._seek()
 
     def _may_use(self, group: _Group, slot: Slot, job: Job) -> bool:
+        """Whether it may have the slot, or one that is sought in its place."""
+        if job in self._exchanging and _is_too_small(slot, job):
+            return False  # one group seeks what fits it: were all to, the others' would be too large for the next jobs
         return slot.running <= group.limits.concurrent - self._kept(group, job) and self._lane(group, job) is not None
 
     def _kept(self, group: _Group, job: Job) -> int:
@@ -479,9 +487,12 @@ class Scheduler:
         return 0 if job.priority is Priority.INTERACTIVE else self._spare[group.name]
 
     async def _exchange(self, group: _Group, slot: Slot, job: Job) -> None:
-        await self._limits.release(slot)
-        self._hear(group)
-        await self._seek_slot(group, job.amounts, self._kept(group, job))
+        try:
+            await self._limits.release(slot)
+            self._hear(group)
+            await self._seek_slot(group, job.amounts, self._kept(group, job))
+        finally:
+            self._exchanging.discard(job)
 
     def _begin(self, group: _Group, slot: Slot, job: Job) -> None:
         lane = self._lane(group, job)
@@ -506,18 +517,17 @@ class Scheduler:
             return False
         if job.pinned:
             return lane.name == job.pinned
-        return self._cost(lane) <= job.reach and (self._takes_any(lane) or not self._has_free(job))
+        return self._cost(lane) <= job.reach and (job.past_percent or lane.percent is None)
 
-    def _has_free(self, job: Job) -> bool:
-        """Whether an upstream without a percentage could serve the job that has not failed it yet."""
+    def _has_free(self, model: str, avoid: Container[str] = ()) -> bool:
+        """Whether an upstream without a percentage could serve a job of `model` that has failed at those in `avoid`."""
         return any(
-            lane.is_open and lane.percent is None and lane.name not in job.avoid
-            for lane in self._pool.serving(job.model)
+            lane.percent is None and lane.has_room and lane.name not in avoid for lane in self._pool.serving(model)
         )
 
     def _has_other(self, job: Job) -> bool:
         """Whether an upstream could serve the job that has not failed it yet."""
-        return any(lane.is_open and lane.name not in job.avoid for lane in self._pool.serving(job.model))
+        return any(lane.has_room and lane.name not in job.avoid for lane in self._pool.serving(job.model))
 
     def _give_back(self, turn: Turn) -> None:
         """A job was cancelled between getting its turn and using it."""
@@ -592,7 +602,7 @@ class Scheduler:
         return levels
 
     def _measure_levels(self, model: str, quality: str, *, is_urgent: bool) -> list[_Level]:
-        lanes = [lane for lane in self._pool.serving(model) if lane.has_room and self._takes_any(lane)]
+        lanes = [lane for lane in self._pool.serving(model) if lane.has_room and self._takes_any(lane, model)]
         by_cost: dict[float, list[Lane]] = {}
         for lane in lanes:
             by_cost.setdefault(self._cost(lane), []).append(lane)
@@ -622,14 +632,15 @@ class Scheduler:
         serving = self._pool.serving(job.model)
         if all(lane.percent is None for lane in serving):
             return ""
-        lanes = [lane for lane in serving if lane.is_open and lane.name not in job.avoid]
+        lanes = [lane for lane in serving if lane.has_room and lane.name not in job.avoid]
         shares = [lane for lane in lanes if lane.percent is not None]
         for lane in shares:
             lane.credit += (lane.percent or 0.0) / 100 * job.amounts.images
         due = max(shares, key=lambda lane: lane.credit, default=None)
         if due is None or (due.credit < job.amounts.images and len(shares) < len(lanes)):
             return ""
-        due.credit -= job.amounts.images
+        # While shares are alone they get more than theirs: they need not make up for all of it later.
+        due.credit = max(due.credit - job.amounts.images, -job.amounts.images)
         return due.name
 
     def _look_again(self) -> None:
@@ -644,13 +655,14 @@ class Scheduler:
                 continue
             before = images[job.model]
             pinned = job.pinned if job.pinned and self._is_served_by(job.pinned, job, before) else ""
-            self._queue.reroute(job, pinned=pinned, reach=self._reach(job, before))
+            past_percent = not pinned and not self._has_free(job.model, job.avoid)
+            self._queue.reroute(job, pinned=pinned, reach=self._reach(job, before), past_percent=past_percent)
             images[job.model] += job.amounts.images
 
     def _is_served_by(self, pinned: str, job: Job, images_before: int) -> bool:
         """Whether the lane a job is pinned to is expected to serve it in time."""
         for lane in self._pool.serving(job.model):
-            if lane.name == pinned and lane.is_open:
+            if lane.name == pinned and lane.has_room:
                 group = self._groups[lane.group]
                 next_s, per_s = self._capacity(group, [lane], job.request.quality, is_urgent=False)
                 mine = images_before * (lane.percent or 0.0) / 100
@@ -664,7 +676,7 @@ class Scheduler:
         self._seek()
 
     def _watch(self) -> None:
-        if self._watching is None:
+        if self._watching is None or self._watching.done():
             self._watching = self._tasks.own(self._look_again_while_jobs_wait(), "watch the queue")
 
     async def _look_again_while_jobs_wait(self) -> None:
@@ -672,6 +684,10 @@ class Scheduler:
             await self._clock.sleep(_LOOK_AGAIN_S)
             self._look_again()
             self._seek()
+
+
+def _is_too_small(slot: Slot, job: Job) -> bool:
+    return job.amounts.images > slot.amounts.images
 
 
 def _share(lane: Lane) -> float:
