@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,22 @@ from cacheserver.model import ImageRequest, JsonValue
 
 TABLE = PriceTable.load()
 SQUARE, PORTRAIT, LANDSCAPE = "1024x1024", "1024x1536", "1536x1024"
-
+SIZES = (SQUARE, PORTRAIT, LANDSCAPE)
+OUTPUT_TOKENS = {
+    ("gpt-image-2", "low"): (196, 158, 158),
+    ("gpt-image-2", "medium"): (1756, 1372, 1372),
+    ("gpt-image-2", "high"): (7024, 5488, 5488),
+    **{
+        (model, quality): counts
+        for model in ("gpt-image-1.5", "gpt-image-1-mini", "gpt-image-1")
+        for quality, counts in {
+            "low": (272, 408, 400),
+            "medium": (1056, 1584, 1568),
+            "high": (4160, 6240, 6208),
+        }.items()
+    },
+}
+"""What the providers count for a picture, by model and quality, in the order of SIZES."""
 
 AROUND = 32
 """Tokens that an upper bound allows a provider beside those of the prompt."""
@@ -138,11 +154,52 @@ def test_a_model_with_token_prices_only_is_estimated_by_the_dearest_picture_ther
     assert TABLE.estimate_microusd(request, 1) == 250_000 + (4 + AROUND) * 5
 
 
+@pytest.mark.parametrize(
+    ("model", "quality", "size", "microusd"),
+    [
+        ("gpt-image-2", "medium", PORTRAIT, 1372 * 30),
+        ("gpt-image-1.5", "medium", LANDSCAPE, 1568 * 32),
+        ("gpt-image-1.5", "high", PORTRAIT, 200_000),
+        ("gpt-image-1-mini", "low", SQUARE, 5_000),
+        ("gpt-image-1-mini", "high", SQUARE, 4160 * 8),
+        ("gpt-image-1-mini", "auto", SQUARE, 4160 * 8),
+        ("gpt-image-1-mini", "xhigh", LANDSCAPE, 6208 * 8),
+        ("gpt-image-1-mini", "auto", "auto", 6240 * 8),
+    ],
+)
+def test_an_estimate_is_the_dearer_of_the_tables_price_and_its_token_count(
+    model: str, quality: str, size: str, microusd: int
+) -> None:
+    request = ImageRequest("", model, size=size, quality=quality)
+    text_usd = TABLE.models[model].usd_per_million_tokens["text_input"]
+    assert TABLE.estimate_microusd(request, 10) == 10 * microusd + AROUND * text_usd
+
+
+@pytest.mark.parametrize(("model", "quality"), sorted(OUTPUT_TOKENS))
+def test_no_call_that_is_listed_costs_more_than_its_estimate(model: str, quality: str) -> None:
+    counts = zip(SIZES, OUTPUT_TOKENS[model, quality], strict=True)
+    for (size, tokens), n in product(counts, range(1, 11)):
+        by_usage = TABLE.cost_microusd(model, size, quality, usage(tokens * n, text=4 + AROUND), n)
+        by_table = TABLE.cost_microusd(model, size, quality, None, n) or 0
+        for asked in (quality, "auto", "max"):
+            request = ImageRequest("cats", model, size=size, quality=asked)
+            assert TABLE.estimate_microusd(request, n) >= max(by_usage or 0, by_table), (size, n, asked)
+
+
+def test_every_picture_of_the_table_is_among_those_of_known_token_counts() -> None:
+    listed = {
+        (name, quality): tuple(sizes)
+        for name, price in TABLE.models.items()
+        for quality, sizes in price.most_usd_per_image.items()
+    }
+    assert listed == dict.fromkeys(OUTPUT_TOKENS, SIZES)
+
+
 @settings(deadline=None)
 @given(
     model=st.sampled_from(sorted(TABLE.models)),
     quality=st.sampled_from(["low", "medium", "high", "auto"]),
-    size=st.sampled_from([SQUARE, PORTRAIT, LANDSCAPE]),
+    size=st.sampled_from(SIZES),
     n=st.integers(1, 10),
 )
 def test_an_estimate_is_never_below_the_tables_price(model: str, quality: str, size: str, n: int) -> None:
@@ -175,6 +232,18 @@ def test_a_table_of_your_own_replaces_it(tmp_path: Path) -> None:
     assert PriceTable.load(path).cost_microusd("house", "auto", "auto", None, 3) == 300
 
 
+def test_token_counts_alone_are_enough_for_an_estimate(tmp_path: Path) -> None:
+    path = tmp_path / "prices.toml"
+    path.write_text(
+        'as_of = "2027-01-01"\n'
+        "[models.house]\nusd_per_million_tokens.image_output = 10\noutput_tokens_per_image.low.64x64 = 20\n"
+    )
+    table = PriceTable.load(path)
+    assert table.has_images_of("house")
+    assert table.estimate_microusd(ImageRequest("cats", "house", size="64x64", quality="low"), 3) == 600
+    assert table.cost_microusd("house", "64x64", "low", None, 3) is None
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -185,6 +254,8 @@ def test_a_table_of_your_own_replaces_it(tmp_path: Path) -> None:
         'as_of = "x"\n[models.a.usd_per_image.low]\nauto = -1',
         'as_of = "x"\n[models.a.usd_per_image.low]\nauto = "much"',
         'as_of = "x"\n[models.a.usd_per_image.low]\nauto = nan',
+        'as_of = "x"\n[models.a.output_tokens_per_image.low]\nauto = 196',
+        'as_of = "x"\n[models.a]\nusd_per_million_tokens.image_output = 30\noutput_tokens_per_image.low = 3',
     ],
 )
 def test_a_broken_table_is_a_configuration_error_that_names_the_file(tmp_path: Path, text: str) -> None:

@@ -26,10 +26,14 @@ _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 
 @dataclass(frozen=True, slots=True)
 class ModelPrice:
-    """What one model charges, in USD: per million tokens by kind, and per image by quality, then size."""
+    """What one model charges, in USD: per million tokens by kind, and per image by quality, then size.
+
+    `most_usd_per_image` is the dearer of an image's price, which is a rounded one, and of its output tokens.
+    """
 
     usd_per_million_tokens: Mapping[str, Decimal]
     usd_per_image: Mapping[str, Mapping[str, Decimal]]
+    most_usd_per_image: Mapping[str, Mapping[str, Decimal]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,7 @@ class PriceTable:
     def has_images_of(self, model: str) -> bool:
         """Whether the table says what a picture of `model` costs, so that an estimate is an upper bound."""
         price = self._price(model)
-        return price is not None and bool(price.usd_per_image)
+        return price is not None and bool(price.most_usd_per_image)
 
     def tokens(self, request: ImageRequest, n: int) -> int:
         """About how many tokens a provider counts for `n` pictures of `request`; 0 where no price is known."""
@@ -115,15 +119,16 @@ class PriceTable:
         return self.models.get(model) or self.models.get(_SNAPSHOT_DATE.sub("", model))
 
     def _dearest_usd(self, price: ModelPrice, request: ImageRequest) -> Decimal:
-        by_size = [price.usd_per_image[request.quality]] if request.quality in price.usd_per_image else []
-        by_size = by_size or list(price.usd_per_image.values()) or self._all_by_size()
+        by_quality = price.most_usd_per_image
+        by_size = [by_quality[request.quality]] if request.quality in by_quality else list(by_quality.values())
+        by_size = by_size or self._all_by_size()
         if all(request.size in sizes for sizes in by_size):
             return max((sizes[request.size] for sizes in by_size), default=Decimal(0))
         dearest = max((usd for sizes in by_size for usd in sizes.values()), default=Decimal(0))
         return dearest * max(Decimal(1), _pixels(request.size) / _REFERENCE_PIXELS)
 
     def _all_by_size(self) -> list[Mapping[str, Decimal]]:
-        return [sizes for price in self.models.values() for sizes in price.usd_per_image.values()]
+        return [sizes for price in self.models.values() for sizes in price.most_usd_per_image.values()]
 
 
 def split(total: int, n: int) -> list[int]:
@@ -158,19 +163,27 @@ def _token_cost(usd: Mapping[str, Decimal], usage: Mapping[str, JsonValue]) -> D
 
 
 def _model_price(table: Mapping[str, Any]) -> ModelPrice:
-    by_quality = table.get("usd_per_image", {})
-    return ModelPrice(
-        usd_per_million_tokens={kind: _usd(usd) for kind, usd in table.get("usd_per_million_tokens", {}).items()},
-        usd_per_image={
-            quality: {size: _usd(usd) for size, usd in sizes.items()} for quality, sizes in by_quality.items()
-        },
-    )
+    per_million = {kind: _amount(usd) for kind, usd in table.get("usd_per_million_tokens", {}).items()}
+    per_image = _by_quality(table, "usd_per_image")
+    most = {quality: dict(sizes) for quality, sizes in per_image.items()}
+    for quality, counts in _by_quality(table, "output_tokens_per_image").items():
+        sizes = most.setdefault(quality, {})
+        for size, count in counts.items():
+            sizes[size] = max(sizes.get(size, Decimal(0)), count * per_million["image_output"] / _MICRO)
+    return ModelPrice(per_million, per_image, most)
 
 
-def _usd(value: object) -> Decimal:
+def _by_quality(table: Mapping[str, Any], name: str) -> dict[str, dict[str, Decimal]]:
+    return {
+        quality: {size: _amount(value) for size, value in sizes.items()}
+        for quality, sizes in table.get(name, {}).items()
+    }
+
+
+def _amount(value: object) -> Decimal:
     amount = Decimal(str(value))
     if not (amount.is_finite() and amount >= 0):
-        raise ValueError(f"{value} is not a price")
+        raise ValueError(f"{value} is neither a price nor a count")
     return amount
 
 
