@@ -59,6 +59,7 @@ from cacheserver.errors import (
     RequestIdSpentError,
     TierError,
     TooSlowError,
+    UpstreamError,
     VariantsExhaustedError,
 )
 from cacheserver.flight import Flight, Flights, Loaded, Waiter
@@ -85,7 +86,7 @@ from cacheserver.model import (
     TierName,
     VariantPolicy,
 )
-from cacheserver.paying import Paying, UnknownPolicy, may_generate
+from cacheserver.paying import Paying, UnknownPolicy, may_generate, who_bears
 from cacheserver.purge import Purger, PurgeResult, PurgeSelector
 from cacheserver.remakes import Remakes
 from cacheserver.resent import Promise, Resent, replay_id
@@ -314,9 +315,15 @@ class PromptCache:
         What was given is remembered even then: a call sent again after a restart must not pay again.
         """
         until_s = self._clock.monotonic_s() + grace_s
-        await self.remakes.aclose()
-        await self._flights.aclose(grace_s)
-        await self._tasks.aclose(max(until_s - self._clock.monotonic_s(), _REMEMBERING_S))
+        try:
+            await self.remakes.aclose()
+            await self._flights.aclose(grace_s)
+        except asyncio.CancelledError:
+            until_s = 0.0  # whoever closes us is in a hurry now
+            await self._flights.aclose(0)
+            raise
+        finally:
+            await self._tasks.aclose(max(until_s - self._clock.monotonic_s(), _REMEMBERING_S))
 
     # ── one wait ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -529,15 +536,21 @@ class PromptCache:
         while making:
             order = _order(lead, flight.priority, flight.until_s, len(making))
             flight.orders.append(order)
-            images = await self._generation.generate(
-                order,
-                making,
-                on_spending=flight.begin_spending,
-                on_spare=partial(self._keep_spare, lead, max(making) + 1),
-            )
+            try:
+                images = await self._generation.generate(
+                    order,
+                    making,
+                    on_spending=flight.begin_spending,
+                    on_spare=partial(self._keep_spare, lead, max(making) + 1),
+                )
+            except UpstreamError as error:
+                if error.cost_microusd != 0:  # where nobody knows it may be billed
+                    flight.paid_unknown += order.candidates * len(unknown.intersection(making))
+                raise
             # From here until the keeper holds them nothing awaits: what was paid for cannot be lost on the way.
             made, making = making[: len(images)], making[len(images) :]
-            payers = [flight.payer(variant) or lead for variant in made]
+            flight.paid_unknown += order.candidates * len(unknown.intersection(made))
+            payers = [who_bears(flight, variant, lead) for variant in made]
             keeping = [
                 self._keep(self._entry_for(lead, image, variant), flight, unknown)
                 for variant, image in zip(made, images, strict=True)
@@ -569,11 +582,13 @@ class PromptCache:
 
     def _keep(self, entry: CachedImage, flight: Flight, unknown: set[int]) -> Awaitable[CachedImage]:
         variant = entry.key.variant
+        is_refreshed = any(waiter.refresh and variant in waiter.variants for waiter in flight.waiters)
+        is_unknown = variant in unknown and not is_refreshed
+        if is_unknown:
+            self._books.paid_unknown()
         if any(_is_doubtful(entry.image, waiter) for waiter in flight.payers):
             return _once_kept_in_review(self._reviews.hold(entry))
-        is_refreshed = any(waiter.refresh and variant in waiter.variants for waiter in flight.waiters)
-        if variant in unknown and not is_refreshed:
-            self._books.paid_unknown()
+        if is_unknown:
             return self._keeper.keep_stand_in(entry)
         return self._keeper.keep(entry, replace=is_refreshed or variant in flight.loaded)
 

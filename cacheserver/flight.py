@@ -30,13 +30,14 @@ from cacheserver.model import (
     Terms,
     TierName,
 )
+from cacheserver.tasks import end
 
 _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """One picture a flight brought in. `payer` is the waiter it was generated for, None if a tier had it."""
+    """One picture a flight brought in. `payer` is the waiter that is told its cost, None if a tier had it."""
 
     entry: CachedImage
     tier: TierName
@@ -113,6 +114,8 @@ class Flight:
         self.dropped = False
         self.orders: list[Order] = []
         """What was and is being made for it."""
+        self.paid_unknown = 0
+        """How many pictures it has paid for, candidates too, while the last tier could not say whether it has them."""
         self.task: asyncio.Task[None] | None = None
 
     @property
@@ -297,13 +300,12 @@ class Flights:
             flight.fail(AssertionError("a load ended without answering all its waiters"))
 
     async def aclose(self, grace_s: float) -> None:
-        """Start nothing new, let what runs end within `grace_s`, then cancel the rest."""
+        """Start nothing new, let what runs end within `grace_s`, then cancel the rest; no load runs on after this."""
         self._closed = True
         tasks = {f.task for row in self._flights.values() for f in row if f.task is not None}
         if not tasks:
             return
-        _, late = await asyncio.wait(tasks, timeout=grace_s)
-        for task in late:
-            task.cancel()
-        if late:
-            await asyncio.wait(late)
+        try:
+            await asyncio.wait(tasks, timeout=grace_s)
+        finally:
+            await end(tasks)

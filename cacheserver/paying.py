@@ -80,9 +80,12 @@ class Paying:
         return list(parts.items())
 
     def settle(self, flight: Flight) -> None:
-        """The load is over: what it reserved of the budget is spent if it paid for a picture, else free again."""
+        """The load is over: what it reserved of the budget is spent if it paid for a picture, else free again.
+
+        Also if nobody got that picture, as one that waits for review.
+        """
         estimate = self._reserved.pop(flight, 0)
-        if estimate and any(loaded.payer is not None for loaded in flight.loaded.values()):
+        if estimate and flight.paid_unknown:
             self._spent_on_unknown[next(self._count)] = estimate
 
     def judge_late(self, flight: Flight, waiter: Waiter) -> None:
@@ -112,28 +115,42 @@ class Paying:
     def _within_budget(self, payers: list[Waiter], flight: Flight, unknown: set[int]) -> list[Waiter]:
         """Those of `payers` whose pictures the budget for unconfirmed misses allows; the others are refused."""
         asking = [waiter for waiter in payers if _asks_unknown(waiter, flight, unknown)]
-        n = len({variant for waiter in asking for variant in waiter.lacks(flight.loaded)} & unknown)
-        if not asking or self._reserve(flight, asking[0], n):
+        variants = {variant for waiter in asking for variant in waiter.lacks(flight.loaded)} & unknown
+        paying = [payer for variant in variants if (payer := flight.payer(variant)) is not None]
+        if not asking or self._reserve(flight, asking[0], sum(payer.terms.candidates for payer in paying)):
             return payers
         for waiter in asking:
             flight.refuse(waiter, CacheUnknownError("This hour's budget for misses nobody can confirm is used up."))
         return [waiter for waiter in payers if waiter not in asking]
 
     def _reserve(self, flight: Flight, payer: Waiter, n: int) -> bool:
-        """Set the estimate of `n` pictures aside from this hour's budget for misses nobody can confirm."""
-        estimate = self._generation.estimate_microusd(payer.request, n)
-        self._reserved.pop(flight, None)  # a flight that is judged again needs it once
-        taken = sum(self._spent_on_unknown.values()) + sum(self._reserved.values())
-        if taken + estimate > self._unknown.budget_microusd_per_hour:
+        """Set the estimate of `n` more pictures aside from this hour's budget for misses nobody can confirm."""
+        estimate = self._generation.estimate_microusd(payer.request, flight.paid_unknown + n)
+        # A flight that is judged again needs once what it still has to make, and keeps what it has paid.
+        by_others = sum(self._reserved.values()) - self._reserved.get(flight, 0)
+        if sum(self._spent_on_unknown.values()) + by_others + estimate > self._unknown.budget_microusd_per_hour:
             return False
         self._reserved[flight] = estimate
         return True
 
 
+def who_bears(flight: Flight, variant: int, lead: Waiter) -> Waiter:
+    """Who is told what a picture cost that `lead` had made: the first who lacks it, of those whose money it was.
+
+    The lead itself if they have all hung up: no other caller's budget was charged.
+    """
+    sharing = (waiter for waiter in flight.payers if _account(waiter) == _account(lead))
+    return next((waiter for waiter in sharing if variant in waiter.lacks(flight.loaded)), lead)
+
+
+def _account(waiter: Waiter) -> tuple[str, str]:
+    """Whose money it is."""
+    return (waiter.namespace.name, waiter.caller.name)
+
+
 def _purse(waiter: Waiter) -> tuple[object, ...]:
     """Whose money it is, and on what terms it is spent: calls of one purse may be one call upstream."""
-    terms = waiter.terms
-    return (waiter.namespace.name, waiter.caller.name, terms.allow_degraded, terms.candidates)
+    return (*_account(waiter), waiter.terms.allow_degraded, waiter.terms.candidates)
 
 
 def may_generate(waiter: Waiter) -> PermissionDeniedError | None:

@@ -9,6 +9,7 @@ import pytest
 
 from cacheserver.errors import (
     CacheUnknownError,
+    CannotAffordError,
     InvalidRequestError,
     KeyGoneError,
     NotCachedError,
@@ -23,6 +24,9 @@ from cacheserver.errors import (
     VariantsExhaustedError,
 )
 from cacheserver.model import (
+    Budget,
+    BudgetPeriod,
+    BudgetScope,
     CacheKey,
     CachePolicy,
     Caller,
@@ -41,6 +45,7 @@ from cacheserver.paying import UnknownPolicy
 from tests.house import EVERYTHING, House
 
 READER = Caller("reader", frozenset({Permission.READ}))
+ANN, BOB = (Caller(name, frozenset(Permission)) for name in ("ann", "bob"))
 
 
 class TestTiers:
@@ -295,6 +300,39 @@ class TestFlights:
         await running
         served = await asyncio.gather(*others)
         assert [(one.cost_microusd, one.collapsed) for one in served] == [(53_000, False), (0, True)]
+
+    async def test_nobody_is_told_the_cost_of_what_anothers_budget_has_paid_for(self, house: House) -> None:
+        house.restart(max_concurrent=1)
+        house.upstream.hold()
+        running = asyncio.create_task(house.get("first"))
+        await house.upstream.arrived(1)
+        leader = asyncio.create_task(house.get("second", caller=ANN))
+        await until(lambda: sum(house.generator.queue_depth.values()) == 1)
+        guest = asyncio.create_task(house.get("second", caller=BOB))
+        others = [asyncio.create_task(house.get("second", caller=ANN, candidates=n)) for n in (2, 1)]
+        await asyncio.sleep(0)
+        leader.cancel()
+        await asyncio.wait({leader})
+        house.upstream.release()
+        await running
+        assert [one.cost_microusd for one in await asyncio.gather(guest, *others)] == [0, 53_000, 0]
+        assert [attempt.caller for attempt in house.ledger.opened] == [EVERYTHING.name, ANN.name]
+
+    async def test_what_was_paid_for_somebody_who_has_hung_up_costs_another_caller_nothing(self, house: House) -> None:
+        house.restart(max_concurrent=1)
+        house.upstream.hold()
+        running = asyncio.create_task(house.get("first"))
+        await house.upstream.arrived(1)
+        leader = asyncio.create_task(house.get("second", caller=ANN))
+        await until(lambda: sum(house.generator.queue_depth.values()) == 1)
+        guest = asyncio.create_task(house.get("second", caller=BOB))
+        await asyncio.sleep(0)
+        leader.cancel()
+        await asyncio.wait({leader})
+        house.upstream.release()
+        await running
+        served = await guest
+        assert (served.cost_microusd, served.saved_microusd, served.collapsed) == (0, 53_000, True)
 
     async def test_each_picture_is_paid_for_by_the_first_who_asked_for_it(self, house: House) -> None:
         house.s3.gate.clear()
@@ -748,6 +786,75 @@ class TestUnknownIsNotAbsent:
         assert house.books.snapshot(None).paid_unknown == 0
         assert (await house.get()).tier is TierName.UPSTREAM
         assert house.books.snapshot(None).paid_unknown == 1
+
+    @pytest.mark.parametrize("cost_microusd", [None, 53_000])
+    async def test_a_failed_call_that_may_be_billed_takes_from_the_budget(
+        self, house: House, cost_microusd: int | None
+    ) -> None:
+        request, _ = house.identity()
+        each = house.generator.estimate_microusd(request, 1)
+        house.restart(unknown=UnknownPolicy(budget_microusd_per_hour=each))
+        house.s3.is_down = True
+        house.upstream.fail_next(UpstreamDownError("down", cost_microusd=cost_microusd))
+        with pytest.raises(UpstreamDownError):
+            await house.get("one")
+        with pytest.raises(CacheUnknownError):
+            await house.get("two")
+        assert house.upstream.calls == 1
+
+    async def test_every_candidate_takes_from_the_budget(self, house: House) -> None:
+        request, _ = house.identity()
+        each = house.generator.estimate_microusd(request, 1)
+        house.restart(unknown=UnknownPolicy(budget_microusd_per_hour=5 * each))
+        house.s3.is_down = True
+        await house.get("one", candidates=4)
+        with pytest.raises(CacheUnknownError):
+            await house.get("two", candidates=2)
+        await house.get("three")
+        assert house.upstream.images == 5
+        assert house.books.snapshot(None).paid_unknown == 2
+
+    async def test_of_callers_that_share_a_load_each_takes_its_own_number_of_candidates(self, house: House) -> None:
+        request, _ = house.identity()
+        each = house.generator.estimate_microusd(request, 1)
+        house.restart(unknown=UnknownPolicy(budget_microusd_per_hour=4 * each))
+        house.s3.is_down = True
+        await asyncio.gather(house.ask(caller=ANN), house.ask(n=2, candidates=3))
+        assert house.upstream.images == 4
+        with pytest.raises(CacheUnknownError):
+            await house.get("another prompt")
+
+    async def test_what_waits_for_review_takes_from_the_budget_and_is_counted_once(self, house: House) -> None:
+        house.namespace = replace(house.namespace, min_score=0.999)
+        request, _ = house.identity()
+        each = house.generator.estimate_microusd(request, 1)
+        house.restart(unknown=UnknownPolicy(budget_microusd_per_hour=3 * each))
+        house.s3.is_down = True
+        waiting = await house.ask("one", candidates=2)
+        assert isinstance(waiting, Pending)
+        assert waiting.in_review
+        with pytest.raises(CacheUnknownError):
+            await house.ask("two", candidates=2)
+        assert house.upstream.images == 2
+        assert house.books.snapshot(None).paid_unknown == 1
+        house.clock.advance(3601)
+        assert isinstance(await house.ask("two", candidates=2), Pending)
+
+    async def test_what_a_load_has_paid_for_stays_taken_when_it_is_judged_again(self, house: House) -> None:
+        request, _ = house.identity()
+        each = house.generator.estimate_microusd(request, 1)
+        house.restart(
+            unknown=UnknownPolicy(budget_microusd_per_hour=3 * each),
+            budget=[Budget(BudgetScope.CALLER, BOB.name, BudgetPeriod.DAY, each)],
+        )
+        house.s3.is_down = True
+        asks = [house.ask(caller=who, n=n) for who, n in ((ANN, 1), (BOB, 2), (BOB, 3))]
+        *_, broke = await asyncio.gather(*asks, return_exceptions=True)
+        assert isinstance(broke, CannotAffordError)
+        assert house.upstream.images == 2
+        await house.get("one")
+        with pytest.raises(CacheUnknownError):
+            await house.get("two")
 
     async def test_the_budget_counts_what_is_being_paid_for(self, house: House) -> None:
         request, _ = house.identity()
