@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import ipaddress
 import ssl
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
 import httpx
@@ -11,15 +13,45 @@ import pytest
 
 from cacheserver.errors import UpstreamBadImageError, UpstreamDownError
 from cacheserver.generation.providers.download import ImageDownloads, is_public
-from tests.provider import OpenAIStandIn, Reply
+from tests.fakes import FakeClock
+from tests.provider import HttpRequest, OpenAIStandIn, Reply
 
 PUBLIC = "93.184.216.34"
+PICTURE = Reply(body=b"miaow")
+
+
+class Files(OpenAIStandIn):
+    """Has `moods`: answers given one after the other before those that are its files'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moods: deque[Reply] = deque()
+
+    async def _reply(self, request: HttpRequest) -> Reply | None:
+        usual = await super()._reply(request)
+        return self.moods.popleft() if self.moods else usual
+
+
+class HastyClock(FakeClock):
+    """A clock on which no sleep takes time; `slept` says how long each would have been."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slept: list[float] = []
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
 
 
 @pytest.fixture
-async def provider() -> AsyncIterator[OpenAIStandIn]:
-    async with OpenAIStandIn() as server:
+async def provider() -> AsyncIterator[Files]:
+    async with Files() as server:
         yield server
+
+
+@pytest.fixture
+def clock() -> HastyClock:
+    return HastyClock()
 
 
 class Names:
@@ -35,7 +67,12 @@ class Names:
 
 
 def downloads(
-    base_url: str, *, names: Names | None = None, hosts: Sequence[str] = (), max_bytes: int = 1_000
+    base_url: str,
+    *,
+    names: Names | None = None,
+    hosts: Sequence[str] = (),
+    max_bytes: int = 1_000,
+    clock: HastyClock | None = None,
 ) -> ImageDownloads:
     return ImageDownloads(
         base_url=httpx.URL(base_url),
@@ -43,6 +80,7 @@ def downloads(
         max_bytes=max_bytes,
         connect_timeout_s=5.0,
         ssl_context=ssl.create_default_context(),
+        clock=clock or HastyClock(),
         resolve=names,
     )
 
@@ -54,7 +92,7 @@ async def fetched(of: ImageDownloads, url: str, *, private: bool = False) -> byt
         await of.aclose()
 
 
-async def test_the_providers_own_host_is_reached_at_the_address_its_name_has(provider: OpenAIStandIn) -> None:
+async def test_the_providers_own_host_is_reached_at_the_address_its_name_has(provider: Files) -> None:
     provider.file("cat", Reply(body=b"miaow"))
     names = Names("127.0.0.1")
     base_url = f"http://images.internal:{provider.port}/v1"
@@ -64,7 +102,7 @@ async def test_the_providers_own_host_is_reached_at_the_address_its_name_has(pro
     assert provider.requests[0].headers["host"] == f"images.internal:{provider.port}"
 
 
-async def test_a_second_address_is_tried_when_the_first_is_dead(provider: OpenAIStandIn) -> None:
+async def test_a_second_address_is_tried_when_the_first_is_dead(provider: Files) -> None:
     provider.file("cat", Reply(body=b"miaow"))
     names = Names("127.255.255.254", "127.0.0.1")
     url = f"http://images.internal:{provider.port}/files/cat"
@@ -82,9 +120,12 @@ async def test_a_public_providers_url_never_leads_to_a_private_address(url: str,
 async def test_the_address_that_was_judged_is_the_one_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[httpx.Request] = []
 
+    async def streamed() -> AsyncIterator[bytes]:
+        yield b"miaow"
+
     async def answer(_: httpx.AsyncHTTPTransport, request: httpx.Request) -> httpx.Response:
         sent.append(request)
-        return httpx.Response(200, content=b"miaow")
+        return httpx.Response(200, content=streamed())
 
     monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", answer)
     names = Names(PUBLIC)
@@ -138,12 +179,90 @@ async def test_a_dead_host_is_down() -> None:
 
 
 @pytest.mark.parametrize("announced", [True, False])
-async def test_no_more_is_read_than_an_image_may_have(provider: OpenAIStandIn, *, announced: bool) -> None:
+async def test_no_more_is_read_than_an_image_may_have(provider: Files, *, announced: bool) -> None:
     headers = {} if announced else {"transfer-encoding": "chunked", "content-length": ""}
     body = b"x" * 1_001 if announced else b"3e9\r\n" + b"x" * 1_001 + b"\r\n0\r\n\r\n"
     url = provider.file("cat", Reply(body=body, headers=headers))
     with pytest.raises(UpstreamBadImageError, match="more than 1000 bytes"):
         await fetched(downloads(url), url, private=True)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "gzip, gzip", "identity, gzip", "br", "zstd", "deflate", "moon"])
+async def test_what_is_compressed_is_not_unpacked_and_not_asked_for_again(
+    provider: Files, clock: HastyClock, encoding: str
+) -> None:
+    """A thousandfold bomb is within what may be read: it would be the unpacked bytes that fill the memory."""
+    bomb = gzip.compress(bytes(500_000))
+    assert len(bomb) < 1_000
+    url = provider.file("cat", Reply(body=bomb, headers={"content-encoding": encoding}))
+    with pytest.raises(UpstreamBadImageError, match="compressed"):
+        await fetched(downloads(url, clock=clock), url, private=True)
+    assert provider.requests[0].headers["accept-encoding"] == "identity"
+    assert len(provider.requests) == 1
+
+
+@pytest.mark.parametrize("encoding", ["identity", "Identity"])
+async def test_what_says_that_it_is_not_compressed_is_taken(provider: Files, encoding: str) -> None:
+    url = provider.file("cat", Reply(body=b"miaow", headers={"content-encoding": encoding}))
+    assert await fetched(downloads(url), url, private=True) == b"miaow"
+
+
+PASSING = {
+    "not there yet": Reply(404),
+    "a rate limit": Reply(429, headers={"retry-after": "1"}),
+    "broken": Reply(500),
+    "a bad gateway": Reply(502, b"<html>", "text/html"),
+    "overloaded": Reply(503),
+    "no answer from the origin": Reply(524),
+    "a reset": Reply(body=b"miaow", cut_after=0),
+    "a reset half way": Reply(body=b"miaow", cut_after=2),
+}
+
+
+@pytest.mark.parametrize("what", PASSING)
+@pytest.mark.parametrize("times", [1, 2])
+async def test_what_may_pass_is_asked_for_again_after_a_pause(
+    provider: Files, clock: HastyClock, what: str, times: int
+) -> None:
+    url = provider.file("cat", PICTURE)
+    provider.moods.extend([PASSING[what]] * times)
+    assert await fetched(downloads(url, clock=clock), url, private=True) == b"miaow"
+    assert [request.target for request in provider.requests] == ["/files/cat"] * (times + 1)
+    assert clock.slept == [0.5, 2.0][:times]
+
+
+@pytest.mark.parametrize("what", PASSING)
+async def test_what_lasts_is_given_up_after_three_tries(provider: Files, clock: HastyClock, what: str) -> None:
+    url = provider.file("cat", PASSING[what])
+    with pytest.raises(UpstreamDownError, match="fetching the image"):
+        await fetched(downloads(url, clock=clock), url, private=True)
+    assert len(provider.requests) == 3
+    assert clock.slept == [0.5, 2.0]
+
+
+@pytest.mark.parametrize("status", [201, 204, 206, 301, 302, 304, 400, 401, 403, 410, 416])
+async def test_an_answer_that_will_stay_the_same_is_not_asked_for_again(
+    provider: Files, clock: HastyClock, status: int
+) -> None:
+    url = provider.file("cat", Reply(status, headers={"location": "/files/other"}))
+    with pytest.raises(UpstreamBadImageError, match=f"answered {status}"):
+        await fetched(downloads(url, clock=clock), url, private=True)
+    assert len(provider.requests) == 1
+    assert clock.slept == []
+
+
+async def test_a_host_that_moves_between_two_tries_is_judged_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = Names(PUBLIC)
+
+    async def move(*_: object) -> httpx.Response:
+        names.addresses = ("10.1.2.3",)
+        return httpx.Response(503)
+
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", move)
+    url = "https://api.example.com/cat.png"
+    with pytest.raises(UpstreamBadImageError, match="a private address"):
+        await fetched(downloads(url, names=names), url)
+    assert len(names.asked) == 2
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import traceback
 from collections.abc import AsyncIterator, Callable
@@ -77,6 +78,7 @@ async def test_a_prompt_that_is_not_flagged_passes(make: Make, server: Moderatio
     [request] = server.requests
     assert request.json() == {"model": "omni", "input": GOOD}
     assert request.headers["authorization"] == f"Bearer {API_KEY}"
+    assert request.headers["accept-encoding"] == "identity"
 
 
 async def test_a_flagged_prompt_is_refused_by_its_categories(make: Make) -> None:
@@ -171,6 +173,9 @@ FAULTS: dict[str, Callable[[ModerationStandIn], None]] = {
     "a large answer": lambda server: server.answer_next(Reply(body=b'{"results": [' + b" " * 65_536)),
     "a large answer of unknown length": lambda server: server.answer_next(
         Reply(body=b" " * 200_000, headers={"content-length": ""})
+    ),
+    "a compressed answer": lambda server: server.answer_next(
+        Reply(body=gzip.compress(judgement(flagged=False).body), headers={"content-encoding": "gzip"})
     ),
     "a reset": lambda server: server.answer_next(Reply(body=b"{" * 99, cut_after=10)),
     "silence": lambda server: server.hang_next(),

@@ -9,8 +9,10 @@ import gzip
 import itertools
 import json
 import logging
+import threading
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from email.utils import format_datetime
@@ -32,11 +34,14 @@ from cacheserver.errors import (
     UpstreamNotEntitledError,
     UpstreamQuotaError,
 )
+from cacheserver.generation.images import ImageFacts, inspect
 from cacheserver.generation.prices import PriceTable
+from cacheserver.generation.providers import openai
 from cacheserver.generation.providers.openai import Endpoint, OpenAIUpstream, Style
 from cacheserver.model import GeneratedImage, ImageRequest, JsonValue, RateLimit, RateLimits, Usage
 from tests.fakes import FakeClock
 from tests.provider import API_KEY, OpenAIStandIn, Reply, error_reply, small_image
+from tests.waiting import until
 
 PROMPT = "a very private prompt about zebras"
 NOW_S = 1_800_000_000.0
@@ -300,6 +305,9 @@ async def test_an_answer_that_is_no_good_says_what_it_cost(
         (error_reply(500, "server_error"), 0),
         (error_reply(503, "server_is_overloaded"), 0),
         (error_reply(504, "timeout"), None),
+        (Reply(524, b'{"title": "A timeout occurred", "status": 524}', "application/problem+json"), None),
+        (Reply(201, b'{"data": []}'), None),
+        (Reply(302, b"<html>over there</html>", "text/html"), 0),
         (Reply(502, b"<html>bad gateway</html>", "text/html"), None),
         (Reply(200, b"<html>welcome</html>", "text/html"), None),
         (Reply(200, b"{}" * 600, cut_after=100), None),
@@ -388,6 +396,14 @@ async def test_a_revised_prompt_and_the_providers_model_are_kept(
     assert image.model == "gpt-image-2-2026-04-21"
     assert image.revised_prompt.startswith("striped striped")
     assert len(image.revised_prompt) == 32_000
+
+
+async def test_half_a_surrogate_pair_in_a_revised_prompt_does_not_reach_those_who_cannot_write_it(
+    upstream: OpenAIUpstream, provider: OpenAIStandIn
+) -> None:
+    provider.edit_next(lambda answer: answer["data"][0].update(revised_prompt="a \ud83d cat \U0001f63a"))
+    [image] = await upstream.generate(asked(), [0])
+    assert image.revised_prompt == "a ? cat \U0001f63a"
 
 
 async def test_a_seed_belongs_to_one_picture(upstream: OpenAIUpstream) -> None:
@@ -563,6 +579,8 @@ async def test_a_page_of_a_gateway_is_not_the_apis_answer(
         ({"retry-after": "soon"}, "try again in a while", 5.0),
         ({"retry-after": "1e9"}, "try again in ... seconds", 5.0),
         ({"retry-after": "Fri, 99 Foo 2026 00:00:00 GMT"}, "", 5.0),
+        ({"retry-after": "Fri, 01 Jan 99999999999 00:00:00 GMT"}, "", 5.0),
+        ({"retry-after": "Fri, 01 Jan 2027 00:00:00 +99999999999999"}, "", 5.0),
         ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "-1"}, "", 5.0),
         ({}, "", 5.0),
     ],
@@ -729,6 +747,112 @@ async def test_silence_of_a_download_ends_at_the_same_deadline(make: Make, provi
     error = await failure(make(timeout_s=1.0))
     assert type(error) is UpstreamDownError
     assert "no picture within" in str(error)
+
+
+@dataclass
+class Call:
+    """What happens to the calls of a test: how many pictures are whole, and when their deadline comes."""
+
+    monkeypatch: pytest.MonkeyPatch
+    whole: int = 0
+
+    def end_time(self) -> None:
+        """It is an hour later now, and every deadline of a call has passed."""
+        loop = asyncio.get_running_loop()
+        now_s = loop.time
+        self.monkeypatch.setattr(loop, "time", lambda: now_s() + 3_600.0)
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> Call:
+    call = Call(monkeypatch)
+
+    def whole(**fields: Any) -> GeneratedImage:
+        call.whole += 1  # a picture's last step, after which nothing of it can be late
+        return GeneratedImage(**fields)
+
+    monkeypatch.setattr(openai, "GeneratedImage", whole)
+    return call
+
+
+def hanging(provider: OpenAIStandIn, *places: int) -> Callable[[dict[str, Any]], None]:
+    """Lets the pictures in these places be URLs where half an answer comes, and then nothing."""
+    url = provider.file("slow", Reply(body=b"x" * 100, hang_after=50))
+
+    def hang(answer: dict[str, Any]) -> None:
+        for place in places:
+            answer["data"][place] = {"url": url}
+
+    return hang
+
+
+@pytest.mark.parametrize("place", [0, 1])
+async def test_a_download_that_hangs_takes_no_other_picture_with_it_and_all_is_still_paid(
+    upstream: OpenAIUpstream, provider: OpenAIStandIn, call: Call, place: int
+) -> None:
+    provider.by_url = True
+    provider.edit_next(hanging(provider, place))
+    generation = asyncio.create_task(upstream.generate(asked(quality="low"), range(3)))
+    await until(lambda: call.whole == 2)
+    call.end_time()
+    with structlog.testing.capture_logs() as events:
+        images = await generation
+    assert [image.data for image in images] == [small_image(number) for number in (1, 2, 3) if number != place + 1]
+    assert sum(image.paid_microusd for image in images) == 9 * 5 + 3 * 196 * 30
+    assert [(event["event"], event["reason"]) for event in events] == [("upstream_pictures_lost", "UPSTREAM_DOWN")]
+    assert provider.calls == 1
+
+
+async def test_a_picture_still_being_decoded_at_the_deadline_takes_no_other_with_it(
+    upstream: OpenAIUpstream, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+
+    def decode(data: bytes, **expected: Any) -> ImageFacts:
+        if data == small_image(2):
+            gate.wait()
+        return inspect(data, **expected)
+
+    monkeypatch.setattr(openai, "inspect", decode)
+    generation = asyncio.create_task(upstream.generate(asked(quality="low"), range(3)))
+    try:
+        await until(lambda: call.whole == 2)
+        call.end_time()
+        images = await generation
+    finally:
+        gate.set()
+    assert [image.data for image in images] == [small_image(1), small_image(3)]
+    assert sum(image.paid_microusd for image in images) == 9 * 5 + 3 * 196 * 30
+
+
+async def test_where_no_picture_came_in_time_the_error_says_what_they_cost(
+    upstream: OpenAIUpstream, provider: OpenAIStandIn, call: Call
+) -> None:
+    provider.edit_next(hanging(provider, 0, 1))
+    generation = asyncio.create_task(failure(upstream, asked(quality="low"), [0, 1]))
+    await until(lambda: len(provider.requests) == 3)
+    call.end_time()
+    error = await generation
+    assert type(error) is UpstreamDownError
+    assert "no picture within 600 s" in str(error)
+    assert (error.cost_microusd, error.upstream_request_id) == (9 * 5 + 2 * 196 * 30, "req_1")
+
+
+async def test_cancelling_leaves_no_download_running(
+    upstream: OpenAIUpstream, provider: OpenAIStandIn, call: Call
+) -> None:
+    def ours() -> set[asyncio.Task[Any]]:
+        return asyncio.all_tasks() - provider._tasks
+
+    provider.edit_next(hanging(provider, 0, 2))
+    before = ours()
+    generation = asyncio.create_task(upstream.generate(asked(), range(3)))
+    await until(lambda: call.whole == 1 and len(provider.requests) == 3)
+    assert len(ours() - before) == 3  # the call and its two downloads
+    generation.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await generation
+    assert ours() == before
 
 
 async def test_a_closed_port_is_tried_twice_and_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -933,12 +1057,10 @@ async def test_an_image_url_is_fetched_at_once(upstream: OpenAIUpstream, provide
     ("reply", "expected"),
     [
         (Reply(302, headers={"location": "/files/other"}), UpstreamBadImageError),
-        (Reply(404), UpstreamBadImageError),
-        (Reply(500), UpstreamBadImageError),
+        (Reply(403), UpstreamBadImageError),
         (Reply(200, b"<html>zebras</html>", "image/png"), UpstreamBadImageError),
         (Reply(200, small_image(1)[:-10], "image/png"), UpstreamBadImageError),
         (Reply(200, b"x" * 200_000, "image/png"), UpstreamBadImageError),
-        (Reply(200, small_image(1), "image/png", cut_after=20), UpstreamDownError),
     ],
 )
 async def test_what_lies_at_a_url_is_trusted_for_nothing(
@@ -947,6 +1069,49 @@ async def test_what_lies_at_a_url_is_trusted_for_nothing(
     provider.file("other", Reply(200, small_image(1)))
     provider.image_url = provider.file("it", reply)
     assert type(await failure(make(max_image_bytes=100_000))) is expected
+
+
+MISSING = [Reply(404), Reply(500), Reply(200, small_image(1), "image/png", cut_after=20)]
+
+
+@pytest.mark.parametrize("reply", MISSING, ids=["404", "500", "a reset"])
+async def test_a_picture_that_cannot_be_fetched_at_once_is_asked_for_again_and_not_paid_anew(
+    upstream: OpenAIUpstream, provider: OpenAIStandIn, clock: FakeClock, reply: Reply
+) -> None:
+    provider.image_url = provider.file("it", reply)
+    generation = asyncio.create_task(upstream.generate(asked(quality="low"), [0]))
+    await until(lambda: clock.sleepers == 1)
+    provider.file("it", Reply(200, small_image(1), "image/png"))
+    clock.advance(1.0)
+    [image] = await generation
+    assert (image.data, image.paid_microusd) == (small_image(1), 9 * 5 + 196 * 30)
+    assert [request.method for request in provider.requests] == ["POST", "GET", "GET"]
+
+
+@pytest.mark.parametrize("reply", MISSING, ids=["404", "500", "a reset"])
+async def test_a_picture_that_can_never_be_fetched_is_a_failure_that_says_what_it_cost(
+    upstream: OpenAIUpstream, provider: OpenAIStandIn, clock: FakeClock, reply: Reply
+) -> None:
+    provider.image_url = provider.file("it", reply)
+    generation = asyncio.create_task(failure(upstream, asked(quality="low")))
+    for _ in range(2):
+        await until(lambda: clock.sleepers == 1)
+        clock.advance(2.0)
+    error = await generation
+    assert type(error) is UpstreamDownError
+    assert error.cost_microusd == 9 * 5 + 196 * 30
+    assert [request.method for request in provider.requests] == ["POST", "GET", "GET", "GET"]
+
+
+async def test_a_picture_is_not_waited_for_beyond_the_calls_deadline(
+    upstream: OpenAIUpstream, provider: OpenAIStandIn, clock: FakeClock, call: Call
+) -> None:
+    provider.image_url = provider.file("it", Reply(404))
+    generation = asyncio.create_task(failure(upstream))
+    await until(lambda: clock.sleepers == 1)
+    call.end_time()
+    assert "no picture within 600 s" in str(await generation)
+    assert clock.sleepers == 0
 
 
 @pytest.mark.parametrize(

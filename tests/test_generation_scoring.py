@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import hashlib
 import io
 import itertools
@@ -267,6 +268,7 @@ async def test_the_model_is_asked_with_prompt_and_picture(make: Make, model: Sco
     assert await make().score(REQUEST, IMAGES[0]) == 0.75
     [asked] = model.requests
     assert (asked.method, asked.path, asked.headers["content-type"]) == ("POST", "/score", "application/json")
+    assert asked.headers["accept-encoding"] == "identity"
     assert asked.json() == {
         "prompt": REQUEST.prompt,
         "model": "gpt-image-2",
@@ -328,6 +330,11 @@ async def test_a_long_answer_is_not_read_to_its_end(make: Make, model: ScorerSta
     chunked = {"transfer-encoding": "chunked", "content-length": ""}
     model.reply = Reply(body=b"200000\r\n" + long, headers=chunked, hang_after=100_000)
     assert "more than 65536 bytes" in await failure(make())
+
+
+async def test_a_compressed_answer_is_not_unpacked(make: Make, model: ScorerStandIn) -> None:
+    model.reply = Reply(body=gzip.compress(b'{"score": 1}'), headers={"content-encoding": "gzip"})
+    assert "compressed" in await failure(make())
 
 
 @pytest.mark.parametrize("reply", [None, Reply(body=b'{"score": 1}', hang_after=5)], ids=["silence", "half an answer"])

@@ -268,6 +268,12 @@ async def test_a_picture_that_waits_can_be_looked_at(stub: Any, sources: Sources
     assert sources.reviews.all == [review(1), review(2, data=data, revised_prompt="a red fox", won_against=2)]
 
 
+async def test_a_picture_stored_with_half_a_surrogate_pair_can_be_looked_at(stub: Any, sources: Sources) -> None:
+    sources.reviews.all = [review(1, revised_prompt="a \ud83d fox")]
+    head, *_ = [part async for part in stub.GetReview(pb.GetReviewRequest(key=review(1).key.name))]
+    assert head.header.revised_prompt == "a ? fox"
+
+
 async def test_a_picture_that_waits_no_more_cannot_be_looked_at(stub: Any) -> None:
     failed = await failure(answered(stub.GetReview(pb.GetReviewRequest(key=review(1).key.name))))
     assert (failed.code, failed.reason) == ("NOT_FOUND", "REVIEW_GONE")

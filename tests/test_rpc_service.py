@@ -174,6 +174,20 @@ class TestGetImage:
         )
         assert image.revised_prompt == "a fox"
 
+    async def test_a_picture_stored_with_half_a_surrogate_pair_is_delivered_by_every_call(
+        self, front: Front, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = front.house.upstream._image
+        monkeypatch.setattr(
+            front.house.upstream, "_image", lambda request: replace(made(request), revised_prompt="a \ud83d fox")
+        )
+        [image] = (await front.stub.GetImage(ask())).images
+        assert image.revised_prompt == "a ? fox"
+        by_key = pb.GetImageRequest(key=image.key)
+        assert list((await front.stub.GetImage(by_key)).images) == [image]
+        header = (await front.stream(pb.StreamImageRequest(request=by_key)))[0].header
+        assert header.image.revised_prompt == "a ? fox"
+
     async def test_a_caller_that_hangs_up_ends_its_wait_and_not_the_load(self, front: Front) -> None:
         front.house.upstream.hold()
         leaving = front.stub.GetImage(ask())

@@ -205,7 +205,7 @@ class OpenAIModeration:
             pauses = response.status_code not in _OF_THE_PROMPT
             raise _NoAnswerError(f"it answered {response.status_code}", pauses=pauses)
         if reply is None:
-            raise _NoAnswerError(f"its answer has more than {_MAX_REPLY_BYTES} bytes")
+            raise _NoAnswerError(f"its answer has more than {_MAX_REPLY_BYTES} bytes or is compressed")
         return _read(reply)
 
     def _headers(self) -> dict[str, str]:

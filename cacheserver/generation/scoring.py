@@ -187,7 +187,7 @@ class HttpScorer:
                 raise ScoringError(f"the scorer answered {response.status_code}")
             answer = await read_at_most(response, _MAX_REPLY_BYTES)
         if answer is None:
-            raise ScoringError(f"the scorer's answer has more than {_MAX_REPLY_BYTES} bytes")
+            raise ScoringError(f"the scorer's answer has more than {_MAX_REPLY_BYTES} bytes or is compressed")
         return answer
 
 

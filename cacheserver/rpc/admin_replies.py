@@ -15,7 +15,7 @@ from cacheserver.model import (
     Usage,
 )
 from cacheserver.pb import admin_pb2 as pb
-from cacheserver.rpc.replies import duration, timestamp
+from cacheserver.rpc.replies import duration, text, timestamp
 
 _HEALTH = {
     UpstreamHealth.WELL: pb.UPSTREAM_HEALTH_WELL,
@@ -119,7 +119,7 @@ def review_header(key: CacheKey, entry: CachedImage) -> pb.ReviewHeader:
         review=review(key, entry),
         digest=f"sha256:{image.sha256}",
         quality=image.quality,
-        revised_prompt=image.revised_prompt,
+        revised_prompt=text(image.revised_prompt),
         won_against=image.won_against,
         tags=entry.tags,
     )

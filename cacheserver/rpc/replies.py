@@ -73,7 +73,7 @@ def image_facts(entry: CachedImage) -> pb.Image:
         size=image.size,
         quality=image.quality,
         background=image.background,
-        revised_prompt=image.revised_prompt,
+        revised_prompt=text(image.revised_prompt),
         seed=image.seed,
         upstream_request_id=image.upstream_request_id,
         generation_time=duration(image.generation_s),
@@ -176,6 +176,11 @@ def stats_response(stats: Stats) -> pb.GetStatsResponse:
 def tier_counts(counts: Mapping[TierName, int]) -> list[pb.TierCount]:
     """Counts per tier, fastest first."""
     return [pb.TierCount(tier=TIERS[tier], count=counts[tier]) for tier in TIERS if tier in counts]
+
+
+def text(stored: str) -> str:
+    """`stored` as a message may carry it: entries of earlier releases can hold half a surrogate pair."""
+    return stored.encode("utf-8", "replace").decode()
 
 
 def duration(seconds: float) -> Duration:

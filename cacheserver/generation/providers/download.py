@@ -16,12 +16,19 @@ from collections.abc import Awaitable, Callable, Sequence
 import httpx
 
 from cacheserver.errors import UpstreamBadImageError, UpstreamDownError
+from cacheserver.interfaces import Clock
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 
 _HOST = re.compile(r"[A-Za-z0-9.:\-_]{1,253}")
 _PORTS = {"http": 80, "https": 443}
+
+_PAUSES_S = (0.5, 2.0)
+"""Before each further try: the image is paid for, and made anew it would be paid for once more."""
+
+_PASSING = frozenset({404, 429, *range(500, 600)})
+"""Statuses that another try may not meet again; a store may answer 404 for what was written a moment ago."""
 
 
 class ImageDownloads:
@@ -39,12 +46,14 @@ class ImageDownloads:
         max_bytes: int,
         connect_timeout_s: float,
         ssl_context: ssl.SSLContext,
+        clock: Clock,
         resolve: Resolver | None = None,
     ) -> None:
         """`url_hosts` are names that are accepted, with all names below them, besides `base_url`'s own host."""
         self._base_url = base_url
         self._url_hosts = tuple(host.lower().strip(".") for host in url_hosts)
         self._max_bytes = max_bytes
+        self._clock = clock
         self._resolve = resolve or _resolve
         # Connections are made to addresses, so a kept one could answer for another host of the same address.
         self._client = httpx.AsyncClient(
@@ -57,16 +66,24 @@ class ImageDownloads:
         )
 
     async def fetch(self, url_text: str, *, private: bool) -> bytes:
-        """The bytes at `url_text`. The caller sets the deadline.
+        """The bytes at `url_text`, asked for three times if need be. The caller sets the deadline.
 
         `private` says that the provider itself was reached at an address that is not on the internet; only
         then may the image lie at one.
 
         Raises:
             UpstreamBadImageError: the URL is none we fetch, or what lies there is no answer we take.
-            UpstreamDownError: the host cannot be reached.
+            UpstreamDownError: the host cannot be reached, or does not have or give them now.
         """
         url = self._accepted(url_text)
+        for pause_s in _PAUSES_S:
+            try:
+                return await self._try(url, private=private)
+            except UpstreamDownError:
+                await self._clock.sleep(pause_s)
+        return await self._try(url, private=private)
+
+    async def _try(self, url: httpx.URL, *, private: bool) -> bytes:
         for address in await self._addresses(url, private=private):
             try:
                 return await self._get(url, address)
@@ -120,23 +137,31 @@ class ImageDownloads:
         )
         response = await self._client.send(request, stream=True)
         try:
+            if response.status_code in _PASSING:
+                raise UpstreamDownError(f"fetching the image: {_host(url)} answered {response.status_code}")
             if response.status_code != httpx.codes.OK:
                 raise UpstreamBadImageError(f"the image's URL at {_host(url)} answered {response.status_code}")
             data = await read_at_most(response, self._max_bytes)
         finally:
             await response.aclose()
         if data is None:
-            raise UpstreamBadImageError(f"the image at {_host(url)} has more than {self._max_bytes} bytes")
+            text = f"the image at {_host(url)} has more than {self._max_bytes} bytes or is compressed"
+            raise UpstreamBadImageError(text)
         return data
 
 
 async def read_at_most(response: httpx.Response, max_bytes: int) -> bytes | None:
-    """The body of a streamed response; None, with the rest unread, if it is longer than `max_bytes`."""
+    """The body of a streamed response; None, with the rest unread, if it is longer than `max_bytes` or compressed.
+
+    Nothing is unpacked: a few bytes may hold more than there is memory, and who reads here asks for `identity`.
+    """
+    if response.headers.get("content-encoding", "").lower() not in {"", "identity"}:
+        return None
     length = response.headers.get("content-length", "")
     if length.isascii() and length.isdigit() and int(length[:20]) > max_bytes:
         return None
     body = bytearray()
-    async for chunk in response.aiter_bytes():
+    async for chunk in response.aiter_raw():
         body += chunk
         if len(body) > max_bytes:
             return None

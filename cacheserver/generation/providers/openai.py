@@ -8,7 +8,8 @@ import binascii
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from enum import StrEnum
@@ -179,6 +180,7 @@ class OpenAIUpstream:
             max_bytes=endpoint.max_image_bytes,
             connect_timeout_s=endpoint.connect_timeout_s,
             ssl_context=ssl_context(),
+            clock=clock,
         )
 
     @property
@@ -199,7 +201,7 @@ class OpenAIUpstream:
         price_factor: Decimal = Decimal(1),
         most_microusd: int = 0,
     ) -> Delivery:
-        """Make one picture for each of `variants` in one call, `max_n` at most; fewer if some came damaged."""
+        """Make one picture for each of `variants` in one call, `max_n` at most; fewer if some came damaged or late."""
         started_s = self._clock.monotonic_s()
         deadline_s = asyncio.get_running_loop().time() + self._endpoint.timeout_s
         n = min(len(variants), self._endpoint.max_n)
@@ -212,16 +214,14 @@ class OpenAIUpstream:
         )
         bill = _Bill(request, answer, price_factor, most_microusd)
         try:
-            async with asyncio.timeout_at(deadline_s):
+            async with self._until(deadline_s):
                 bill.reply = reply = await self._read_reply(answer.body)
-                outcomes = await asyncio.gather(
-                    *(self._picture(item, request, private=answer.private) for item in reply.items[:n]),
-                    return_exceptions=True,
-                )
+            # All are paid for, so each has the deadline to itself: one that hangs takes no other with it.
+            outcomes = await asyncio.gather(
+                *(self._picture(item, request, deadline_s, private=answer.private) for item in reply.items[:n]),
+                return_exceptions=True,
+            )
             images = _succeeded(self._name, outcomes)
-        except TimeoutError:
-            text = f"{self._name}: no picture within {self._endpoint.timeout_s:.0f} s"
-            raise UpstreamDownError(text, cost_microusd=self._cost_microusd(bill)) from None
         except UpstreamError as error:
             error.cost_microusd, error.upstream_request_id = self._cost_microusd(bill), answer.request_id
             error.told = answer.told
@@ -282,6 +282,15 @@ class OpenAIUpstream:
             raise UpstreamBadImageError(text, cost_microusd=None)
         return _Answer(answer.body, request_id(answer.headers), answer.private, told)
 
+    @asynccontextmanager
+    async def _until(self, deadline_s: float) -> AsyncIterator[None]:
+        """Stops what is done under it at the call's deadline, with the upstream's error."""
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                yield
+        except TimeoutError:
+            raise UpstreamDownError(f"{self._name}: no picture within {self._endpoint.timeout_s:.0f} s") from None
+
     async def _read_reply(self, body: bytes) -> _Reply:
         # A short one, which names URLs, is read sooner than a thread begins.
         return _read_reply(body) if len(body) <= _SHORT_REPLY_BYTES else await asyncio.to_thread(_read_reply, body)
@@ -323,16 +332,19 @@ class OpenAIUpstream:
         # The format is sent though it is the default: not every server of this shape has the same one.
         return body | {"prompt": request.prompt, "n": n, "output_format": request.output_format}
 
-    async def _picture(self, item: Mapping[str, JsonValue], request: ImageRequest, *, private: bool) -> GeneratedImage:
+    async def _picture(
+        self, item: Mapping[str, JsonValue], request: ImageRequest, deadline_s: float, *, private: bool
+    ) -> GeneratedImage:
         """One item of a reply as a picture, its bytes fetched if need be, and decoded."""
         encoded, url = item.get("b64_json"), item.get("url")
-        if isinstance(encoded, str) and encoded:
-            data, facts = await asyncio.to_thread(self._unpack, encoded, request)
-        elif isinstance(url, str) and url:
-            data = await self._downloads.fetch(url, private=private)
-            facts = await asyncio.to_thread(self._inspect, data, request)
-        else:
-            raise UpstreamBadImageError(f"{self._name}: its answer has neither b64_json nor url")
+        async with self._until(deadline_s):
+            if isinstance(encoded, str) and encoded:
+                data, facts = await asyncio.to_thread(self._unpack, encoded, request)
+            elif isinstance(url, str) and url:
+                data = await self._downloads.fetch(url, private=private)
+                facts = await asyncio.to_thread(self._inspect, data, request)
+            else:
+                raise UpstreamBadImageError(f"{self._name}: its answer has neither b64_json nor url")
         revised = item.get("revised_prompt")
         return GeneratedImage(
             data=data,
@@ -344,7 +356,7 @@ class OpenAIUpstream:
             size=request.size if request.size != _AUTO else f"{facts.width}x{facts.height}",
             quality=request.quality,
             background=request.background,
-            revised_prompt=revised[:_MAX_REVISED_PROMPT] if isinstance(revised, str) else "",
+            revised_prompt=_writable(revised[:_MAX_REVISED_PROMPT]) if isinstance(revised, str) else "",
             upstream=self._name,
         )
 
@@ -473,6 +485,11 @@ def _whole_numbers(value: JsonValue) -> JsonValue:
 
 def _word(value: JsonValue, otherwise: str) -> str:
     return value if isinstance(value, str) and _WORD.fullmatch(value) else otherwise
+
+
+def _writable(text: str) -> str:
+    """`text` without halves of surrogate pairs, which JSON may hold and a message to a caller may not."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _base_url(endpoint: Endpoint) -> httpx.URL:

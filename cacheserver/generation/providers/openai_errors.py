@@ -44,8 +44,11 @@ _NO_MONEY = frozenset(
 _LIMITED = frozenset({"rate_limit_exceeded", "slow_down"})
 _NOT_ENTITLED = frozenset({"invalid_api_key", "model_not_found"})
 
-_NOBODY_KNOWS = frozenset({408, 502, 504})
-"""Statuses of a front that gave up on what lies behind it: the call may have been made, and billed."""
+_GAVE_UP = frozenset({408, 499})
+"""The 4xx of a front that waits no longer for what lies behind it: the call may have been made, and billed."""
+
+_FAILED = frozenset({500, 503})
+"""Statuses by which the API says that it made no picture. Fronts send them too, but not with its error object."""
 
 _NAME = re.compile(r"[A-Za-z0-9_.\-\[\]]{1,64}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
@@ -65,7 +68,9 @@ def error_of(upstream: str, status: int, headers: Mapping[str, str], body: bytes
 
 
 def _error_of(upstream: str, status: int, headers: Mapping[str, str], body: bytes, *, now_s: float) -> UpstreamError:
-    error = _error_object(body)
+    document = _json_object(body)
+    nested = document.get("error") if document else None
+    error = nested if isinstance(nested, dict) else document
     code, kind, param = (_name(error, field) for field in ("code", "type", "param"))
     what = _describe(upstream, status, code or kind, request_id(headers))
     message = error.get("message") if error else None
@@ -85,26 +90,33 @@ def _error_of(upstream: str, status: int, headers: Mapping[str, str], body: byte
         return UpstreamLimitedError(f"{what}: its rate limit.", retry_after_s=wait_s)
     if status in {401, 410} or code in _NOT_ENTITLED or (status in {403, 404} and error is not None):
         return UpstreamNotEntitledError(f"{what}: check the key, its rights, the model's name and base_url.")
-    if 400 <= status < 500 and status != 408 and error is not None:  # noqa: PLR2004
+    if 400 <= status < 500 and status not in _GAVE_UP and error is not None:  # noqa: PLR2004
         return UpstreamInvalidError(f"{what}: it does not take the request as it is{_named(param)}.", field=param)
-    is_certain = error is not None and status not in _NOBODY_KNOWS
     return UpstreamDownError(
         f"{what}{'' if error else ', with no error object: check base_url'}.",
         retry_after_s=wait_s,
-        cost_microusd=0 if is_certain else None,
+        cost_microusd=0 if _is_free(status, document) else None,
     )
 
 
-def _error_object(body: bytes) -> Mapping[str, object] | None:
-    """The error of a JSON answer, nested under "error" or not; None for anything that is no JSON object."""
+def _is_free(status: int, document: Mapping[str, object] | None) -> bool:
+    """Whether a call is certain not to be billed: it was declined, or the API itself says that it failed.
+
+    All else may be a front's word, in JSON too, on a call that goes on behind it, or an answer to one that is done.
+    """
+    if status in _FAILED and document is not None:
+        # Nested as OpenAI has it, or flat as vLLM and SGLang do.
+        return isinstance(document.get("error"), dict) or document.get("object") == "error"
+    return 300 <= status < 500 and status not in _GAVE_UP  # noqa: PLR2004 - HTTP statuses are their own names
+
+
+def _json_object(body: bytes) -> Mapping[str, object] | None:
+    """The JSON of an answer; None if that is no object."""
     try:
         document = json.loads(body)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(document, dict):
-        return None
-    nested = document.get("error")
-    return nested if isinstance(nested, dict) else document
+    return document if isinstance(document, dict) else None
 
 
 def _name(error: Mapping[str, object] | None, field: str) -> str:

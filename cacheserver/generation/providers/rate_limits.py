@@ -73,7 +73,7 @@ def _duration(text: str) -> float | None:
 def _seconds_until(date: str, now_s: float) -> float | None:
     try:
         moment = parsedate_to_datetime(date)
-    except ValueError:
+    except (ValueError, OverflowError):  # the second for a year or a zone of many digits
         return None
     # A date in UTC "without a place" (-0000) comes back naive.
     moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
