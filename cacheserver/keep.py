@@ -25,12 +25,15 @@ import structlog
 from cacheserver.errors import EntryTooLargeError, TierError
 from cacheserver.interfaces import Books, Clock, Tier
 from cacheserver.model import MAX_VARIANT, CachedImage, CacheKey, TierName
+from cacheserver.tasks import end
 from cacheserver.tiers.memory import MemoryCache
 
 _log = structlog.get_logger(__name__)
 
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 30.0
+_LAST_S = 1.0
+"""For what is written at shutdown though there is no time left."""
 
 _Place = tuple[TierName, str]
 
@@ -40,7 +43,8 @@ class _Held:
     """An image the last tier has yet to take, and the slot it lies in meanwhile.
 
     `kept` is done once the caller may be answered; `task` brings the image home. `lies_there` says whether it
-    was put into the slot in memory and the faster tiers, `unsaved` that none of these took it.
+    was put into the slot in memory and the faster tiers, `unsaved` that none of these took it. At shutdown the slot
+    of one that lies nowhere yet becomes its stand-in.
     """
 
     slot: CacheKey
@@ -144,8 +148,13 @@ class Keeper:
                 self._changes += 1
 
     async def aclose(self, grace_s: float) -> None:
-        """Offer what is held once more and await what is being written, all within `grace_s`."""
+        """Offer what is held once more and await what is being written, all within `grace_s`.
+
+        What no tier has yet is written to the faster tiers meanwhile: should the last one hang, the next life finds
+        it there. That has a second even without any grace, and if this is cancelled.
+        """
         self._closing = True
+        places = [place for held in list(self._held.values()) for place in self._save_meanwhile(held)]
         last_tries = [asyncio.create_task(self._try_last(held)) for held in self._held.values()]
         try:
             with suppress(TimeoutError):
@@ -154,11 +163,11 @@ class Keeper:
                     while self._writes:
                         await _ended(self._writes)
         finally:
-            keeping = [held.task for held in self._held.values()]
-            late: list[asyncio.Task[Any]] = [*last_tries, *keeping, *self._writes, *self._outdated.values()]
-            for task in late:
-                task.cancel()
-            await _ended(late)
+            try:
+                await self._ended_at(places)
+            finally:
+                keeping = [held.task for held in self._held.values()]
+                await end([*last_tries, *keeping, *self._writes, *self._outdated.values()])
         if self._held:
             _log.error("images_not_in_last_tier_at_shutdown", images=len(self._held), tier=self._tiers[-1].name)
 
@@ -189,12 +198,39 @@ class Keeper:
             if await self._offer(held):
                 return
 
+    def _save_meanwhile(self, held: _Held) -> list[_Place]:
+        """Write an image that no tier has yet to the faster ones; the places where it will lie.
+
+        Before the last tier has said whose the number is, that is the stand-in slot: no key names two pictures. For
+        review nobody looks for stand-ins, nor is given what lies there: it waits under its number if that is free.
+        """
+        waits_for_review = held.slot != held.slot.reviewed
+        if not (held.lies_there or held.replace or held.slot.is_stand_in or waits_for_review):
+            if held.slot.stand_in.name in self._held:
+                return []  # it has been a stand-in, and lies there
+            del self._held[held.slot.name]
+            held.slot = held.slot.stand_in
+            self._held[held.slot.name] = held
+        if held.unsaved or not held.lies_there:
+            held.lies_there = True
+            for tier in self._tiers[:-1]:
+                self._write(tier, held.slot, held.entry, replace=held.replace or held.slot.is_stand_in)
+        return [(tier.name, held.slot.name) for tier in self._tiers[:-1]]
+
+    async def _ended_at(self, places: Sequence[_Place]) -> None:
+        """Await what is being written at these places, or deleted after that, for a moment at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_S):
+                await _ended([self._last_writes[place] for place in places if place in self._last_writes])
+                await _ended([self._outdated[place] for place in places if place in self._outdated])
+
     async def _try_last(self, held: _Held) -> None:
-        if not held.kept.done():
+        if held.kept.done():
+            held.task.cancel()
+        else:
             await _ended([held.task])
-            return
-        held.task.cancel()
-        await self._offer(held)
+        if self._is_held(held):
+            await self._offer(held)
 
     async def _offer(self, held: _Held) -> bool:
         """Offer an image to the last tier once; whether there is nothing more to do for it."""
@@ -318,6 +354,8 @@ class Keeper:
             await _ended([write])
             if _is_written(write):
                 return
+        elif (before := self._last_writes.get((tier.name, key.name))) is not None:
+            await _ended([before])
         wait_s = _FIRST_RETRY_S
         while not await _is_deleted(tier, key):
             await self._clock.sleep(wait_s)

@@ -6,12 +6,14 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
+from functools import partial
 
 import structlog
 
 from cacheserver.errors import CacheServerError
 from cacheserver.interfaces import Clock
 from cacheserver.model import Ask
+from cacheserver.tasks import end, every
 
 _log = structlog.get_logger(__name__)
 
@@ -44,25 +46,24 @@ class Remakes:
 
     def start(self, off_peak_hours: tuple[int, int]) -> None:
         """Work off what waits whenever the hour (UTC) lies between the two, from now on."""
-        self._working = asyncio.create_task(self._work(off_peak_hours), name="remake")
+        work = partial(self._work, off_peak_hours)
+        looking = every(_LOOK_S, work, clock=self._clock, name="remake", at_once=True)
+        self._working = asyncio.create_task(looking, name="remake")
 
     async def aclose(self) -> None:
         """Stop working."""
         if self._working is not None:
-            self._working.cancel()
-            await asyncio.wait({self._working})
+            await end([self._working])
 
     async def _work(self, off_peak_hours: tuple[int, int]) -> None:
-        while True:
-            while self._waiting and is_between(datetime.fromtimestamp(self._clock.now_s(), UTC).hour, off_peak_hours):
-                _, ask = self._waiting.popitem(last=False)
-                try:
-                    await self._make(ask)
-                except CacheServerError as error:
-                    _log.info("not_remade", namespace=ask.namespace.name, reason=error.reason)
-                    self.add(ask)
-                    break
-            await self._clock.sleep(_LOOK_S)
+        while self._waiting and is_between(datetime.fromtimestamp(self._clock.now_s(), UTC).hour, off_peak_hours):
+            _, ask = self._waiting.popitem(last=False)
+            try:
+                await self._make(ask)
+            except CacheServerError as error:
+                _log.info("not_remade", namespace=ask.namespace.name, reason=error.reason)
+                self.add(ask)
+                break
 
 
 def is_between(hour: int, hours: tuple[int, int]) -> bool:

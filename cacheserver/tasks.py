@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import structlog
 
 from cacheserver.errors import CacheServerError
+from cacheserver.interfaces import Clock
 
 _log = structlog.get_logger(__name__)
 
@@ -37,17 +39,21 @@ class OwnedTasks:
             await asyncio.wait(self._tasks)
 
     async def aclose(self, grace_s: float) -> None:
-        """Await all tasks at most `grace_s`, then cancel what is left; what those leave behind is awaited as well."""
-        if not self._tasks:
-            return
-        _, late = await asyncio.wait(self._tasks, timeout=grace_s)
-        for task in late:
-            task.cancel()
-        if late:
-            await asyncio.wait(late)
-            await asyncio.sleep(0)  # their callbacks may own further tasks
-            if self._tasks:
-                await asyncio.wait(self._tasks, timeout=_LAST_S)
+        """Await all tasks and what those own in turn at most `grace_s`, then cancel what is left and await its end.
+
+        None runs on after this, even if it is cancelled. What cancelled tasks leave behind has a moment to end.
+        """
+        try:
+            await self._idle_within(grace_s)
+        finally:
+            await end(self._tasks)
+            await self._idle_within(_LAST_S)
+            await end(self._tasks)
+
+    async def _idle_within(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.idle()
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
@@ -55,3 +61,29 @@ class OwnedTasks:
         # An error of ours has reached whoever still waits; anything else is a bug.
         if error is not None and not isinstance(error, CacheServerError):
             _log.error("task_failed", task=task.get_name(), exc_info=error)
+
+
+async def end(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel `tasks` and return when all have ended; those that have already stay as they are."""
+    ending = list(tasks)
+    for task in ending:
+        task.cancel()
+    if ending:
+        await asyncio.wait(ending)
+
+
+async def every(
+    pause_s: float, work: Callable[[], Awaitable[None]], *, clock: Clock, name: str, at_once: bool = False
+) -> None:
+    """Do `work` after each pause until cancelled, and once before the first one if `at_once`.
+
+    A bug in one round is logged and not the end of it: what nobody awaits would otherwise never run again, unseen.
+    """
+    if not at_once:
+        await clock.sleep(pause_s)
+    while True:
+        try:
+            await work()
+        except Exception as error:  # noqa: BLE001 - whatever it was, it is logged, and the next round may work
+            _log.error("round_failed", task=name, exc_info=error)
+        await clock.sleep(pause_s)

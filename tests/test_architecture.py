@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": {"model"},
     "interfaces": {"model", "errors"},
     "clock": set(),
-    "tasks": {"errors"},
+    "tasks": {"errors", "interfaces"},
     "log": set(),
     "identity": VALUES,
     "tiers": VALUES,

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from cacheserver.errors import KeyGoneError
+from cacheserver.errors import KeyGoneError, ShuttingDownError
 from cacheserver.flight import Flight, Flights, Loaded, Waiter
 from cacheserver.identity import identify
 from cacheserver.model import (
@@ -140,3 +140,17 @@ async def test_joining_costs_the_same_however_many_wait(monkeypatch: pytest.Monk
     for _ in range(100):
         flight.join(waiter(0))
     assert looks == 100
+
+
+async def test_closing_that_is_cancelled_leaves_no_load_running(loads: Loads) -> None:
+    waiting = waiter(0)
+    loads.flights.board(waiting)
+    closing = asyncio.create_task(loads.flights.aclose(300))
+    await loads.steps()
+    assert loads.running == 1
+    closing.cancel()
+    await asyncio.wait({closing})
+    assert closing.cancelled()
+    assert loads.running == 0
+    with pytest.raises(ShuttingDownError):
+        await waiting.answer

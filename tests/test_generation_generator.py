@@ -459,6 +459,38 @@ async def test_a_call_far_beyond_the_p99_is_made_once_more_elsewhere_and_the_lat
     assert await path.outcomes() == [SETTLED, SETTLED]
 
 
+async def test_a_call_that_lost_to_its_hedge_has_what_is_left_of_the_drain_time(
+    clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cacheserver.generation.generator._CLOSING_S", 0.0)
+    path, making = await hedging(clock)
+    await making
+    closing = asyncio.create_task(path.generator.aclose(300))
+    await until(lambda: path.generator._scheduler._closing)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    path.upstreams["slow"].release()
+    await closing
+    assert [spare.upstream for spare in path.spares] == ["slow"]
+    assert path.ledger.outcomes == [SETTLED, SETTLED]
+    assert path.generator._scheduler._tasks._tasks == set()
+
+
+async def test_closing_that_is_cancelled_leaves_no_call_running_and_lets_go_of_the_upstreams(clock: FakeClock) -> None:
+    path, making = await hedging(clock)
+    await making
+    closing = asyncio.create_task(path.generator.aclose(300))
+    await until(lambda: path.generator._scheduler._closing)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.wait({closing})
+    assert closing.cancelled()
+    assert path.generator._tasks._tasks == set()
+    assert sorted(path.ledger.outcomes) == [SETTLED, AttemptOutcome.UNKNOWN]
+    assert all(each.closed for each in path.upstreams.values())
+
+
 async def test_a_hedge_that_fails_costs_the_first_call_nothing(clock: FakeClock) -> None:
     path, making = await hedging(clock)
     path.upstreams["other"].fail_next(UpstreamDownError("500"))

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from cacheserver.errors import EntryTooLargeError, KeyGoneError
-from cacheserver.model import CachedImage, CacheKey, CachePolicy, Pending, Terms, TierName
+from cacheserver.model import CachedImage, CacheKey, CachePolicy, Pending, Served, Terms, TierName
 from tests.house import EVERYTHING, FaultyTier, House
 from tests.waiting import until
 
@@ -16,6 +16,19 @@ async def put(house: House, entry: CachedImage, *, replace: bool = False) -> Cac
     _, identity = house.identity()
     stored, _ = await house.cache.put(entry.image, identity, namespace=house.namespace, replace=replace)
     return stored
+
+
+async def on_its_way(house: House, **terms: object) -> asyncio.Task[list[Served] | Pending]:
+    """A call whose picture is made, and which the last tier neither takes nor refuses."""
+    calls = house.upstream.calls
+    house.upstream.hold()
+    asking = asyncio.create_task(house.ask(**terms))  # type: ignore[arg-type] # test convenience
+    await house.upstream.arrived(calls + 1)
+    await house.settle()
+    house.s3.gate.clear()
+    house.upstream.release()
+    await until(lambda: len(house.keeper._writes) == 1)
+    return asking
 
 
 def refuse_as_too_large(tier: FaultyTier) -> None:
@@ -289,6 +302,119 @@ class TestShutdown:
         await asyncio.wait_for(house.keeper.aclose(0.01), timeout=5)
         left = [task for task in asyncio.all_tasks() if task.get_name() in {"keep", "write to s3", "replace copy"}]
         assert left == []
+
+    @pytest.mark.parametrize("grace_s", [0, 0.01], ids=["in a hurry", "in peace"])
+    async def test_a_picture_on_its_way_to_a_last_tier_that_hangs_is_found_by_the_next_life(
+        self, house: House, grace_s: float
+    ) -> None:
+        asking = await on_its_way(house)
+        await house.cache.aclose(0)
+        await asyncio.wait_for(house.keeper.aclose(grace_s), timeout=5)
+        await asyncio.wait({asking})
+        house.s3.gate.set()
+        house.restart()
+        served = await house.get()
+        assert (served.tier, house.upstream.calls) == (TierName.REDIS, 1)
+        assert await house.s3.get(served.entry.key) == served.entry
+
+    async def test_a_picture_the_last_tier_took_while_closing_leaves_no_stand_in(self, house: House) -> None:
+        asking = await on_its_way(house)
+        _, identity = house.identity()
+        house.redis.gate.clear()
+        closing = asyncio.create_task(house.keeper.aclose(5))
+        await until(lambda: len(house.keeper._writes) == 2)
+        house.s3.gate.set()
+        await until(lambda: len(house.keeper._outdated) == 1)
+        house.redis.gate.set()
+        await closing
+        answer = await asking
+        assert not isinstance(answer, Pending)
+        assert await house.redis.get(identity.key.stand_in) is None
+        assert await house.redis.get(identity.key) == await house.s3.get(identity.key) == answer[0].entry
+
+    async def test_the_key_of_a_picture_on_its_way_never_names_it_before_the_last_tier_says_so(
+        self, house: House
+    ) -> None:
+        blue = await house.get("a blue fox")
+        await on_its_way(house)
+        _, identity = house.identity()
+        theirs = CachedImage(identity.key, blue.entry.image, "default", identity.prompt_digest, house.clock.now_s())
+        await house.s3._tier.put(theirs.key, theirs, replace=False)
+        await house.cache.aclose(0)
+        await house.keeper.aclose(0)
+        assert await house.redis.get(theirs.key) is None
+        house.s3.gate.set()
+        house.restart()
+        assert (await house.get()).entry == theirs
+
+    async def test_a_refresh_on_its_way_to_a_last_tier_that_hangs_is_found_by_the_next_life(self, house: House) -> None:
+        old = await house.get()
+        await house.settle()
+        await on_its_way(house, cache_policy=CachePolicy.REFRESH)
+        await house.cache.aclose(0)
+        await house.keeper.aclose(0)
+        house.s3.gate.set()
+        house.restart()
+        served = await house.get()
+        assert served.entry.image.data != old.entry.image.data
+        assert (served.tier, house.upstream.calls) == (TierName.REDIS, 2)
+
+    async def test_a_picture_on_its_way_to_review_waits_there_in_the_next_life(self, house: House) -> None:
+        blue = await house.get("a blue fox")
+        await house.settle()
+        _, identity = house.identity()
+        entry = CachedImage(identity.key, blue.entry.image, "default", identity.prompt_digest, house.clock.now_s())
+        house.s3.gate.clear()
+        kept = house.reviews.hold(entry)
+        await house.keeper.aclose(0)
+        assert kept.cancelled()
+        house.s3.gate.set()
+        house.restart()
+        found = await house.reviews.find(identity.key)
+        assert found is not None
+        assert found.image == entry.image
+
+    async def test_what_only_memory_had_is_offered_to_the_faster_tiers_too(self, house: House) -> None:
+        house.redis.is_down = house.s3.is_down = True
+        served = await house.get()
+        house.redis.is_down = False
+        house.s3.gate.clear()
+        await house.cache.aclose(0)
+        await house.keeper.aclose(0)
+        assert await house.redis.get(served.entry.key.stand_in) == served.entry
+
+    async def test_closing_that_is_cancelled_still_saves_what_is_on_its_way(self, house: House) -> None:
+        await on_its_way(house)
+        _, identity = house.identity()
+        await house.cache.aclose(0)
+        house.redis.gate.clear()
+        closing = asyncio.create_task(house.keeper.aclose(300))
+        await until(lambda: len(house.keeper._writes) == 2)
+        closing.cancel()
+        await asyncio.sleep(0)
+        house.redis.gate.set()
+        await asyncio.wait({closing})
+        assert closing.cancelled()
+        assert await house.redis.get(identity.key.stand_in) is not None
+        assert not house.keeper._writes
+
+    async def test_a_stand_in_handed_over_right_before_closing_is_offered_to_the_last_tier(self, house: House) -> None:
+        blue = await house.get("a blue fox")
+        _, identity = house.identity()
+        entry = CachedImage(identity.key, blue.entry.image, "default", identity.prompt_digest, house.clock.now_s())
+        kept = house.keeper.keep_stand_in(entry)
+        await house.keeper.aclose(5)
+        assert await kept == await house.s3.get(entry.key) == entry
+        assert await house.redis.get(entry.key.stand_in) is None
+
+    async def test_a_picture_handed_over_right_before_closing_is_offered_to_the_last_tier(self, house: House) -> None:
+        blue = await house.get("a blue fox")
+        _, identity = house.identity()
+        entry = CachedImage(identity.key, blue.entry.image, "default", identity.prompt_digest, house.clock.now_s())
+        kept = house.keeper.keep(entry)
+        await house.keeper.aclose(5)
+        assert await kept == await house.s3.get(entry.key) == await house.redis.get(entry.key) == entry
+        assert await house.redis.get(entry.key.stand_in) is None
 
 
 class TestFewTiers:

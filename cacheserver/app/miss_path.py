@@ -101,7 +101,6 @@ async def build_miss_path(
         retry_share=generation.retry_share,
         hedge_after_p99=generation.hedge_after_p99,
     )
-    undo.push_async_callback(generator.aclose)
     return MissPath(generator, pool, limits, budgets, ledger, tuple(settings.group_limits))
 
 

@@ -9,9 +9,8 @@ import asyncio
 import functools
 import gc
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, suppress
-from typing import Any
 
 import structlog
 import uvloop
@@ -49,6 +48,7 @@ from cacheserver.rpc.auth import Authenticator
 from cacheserver.rpc.server import Listen, RpcServer
 from cacheserver.rpc.service import Limits, PromptCacheService
 from cacheserver.settings import Settings, warnings
+from cacheserver.tasks import end, every
 from cacheserver.tiers.guard import GuardedTier
 from cacheserver.tiers.memory import MemoryCache
 from cacheserver.tiers.redis import Client
@@ -140,6 +140,7 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
         keeper = Keeper(memory=memory, tiers=lower.tiers, books=books, clock=clock)
         undo.push_async_callback(lambda: keeper.aclose(patience.for_writes_s()))
         miss_path = await build_miss_path(settings, client=lower.control, books=books, clock=clock, undo=undo)
+        undo.push_async_callback(lambda: miss_path.generator.aclose(patience.for_calls_s()))
         namespaces = settings.namespaces.values()
         reviews = Reviews(memory=memory, tiers=lower.tiers, keeper=keeper, namespaces=namespaces)
         cache = PromptCache(
@@ -183,10 +184,11 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
         await rpc.start()
         undo.push_async_callback(lambda: rpc.drain(patience.for_calls_s()))
         undo.callback(ready.clear)
-        watching = asyncio.create_task(_watch_tiers(rpc, lower.tiers, clock), name="watch tiers")
-        undo.push_async_callback(_end, watching)
-        counting = asyncio.create_task(_watch_budgets(registry, miss_path, clock), name="watch budgets")
-        undo.push_async_callback(_end, counting)
+        show = functools.partial(_show_tiers, rpc, lower.tiers)
+        _keep_doing(show, _WATCH_S, clock=clock, name="watch tiers", at_once=True, undo=undo)
+        left = Gauge("cacheserver_budget_remaining_microusd", "What a budget has left", ["scope"], registry=registry)
+        count = functools.partial(_count_budgets, left, miss_path)
+        _keep_doing(count, _BUDGETS_S, clock=clock, name="watch budgets", at_once=True, undo=undo)
         _add_gauges(registry, cache, miss_path, memory)
         ready.set()
         service = Service(settings, rpc=rpc, http=http, patience=patience, undo=undo.pop_all())
@@ -222,7 +224,7 @@ async def _serve(settings: Settings) -> None:
     stop_asked = asyncio.create_task(asked.wait())
     await asyncio.wait({starting, stop_asked}, return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
-        await _end(starting)
+        await end([starting])
         return
     service = starting.result()
     # What exists now stays: a full collection that walks it again stops the service for about 100 ms. One that walks
@@ -239,29 +241,38 @@ async def _serve(settings: Settings) -> None:
     if not stopping.done():
         _log.warning("ended_before_drained")
         service.hurry()
-        await _end(stopping)
+        await end([stopping])
         return
     stopping.result()
     _log.info("stopped")
 
 
-async def _watch_tiers(rpc: RpcServer, tiers: Sequence[GuardedTier], clock: Clock) -> None:
-    """Keep each tier's health name in step with its breaker."""
-    while True:
-        for name, is_well in tier_states(tiers).items():
-            await rpc.set_tier_health(name, is_well=is_well)
-        await clock.sleep(_WATCH_S)
+def _keep_doing(  # noqa: PLR0913 - what, how often, and until when
+    work: Callable[[], Awaitable[None]],
+    pause_s: float,
+    *,
+    clock: Clock,
+    name: str,
+    undo: AsyncExitStack,
+    at_once: bool = False,
+) -> None:
+    """Do `work` every `pause_s` in the background, until the service stops."""
+    doing = every(pause_s, work, clock=clock, name=name, at_once=at_once)
+    undo.push_async_callback(end, [asyncio.create_task(doing, name=name)])
 
 
-async def _watch_budgets(registry: CollectorRegistry, miss_path: MissPath, clock: Clock) -> None:
-    """Keep the metric of what each budget has left."""
-    left = Gauge("cacheserver_budget_remaining_microusd", "What a budget has left", ["scope"], registry=registry)
-    while True:
-        with suppress(CacheServerError):  # they cannot be asked now: the last figure stands
-            for state in await miss_path.budgets.states():
-                taken = state.spent_microusd + state.reserved_microusd
-                left.labels(state.budget.name).set(state.budget.limit_microusd - taken)
-        await clock.sleep(_BUDGETS_S)
+async def _show_tiers(rpc: RpcServer, tiers: Sequence[GuardedTier]) -> None:
+    """Set each tier's health name as its breaker is."""
+    for name, is_well in tier_states(tiers).items():
+        await rpc.set_tier_health(name, is_well=is_well)
+
+
+async def _count_budgets(left: Gauge, miss_path: MissPath) -> None:
+    """Set the metric of what each budget has left."""
+    with suppress(CacheServerError):  # they cannot be asked now: the last figure stands
+        for state in await miss_path.budgets.states():
+            taken = state.spent_microusd + state.reserved_microusd
+            left.labels(state.budget.name).set(state.budget.limit_microusd - taken)
 
 
 async def _policies(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -> dict[str, PromptPolicy]:
@@ -270,7 +281,8 @@ async def _policies(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -
     files = {each.deny_file for each in written.values() if each.deny_file is not None}
     lists = {file: await asyncio.to_thread(DenyList, file) for file in files}
     if lists:
-        undo.push_async_callback(_end, asyncio.create_task(_reload(lists.values(), clock), name="reload deny-lists"))
+        reload = functools.partial(_reload, lists.values())
+        _keep_doing(reload, _RELOAD_S, clock=clock, name="reload deny-lists", undo=undo)
     moderation = None
     if any(each.moderation for each in written.values()):
         moderation = OpenAIModeration(_moderation_endpoint(settings), clock=clock)
@@ -299,12 +311,10 @@ def _moderation_endpoint(settings: Settings) -> ModerationEndpoint:
     )
 
 
-async def _reload(lists: Iterable[DenyList], clock: Clock) -> None:
-    """Bring deny-lists whose files change into force without a restart."""
-    while True:
-        await clock.sleep(_RELOAD_S)
-        for each in lists:
-            await asyncio.to_thread(each.reload)
+async def _reload(lists: Iterable[DenyList]) -> None:
+    """Bring deny-lists whose files have changed into force without a restart."""
+    for each in lists:
+        await asyncio.to_thread(each.reload)
 
 
 def _replays(settings: Settings, client: Client | None, *, clock: Clock) -> Replays:
@@ -388,8 +398,3 @@ def _images_per_minute(miss_path: MissPath, group: str) -> float:
 
 def _waiting(miss_path: MissPath, priority: Priority) -> int:
     return miss_path.generator.queue_depth.get(priority, 0)
-
-
-async def _end(task: asyncio.Task[Any]) -> None:
-    task.cancel()
-    await asyncio.wait({task})

@@ -21,7 +21,7 @@ from cacheserver.control.scripts import run_script
 from cacheserver.errors import CannotAffordError, LedgerUnavailableError, UnknownUpstreamError
 from cacheserver.interfaces import Books, Clock
 from cacheserver.model import Budget, BudgetPeriod, BudgetState
-from cacheserver.tasks import OwnedTasks
+from cacheserver.tasks import OwnedTasks, every
 from cacheserver.tiers.redis import Client
 
 _log = structlog.get_logger(__name__)
@@ -248,7 +248,8 @@ class RedisBudgets:
     async def start(self) -> None:
         """Tell Redis what we know, and from now on look every second how things stand there."""
         await self.look()
-        self._tasks.own(self._look_on(), "budgets")
+        looking = every(self._look_every_s, self.look, clock=self._clock, name="budgets")
+        self._tasks.own(looking, "budgets")
 
     async def aclose(self) -> None:
         """Look no more."""
@@ -329,11 +330,6 @@ class RedisBudgets:
             await self._look()
         except _LostError:
             pass  # noted where it was found
-
-    async def _look_on(self) -> None:
-        while True:
-            await self._clock.sleep(self._look_every_s)
-            await self.look()
 
     # ---- reserving
 

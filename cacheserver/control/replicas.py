@@ -14,7 +14,7 @@ from cacheserver.control.redis import UNREACHABLE
 from cacheserver.control.scripts import run_script
 from cacheserver.errors import ConfigError
 from cacheserver.interfaces import Clock
-from cacheserver.tasks import OwnedTasks
+from cacheserver.tasks import OwnedTasks, every
 from cacheserver.tiers.redis import Client
 
 _log = structlog.get_logger(__name__)
@@ -74,7 +74,8 @@ class Replicas:
         """Show ourselves once, and from now on every few seconds."""
         if self._client is not None:
             await self.beat()
-            self._tasks.own(self._beat_on(), "replicas")
+            beating = every(self._beat_s, self.beat, clock=self._clock, name="replicas")
+            self._tasks.own(beating, "replicas")
 
     async def beat(self) -> None:
         """Show ourselves and look who else does. Never raises."""
@@ -99,11 +100,6 @@ class Replicas:
                 await self._client.zrem(self.name_in_redis, self.id)
         except UNREACHABLE as error:
             _log.warning("replica_not_signed_off", error=type(error).__name__)
-
-    async def _beat_on(self) -> None:
-        while True:
-            await self._clock.sleep(self._beat_s)
-            await self.beat()
 
     def _note(self, *, is_lost: bool, error: str = "") -> None:
         if is_lost != self.redis_is_lost:

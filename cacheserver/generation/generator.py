@@ -220,11 +220,23 @@ class Generator:
         """Return when every call that has ended is written down."""
         await self._tasks.idle()
 
-    async def aclose(self) -> None:
-        """Turn away who waits, write down what has ended, and let go of the upstreams' connections."""
-        await self._scheduler.aclose()
-        await self._tasks.aclose(_CLOSING_S)
-        await self._pool.aclose()
+    async def aclose(self, grace_s: float = 0.0) -> None:
+        """Turn away who waits, let calls end within `grace_s`, write down how, and let go of upstreams' connections.
+
+        A call that lost a race has no owner but us, and its picture is paid for. Writing down has 5 s in any case.
+        """
+        until_s = self._clock.monotonic_s() + grace_s
+        try:
+            await self._scheduler.aclose()
+        except asyncio.CancelledError:
+            until_s = 0.0  # whoever closes us is in a hurry now
+            raise
+        finally:
+            try:
+                await self._tasks.aclose(max(until_s - self._clock.monotonic_s(), _CLOSING_S))
+            finally:
+                await self._scheduler.aclose()  # gives back the places of calls that have ended since
+                await self._pool.aclose()
 
     # ── one call, until it has worked or failed for good ────────────────────────────────────────────────────
 

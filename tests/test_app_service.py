@@ -1,0 +1,110 @@
+"""What a service does beside its calls, and how it stops in a hurry."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+from cacheserver.app import service as service_module
+from cacheserver.app import start
+from cacheserver.clock import SystemClock
+from cacheserver.control.budgets import LocalBudgets
+from cacheserver.generation.generator import Generator
+from cacheserver.model import CachePolicy
+from cacheserver.precheck import DenyList
+from cacheserver.settings import load_settings
+from tests.house import House
+from tests.running import environment, running
+from tests.waiting import until
+
+CONFIG = """
+[namespaces.default]
+deny_file = "{}"
+"""
+
+
+def broken_once(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> Callable[[], int]:
+    """Have the first call of a function die of a bug; says how many have begun."""
+    calls = 0
+    works = getattr(owner, name)
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise ZeroDivisionError
+        return works(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, once)
+    return lambda: calls
+
+
+class HastyClock(SystemClock):
+    """Real time whose pauses are short."""
+
+    async def sleep(self, seconds: float) -> None:
+        await super().sleep(min(seconds, 0.01))
+
+
+@pytest.mark.parametrize(
+    ("method", "loop"),
+    [
+        ((service_module, "tier_states"), "watch tiers"),
+        ((LocalBudgets, "states"), "watch budgets"),
+        ((DenyList, "reload"), "reload deny-lists"),
+    ],
+)
+async def test_a_bug_in_the_background_is_said_and_not_the_end_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: tuple[object, str], loop: str
+) -> None:
+    deny_file, file = tmp_path / "deny.txt", tmp_path / "cacheserver.toml"
+    deny_file.write_text("nothing\n")
+    file.write_text(CONFIG.format(deny_file))
+    calls = broken_once(monkeypatch, *method)
+    with structlog.testing.capture_logs() as events:
+        service = await start(load_settings(file, environment(tmp_path)), clock=HastyClock())
+        try:
+            await until(lambda: calls() >= 2)
+        finally:
+            await service.stop()
+    assert [event["task"] for event in events if event["event"] == "round_failed"] == [loop]
+
+
+async def test_a_cache_whose_closing_is_cancelled_leaves_nothing_running(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cacheserver.cache._REMEMBERING_S", 0.0)
+    house.upstream.hold()
+    calls = [
+        asyncio.create_task(house.ask("a red fox")),
+        asyncio.create_task(house.ask(cache_policy=CachePolicy.NO_STORE)),
+    ]
+    await house.upstream.arrived(2)
+    closing = asyncio.create_task(house.cache.aclose(300))
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.wait({closing})
+    assert closing.cancelled()
+    assert (house.cache.in_flight, house.cache._tasks._tasks) == (0, set())
+    await asyncio.wait(calls)
+
+
+async def test_calls_that_lost_a_race_have_what_is_left_of_the_drain_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+    aclose = Generator.aclose
+
+    async def noted(self: Generator, grace_s: float = 0.0) -> None:
+        given.append(grace_s)
+        await aclose(self, grace_s)
+
+    monkeypatch.setattr(Generator, "aclose", noted)
+    async with running(environment(tmp_path, server__drain_timeout_s=300)):
+        pass
+    assert [250 < grace_s <= 300 for grace_s in given] == [True]
