@@ -437,13 +437,15 @@ class Slot:
 class CallReport:
     """What one finished call says about its group's limits.
 
-    `limited`: it was answered 429 for a rate limit. `tokens` is what it really took, None if not told.
+    `limited`: it was answered 429 for a rate limit. `tokens` is what it really took, None if not told; `images` how
+    many it asked for, None if as many as were reserved.
     """
 
     limited: bool = False
     retry_after_s: float | None = None
     told: RateLimits | None = None
     tokens: int | None = None
+    images: int | None = None
 
 
 class UpstreamHealth(StrEnum):

@@ -79,6 +79,7 @@ def any_report(rng: random.Random, *, tells: bool) -> CallReport:
         retry_after_s=rng.choice([None, 0.3, 2.0, 1e6]),
         told=rng.choice([None, None, RateLimits(any_limit(), any_limit(), any_limit())]) if tells else None,
         tokens=rng.choice([None, 0, 1_000, 10**12]),
+        images=rng.choice([None, None, 0, 1, 4]),
     )
 
 

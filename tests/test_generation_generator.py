@@ -380,6 +380,24 @@ async def test_a_call_that_a_budget_does_not_allow_is_not_made_and_names_what_wo
     assert len(await path.make(replace(CAT, quality="high"), namespace="other")) == 1
 
 
+async def test_money_that_is_gone_when_the_call_is_to_be_sent_is_not_spent_and_names_what_would_be_cheaper(
+    clock: FakeClock,
+) -> None:
+    path = MissPath(clock, budget=[day(300_000)])
+
+    async def spent_by_others(_: str) -> None:
+        raise CannotAffordError("global/day", reset_time_s=0)
+
+    path.budgets.sent = spent_by_others  # type: ignore[method-assign] # as when others took this replica for dead
+    with pytest.raises(CannotAffordError) as caught:
+        await path.make(replace(CAT, quality="high"))
+    assert [rung.quality for rung in caught.value.rungs] == ["medium", "low"]
+    assert await path.outcomes() == [NOT_BILLED]
+    assert (path.one.calls, path.spending) == (0, 0)
+    (state,) = await path.budgets.states()
+    assert (state.spent_microusd, state.reserved_microusd) == (0, 0)
+
+
 async def test_a_failed_call_takes_nothing_from_the_budget(clock: FakeClock) -> None:
     path = MissPath(clock, budget=[day(COST + 1_000)])
     for _ in range(5):

@@ -343,6 +343,16 @@ def test_tokens_are_corrected_by_what_a_call_really_took() -> None:
     assert law.reserve(Amounts(tokens=100), 5.0) == pytest.approx(30.0)
 
 
+def test_a_call_of_fewer_images_than_were_reserved_takes_no_more_than_its_own() -> None:
+    law = group(GroupLimits(images_per_minute=60, images_per_day=86_400, headroom=0))
+    four = Amounts(images=4)
+    start_s = law.reserve(four, 1_000.0)
+    assert law.earliest_s(ONE, 1_000.0) == pytest.approx(1_004.0)
+    law.end(four, start_s, CallReport(images=1), 1_000.0)
+    assert law.earliest_s(ONE, 1_000.0) == pytest.approx(1_001.0)
+    assert law.state.tat_s[3] == pytest.approx(1_001.0)
+
+
 # --- against simulated providers
 
 

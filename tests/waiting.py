@@ -6,7 +6,6 @@ import asyncio
 import itertools
 from collections.abc import Awaitable, Callable
 
-
 _TURNS = 1_000
 _PAUSE_S = 0.005
 

@@ -152,6 +152,7 @@ return answer(1, start, 0)
 _END = f"""{_COMMON}
 local start, limited, retry_after = tonumber(ARGV[15]), ARGV[16] == '1', tonumber(ARGV[17])
 local tokens, is_told, told_wait = tonumber(ARGV[18]), ARGV[19] == '1', tonumber(ARGV[23])
+local images = tonumber(ARGV[24])
 redis.call('ZREM', KEYS[2], member)
 
 local function left(passed) return passed / (passed + 6) end
@@ -191,10 +192,14 @@ local function refused()
   end
 end
 
-if tokens then
+local function correct(place, used)
+  if not used or used == amounts[place] then return end
   local unit = units()
-  for i = 3, 6, 3 do s['tat_s' .. i] = s['tat_s' .. i] + (tokens - amounts[3]) * unit[i] end
+  for i = place, 6, 3 do s['tat_s' .. i] = s['tat_s' .. i] + (used - amounts[place]) * unit[i] end
 end
+
+correct(1, images)
+correct(3, tokens)
 if is_told and start >= s.told_at_s then
   for i = 1, 3 do
     local limit_told = tonumber(ARGV[19 + i])
@@ -397,15 +402,20 @@ def _report_args(report: CallReport) -> tuple[str, ...]:
     return (
         str(int(report.limited)),
         _number(report.retry_after_s),
-        _number(None if report.tokens is None else min(max(report.tokens, 0), _MOST_TOLD)),
+        _used(report.tokens),
         str(int(told is not None)),
         *(_told(limit) for limit in limits),
         _number(told.wait_s if told else None),
+        _used(report.images),
     )
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else repr(float(value))
+
+
+def _used(amount: int | None) -> str:
+    return _number(None if amount is None else min(max(amount, 0), _MOST_TOLD))
 
 
 def _told(limit: RateLimit | None) -> str:

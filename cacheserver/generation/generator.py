@@ -308,8 +308,7 @@ class Generator:
                 degradable=order.allow_degraded or is_hedge,
             )
         except CannotAffordError as error:
-            rungs = self.rungs(order.request)
-            raise CannotAffordError(error.budget, reset_time_s=error.reset_time_s, rungs=rungs) from error
+            raise self._too_dear(error, order.request) from error
         try:
             turn = await self._scheduler.turn(work.job, again=is_again)
         except BaseException:
@@ -333,7 +332,7 @@ class Generator:
         """Call the turn's upstream; the attempt is closed, and its limits told, whatever comes of it."""
         report = CallReport(tokens=work.job.amounts.tokens)
         try:
-            await self._write_down(attempt)
+            await self._write_down(attempt, work.order.request)
             work.ears.on_spending()
             images, report = await self._paid(turn.lane, work, attempt)
         except UpstreamError as error:
@@ -342,16 +341,22 @@ class Generator:
             self._pool.failed(turn.lane, error)
             raise
         finally:
-            self._scheduler.finished(turn, report)
+            # Its slot may have been sought for more: what is reserved is no less than what is asked for.
+            self._scheduler.finished(turn, replace(report, images=work.job.amounts.images))
         return images
 
-    async def _write_down(self, attempt: Attempt) -> None:
+    def _too_dear(self, error: CannotAffordError, request: ImageRequest) -> CannotAffordError:
+        return CannotAffordError(error.budget, reset_time_s=error.reset_time_s, rungs=self.rungs(request))
+
+    async def _write_down(self, attempt: Attempt, request: ImageRequest) -> None:
         """Make the attempt's row durable and its money sent; what was not sent after all is free again."""
         try:
             await asyncio.gather(self._ledger.open(attempt), self._budgets.sent(attempt.id))
         except BaseException as error:
             reason = error.reason if isinstance(error, CacheServerError) else ShuttingDownError.reason
             self._close(replace(attempt, outcome=AttemptOutcome.NOT_BILLED, reason=reason))
+            if isinstance(error, CannotAffordError):
+                raise self._too_dear(error, request) from error
             raise
 
     async def _paid(self, lane: Lane, work: _Work, attempt: Attempt) -> tuple[list[GeneratedImage], CallReport]:

@@ -51,8 +51,8 @@ _MINUTE_S = 60.0
 _DAY_S = 86_400.0
 _BY_DAY = 3
 """From this place on the limits of a group are those by the day."""
-_TOKENS = 2
-"""The place of the tokens among the limits by the minute."""
+_IMAGES, _TOKENS = 0, 2
+"""Their places among the limits by the minute."""
 
 _CUT = 0.1
 """What a refusal takes of the measured rate, so that the provider's bucket fills again."""
@@ -189,10 +189,8 @@ class Group:
     def end(self, amounts: Amounts, start_s: float, report: CallReport, now_s: float) -> None:
         """Learn from what the call reserved for `start_s` met."""
         state = self.state
-        if report.tokens is not None:
-            units_s = self.unit_s(state.factor)
-            for place in (_TOKENS, _TOKENS + _BY_DAY):
-                state.tat_s[place] += (min(max(report.tokens, 0), _MOST_TOLD) - amounts.tokens) * units_s[place]
+        self._correct(_IMAGES, report.images, amounts.images)
+        self._correct(_TOKENS, report.tokens, amounts.tokens)
         told = report.told
         if told is not None and start_s >= state.told_at_s:
             # Answers come in the order they are done, not in the order they were sent.
@@ -216,6 +214,13 @@ class Group:
         ]
         slowest_s = max(*units_s[:2], *days_s, 0.0)
         return 1 / slowest_s if slowest_s else float("inf")
+
+    def _correct(self, place: int, used: int | None, reserved: int) -> None:
+        """Count what a call used in place of what was reserved for it, by the minute and by the day."""
+        if used is not None and used != reserved:
+            units_s = self.unit_s(self.state.factor)
+            for each in (place, place + _BY_DAY):
+                self.state.tat_s[each] += (min(max(used, 0), _MOST_TOLD) - reserved) * units_s[each]
 
     def _per_minute(self) -> list[float]:
         limits = (self.limits.images_per_minute, self.limits.requests_per_minute, self.limits.tokens_per_minute)
