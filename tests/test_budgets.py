@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from cacheserver.accounting.ledger import DaySpending
 from cacheserver.control import budget_scripts
@@ -507,6 +508,39 @@ async def test_what_others_have_freed_is_set_aside_anew_before_it_is_sent(fleet:
     assert await standing(other) == {"global/day": (200, 600)}
 
 
+@pytest.mark.parametrize("redis_lost", ["share", "refuse"])
+async def test_what_others_have_freed_is_not_sent_unlooked_at_though_redis_is_lost_again(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, redis_lost: Literal["share", "refuse"]
+) -> None:
+    stalled, other = fleet.replica(IDS[0], [GLOBAL_DAY], redis_lost=redis_lost), fleet.replica(IDS[1], [GLOBAL_DAY])
+    await reserve(stalled, "a", 300)
+    await stalled.look()
+    await fleet.takes_for_dead(IDS[0], who=other)
+    answers = stalled._eval
+
+    async def lose(*_: Any) -> list[Any]:
+        raise RedisConnectionError("gone")
+
+    async def answer_until_buried(script: str, keys: Sequence[str], args: Sequence[Any]) -> list[Any]:
+        answer = await answers(script, keys, args)
+        if answer[0] == "buried":
+            monkeypatch.setattr(stalled, "_eval", lose)
+        return answer
+
+    monkeypatch.setattr(stalled, "_eval", answer_until_buried)
+    if redis_lost == "refuse":
+        with pytest.raises(LedgerUnavailableError):
+            await stalled.sent("a")
+        await stalled.release("a")
+        assert stalled._here.accounts.open == {}
+    else:
+        await stalled.sent("a")
+        assert stalled._here.accounts.open["a"].is_sent
+    monkeypatch.setattr(stalled, "_eval", answers)
+    await stalled.look()
+    assert await standing(other) == ({} if redis_lost == "refuse" else {"global/day": (0, 300)})
+
+
 async def test_what_was_freed_while_it_is_being_sent_is_set_aside_anew(fleet: Fleet) -> None:
     stalled, other = (fleet.replica(name, [GLOBAL_DAY]) for name in IDS[:2])
     await reserve(stalled, "a", 600)
@@ -652,6 +686,24 @@ async def test_a_replica_that_has_never_seen_redis_buys_nothing_that_a_budget_bo
     await one.look()
     await reserve(one, "a", 300)
     await one.aclose()
+
+
+async def test_nor_does_one_that_could_tell_redis_but_not_look(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = fleet.replica(IDS[0], [WEB_DAY])
+    answers = one._eval
+
+    async def answer_but_a_look(script: str, keys: Sequence[str], args: Sequence[Any]) -> list[Any]:
+        if script == budget_scripts.TELL:
+            return await answers(script, keys, args)
+        raise RedisConnectionError("gone")
+
+    monkeypatch.setattr(one, "_eval", answer_but_a_look)
+    await one.look()
+    with pytest.raises(LedgerUnavailableError, match="budgets cannot be checked"):
+        await reserve(one, "a", 1)
+    monkeypatch.setattr(one, "_eval", answers)
+    await one.look()
+    await reserve(one, "a", 300)
 
 
 async def test_a_redis_that_lost_its_last_second_is_corrected(fleet: Fleet) -> None:

@@ -155,6 +155,34 @@ async def test_what_cannot_be_written_down_is_not_bought(clock: FakeClock) -> No
     assert (state.spent_microusd, state.reserved_microusd) == (0, 0)
 
 
+async def test_money_that_was_still_being_marked_as_sent_when_the_ledger_failed_is_given_back(
+    clock: FakeClock,
+) -> None:
+    path = MissPath(clock, budget=[day(300_000)])
+    marked = asyncio.Event()
+
+    async def full(_: Attempt) -> None:
+        raise LedgerUnavailableError("disk full")
+
+    async def slow(attempt_id: str) -> None:
+        await marked.wait()
+        await LocalBudgets.sent(path.budgets, attempt_id)
+
+    path.ledger.open = full  # type: ignore[method-assign] # a fault
+    path.budgets.sent = slow  # type: ignore[method-assign] # a fault
+    making = asyncio.create_task(path.make())
+    await until(lambda: path.generator._scheduler._queue.depth[Priority.STANDARD] == 0)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert not making.done()
+    marked.set()
+    with pytest.raises(LedgerUnavailableError):
+        await making
+    await path.settled()
+    (state,) = await path.budgets.states()
+    assert (state.spent_microusd, state.reserved_microusd) == (0, 0)
+
+
 async def test_an_unknown_model_is_refused_with_the_ones_there_are(clock: FakeClock) -> None:
     path = MissPath(clock)
     with pytest.raises(InvalidRequestError) as caught:
@@ -540,6 +568,22 @@ async def test_a_hedge_that_still_waits_when_the_answer_comes_is_never_made(cloc
     await busy
     await path.generator.settled()
     assert path.calls == {"slow": 1, "other": 1}
+
+
+async def test_an_upstream_that_is_busy_on_trial_is_none_to_make_a_call_once_more_at(clock: FakeClock) -> None:
+    path = MissPath(clock, "slow", "other", hedge_after_p99=2.0)
+    for _ in range(30):
+        path.lanes[0].took("medium", 10.0)
+    path.lanes[1].is_on_trial, path.lanes[1].in_flight = True, 1
+    path.upstreams["slow"].hold()
+    making = asyncio.create_task(path.make())
+    await path.upstreams["slow"].arrived(1)
+    await until(lambda: clock.sleepers > 0)
+    clock.advance(21.0)
+    path.upstreams["slow"].release()
+    await making
+    await path.generator.settled()
+    assert path.calls == {"slow": 1, "other": 0}
 
 
 async def test_without_hedging_nothing_is_bought_twice(clock: FakeClock) -> None:

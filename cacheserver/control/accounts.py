@@ -150,14 +150,12 @@ class Accounts:
         for account in reservation.accounts:
             self._change(account, reserved=reservation.microusd)
 
-    def send(self, attempt_id: str) -> Reservation | None:
-        """The attempt goes upstream; its reservation as it is now, None if it has none that was not sent before."""
+    def send(self, attempt_id: str) -> None:
+        """The attempt goes upstream."""
         reservation = self.open.get(attempt_id)
-        if reservation is None or reservation.is_sent:
-            return None
-        self.version += 1
-        self.open[attempt_id] = sent = replace(reservation, is_sent=True)
-        return sent
+        if reservation is not None and not reservation.is_sent:
+            self.version += 1
+            self.open[attempt_id] = replace(reservation, is_sent=True)
 
     def close(self, attempt_id: str, microusd: int, upstream: str = "") -> Reservation | None:
         """What was set aside becomes what it cost; the reservation that ends, None if there is none."""

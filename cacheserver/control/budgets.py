@@ -237,6 +237,8 @@ class RedisBudgets:
         self._buried: set[str] = set()
         """Those of them that others have freed, as they took us for dead."""
 
+        self._has_seen = False
+        """Whether we ever saw what the others have spent."""
         self._epoch: bytes | None = None
         self._standing: dict[Account, _Standing] = {}
         self._spent_by_others: dict[Account, dict[str, int]] = {}
@@ -269,6 +271,9 @@ class RedisBudgets:
         try:
             await self._send_in_redis(attempt_id)
         except _LostError:
+            if attempt_id in self._buried:  # this was the last that we heard of Redis
+                await self.sent(attempt_id)
+                return
             reservation = self._here.accounts.open.get(attempt_id)
             if reservation is not None and reservation.accounts and self._redis_lost == "refuse":
                 raise _cannot_be_checked() from None
@@ -338,7 +343,7 @@ class RedisBudgets:
             await self._reserve_in_redis(attempt_id, wish)
         except _LostError:
             wanted = self._here.wanted(wish.namespace, wish.caller, wish.microusd, self._now_s())
-            if wanted.accounts and (self._redis_lost == "refuse" or self._epoch is None):
+            if wanted.accounts and (self._redis_lost == "refuse" or not self._has_seen):
                 raise _cannot_be_checked() from None
 
             def left(account: Account) -> int:
@@ -609,6 +614,7 @@ class RedisBudgets:
             await self._present_life()
 
     def _see(self, accounts: Sequence[Account], rows: Sequence[Sequence[int]]) -> None:
+        self._has_seen = True
         for account, (limit, spent, reserved, own_spent, own_reserved) in zip(accounts, rows, strict=False):
             self._here.override(account.budget.name, limit)
             self._standing[account] = _Standing(Sum(spent, reserved), Sum(own_spent, own_reserved))

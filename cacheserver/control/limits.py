@@ -192,14 +192,18 @@ local function refused()
   end
 end
 
-local function correct(place, used)
-  if not used or used == amounts[place] then return end
-  local unit = units()
-  for i = place, 6, 3 do s['tat_s' .. i] = s['tat_s' .. i] + (used - amounts[place]) * unit[i] end
+local function correct(place, more)
+  if more == 0 then return end
+  local unit, by_day = units(), place + 3
+  s['tat_s' .. by_day] = s['tat_s' .. by_day] + more * unit[by_day]
+  if start >= s.resumed_at_s then s['tat_s' .. place] = s['tat_s' .. place] + more * unit[place] end
 end
 
-correct(1, images)
-correct(3, tokens)
+if images then
+  correct(1, images - amounts[1])
+  if not limited then s.minute_images = math.max(0, s.minute_images + images - amounts[1]) end
+end
+if tokens then correct(3, tokens - amounts[3]) end
 if is_told and start >= s.told_at_s then
   for i = 1, 3 do
     local limit_told = tonumber(ARGV[19 + i])
@@ -402,20 +406,16 @@ def _report_args(report: CallReport) -> tuple[str, ...]:
     return (
         str(int(report.limited)),
         _number(report.retry_after_s),
-        _used(report.tokens),
+        _number(None if report.tokens is None else min(max(report.tokens, 0), _MOST_TOLD)),
         str(int(told is not None)),
         *(_told(limit) for limit in limits),
         _number(told.wait_s if told else None),
-        _used(report.images),
+        _number(report.images),
     )
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else repr(float(value))
-
-
-def _used(amount: int | None) -> str:
-    return _number(None if amount is None else min(max(amount, 0), _MOST_TOLD))
 
 
 def _told(limit: RateLimit | None) -> str:

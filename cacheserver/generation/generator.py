@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from random import Random
@@ -277,7 +277,7 @@ class Generator:
 
     def _has_other(self, job: Job) -> bool:
         """Whether an upstream is left that has not failed this job."""
-        return any(lane.is_open and lane.name not in job.avoid for lane in self._pool.serving(job.model))
+        return any(lane.has_room and lane.name not in job.avoid for lane in self._pool.serving(job.model))
 
     def _work(self, order: Order, variants: Sequence[int], ears: _Ears) -> _Work:
         request, n = order.request, len(variants)
@@ -351,7 +351,9 @@ class Generator:
     async def _write_down(self, attempt: Attempt, request: ImageRequest) -> None:
         """Make the attempt's row durable and its money sent; what was not sent after all is free again."""
         try:
-            await asyncio.gather(self._ledger.open(attempt), self._budgets.sent(attempt.id))
+            writing = asyncio.gather(self._ledger.open(attempt), self._budgets.sent(attempt.id), return_exceptions=True)
+            # Both, before either's failure: what is still being set aside could not be given back.
+            _raise_first(await writing)
         except BaseException as error:
             reason = error.reason if isinstance(error, CacheServerError) else ShuttingDownError.reason
             self._close(replace(attempt, outcome=AttemptOutcome.NOT_BILLED, reason=reason))
@@ -450,7 +452,7 @@ class Generator:
         return await self._call(turn, work, attempt)
 
     def _has_other_than(self, lane: Lane, job: Job) -> bool:
-        return any(other.is_open and other is not lane for other in self._pool.serving(job.model))
+        return any(other.has_room and other is not lane for other in self._pool.serving(job.model))
 
     # ── the best of several ─────────────────────────────────────────────────────────────────────────────────
 
@@ -545,6 +547,11 @@ def _failed(attempt: Attempt, error: UpstreamError) -> Attempt:
         reason=error.reason,
         upstream_request_id=error.upstream_request_id,
     )
+
+
+def _raise_first(outcomes: Iterable[BaseException | None]) -> None:
+    for failure in filter(None, outcomes):
+        raise failure
 
 
 def _report_of(error: UpstreamError) -> CallReport:

@@ -189,8 +189,12 @@ class Group:
     def end(self, amounts: Amounts, start_s: float, report: CallReport, now_s: float) -> None:
         """Learn from what the call reserved for `start_s` met."""
         state = self.state
-        self._correct(_IMAGES, report.images, amounts.images)
-        self._correct(_TOKENS, report.tokens, amounts.tokens)
+        if report.images is not None:
+            self._correct(_IMAGES, report.images - amounts.images, start_s)
+            if not report.limited:  # which counts as none
+                state.minute_images = max(0.0, state.minute_images + report.images - amounts.images)
+        if report.tokens is not None:
+            self._correct(_TOKENS, min(max(report.tokens, 0), _MOST_TOLD) - amounts.tokens, start_s)
         told = report.told
         if told is not None and start_s >= state.told_at_s:
             # Answers come in the order they are done, not in the order they were sent.
@@ -215,12 +219,16 @@ class Group:
         slowest_s = max(*units_s[:2], *days_s, 0.0)
         return 1 / slowest_s if slowest_s else float("inf")
 
-    def _correct(self, place: int, used: int | None, reserved: int) -> None:
-        """Count what a call used in place of what was reserved for it, by the minute and by the day."""
-        if used is not None and used != reserved:
+    def _correct(self, place: int, more: int, start_s: float) -> None:
+        """Count what a call used beyond what was reserved for it, or less: by the day, and by the minute.
+
+        Those by the minute were moved by the last refusal, whatever calls before it were to use.
+        """
+        if more:
             units_s = self.unit_s(self.state.factor)
-            for each in (place, place + _BY_DAY):
-                self.state.tat_s[each] += (min(max(used, 0), _MOST_TOLD) - reserved) * units_s[each]
+            self.state.tat_s[place + _BY_DAY] += more * units_s[place + _BY_DAY]
+            if start_s >= self.state.resumed_at_s:
+                self.state.tat_s[place] += more * units_s[place]
 
     def _per_minute(self) -> list[float]:
         limits = (self.limits.images_per_minute, self.limits.requests_per_minute, self.limits.tokens_per_minute)

@@ -163,6 +163,7 @@ class Scheduler:
         self._costs: dict[str, float] = {}
         self._costs_until_s = 0.0
         self._exchanging: set[Job] = set()
+        self._with_shares: dict[str, bool] = {}
         self._seek_soon: asyncio.Handle | None = None
         self._known_levels: dict[tuple[str, str, bool], tuple[float, list[_Level]]] = {}
         self._watching: asyncio.Task[None] | None = None
@@ -252,7 +253,7 @@ class Scheduler:
 
     def _admit(self, job: Job, *, again: bool) -> None:
         job.pinned = self._pin(job)
-        job.past_percent = not job.pinned and not self._has_free(job.model, job.avoid)
+        job.past_percent = not job.pinned and self._needs_a_share(job)
         job.reach = self._reach(job, self._queue.images_before(job.priority, job.model))
         if again:
             self._queue.add_again(job)
@@ -339,6 +340,7 @@ class Scheduler:
         return group.traits
 
     def _forget_traits(self) -> None:
+        self._with_shares.clear()
         for group in self._groups.values():
             group.traits = None
 
@@ -525,6 +527,18 @@ class Scheduler:
             lane.percent is None and lane.has_room and lane.name not in avoid for lane in self._pool.serving(model)
         )
 
+    def _needs_a_share(self, job: Job) -> bool:
+        """Whether only upstreams with a percentage could serve the job now."""
+        return self._has_shares(job.model) and not self._has_free(job.model, job.avoid)
+
+    def _has_shares(self, model: str) -> bool:
+        """Whether some upstream of `model` has a percentage; remembered as long as the traits are."""
+        known = self._with_shares.get(model)
+        if known is None:
+            known = any(lane.percent is not None for lane in self._pool.serving(model))
+            self._with_shares[model] = known
+        return known
+
     def _has_other(self, job: Job) -> bool:
         """Whether an upstream could serve the job that has not failed it yet."""
         return any(lane.has_room and lane.name not in job.avoid for lane in self._pool.serving(job.model))
@@ -629,10 +643,9 @@ class Scheduler:
 
     def _pin(self, job: Job) -> str:
         """The lane whose percentage is due, if there is one: it gets this job."""
-        serving = self._pool.serving(job.model)
-        if all(lane.percent is None for lane in serving):
+        if not self._has_shares(job.model):
             return ""
-        lanes = [lane for lane in serving if lane.has_room and lane.name not in job.avoid]
+        lanes = [lane for lane in self._pool.serving(job.model) if lane.has_room and lane.name not in job.avoid]
         shares = [lane for lane in lanes if lane.percent is not None]
         for lane in shares:
             lane.credit += (lane.percent or 0.0) / 100 * job.amounts.images
@@ -655,7 +668,7 @@ class Scheduler:
                 continue
             before = images[job.model]
             pinned = job.pinned if job.pinned and self._is_served_by(job.pinned, job, before) else ""
-            past_percent = not pinned and not self._has_free(job.model, job.avoid)
+            past_percent = not pinned and self._needs_a_share(job)
             self._queue.reroute(job, pinned=pinned, reach=self._reach(job, before), past_percent=past_percent)
             images[job.model] += job.amounts.images
 

@@ -30,6 +30,9 @@ _PAUSES_S = (0.5, 2.0)
 _PASSING = frozenset({404, 429, *range(500, 600)})
 """Statuses that another try may not meet again; a store may answer 404 for what was written a moment ago."""
 
+_COMPRESSED = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd"})
+"""Encodings of which the bytes are no use as they are. Some stores name others, as "aws-chunked", on plain bytes."""
+
 
 class ImageDownloads:
     """Fetches image URLs: https, from hosts we were told of, at addresses that suit them, up to a size.
@@ -48,8 +51,12 @@ class ImageDownloads:
         ssl_context: ssl.SSLContext,
         clock: Clock,
         resolve: Resolver | None = None,
+        silence_s: float = 20.0,
     ) -> None:
-        """`url_hosts` are names that are accepted, with all names below them, besides `base_url`'s own host."""
+        """`url_hosts` are names that are accepted, with all names below them, besides `base_url`'s own host.
+
+        A host that sends nothing for `silence_s` is asked again.
+        """
         self._base_url = base_url
         self._url_hosts = tuple(host.lower().strip(".") for host in url_hosts)
         self._max_bytes = max_bytes
@@ -60,7 +67,7 @@ class ImageDownloads:
             verify=ssl_context,
             trust_env=False,
             follow_redirects=False,
-            timeout=httpx.Timeout(None, connect=connect_timeout_s),
+            timeout=httpx.Timeout(silence_s, connect=connect_timeout_s),
             limits=httpx.Limits(max_keepalive_connections=0),
             headers={"accept": "image/*", "accept-encoding": "identity"},
         )
@@ -155,7 +162,8 @@ async def read_at_most(response: httpx.Response, max_bytes: int) -> bytes | None
 
     Nothing is unpacked: a few bytes may hold more than there is memory, and who reads here asks for `identity`.
     """
-    if response.headers.get("content-encoding", "").lower() not in {"", "identity"}:
+    encodings = response.headers.get("content-encoding", "").lower().split(",")
+    if any(encoding.strip() in _COMPRESSED for encoding in encodings):
         return None
     length = response.headers.get("content-length", "")
     if length.isascii() and length.isdigit() and int(length[:20]) > max_bytes:
