@@ -580,6 +580,8 @@ async def test_an_upstream_that_is_busy_on_trial_is_none_to_make_a_call_once_mor
     await path.upstreams["slow"].arrived(1)
     await until(lambda: clock.sleepers > 0)
     clock.advance(21.0)
+    for _ in range(50):
+        await asyncio.sleep(0)
     path.upstreams["slow"].release()
     await making
     await path.generator.settled()
