@@ -110,22 +110,6 @@ class _Traits(NamedTuple):
     is_steady: bool
 
 
-class _Offer(NamedTuple):
-    """A slot under way: when it is due, and what its group is."""
-
-    due_s: float
-    traits: _Traits
-
-    def is_worth(self, lane: Lane, model: str, cost: float, due_s: float) -> bool:
-        """Whether it serves, by `due_s`, jobs of `model` that need a lane like this one."""
-        is_for_them = lane.name in self.traits.lanes or self.traits.costs.get(model, -math.inf) >= cost
-        return self.due_s <= due_s and is_for_them
-
-    def may_serve(self, model: str, reach: float) -> bool:
-        """Whether a job of `model` that reaches so far may take it."""
-        return self.traits.costs.get(model, math.inf) <= reach
-
-
 class Scheduler:
     """Gives waiting jobs their turns."""
 
@@ -292,9 +276,9 @@ class Scheduler:
         idle = [group for group in self._groups.values() if group.seeker is None and self._with_room(group)]
         if self._closing or not idle:
             return
-        offers = [self._offer(group) for group in self._groups.values() if group.seeker is not None]
+        seeking = [group for group in self._groups.values() if group.seeker is not None]
         now_s = self._clock.monotonic_s()
-        if self._is_met(offers, now_s):
+        if self._is_met(seeking, now_s):
             return
         unwanted_from_s: dict[Hashable, float] = {}
         # The less the service keeps up, the more groups are idle, and each job looks at them all.
@@ -302,16 +286,16 @@ class Scheduler:
             due_s, kind = max(group.next_s, now_s), self._traits(group).kind
             if due_s >= unwanted_from_s.get(kind, math.inf):
                 continue
-            if not self._is_wanted(group, offers, due_s):
+            if not self._is_wanted(group, seeking, due_s):
                 unwanted_from_s[kind] = due_s
             elif self._start_seeking(group):
-                offers.append(self._offer(group))
-                if self._is_met(offers, now_s):
+                seeking.append(group)
+                if self._is_met(seeking, now_s):
                     return
 
-    def _is_met(self, offers: Sequence[_Offer], now_s: float) -> bool:
+    def _is_met(self, seeking: Sequence[_Group], now_s: float) -> bool:
         """Whether slots that are due now are under way for all jobs that wait."""
-        ready = [offer for offer in offers if offer.due_s <= now_s]
+        ready = [group for group in seeking if group.due_s <= now_s]
         if len(self._queue) > len(ready):
             return False
         waiting: Counter[str] = Counter()
@@ -322,16 +306,13 @@ class Scheduler:
             waiting[route.model] += count
             reaches[route.model] = min(reaches.get(route.model, math.inf), route.reach)
         return all(
-            count <= sum(offer.may_serve(model, reaches[model]) for offer in ready) for model, count in waiting.items()
+            count <= sum(self._traits(group).costs.get(model, math.inf) <= reaches[model] for group in ready)
+            for model, count in waiting.items()
         )
 
     def _with_room(self, group: _Group) -> Sequence[Lane]:
         traits = self._traits(group)
         return traits.open if traits.is_steady else [lane for lane in traits.open if lane.has_room]
-
-    def _offer(self, group: _Group) -> _Offer:
-        """The slot under way in a group, as what it is worth to jobs."""
-        return _Offer(group.due_s, self._traits(group))
 
     def _traits(self, group: _Group) -> _Traits:
         if group.traits is None:
@@ -362,14 +343,20 @@ class Scheduler:
             is_steady,
         )
 
-    def _is_wanted(self, group: _Group, offers: Sequence[_Offer], due_s: float) -> bool:
+    def _is_wanted(self, group: _Group, seeking: Sequence[_Group], due_s: float) -> bool:
         """Whether more jobs wait that a lane of this group may take than slots for them are due by `due_s`."""
         return any(
-            count > len(offers) or count > sum(offer.is_worth(lane, model, self._cost(lane), due_s) for offer in offers)
+            count > len(seeking)
+            or count > sum(each.due_s <= due_s and self._is_alike(each, lane, model) for each in seeking)
             for lane in self._with_room(group)
             for model in lane.models
             if (count := self._waiting(lane, model))
         )
+
+    def _is_alike(self, group: _Group, lane: Lane, model: str) -> bool:
+        """Whether a slot of this group serves the jobs of `model` that need a lane like this one."""
+        traits = self._traits(group)
+        return lane.name in traits.lanes or traits.costs.get(model, -math.inf) >= self._cost(lane)
 
     def _waiting(self, lane: Lane, model: str) -> int:
         """How many jobs of `model` wait that this lane may take."""
