@@ -319,9 +319,9 @@ class Fleet:
         redis_lost: Literal["share", "refuse"] = "share",
         books: Any = None,
         url: str = "",
-        timeout_s: float = 5.0,
+        timeout_s: float = 20.0,
     ) -> RedisBudgets:
-        client = connect(url or self.url, timeout_s=timeout_s)
+        client = connect(url or self.url, timeout_s=timeout_s, connect_timeout_s=timeout_s)
         self.clients.append(client)
         return RedisBudgets(
             client=client,

@@ -23,7 +23,7 @@ SIXTY = GroupLimits(images_per_minute=60, headroom=0)
 
 @pytest.fixture
 async def client(valkey_server: ValkeyServer) -> AsyncIterator[Client]:
-    client = connect(valkey_server.url)
+    client = connect(valkey_server.url, timeout_s=5.0, connect_timeout_s=5.0)
     yield client
     await disconnect(client)
 
@@ -191,7 +191,7 @@ async def test_while_redis_is_gone_each_replica_keeps_within_its_part_of_what_wa
     clock: FakeClock, prefix: str, own_valkey: Callable[[], ValkeyServer]
 ) -> None:
     server = own_valkey()
-    client = connect(server.url)
+    client = connect(server.url, timeout_s=5.0, connect_timeout_s=5.0)
     limits = replica(client, clock, prefix, replicas=2)
     slot = await reserved(limits)
     await limits.end(slot, CallReport(told=RateLimits(images=RateLimit(30, None, None))))
@@ -209,7 +209,7 @@ async def test_when_redis_is_back_the_shared_state_counts_again_and_no_place_is_
     clock: FakeClock, prefix: str, own_valkey: Callable[[], ValkeyServer]
 ) -> None:
     server = own_valkey()
-    client = connect(server.url)
+    client = connect(server.url, timeout_s=5.0, connect_timeout_s=5.0)
     limits = replica(client, clock, prefix, GroupLimits(concurrent=2), replicas=2)
     slots = [await reserved(limits) for _ in range(2)]
     server.kill()
@@ -228,7 +228,7 @@ async def test_a_redis_that_hangs_costs_one_timeout_and_is_asked_again_a_second_
     clock: FakeClock, prefix: str, valkey_server: ValkeyServer
 ) -> None:
     async with TcpProxy("127.0.0.1", valkey_server.port) as proxy:
-        client = connect(f"redis://127.0.0.1:{proxy.port}/0", timeout_s=5.0)
+        client = connect(f"redis://127.0.0.1:{proxy.port}/0", timeout_s=5.0, connect_timeout_s=5.0)
         limits = replica(client, clock, prefix, timeout_s=0.05)
         asked = Counted(limits)
         proxy.hang()

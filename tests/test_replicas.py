@@ -25,7 +25,7 @@ ONE, OTHER = "1" * 16, "2" * 16
 
 @pytest.fixture
 async def client(valkey_server: ValkeyServer) -> AsyncIterator[Client]:
-    client = connect(valkey_server.url)
+    client = connect(valkey_server.url, timeout_s=5.0, connect_timeout_s=5.0)
     yield client
     await disconnect(client)
 
@@ -92,7 +92,7 @@ async def test_what_was_last_known_holds_while_redis_is_lost(
     clock: FakeClock, own_valkey: Callable[[], ValkeyServer]
 ) -> None:
     valkey = own_valkey()
-    client = connect(valkey.url)
+    client = connect(valkey.url, timeout_s=5.0, connect_timeout_s=5.0)
     one, other = (Replicas(name, clock=clock, client=client, prefix="") for name in (ONE, OTHER))
     await one.beat()
     await other.beat()
