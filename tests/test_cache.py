@@ -135,6 +135,17 @@ class TestTiers:
         assert served.entry.image.data != foreign.image.data
 
 
+async def one_behind_another(house: House, **terms: object) -> tuple[asyncio.Task[Served], asyncio.Task[Served]]:
+    """A call for "first" that the upstream holds back, and one for "second" that waits in the queue behind it."""
+    house.restart(max_concurrent=1)
+    house.upstream.hold()
+    running = asyncio.create_task(house.get("first"))
+    await house.upstream.arrived(1)
+    waiting = asyncio.create_task(house.get("second", **terms))
+    await until(lambda: sum(house.generator.queue_depth.values()) == 1)
+    return running, waiting
+
+
 class TestFlights:
     async def test_everyone_who_asks_joins_one_load_and_one_of_them_pays(self, house: House) -> None:
         house.upstream.hold()
@@ -286,12 +297,7 @@ class TestFlights:
         assert (await paying).tier is TierName.UPSTREAM
 
     async def test_when_the_leader_hangs_up_before_money_is_spent_the_next_one_pays(self, house: House) -> None:
-        house.restart(max_concurrent=1)
-        house.upstream.hold()
-        running = asyncio.create_task(house.get("first"))
-        await house.upstream.arrived(1)
-        leader = asyncio.create_task(house.get("second"))
-        await until(lambda: sum(house.generator.queue_depth.values()) == 1)
+        running, leader = await one_behind_another(house)
         others = [asyncio.create_task(house.get("second")) for _ in range(2)]
         await asyncio.sleep(0)
         leader.cancel()
@@ -302,12 +308,7 @@ class TestFlights:
         assert [(one.cost_microusd, one.collapsed) for one in served] == [(53_000, False), (0, True)]
 
     async def test_nobody_is_told_the_cost_of_what_anothers_budget_has_paid_for(self, house: House) -> None:
-        house.restart(max_concurrent=1)
-        house.upstream.hold()
-        running = asyncio.create_task(house.get("first"))
-        await house.upstream.arrived(1)
-        leader = asyncio.create_task(house.get("second", caller=ANN))
-        await until(lambda: sum(house.generator.queue_depth.values()) == 1)
+        running, leader = await one_behind_another(house, caller=ANN)
         guest = asyncio.create_task(house.get("second", caller=BOB))
         others = [asyncio.create_task(house.get("second", caller=ANN, candidates=n)) for n in (2, 1)]
         await asyncio.sleep(0)
@@ -319,12 +320,7 @@ class TestFlights:
         assert [attempt.caller for attempt in house.ledger.opened] == [EVERYTHING.name, ANN.name]
 
     async def test_what_was_paid_for_somebody_who_has_hung_up_costs_another_caller_nothing(self, house: House) -> None:
-        house.restart(max_concurrent=1)
-        house.upstream.hold()
-        running = asyncio.create_task(house.get("first"))
-        await house.upstream.arrived(1)
-        leader = asyncio.create_task(house.get("second", caller=ANN))
-        await until(lambda: sum(house.generator.queue_depth.values()) == 1)
+        running, leader = await one_behind_another(house, caller=ANN)
         guest = asyncio.create_task(house.get("second", caller=BOB))
         await asyncio.sleep(0)
         leader.cancel()

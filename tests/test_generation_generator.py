@@ -97,6 +97,14 @@ class MissPath:
     async def outcomes(self) -> list[AttemptOutcome]:
         return [row.outcome for row in await self.settled()]
 
+    async def closing(self) -> asyncio.Task[None]:
+        """A closing that has come as far as it can while calls run."""
+        closing = asyncio.create_task(self.generator.aclose(300))
+        await until(lambda: self.generator._scheduler._closing)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return closing
+
     def _spend(self) -> None:
         self.spending += 1
 
@@ -511,10 +519,7 @@ async def test_a_call_that_lost_to_its_hedge_has_what_is_left_of_the_drain_time(
     monkeypatch.setattr("cacheserver.generation.generator._CLOSING_S", 0.0)
     path, making = await hedging(clock)
     await making
-    closing = asyncio.create_task(path.generator.aclose(300))
-    await until(lambda: path.generator._scheduler._closing)
-    for _ in range(20):
-        await asyncio.sleep(0)
+    closing = await path.closing()
     path.upstreams["slow"].release()
     await closing
     assert [spare.upstream for spare in path.spares] == ["slow"]
@@ -525,10 +530,7 @@ async def test_a_call_that_lost_to_its_hedge_has_what_is_left_of_the_drain_time(
 async def test_closing_that_is_cancelled_leaves_no_call_running_and_lets_go_of_the_upstreams(clock: FakeClock) -> None:
     path, making = await hedging(clock)
     await making
-    closing = asyncio.create_task(path.generator.aclose(300))
-    await until(lambda: path.generator._scheduler._closing)
-    for _ in range(20):
-        await asyncio.sleep(0)
+    closing = await path.closing()
     closing.cancel()
     await asyncio.wait({closing})
     assert closing.cancelled()

@@ -18,6 +18,13 @@ async def put(house: House, entry: CachedImage, *, replace: bool = False) -> Cac
     return stored
 
 
+async def new_entry(house: House) -> CachedImage:
+    """A picture under the key of the usual prompt, where nothing lies yet."""
+    blue = await house.get("a blue fox")
+    _, identity = house.identity()
+    return CachedImage(identity.key, blue.entry.image, "default", identity.prompt_digest, house.clock.now_s())
+
+
 async def on_its_way(house: House, **terms: object) -> asyncio.Task[list[Served] | Pending]:
     """A call whose picture is made, and which the last tier neither takes nor refuses."""
     calls = house.upstream.calls
@@ -399,18 +406,14 @@ class TestShutdown:
         assert not house.keeper._writes
 
     async def test_a_stand_in_handed_over_right_before_closing_is_offered_to_the_last_tier(self, house: House) -> None:
-        blue = await house.get("a blue fox")
-        _, identity = house.identity()
-        entry = CachedImage(identity.key, blue.entry.image, "default", identity.prompt_digest, house.clock.now_s())
+        entry = await new_entry(house)
         kept = house.keeper.keep_stand_in(entry)
         await house.keeper.aclose(5)
         assert await kept == await house.s3.get(entry.key) == entry
         assert await house.redis.get(entry.key.stand_in) is None
 
     async def test_a_picture_handed_over_right_before_closing_is_offered_to_the_last_tier(self, house: House) -> None:
-        blue = await house.get("a blue fox")
-        _, identity = house.identity()
-        entry = CachedImage(identity.key, blue.entry.image, "default", identity.prompt_digest, house.clock.now_s())
+        entry = await new_entry(house)
         kept = house.keeper.keep(entry)
         await house.keeper.aclose(5)
         assert await kept == await house.s3.get(entry.key) == await house.redis.get(entry.key) == entry
