@@ -23,6 +23,8 @@ CacheServerError                      carries the published reason that callers 
 ├── LedgerUnavailableError            LEDGER_UNAVAILABLE: a call cannot be written down, so it is not made
 ├── UnknownReviewError                REVIEW_GONE: no such picture waits for review
 ├── UnknownUpstreamError              UPSTREAM_UNKNOWN: no upstream or budget of this name
+├── UnknownCallError                  CALL_UNKNOWN: this replica remembers no such call
+├── AccountsUnavailableError          ACCOUNTS_UNAVAILABLE: the figures of all replicas cannot be read now
 ├── CacheUnknownError                 CACHE_UNKNOWN: the last tier cannot be asked, and we were told not to pay
 ├── TierUnreachableError              TIER_UNREACHABLE: a purge or review that did not reach every tier
 ├── OverloadedError                   OVERLOADED: more calls than are served at a time
@@ -213,6 +215,19 @@ class UnknownUpstreamError(CacheServerError):
     """There is no upstream, or no budget, of this name."""
 
     reason = "UPSTREAM_UNKNOWN"
+
+
+class UnknownCallError(CacheServerError):
+    """This replica remembers no call of this id, or it was somebody else's."""
+
+    reason = "CALL_UNKNOWN"
+
+
+class AccountsUnavailableError(CacheServerError):
+    """The figures that all replicas share cannot be read or written now. Nothing is lost: they are told later."""
+
+    reason = "ACCOUNTS_UNAVAILABLE"
+    retry_after_s = 5.0
 
 
 class CacheUnknownError(CacheServerError):

@@ -100,6 +100,9 @@ class Outcome(StrEnum):
     PENDING = "pending"
     NOT_CACHED = "not_cached"
     ERROR = "error"
+    NEGATIVE = "negative"
+    STALE = "stale"
+    OBSERVED = "observed"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@ import datetime
 
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from cacheserver.pb import promptcache_pb2 as _promptcache_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -46,6 +47,23 @@ class ReviewDecision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REVIEW_DECISION_UNSPECIFIED: _ClassVar[ReviewDecision]
     REVIEW_DECISION_APPROVE: _ClassVar[ReviewDecision]
     REVIEW_DECISION_REJECT: _ClassVar[ReviewDecision]
+
+class PromptKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PROMPT_KIND_UNSPECIFIED: _ClassVar[PromptKind]
+    PROMPT_KIND_MISSED: _ClassVar[PromptKind]
+    PROMPT_KIND_TURNED_AWAY: _ClassVar[PromptKind]
+    PROMPT_KIND_EXPIRING: _ClassVar[PromptKind]
+    PROMPT_KIND_REROLLED: _ClassVar[PromptKind]
+    PROMPT_KIND_DEGRADED: _ClassVar[PromptKind]
+    PROMPT_KIND_GENERATED: _ClassVar[PromptKind]
+
+class AlarmState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ALARM_STATE_UNSPECIFIED: _ClassVar[AlarmState]
+    ALARM_STATE_QUIET: _ClassVar[AlarmState]
+    ALARM_STATE_WAITING: _ClassVar[AlarmState]
+    ALARM_STATE_RINGING: _ClassVar[AlarmState]
 UPSTREAM_HEALTH_UNSPECIFIED: UpstreamHealth
 UPSTREAM_HEALTH_WELL: UpstreamHealth
 UPSTREAM_HEALTH_PAUSED: UpstreamHealth
@@ -67,6 +85,17 @@ ATTEMPT_OUTCOME_UNKNOWN: AttemptOutcome
 REVIEW_DECISION_UNSPECIFIED: ReviewDecision
 REVIEW_DECISION_APPROVE: ReviewDecision
 REVIEW_DECISION_REJECT: ReviewDecision
+PROMPT_KIND_UNSPECIFIED: PromptKind
+PROMPT_KIND_MISSED: PromptKind
+PROMPT_KIND_TURNED_AWAY: PromptKind
+PROMPT_KIND_EXPIRING: PromptKind
+PROMPT_KIND_REROLLED: PromptKind
+PROMPT_KIND_DEGRADED: PromptKind
+PROMPT_KIND_GENERATED: PromptKind
+ALARM_STATE_UNSPECIFIED: AlarmState
+ALARM_STATE_QUIET: AlarmState
+ALARM_STATE_WAITING: AlarmState
+ALARM_STATE_RINGING: AlarmState
 
 class Upstream(_message.Message):
     __slots__ = ("name", "limit_group", "models", "health", "weight", "percent", "rank", "price_factor", "success_rate", "latency", "in_flight", "calls", "images_per_minute")
@@ -335,3 +364,137 @@ class ResolveReviewResponse(_message.Message):
     KEY_FIELD_NUMBER: _ClassVar[int]
     key: str
     def __init__(self, key: _Optional[str] = ...) -> None: ...
+
+class RecordedPrompt(_message.Message):
+    __slots__ = ("request", "kind", "count", "last_time")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    LAST_TIME_FIELD_NUMBER: _ClassVar[int]
+    request: _promptcache_pb2.GetImageRequest
+    kind: PromptKind
+    count: float
+    last_time: _timestamp_pb2.Timestamp
+    def __init__(self, request: _Optional[_Union[_promptcache_pb2.GetImageRequest, _Mapping]] = ..., kind: _Optional[_Union[PromptKind, str]] = ..., count: _Optional[float] = ..., last_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class ListPromptsRequest(_message.Message):
+    __slots__ = ("namespace", "kinds", "page_size")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    KINDS_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    kinds: _containers.RepeatedScalarFieldContainer[PromptKind]
+    page_size: int
+    def __init__(self, namespace: _Optional[str] = ..., kinds: _Optional[_Iterable[_Union[PromptKind, str]]] = ..., page_size: _Optional[int] = ...) -> None: ...
+
+class ListPromptsResponse(_message.Message):
+    __slots__ = ("prompts",)
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    prompts: _containers.RepeatedCompositeFieldContainer[RecordedPrompt]
+    def __init__(self, prompts: _Optional[_Iterable[_Union[RecordedPrompt, _Mapping]]] = ...) -> None: ...
+
+class Alarm(_message.Message):
+    __slots__ = ("name", "kind", "state", "value", "threshold", "since", "runbook_url")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    RUNBOOK_URL_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    kind: str
+    state: AlarmState
+    value: float
+    threshold: float
+    since: _timestamp_pb2.Timestamp
+    runbook_url: str
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., state: _Optional[_Union[AlarmState, str]] = ..., value: _Optional[float] = ..., threshold: _Optional[float] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., runbook_url: _Optional[str] = ...) -> None: ...
+
+class ListAlarmsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListAlarmsResponse(_message.Message):
+    __slots__ = ("alarms",)
+    ALARMS_FIELD_NUMBER: _ClassVar[int]
+    alarms: _containers.RepeatedCompositeFieldContainer[Alarm]
+    def __init__(self, alarms: _Optional[_Iterable[_Union[Alarm, _Mapping]]] = ...) -> None: ...
+
+class ImportImagesRequest(_message.Message):
+    __slots__ = ("row", "namespace", "spec", "identity", "data", "s3_uri", "digest", "create_time", "paid_microusd", "tags", "dry_run")
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    S3_URI_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    PAID_MICROUSD_FIELD_NUMBER: _ClassVar[int]
+    TAGS_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    row: int
+    namespace: str
+    spec: _promptcache_pb2.ImageSpec
+    identity: ExportedIdentity
+    data: bytes
+    s3_uri: str
+    digest: str
+    create_time: _timestamp_pb2.Timestamp
+    paid_microusd: int
+    tags: _containers.RepeatedScalarFieldContainer[str]
+    dry_run: bool
+    def __init__(self, row: _Optional[int] = ..., namespace: _Optional[str] = ..., spec: _Optional[_Union[_promptcache_pb2.ImageSpec, _Mapping]] = ..., identity: _Optional[_Union[ExportedIdentity, _Mapping]] = ..., data: _Optional[bytes] = ..., s3_uri: _Optional[str] = ..., digest: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., paid_microusd: _Optional[int] = ..., tags: _Optional[_Iterable[str]] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+
+class ExportedIdentity(_message.Message):
+    __slots__ = ("key", "digest", "prompt_digest")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    digest: bytes
+    prompt_digest: bytes
+    def __init__(self, key: _Optional[str] = ..., digest: _Optional[bytes] = ..., prompt_digest: _Optional[bytes] = ...) -> None: ...
+
+class ImportImagesResponse(_message.Message):
+    __slots__ = ("row", "key", "created", "failure")
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    CREATED_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    row: int
+    key: str
+    created: bool
+    failure: _promptcache_pb2.Failure
+    def __init__(self, row: _Optional[int] = ..., key: _Optional[str] = ..., created: _Optional[bool] = ..., failure: _Optional[_Union[_promptcache_pb2.Failure, _Mapping]] = ...) -> None: ...
+
+class StoredImage(_message.Message):
+    __slots__ = ("image", "identity", "tags", "expire_time")
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    TAGS_FIELD_NUMBER: _ClassVar[int]
+    EXPIRE_TIME_FIELD_NUMBER: _ClassVar[int]
+    image: _promptcache_pb2.Image
+    identity: ExportedIdentity
+    tags: _containers.RepeatedScalarFieldContainer[str]
+    expire_time: _timestamp_pb2.Timestamp
+    def __init__(self, image: _Optional[_Union[_promptcache_pb2.Image, _Mapping]] = ..., identity: _Optional[_Union[ExportedIdentity, _Mapping]] = ..., tags: _Optional[_Iterable[str]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class ListImagesRequest(_message.Message):
+    __slots__ = ("namespace", "page_size", "page_token")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    page_size: int
+    page_token: str
+    def __init__(self, namespace: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListImagesResponse(_message.Message):
+    __slots__ = ("images", "next_page_token")
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    images: _containers.RepeatedCompositeFieldContainer[StoredImage]
+    next_page_token: str
+    def __init__(self, images: _Optional[_Iterable[_Union[StoredImage, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...

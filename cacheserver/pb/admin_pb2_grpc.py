@@ -87,6 +87,26 @@ class AdminServiceStub:
                 request_serializer=cacheserver_dot_pb_dot_admin__pb2.ResolveReviewRequest.SerializeToString,
                 response_deserializer=cacheserver_dot_pb_dot_admin__pb2.ResolveReviewResponse.FromString,
                 _registered_method=True)
+        self.ListPrompts = channel.unary_unary(
+                '/promptcache.admin.v1alpha1.AdminService/ListPrompts',
+                request_serializer=cacheserver_dot_pb_dot_admin__pb2.ListPromptsRequest.SerializeToString,
+                response_deserializer=cacheserver_dot_pb_dot_admin__pb2.ListPromptsResponse.FromString,
+                _registered_method=True)
+        self.ListAlarms = channel.unary_unary(
+                '/promptcache.admin.v1alpha1.AdminService/ListAlarms',
+                request_serializer=cacheserver_dot_pb_dot_admin__pb2.ListAlarmsRequest.SerializeToString,
+                response_deserializer=cacheserver_dot_pb_dot_admin__pb2.ListAlarmsResponse.FromString,
+                _registered_method=True)
+        self.ImportImages = channel.stream_stream(
+                '/promptcache.admin.v1alpha1.AdminService/ImportImages',
+                request_serializer=cacheserver_dot_pb_dot_admin__pb2.ImportImagesRequest.SerializeToString,
+                response_deserializer=cacheserver_dot_pb_dot_admin__pb2.ImportImagesResponse.FromString,
+                _registered_method=True)
+        self.ListImages = channel.unary_unary(
+                '/promptcache.admin.v1alpha1.AdminService/ListImages',
+                request_serializer=cacheserver_dot_pb_dot_admin__pb2.ListImagesRequest.SerializeToString,
+                response_deserializer=cacheserver_dot_pb_dot_admin__pb2.ListImagesResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -188,6 +208,46 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListPrompts(self, request, context):
+        """ListPrompts returns what the namespaces with store_prompts have recorded of their callers' wishes: what was
+        missed, and what will be wanted. Most wanted first.
+
+        Errors:
+        UNAVAILABLE (ACCOUNTS_UNAVAILABLE): the record cannot be read now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAlarms(self, request, context):
+        """ListAlarms returns the alarms of this service's rules, those that ring first.
+
+        Errors: those common to all calls.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportImages(self, request_iterator, context):
+        """ImportImages stores pictures that were paid for elsewhere, on one stream: each item is answered as soon as the
+        last tier has it. What is there already, by its digest, is not stored again, so that a job can be run again.
+
+        Errors: of one item, its failure. The stream itself fails only as every call may.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListImages(self, request, context):
+        """ListImages returns the pictures that a namespace has stored in the last tier, without their bytes, in no order.
+
+        Errors:
+        UNAVAILABLE (TIER_UNREACHABLE): the last tier cannot be asked now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -230,6 +290,26 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ResolveReview,
                     request_deserializer=cacheserver_dot_pb_dot_admin__pb2.ResolveReviewRequest.FromString,
                     response_serializer=cacheserver_dot_pb_dot_admin__pb2.ResolveReviewResponse.SerializeToString,
+            ),
+            'ListPrompts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPrompts,
+                    request_deserializer=cacheserver_dot_pb_dot_admin__pb2.ListPromptsRequest.FromString,
+                    response_serializer=cacheserver_dot_pb_dot_admin__pb2.ListPromptsResponse.SerializeToString,
+            ),
+            'ListAlarms': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAlarms,
+                    request_deserializer=cacheserver_dot_pb_dot_admin__pb2.ListAlarmsRequest.FromString,
+                    response_serializer=cacheserver_dot_pb_dot_admin__pb2.ListAlarmsResponse.SerializeToString,
+            ),
+            'ImportImages': grpc.stream_stream_rpc_method_handler(
+                    servicer.ImportImages,
+                    request_deserializer=cacheserver_dot_pb_dot_admin__pb2.ImportImagesRequest.FromString,
+                    response_serializer=cacheserver_dot_pb_dot_admin__pb2.ImportImagesResponse.SerializeToString,
+            ),
+            'ListImages': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListImages,
+                    request_deserializer=cacheserver_dot_pb_dot_admin__pb2.ListImagesRequest.FromString,
+                    response_serializer=cacheserver_dot_pb_dot_admin__pb2.ListImagesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -461,6 +541,114 @@ class AdminService:
             '/promptcache.admin.v1alpha1.AdminService/ResolveReview',
             cacheserver_dot_pb_dot_admin__pb2.ResolveReviewRequest.SerializeToString,
             cacheserver_dot_pb_dot_admin__pb2.ResolveReviewResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPrompts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/promptcache.admin.v1alpha1.AdminService/ListPrompts',
+            cacheserver_dot_pb_dot_admin__pb2.ListPromptsRequest.SerializeToString,
+            cacheserver_dot_pb_dot_admin__pb2.ListPromptsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAlarms(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/promptcache.admin.v1alpha1.AdminService/ListAlarms',
+            cacheserver_dot_pb_dot_admin__pb2.ListAlarmsRequest.SerializeToString,
+            cacheserver_dot_pb_dot_admin__pb2.ListAlarmsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportImages(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/promptcache.admin.v1alpha1.AdminService/ImportImages',
+            cacheserver_dot_pb_dot_admin__pb2.ImportImagesRequest.SerializeToString,
+            cacheserver_dot_pb_dot_admin__pb2.ImportImagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListImages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/promptcache.admin.v1alpha1.AdminService/ListImages',
+            cacheserver_dot_pb_dot_admin__pb2.ListImagesRequest.SerializeToString,
+            cacheserver_dot_pb_dot_admin__pb2.ListImagesResponse.FromString,
             options,
             channel_credentials,
             insecure,

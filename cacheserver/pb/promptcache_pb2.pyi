@@ -92,6 +92,37 @@ class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OUTCOME_PENDING: _ClassVar[Outcome]
     OUTCOME_NOT_CACHED: _ClassVar[Outcome]
     OUTCOME_ERROR: _ClassVar[Outcome]
+    OUTCOME_NEGATIVE: _ClassVar[Outcome]
+    OUTCOME_STALE: _ClassVar[Outcome]
+    OUTCOME_OBSERVED: _ClassVar[Outcome]
+
+class StatsSpan(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STATS_SPAN_UNSPECIFIED: _ClassVar[StatsSpan]
+    STATS_SPAN_MINUTE: _ClassVar[StatsSpan]
+    STATS_SPAN_HOUR: _ClassVar[StatsSpan]
+    STATS_SPAN_DAY: _ClassVar[StatsSpan]
+
+class StatsField(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STATS_FIELD_UNSPECIFIED: _ClassVar[StatsField]
+    STATS_FIELD_NAMESPACE: _ClassVar[StatsField]
+    STATS_FIELD_MODEL: _ClassVar[StatsField]
+    STATS_FIELD_QUALITY: _ClassVar[StatsField]
+    STATS_FIELD_CALLER: _ClassVar[StatsField]
+    STATS_FIELD_OUTCOME: _ClassVar[StatsField]
+    STATS_FIELD_TIER: _ClassVar[StatsField]
+
+class WarmResult(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WARM_RESULT_UNSPECIFIED: _ClassVar[WarmResult]
+    WARM_RESULT_CACHED: _ClassVar[WarmResult]
+    WARM_RESULT_GENERATED: _ClassVar[WarmResult]
+    WARM_RESULT_DUPLICATE: _ClassVar[WarmResult]
+    WARM_RESULT_COLLAPSED: _ClassVar[WarmResult]
+    WARM_RESULT_FILLED: _ClassVar[WarmResult]
+    WARM_RESULT_ABSENT: _ClassVar[WarmResult]
+    WARM_RESULT_FAILED: _ClassVar[WarmResult]
 CACHE_POLICY_UNSPECIFIED: CachePolicy
 CACHE_POLICY_USE_CACHE: CachePolicy
 CACHE_POLICY_ONLY_IF_CACHED: CachePolicy
@@ -143,6 +174,28 @@ OUTCOME_COLLAPSED: Outcome
 OUTCOME_PENDING: Outcome
 OUTCOME_NOT_CACHED: Outcome
 OUTCOME_ERROR: Outcome
+OUTCOME_NEGATIVE: Outcome
+OUTCOME_STALE: Outcome
+OUTCOME_OBSERVED: Outcome
+STATS_SPAN_UNSPECIFIED: StatsSpan
+STATS_SPAN_MINUTE: StatsSpan
+STATS_SPAN_HOUR: StatsSpan
+STATS_SPAN_DAY: StatsSpan
+STATS_FIELD_UNSPECIFIED: StatsField
+STATS_FIELD_NAMESPACE: StatsField
+STATS_FIELD_MODEL: StatsField
+STATS_FIELD_QUALITY: StatsField
+STATS_FIELD_CALLER: StatsField
+STATS_FIELD_OUTCOME: StatsField
+STATS_FIELD_TIER: StatsField
+WARM_RESULT_UNSPECIFIED: WarmResult
+WARM_RESULT_CACHED: WarmResult
+WARM_RESULT_GENERATED: WarmResult
+WARM_RESULT_DUPLICATE: WarmResult
+WARM_RESULT_COLLAPSED: WarmResult
+WARM_RESULT_FILLED: WarmResult
+WARM_RESULT_ABSENT: WarmResult
+WARM_RESULT_FAILED: WarmResult
 
 class ImageSpec(_message.Message):
     __slots__ = ("prompt", "model", "size", "quality", "background", "output_format", "output_compression", "moderation", "seed", "extra", "inputs")
@@ -389,14 +442,25 @@ class BatchItem(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., response: _Optional[_Union[GetImageResponse, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("code", "reason", "message")
+    __slots__ = ("code", "reason", "message", "retry_delay", "violations")
+    class ViolationsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     CODE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_DELAY_FIELD_NUMBER: _ClassVar[int]
+    VIOLATIONS_FIELD_NUMBER: _ClassVar[int]
     code: int
     reason: str
     message: str
-    def __init__(self, code: _Optional[int] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    retry_delay: _duration_pb2.Duration
+    violations: _containers.ScalarMap[str, str]
+    def __init__(self, code: _Optional[int] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., retry_delay: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., violations: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class FindCachedRequest(_message.Message):
     __slots__ = ("namespace", "items")
@@ -547,25 +611,115 @@ class FieldDifference(_message.Message):
     def __init__(self, field: _Optional[str] = ..., value: _Optional[str] = ..., other_value: _Optional[str] = ...) -> None: ...
 
 class WarmImagesRequest(_message.Message):
-    __slots__ = ("requests",)
-    REQUESTS_FIELD_NUMBER: _ClassVar[int]
-    requests: _containers.RepeatedCompositeFieldContainer[GetImageRequest]
-    def __init__(self, requests: _Optional[_Iterable[_Union[GetImageRequest, _Mapping]]] = ...) -> None: ...
+    __slots__ = ("options", "items")
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    options: WarmOptions
+    items: WarmItems
+    def __init__(self, options: _Optional[_Union[WarmOptions, _Mapping]] = ..., items: _Optional[_Union[WarmItems, _Mapping]] = ...) -> None: ...
 
-class WarmImagesResponse(_message.Message):
+class WarmOptions(_message.Message):
+    __slots__ = ("plan", "job", "budget_microusd", "spent_microusd", "max_images_per_minute", "concurrency", "fill")
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_MICROUSD_FIELD_NUMBER: _ClassVar[int]
+    SPENT_MICROUSD_FIELD_NUMBER: _ClassVar[int]
+    MAX_IMAGES_PER_MINUTE_FIELD_NUMBER: _ClassVar[int]
+    CONCURRENCY_FIELD_NUMBER: _ClassVar[int]
+    FILL_FIELD_NUMBER: _ClassVar[int]
+    plan: bool
+    job: str
+    budget_microusd: int
+    spent_microusd: int
+    max_images_per_minute: int
+    concurrency: int
+    fill: Tier
+    def __init__(self, plan: _Optional[bool] = ..., job: _Optional[str] = ..., budget_microusd: _Optional[int] = ..., spent_microusd: _Optional[int] = ..., max_images_per_minute: _Optional[int] = ..., concurrency: _Optional[int] = ..., fill: _Optional[_Union[Tier, str]] = ...) -> None: ...
+
+class WarmItems(_message.Message):
     __slots__ = ("items",)
     ITEMS_FIELD_NUMBER: _ClassVar[int]
-    items: _containers.RepeatedCompositeFieldContainer[BatchItem]
-    def __init__(self, items: _Optional[_Iterable[_Union[BatchItem, _Mapping]]] = ...) -> None: ...
+    items: _containers.RepeatedCompositeFieldContainer[WarmItem]
+    def __init__(self, items: _Optional[_Iterable[_Union[WarmItem, _Mapping]]] = ...) -> None: ...
+
+class WarmItem(_message.Message):
+    __slots__ = ("row", "request")
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    row: int
+    request: GetImageRequest
+    def __init__(self, row: _Optional[int] = ..., request: _Optional[_Union[GetImageRequest, _Mapping]] = ...) -> None: ...
+
+class WarmImagesResponse(_message.Message):
+    __slots__ = ("outcomes", "totals")
+    OUTCOMES_FIELD_NUMBER: _ClassVar[int]
+    TOTALS_FIELD_NUMBER: _ClassVar[int]
+    outcomes: _containers.RepeatedCompositeFieldContainer[WarmOutcome]
+    totals: WarmTotals
+    def __init__(self, outcomes: _Optional[_Iterable[_Union[WarmOutcome, _Mapping]]] = ..., totals: _Optional[_Union[WarmTotals, _Mapping]] = ...) -> None: ...
+
+class WarmOutcome(_message.Message):
+    __slots__ = ("row", "result", "keys", "tier", "cost_microusd", "failure")
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    COST_MICROUSD_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    row: int
+    result: WarmResult
+    keys: _containers.RepeatedScalarFieldContainer[str]
+    tier: Tier
+    cost_microusd: int
+    failure: Failure
+    def __init__(self, row: _Optional[int] = ..., result: _Optional[_Union[WarmResult, str]] = ..., keys: _Optional[_Iterable[str]] = ..., tier: _Optional[_Union[Tier, str]] = ..., cost_microusd: _Optional[int] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+
+class WarmTotals(_message.Message):
+    __slots__ = ("items", "duplicates", "cached", "in_flight", "to_generate", "generated", "filled", "failed", "spent_microusd", "estimated_microusd", "estimated_time", "unknown_tiers", "unpriced")
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    DUPLICATES_FIELD_NUMBER: _ClassVar[int]
+    CACHED_FIELD_NUMBER: _ClassVar[int]
+    IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    TO_GENERATE_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_FIELD_NUMBER: _ClassVar[int]
+    FILLED_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    SPENT_MICROUSD_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATED_MICROUSD_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATED_TIME_FIELD_NUMBER: _ClassVar[int]
+    UNKNOWN_TIERS_FIELD_NUMBER: _ClassVar[int]
+    UNPRICED_FIELD_NUMBER: _ClassVar[int]
+    items: int
+    duplicates: int
+    cached: _containers.RepeatedCompositeFieldContainer[TierCount]
+    in_flight: int
+    to_generate: int
+    generated: int
+    filled: int
+    failed: int
+    spent_microusd: int
+    estimated_microusd: int
+    estimated_time: _duration_pb2.Duration
+    unknown_tiers: _containers.RepeatedScalarFieldContainer[Tier]
+    unpriced: int
+    def __init__(self, items: _Optional[int] = ..., duplicates: _Optional[int] = ..., cached: _Optional[_Iterable[_Union[TierCount, _Mapping]]] = ..., in_flight: _Optional[int] = ..., to_generate: _Optional[int] = ..., generated: _Optional[int] = ..., filled: _Optional[int] = ..., failed: _Optional[int] = ..., spent_microusd: _Optional[int] = ..., estimated_microusd: _Optional[int] = ..., estimated_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., unknown_tiers: _Optional[_Iterable[_Union[Tier, str]]] = ..., unpriced: _Optional[int] = ...) -> None: ...
 
 class GetStatsRequest(_message.Message):
-    __slots__ = ("namespace",)
+    __slots__ = ("namespace", "since", "until", "span", "by")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_FIELD_NUMBER: _ClassVar[int]
+    SPAN_FIELD_NUMBER: _ClassVar[int]
+    BY_FIELD_NUMBER: _ClassVar[int]
     namespace: str
-    def __init__(self, namespace: _Optional[str] = ...) -> None: ...
+    since: _timestamp_pb2.Timestamp
+    until: _timestamp_pb2.Timestamp
+    span: StatsSpan
+    by: _containers.RepeatedScalarFieldContainer[StatsField]
+    def __init__(self, namespace: _Optional[str] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., span: _Optional[_Union[StatsSpan, str]] = ..., by: _Optional[_Iterable[_Union[StatsField, str]]] = ...) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("start_time", "rows", "total", "paid_unknown", "unsaved", "corrupt", "upstream_calls")
+    __slots__ = ("start_time", "rows", "total", "paid_unknown", "unsaved", "corrupt", "upstream_calls", "latency_bounds_s", "live")
     START_TIME_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -573,6 +727,8 @@ class GetStatsResponse(_message.Message):
     UNSAVED_FIELD_NUMBER: _ClassVar[int]
     CORRUPT_FIELD_NUMBER: _ClassVar[int]
     UPSTREAM_CALLS_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_BOUNDS_S_FIELD_NUMBER: _ClassVar[int]
+    LIVE_FIELD_NUMBER: _ClassVar[int]
     start_time: _timestamp_pb2.Timestamp
     rows: _containers.RepeatedCompositeFieldContainer[StatsRow]
     total: StatsRow
@@ -580,10 +736,46 @@ class GetStatsResponse(_message.Message):
     unsaved: int
     corrupt: _containers.RepeatedCompositeFieldContainer[TierCount]
     upstream_calls: int
-    def __init__(self, start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., rows: _Optional[_Iterable[_Union[StatsRow, _Mapping]]] = ..., total: _Optional[_Union[StatsRow, _Mapping]] = ..., paid_unknown: _Optional[int] = ..., unsaved: _Optional[int] = ..., corrupt: _Optional[_Iterable[_Union[TierCount, _Mapping]]] = ..., upstream_calls: _Optional[int] = ...) -> None: ...
+    latency_bounds_s: _containers.RepeatedScalarFieldContainer[float]
+    live: LiveState
+    def __init__(self, start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., rows: _Optional[_Iterable[_Union[StatsRow, _Mapping]]] = ..., total: _Optional[_Union[StatsRow, _Mapping]] = ..., paid_unknown: _Optional[int] = ..., unsaved: _Optional[int] = ..., corrupt: _Optional[_Iterable[_Union[TierCount, _Mapping]]] = ..., upstream_calls: _Optional[int] = ..., latency_bounds_s: _Optional[_Iterable[float]] = ..., live: _Optional[_Union[LiveState, _Mapping]] = ...) -> None: ...
+
+class LiveState(_message.Message):
+    __slots__ = ("time", "in_flight", "queue", "tiers", "held_images", "oldest_held")
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    HELD_IMAGES_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_HELD_FIELD_NUMBER: _ClassVar[int]
+    time: _timestamp_pb2.Timestamp
+    in_flight: int
+    queue: _containers.RepeatedCompositeFieldContainer[QueueDepth]
+    tiers: _containers.RepeatedCompositeFieldContainer[TierState]
+    held_images: int
+    oldest_held: _duration_pb2.Duration
+    def __init__(self, time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., in_flight: _Optional[int] = ..., queue: _Optional[_Iterable[_Union[QueueDepth, _Mapping]]] = ..., tiers: _Optional[_Iterable[_Union[TierState, _Mapping]]] = ..., held_images: _Optional[int] = ..., oldest_held: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class QueueDepth(_message.Message):
+    __slots__ = ("priority", "waiting")
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    priority: Priority
+    waiting: int
+    def __init__(self, priority: _Optional[_Union[Priority, str]] = ..., waiting: _Optional[int] = ...) -> None: ...
+
+class TierState(_message.Message):
+    __slots__ = ("tier", "breaker_open", "size_bytes")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    BREAKER_OPEN_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    tier: Tier
+    breaker_open: bool
+    size_bytes: int
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., breaker_open: _Optional[bool] = ..., size_bytes: _Optional[int] = ...) -> None: ...
 
 class StatsRow(_message.Message):
-    __slots__ = ("namespace", "outcome", "tier", "requests", "image_bytes", "latency_sum", "spent_microusd", "saved_microusd", "coalesced_microusd", "unknown_microusd", "degraded")
+    __slots__ = ("namespace", "outcome", "tier", "requests", "image_bytes", "latency_sum", "spent_microusd", "saved_microusd", "coalesced_microusd", "unknown_microusd", "degraded", "model", "quality", "caller", "start_time", "latency_counts", "would_cost_microusd", "settled_calls", "unknown_calls", "open_calls", "open_microusd")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
@@ -595,6 +787,16 @@ class StatsRow(_message.Message):
     COALESCED_MICROUSD_FIELD_NUMBER: _ClassVar[int]
     UNKNOWN_MICROUSD_FIELD_NUMBER: _ClassVar[int]
     DEGRADED_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
+    START_TIME_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    WOULD_COST_MICROUSD_FIELD_NUMBER: _ClassVar[int]
+    SETTLED_CALLS_FIELD_NUMBER: _ClassVar[int]
+    UNKNOWN_CALLS_FIELD_NUMBER: _ClassVar[int]
+    OPEN_CALLS_FIELD_NUMBER: _ClassVar[int]
+    OPEN_MICROUSD_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     outcome: Outcome
     tier: Tier
@@ -606,4 +808,64 @@ class StatsRow(_message.Message):
     coalesced_microusd: int
     unknown_microusd: int
     degraded: int
-    def __init__(self, namespace: _Optional[str] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., tier: _Optional[_Union[Tier, str]] = ..., requests: _Optional[int] = ..., image_bytes: _Optional[int] = ..., latency_sum: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., spent_microusd: _Optional[int] = ..., saved_microusd: _Optional[int] = ..., coalesced_microusd: _Optional[int] = ..., unknown_microusd: _Optional[int] = ..., degraded: _Optional[int] = ...) -> None: ...
+    model: str
+    quality: str
+    caller: str
+    start_time: _timestamp_pb2.Timestamp
+    latency_counts: _containers.RepeatedScalarFieldContainer[int]
+    would_cost_microusd: int
+    settled_calls: int
+    unknown_calls: int
+    open_calls: int
+    open_microusd: int
+    def __init__(self, namespace: _Optional[str] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., tier: _Optional[_Union[Tier, str]] = ..., requests: _Optional[int] = ..., image_bytes: _Optional[int] = ..., latency_sum: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., spent_microusd: _Optional[int] = ..., saved_microusd: _Optional[int] = ..., coalesced_microusd: _Optional[int] = ..., unknown_microusd: _Optional[int] = ..., degraded: _Optional[int] = ..., model: _Optional[str] = ..., quality: _Optional[str] = ..., caller: _Optional[str] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., latency_counts: _Optional[_Iterable[int]] = ..., would_cost_microusd: _Optional[int] = ..., settled_calls: _Optional[int] = ..., unknown_calls: _Optional[int] = ..., open_calls: _Optional[int] = ..., open_microusd: _Optional[int] = ...) -> None: ...
+
+class ExplainCallRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class ExplainCallResponse(_message.Message):
+    __slots__ = ("rpc", "time", "caller", "namespace", "latency", "reason", "images", "nearest")
+    RPC_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    NEAREST_FIELD_NUMBER: _ClassVar[int]
+    rpc: str
+    time: _timestamp_pb2.Timestamp
+    caller: str
+    namespace: str
+    latency: _duration_pb2.Duration
+    reason: str
+    images: _containers.RepeatedCompositeFieldContainer[AnsweredImage]
+    nearest: NearMiss
+    def __init__(self, rpc: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., caller: _Optional[str] = ..., namespace: _Optional[str] = ..., latency: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., reason: _Optional[str] = ..., images: _Optional[_Iterable[_Union[AnsweredImage, _Mapping]]] = ..., nearest: _Optional[_Union[NearMiss, _Mapping]] = ...) -> None: ...
+
+class AnsweredImage(_message.Message):
+    __slots__ = ("key", "status", "billed")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    BILLED_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    status: CacheStatus
+    billed: bool
+    def __init__(self, key: _Optional[str] = ..., status: _Optional[_Union[CacheStatus, _Mapping]] = ..., billed: _Optional[bool] = ...) -> None: ...
+
+class NearMiss(_message.Message):
+    __slots__ = ("key", "field", "value", "cached_value", "likeness")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    FIELD_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    CACHED_VALUE_FIELD_NUMBER: _ClassVar[int]
+    LIKENESS_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    field: str
+    value: str
+    cached_value: str
+    likeness: float
+    def __init__(self, key: _Optional[str] = ..., field: _Optional[str] = ..., value: _Optional[str] = ..., cached_value: _Optional[str] = ..., likeness: _Optional[float] = ...) -> None: ...

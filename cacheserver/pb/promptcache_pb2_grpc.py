@@ -94,6 +94,11 @@ class PromptCacheServiceStub:
                 request_serializer=cacheserver_dot_pb_dot_promptcache__pb2.GetStatsRequest.SerializeToString,
                 response_deserializer=cacheserver_dot_pb_dot_promptcache__pb2.GetStatsResponse.FromString,
                 _registered_method=True)
+        self.ExplainCall = channel.unary_unary(
+                '/promptcache.v1.PromptCacheService/ExplainCall',
+                request_serializer=cacheserver_dot_pb_dot_promptcache__pb2.ExplainCallRequest.SerializeToString,
+                response_deserializer=cacheserver_dot_pb_dot_promptcache__pb2.ExplainCallResponse.FromString,
+                _registered_method=True)
 
 
 class PromptCacheServiceServicer:
@@ -153,10 +158,12 @@ class PromptCacheServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def BatchGetImages(self, request_iterator, context):
-        """BatchGetImages answers many requests on one stream, each as soon as it is ready. Experimental: answers
-        UNIMPLEMENTED in this release.
+        """BatchGetImages answers many requests on one stream, each as soon as it is ready, matched by the request_id
+        of its request. At most server.batch_in_flight of them are worked on at a time: a client that sends faster is
+        slowed down by gRPC's own flow control. A client that closes its side still gets every answer.
 
-        Errors: per item in google.rpc terms; the stream itself fails only as every call may.
+        Errors: of one item, its Failure. The stream itself fails only as every call may, and with
+        INVALID_ARGUMENT (INVALID_FIELD): a request without a request_id, or with one that is still being worked on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -204,18 +211,37 @@ class PromptCacheServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WarmImages(self, request_iterator, context):
-        """WarmImages fills the cache at low priority. Experimental: answers UNIMPLEMENTED in this release.
+        """WarmImages fills the cache at low priority, as a job that is planned, bounded and safe to run again: what is
+        cached is never paid for anew. The first message is the options, the rest are items. Every item gets one
+        outcome, in the order they become known; no picture's bytes are sent. A client that goes away leaves what is
+        being paid for to be finished and kept, and what only waits undone.
 
-        Errors: per item; the stream itself fails only as every call may.
+        Errors: of one item, its Failure. The stream itself fails only as every call may, and with
+        INVALID_ARGUMENT (INVALID_FIELD): the options are not first, or out of their range.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetStats(self, request, context):
-        """GetStats returns counters since the service started.
+        """GetStats returns what callers asked for and what it cost. With neither since nor until: counters of the process
+        that answers, since it started. With either: figures of all replicas for that span of time, which restarts
+        survive.
 
-        Errors: those common to all calls.
+        Errors:
+        PERMISSION_DENIED (PERMISSION_DENIED): rows by caller need the permission admin.
+        UNAVAILABLE (ACCOUNTS_UNAVAILABLE): the figures of all replicas cannot be read now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExplainCall(self, request, context):
+        """ExplainCall tells what became of an earlier call, by its request id: one's own, or with the permission admin
+        anybody's. Each replica remembers the calls that it answered itself, the latest 10,000 of them.
+
+        Errors:
+        NOT_FOUND (CALL_UNKNOWN): this replica remembers no such call, or it was another caller's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -268,6 +294,11 @@ def add_PromptCacheServiceServicer_to_server(servicer, server):
                     servicer.GetStats,
                     request_deserializer=cacheserver_dot_pb_dot_promptcache__pb2.GetStatsRequest.FromString,
                     response_serializer=cacheserver_dot_pb_dot_promptcache__pb2.GetStatsResponse.SerializeToString,
+            ),
+            'ExplainCall': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainCall,
+                    request_deserializer=cacheserver_dot_pb_dot_promptcache__pb2.ExplainCallRequest.FromString,
+                    response_serializer=cacheserver_dot_pb_dot_promptcache__pb2.ExplainCallResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -528,6 +559,33 @@ class PromptCacheService:
             '/promptcache.v1.PromptCacheService/GetStats',
             cacheserver_dot_pb_dot_promptcache__pb2.GetStatsRequest.SerializeToString,
             cacheserver_dot_pb_dot_promptcache__pb2.GetStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainCall(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/promptcache.v1.PromptCacheService/ExplainCall',
+            cacheserver_dot_pb_dot_promptcache__pb2.ExplainCallRequest.SerializeToString,
+            cacheserver_dot_pb_dot_promptcache__pb2.ExplainCallResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -117,6 +117,21 @@ class Calls:
 
         return grpc.stream_unary_rpc_method_handler(handle)
 
+    def streams_both(
+        self, rpc: str, message_type: type[M], method: Callable[[Parts[M], Call], AsyncGenerator[bytes, None]]
+    ) -> Handler:
+        """The handler of an rpc that takes many messages and answers many."""
+
+        async def handle(_: AsyncIterator[bytes], context: Context) -> None:
+            async with (
+                self._call(rpc, context) as call,
+                aclosing(method(Parts(message_type, context), call)) as answers,
+            ):
+                async for answer in answers:
+                    await context.write(answer)
+
+        return grpc.stream_stream_rpc_method_handler(handle)
+
     def not_implemented(self, rpc: str) -> Handler:
         """The handler of an experimental rpc with streams both ways."""
 

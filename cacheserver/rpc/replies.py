@@ -49,6 +49,9 @@ _OUTCOMES = {
     Outcome.PENDING: pb.OUTCOME_PENDING,
     Outcome.NOT_CACHED: pb.OUTCOME_NOT_CACHED,
     Outcome.ERROR: pb.OUTCOME_ERROR,
+    Outcome.NEGATIVE: pb.OUTCOME_NEGATIVE,
+    Outcome.STALE: pb.OUTCOME_STALE,
+    Outcome.OBSERVED: pb.OUTCOME_OBSERVED,
 }
 
 

@@ -10,7 +10,7 @@ No read may fail or bring wrong bytes, at least half must reach below memory, an
 held may be paid for again.
 
 Reads that made, or waited for, a new picture are not hits: they are checked and counted, and not in the latencies.
-Needs `scripts/venv embedded local-s3 dev`.
+Needs `scripts/venv embedded local-s3 report dev`.
 """
 
 from __future__ import annotations
