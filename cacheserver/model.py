@@ -105,6 +105,25 @@ class Outcome(StrEnum):
     OBSERVED = "observed"
 
 
+class StatsSpan(StrEnum):
+    """The length of a time bucket of statistics, in UTC."""
+
+    MINUTE = "minute"
+    HOUR = "hour"
+    DAY = "day"
+
+
+class StatsField(StrEnum):
+    """What rows of statistics are told apart by, beside time."""
+
+    NAMESPACE = "namespace"
+    MODEL = "model"
+    QUALITY = "quality"
+    CALLER = "caller"
+    OUTCOME = "outcome"
+    TIER = "tier"
+
+
 @dataclass(frozen=True, slots=True)
 class InputImage:
     """An image that an edit starts from; its bytes count by their digest."""

@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import inspect
 import json
+import math
 import os
 import subprocess
 import sys
@@ -58,6 +59,8 @@ from cacheserver.client import (
     PromptRefusedError,
     QuotaExhaustedError,
     State,
+    StatsField,
+    StatsSpan,
     TierName,
     TryAgainError,
     UnauthenticatedError,
@@ -597,6 +600,41 @@ async def test_stats_are_numbers(client: Any, service: Service) -> None:
     assert (counted.outcome, counted.tier, counted.latency_sum_s) == (Outcome.HIT, TierName.REDIS, 0.5)
     assert (counted.unknown_microusd, counted.degraded) == (7, 2)
     assert (stats.total.outcome, stats.total.unknown_microusd, stats.total.degraded) == (None, 0, 0)
+
+
+async def test_stats_are_asked_for_by_time_and_by_what_tells_rows_apart(client: Any, service: Service) -> None:
+    service.script = [pb.GetStatsResponse(), pb.GetStatsResponse()]
+    since, until = datetime(2026, 5, 1, tzinfo=UTC), datetime(2026, 5, 8, tzinfo=UTC)
+    await client.stats(since=since, until=until, span=StatsSpan.DAY, by=[StatsField.MODEL, StatsField.TIER])
+    await client.stats()
+    asked, plain = service.asked
+    assert (asked.since.ToDatetime(UTC), asked.until.ToDatetime(UTC)) == (since, until)
+    assert (asked.span, list(asked.by)) == (pb.STATS_SPAN_DAY, [pb.STATS_FIELD_MODEL, pb.STATS_FIELD_TIER])
+    assert plain == pb.GetStatsRequest()
+
+
+async def test_a_row_of_stats_tells_whose_it_is_and_how_long_it_took(client: Any, service: Service) -> None:
+    hour = datetime(2026, 5, 1, 7, tzinfo=UTC)
+    row = pb.StatsRow(
+        model="m",
+        quality="high",
+        caller="web",
+        start_time=hour,
+        latency_counts=[90, 8, 2],
+        would_cost_microusd=9,
+        settled_calls=1,
+        unknown_calls=2,
+        open_calls=3,
+        open_microusd=4,
+    )
+    service.script = [pb.GetStatsResponse(rows=[row], total=pb.StatsRow(), latency_bounds_s=[0.1, 1.0])]
+    stats = await client.stats(since=hour)
+    [read] = stats.rows
+    assert (read.model, read.quality, read.caller, read.start_time) == ("m", "high", "web", hour)
+    assert (read.would_cost_microusd, read.settled_calls, read.unknown_calls) == (9, 1, 2)
+    assert (read.open_calls, read.open_microusd) == (3, 4)
+    assert [stats.latency_s(read, share) for share in (0.5, 0.9, 0.95, 0.99)] == [0.1, 0.1, 1.0, math.inf]
+    assert stats.latency_s(stats.total, 0.5) is None
 
 
 # --- failing ---

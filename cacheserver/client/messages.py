@@ -36,7 +36,17 @@ from cacheserver.client.values import (
     Stats,
     StatsRow,
 )
-from cacheserver.model import CachePolicy, MatchLevel, Outcome, Priority, TierName, Usage, VariantPolicy
+from cacheserver.model import (
+    CachePolicy,
+    MatchLevel,
+    Outcome,
+    Priority,
+    StatsField,
+    StatsSpan,
+    TierName,
+    Usage,
+    VariantPolicy,
+)
 from cacheserver.pb import admin_pb2 as admin_pb
 from cacheserver.pb import promptcache_pb2 as pb
 
@@ -217,6 +227,24 @@ def explain_request(
     )
 
 
+def stats_request(
+    *,
+    namespace: str | None,
+    since: datetime | None,
+    until: datetime | None,
+    span: StatsSpan | None,
+    by: Sequence[StatsField] | None,
+) -> pb.GetStatsRequest:
+    """The message that asks for counters."""
+    return pb.GetStatsRequest(
+        namespace=namespace,
+        since=since,
+        until=until,
+        span=_name("STATS_SPAN", span),
+        by=None if by is None else [pb.StatsField.Value(f"STATS_FIELD_{field.name}") for field in by],
+    )
+
+
 # --- answers ---
 
 
@@ -322,6 +350,7 @@ def read_stats(response: pb.GetStatsResponse) -> Stats:
         unsaved=response.unsaved,
         corrupt=_per_tier(response.corrupt),
         upstream_calls=response.upstream_calls,
+        latency_bounds_s=tuple(response.latency_bounds_s),
     )
 
 
@@ -338,6 +367,16 @@ def _row(row: pb.StatsRow) -> StatsRow:
         coalesced_microusd=row.coalesced_microusd,
         unknown_microusd=row.unknown_microusd,
         degraded=row.degraded,
+        model=row.model,
+        quality=row.quality,
+        caller=row.caller,
+        start_time=time_of(row, "start_time"),
+        latency_counts=tuple(row.latency_counts),
+        would_cost_microusd=row.would_cost_microusd,
+        settled_calls=row.settled_calls,
+        unknown_calls=row.unknown_calls,
+        open_calls=row.open_calls,
+        open_microusd=row.open_microusd,
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -33,8 +34,7 @@ from cacheserver.client.values import (
     Stats,
     StreamEvent,
 )
-from cacheserver.model import MatchLevel
-from cacheserver.pb.promptcache_pb2 import GetStatsRequest
+from cacheserver.model import MatchLevel, StatsField, StatsSpan
 from cacheserver.pb.promptcache_pb2_grpc import PromptCacheServiceStub
 
 
@@ -253,13 +253,27 @@ class Client:
         request = messages.explain_request(prompt, other, namespace=namespace, match_level=match_level)
         return messages.read_explained(self._call(self._stub.ExplainKey, request, timeout_s))
 
-    def stats(self, namespace: str | None = None, *, timeout_s: float = 30.0) -> Stats:
-        """Counters since the service started, of one namespace or of all the caller may read.
+    def stats(  # noqa: PLR0913 - one keyword per field of the message
+        self,
+        namespace: str | None = None,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        span: StatsSpan | None = None,
+        by: Sequence[StatsField] | None = None,
+        timeout_s: float = 30.0,
+    ) -> Stats:
+        """Counters of one namespace, or of all the caller may read.
+
+        With neither `since` nor `until`: those of the process that answers, since it started. With either: those of
+        all replicas in that span of time. `span` tells rows apart by time, `by` by what it names (without: by
+        namespace, outcome and tier); rows by caller are for those with the permission admin.
 
         Raises:
             CacheError: the call failed.
         """
-        return messages.read_stats(self._call(self._stub.GetStats, GetStatsRequest(namespace=namespace), timeout_s))
+        request = messages.stats_request(namespace=namespace, since=since, until=until, span=span, by=by)
+        return messages.read_stats(self._call(self._stub.GetStats, request, timeout_s))
 
     def close(self) -> None:
         """Let go of the connection. Calls that still run end with CacheError."""

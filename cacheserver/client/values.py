@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from itertools import accumulate
 from typing import TypedDict
 
 from cacheserver.model import CachePolicy, JsonValue, MatchLevel, Outcome, Priority, TierName, Usage, VariantPolicy
@@ -385,12 +387,28 @@ class ExplainResult:
 
 @dataclass(frozen=True, slots=True)
 class StatsRow:
-    """Counters of one namespace, outcome and tier; of everything in a total. Money in micro-dollars.
+    """Counters of what the row is told apart by; of everything in a total. Money in micro-dollars.
+
+    A field that rows are not told apart by is empty, or None.
 
     Attributes:
+        outcome: What became of the requests.
+        tier: The tier that answered; None for errors, too.
+        requests: Pictures answered; calls, for errors.
         coalesced_microusd: Of saved: by joining a load another caller paid for.
         unknown_microusd: At most paid by calls to upstreams whose outcome nobody knows. Not in spent.
         degraded: Of requests: answered at a lower quality than asked for.
+        model: The model asked for; "other" beyond what is told apart.
+        quality: The quality asked for.
+        caller: Who asked; "other" beyond what is told apart.
+        start_time: When the row's time bucket begins; None where there is one for all time.
+        latency_counts: How many requests took how long: one count per bound of `Stats.latency_bounds_s`, and one
+            for what took longer.
+        would_cost_microusd: What the requests would have cost without the cache.
+        settled_calls: Calls to upstreams whose cost is known: those that spent is the sum of.
+        unknown_calls: Calls to upstreams whose outcome nobody knows.
+        open_calls: Calls to upstreams that have not ended, or whose replica died and has not come back.
+        open_microusd: The most that the open calls may cost. Neither in spent nor in unknown.
     """
 
     namespace: str
@@ -404,19 +422,31 @@ class StatsRow:
     coalesced_microusd: int
     unknown_microusd: int
     degraded: int
+    model: str = ""
+    quality: str = ""
+    caller: str = ""
+    start_time: datetime | None = None
+    latency_counts: tuple[int, ...] = ()
+    would_cost_microusd: int = 0
+    settled_calls: int = 0
+    unknown_calls: int = 0
+    open_calls: int = 0
+    open_microusd: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Counters since `start_time`.
+    """Counters of one process since its `start_time`, or of all replicas in the span of time asked for.
 
     Attributes:
-        rows: One per namespace, outcome and tier that occurred.
+        start_time: When counting began.
+        rows: One for each combination, that occurred, of what rows are told apart by.
         total: Sums over all rows.
-        paid_unknown: Pictures paid for although the last tier could not be asked.
+        paid_unknown: Pictures paid for although the last tier could not be asked. Of one process; so are the next.
         unsaved: Images no lower tier has acknowledged yet.
         corrupt: Damaged entries found, per tier.
         upstream_calls: Calls to the upstreams.
+        latency_bounds_s: Upper bounds of what `StatsRow.latency_counts` counts.
     """
 
     start_time: datetime | None
@@ -426,3 +456,17 @@ class Stats:
     unsaved: int
     corrupt: Mapping[TierName, int]
     upstream_calls: int
+    latency_bounds_s: tuple[float, ...] = ()
+
+    def latency_s(self, row: StatsRow, share: float) -> float | None:
+        """The bound that `share` (above 0, at most 1) of the row's requests did not exceed: 0.95 is the p95.
+
+        The true figure lies between this bound and the one below it. Infinite where it lies above the last one; None
+        without requests.
+        """
+        count = sum(row.latency_counts)
+        if count == 0:
+            return None
+        reached = accumulate(row.latency_counts)
+        bounds = (*self.latency_bounds_s, math.inf)
+        return next(bound for bound, below in zip(bounds, reached, strict=True) if below >= share * count)
