@@ -142,7 +142,7 @@ class PromptCache:
         self._failures: TTLCache[tuple[str, str], CacheServerError] = TTLCache(
             _REMEMBERED_FAILURES, ttl=_FAILURES_LAST_S, timer=clock.monotonic_s
         )
-        self._rungs = Rungs(get=self._get_as_asked, generation=generation, identify=identify, books=books)
+        self._rungs = Rungs(get=self._get_as_asked, generation=generation, identify=identify)
         self.remakes = Remakes(make=self._remake, clock=clock)
         self._purger = Purger(memory=memory, tiers=tiers, keeper=keeper)
 
@@ -412,15 +412,14 @@ class PromptCache:
         )
 
     def _served(self, loaded: Loaded, waiter: Waiter) -> Served:
-        paid = loaded.entry.image.paid_microusd
-        pays = loaded.payer is waiter
+        image, pays = loaded.entry.image, loaded.payer is waiter
         return Served(
             entry=loaded.entry,
             tier=loaded.tier,
             matched=_matched(loaded.entry, waiter),
             collapsed=not pays if loaded.payer is not None else not waiter.first,
-            cost_microusd=paid if pays else 0,
-            saved_microusd=0 if pays else paid,
+            cost_microusd=image.paid_microusd if pays else 0,
+            saved_microusd=0 if pays else self._generation.worth_microusd(image, _model_asked(waiter)),
         )
 
     @staticmethod
@@ -726,6 +725,10 @@ class _Walked(NamedTuple):
 
     found: Loaded | None
     is_unknown: bool = False
+
+
+def _model_asked(waiter: Waiter) -> str:
+    return waiter.asked[0].model if waiter.asked is not None else ""
 
 
 def _matched(entry: CachedImage, waiter: Waiter) -> MatchLevel:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Protocol
 
+from cacheserver.figures import Bucket
 from cacheserver.model import (
     Amounts,
     Attempt,
@@ -188,6 +189,13 @@ class Generation(Protocol):
         """What `n` pictures may cost at most, in micro-dollars; 0 where no price is known."""
         ...
 
+    def worth_microusd(self, image: GeneratedImage, model: str) -> int:
+        """What this very picture would cost now, by today's prices; what it did cost where they do not tell.
+
+        `model` is the one that was asked for it, empty where nobody knows.
+        """
+        ...
+
 
 class Limits(Protocol):
     """The limits of every limit group, shared by all replicas: token buckets whose next moments are reserved.
@@ -292,6 +300,84 @@ class Ledger(Protocol):
         ...
 
 
+class CallFigures(Protocol):
+    """What calls to upstreams cost, by namespace, model, quality and caller, for whoever asks any replica.
+
+    Beside the ledger, which knows it for sure: here it is told so promptly that what a replica which died had sent
+    is known although it does not come back.
+    """
+
+    def sent(self, attempt: Attempt) -> Awaitable[None] | None:
+        """A call is about to be sent: count it as open. To be awaited until it is told; None where nobody is told.
+
+        The wait is bounded and never fails: where nobody can be told, the count is kept here and told later.
+        """
+        ...
+
+    def ended(self, attempt: Attempt) -> None:
+        """A call that was counted as open has ended like this."""
+        ...
+
+
+class FigureStore(Protocol):
+    """Where all replicas put their figures: text under a name, in buckets of time. Control state.
+
+    Every call may be repeated. Raises AccountsUnavailableError and nothing else.
+    """
+
+    async def tell(self, cells: Mapping[Bucket, Mapping[str, str]]) -> str:
+        """Set these cells. Returns what names this store's contents: once that is another, all were lost."""
+        ...
+
+    async def forget(self, owner: str, buckets: Sequence[Bucket]) -> None:
+        """Remove what this owner has told of these buckets."""
+        ...
+
+    async def buckets(self, span_s: int) -> list[Bucket]:
+        """The buckets of this length in which there is anything, oldest first."""
+        ...
+
+    async def read(self, buckets: Sequence[Bucket]) -> list[dict[str, str]]:
+        """What each of these buckets holds."""
+        ...
+
+    async def drop(self, buckets: Sequence[Bucket]) -> None:
+        """Forget these buckets."""
+        ...
+
+
+class Files(Protocol):
+    """Small files by name, beside the entries of a tier. Raises TierError and nothing else."""
+
+    async def files(self, start: str) -> list[str]:
+        """The names that begin so, in order."""
+        ...
+
+    async def read_file(self, name: str, max_bytes: int) -> bytes | None:
+        """What the file holds; None if there is none. A larger one than `max_bytes` raises CorruptEntryError."""
+        ...
+
+    async def write_file(self, name: str, data: bytes) -> None:
+        """Write or replace a file, whole or not at all."""
+        ...
+
+
+class FigureArchive(Protocol):
+    """Files of figures that the store has let go of, one per day. Raises AccountsUnavailableError and nothing else."""
+
+    async def days(self) -> list[str]:
+        """The days there are files of, as ISO 8601 dates, oldest first."""
+        ...
+
+    async def read(self, day: str) -> bytes | None:
+        """The file of a day; None if there is none."""
+        ...
+
+    async def write(self, day: str, data: bytes) -> None:
+        """Put a file in the place of a day's, whole or not at all."""
+        ...
+
+
 class Replays(Protocol):
     """What calls with a request_id were given, for 24 hours: a call sent again never pays again.
 
@@ -320,8 +406,16 @@ class Books(Protocol):
         seconds: float,
         image_bytes: int = 0,
         saved_microusd: int = 0,
+        would_cost_microusd: int = 0,
+        model: str = "",
+        quality: str = "",
+        caller: str = "",
+        is_degraded: bool = False,
     ) -> None:
-        """One picture was answered."""
+        """One picture was answered; `model` and `quality` are those asked for.
+
+        `would_cost_microusd` is what it would have cost without a cache.
+        """
         ...
 
     def spent(self, namespace: str, microusd: int) -> None:
@@ -362,10 +456,6 @@ class Books(Protocol):
 
     def refused(self, namespace: str, reason: str) -> None:
         """A prompt was refused before anything was looked up or spent."""
-        ...
-
-    def degraded(self, namespace: str, tier: TierName) -> None:
-        """A picture was answered at a lower quality than asked for."""
         ...
 
     def paid_unknown(self) -> None:

@@ -346,6 +346,7 @@ class Attempt:
     reason: str = ""
     upstream_request_id: str = ""
     usage: Usage | None = None
+    quality: str = ""
 
 
 class BudgetScope(StrEnum):

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 from cacheserver.errors import CannotAffordError, NotCachedError, RequestIdSpentError, TooSlowError
-from cacheserver.interfaces import Books, Generation
+from cacheserver.interfaces import Generation
 from cacheserver.model import Ask, CachePolicy, Identity, ImageRequest, MatchLevel, Namespace, Pending, Served
 
 Answer = list[Served] | Pending
@@ -30,13 +30,11 @@ class Rungs:
         get: Callable[[Ask], Awaitable[Answer]],
         generation: Generation,
         identify: Identify,
-        books: Books,
     ) -> None:
         """`get` answers a call as it asks, or raises why it cannot."""
         self._get = get
         self._generation = generation
         self._identify = identify
-        self._books = books
 
     async def instead(self, ask: Ask, error: CannotAffordError | TooSlowError) -> Answer:
         """What to answer where `ask` cannot be had.
@@ -77,6 +75,4 @@ class Rungs:
         answer = await self._get(replace(ask, request=rung, identity=identity, terms=terms))
         if isinstance(answer, Pending):
             return answer
-        for served in answer:
-            self._books.degraded(ask.namespace.name, served.tier)
         return [replace(served, degraded=True) for served in answer]

@@ -16,6 +16,7 @@ from cacheserver.generation.queue import JobQueue
 from cacheserver.generation.refusals import Refusals
 from cacheserver.generation.scheduler import Scheduler
 from cacheserver.generation.scoring import Scorer, TechnicalScorer
+from cacheserver.generation.worth import Worth
 from cacheserver.interfaces import Books, Budgets, Clock, Ledger, Upstream
 from cacheserver.model import Attempt, AttemptOutcome, Budget, GroupLimits
 
@@ -84,6 +85,7 @@ def build_generator(
         budgets=budgets,
         ledger=ledger or MemoryLedger(),
         prices=PriceTable.load(),
+        worth=Worth(pool=pool, prices=PriceTable.load(), theirs={}),
         refusals=Refusals(ttl_s=600.0, monotonic_s=clock.monotonic_s),
         scorer=scorer or TechnicalScorer(),
         books=books,

@@ -12,11 +12,12 @@ import cacheserver
 
 PACKAGE = Path(cacheserver.__file__).parent
 
-VALUES = {"model", "errors", "interfaces", "clock", "tasks"}
+VALUES = {"model", "figures", "errors", "interfaces", "clock", "tasks"}
 MAY_IMPORT: dict[str, set[str]] = {
     "model": set(),
+    "figures": {"model"},
     "errors": {"model"},
-    "interfaces": {"model", "errors"},
+    "interfaces": {"model", "figures", "errors"},
     "clock": set(),
     "tasks": {"errors", "interfaces"},
     "log": set(),

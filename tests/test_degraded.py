@@ -68,7 +68,6 @@ class TestOverBudget:
         house.restart(budget=[day(100_000)])
         served = await get(house)
         assert (served.degraded, served.entry.image.quality, made(house)) == (True, "medium", ["medium"])
-        assert house.books.snapshot(None).total.degraded == 1
 
     async def test_who_does_not_accept_less_is_told_which_budget_and_until_when(self, house: House) -> None:
         house.restart(budget=[day(100_000)])

@@ -236,8 +236,8 @@ async def test_a_ledger_of_a_newer_release_is_refused(tmp_path: Path, clock: Fak
     async with opened(tmp_path, clock):
         pass
     with closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
-        connection.execute("PRAGMA user_version = 2")
-    with pytest.raises(ConfigError, match=r"newer release.*version 2, known 1"):
+        connection.execute("PRAGMA user_version = 3")
+    with pytest.raises(ConfigError, match=r"newer release.*version 3, known 2"):
         await SqliteLedger.at(tmp_path, clock=clock, replica_id="0123456789abcdef")
 
 

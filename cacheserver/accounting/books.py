@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter as Tally
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from cacheserver.figures import BY_DEFAULT, LATENCY_BOUNDS_S, OTHER, Figures, Key, Row, Sums, total_of
 from cacheserver.interfaces import Clock
-from cacheserver.model import Outcome, TierName, UpstreamHealth
-
-_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-
-
-@dataclass(slots=True)
-class Row:
-    """Counters of one namespace, outcome and tier. Money in micro-dollars."""
-
-    namespace: str = ""
-    outcome: Outcome | None = None
-    tier: TierName | None = None
-    requests: int = 0
-    image_bytes: int = 0
-    seconds: float = 0.0
-    spent_microusd: int = 0
-    unknown_microusd: int = 0
-    saved_microusd: int = 0
-    coalesced_microusd: int = 0
-    degraded: int = 0
-
-    def add(self, other: Row) -> None:
-        """Add another row's counters to this one's."""
-        self.requests += other.requests
-        self.image_bytes += other.image_bytes
-        self.seconds += other.seconds
-        self.spent_microusd += other.spent_microusd
-        self.unknown_microusd += other.unknown_microusd
-        self.saved_microusd += other.saved_microusd
-        self.coalesced_microusd += other.coalesced_microusd
-        self.degraded += other.degraded
+from cacheserver.model import AttemptOutcome, Outcome, StatsField, TierName, UpstreamHealth
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +29,17 @@ class Stats:
     corrupt: dict[TierName, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class ToldApart:
+    """What the books tell apart beside namespaces, outcomes, tiers and qualities: these models, and so many callers.
+
+    Whatever is beyond is counted as "other", so that no caller decides how much there is to count.
+    """
+
+    models: frozenset[str]
+    max_callers: int = 100
+
+
 class CounterBooks:
     """`Books` kept in plain counters, for `GetStats`, and in a Prometheus registry, for `/metrics`.
 
@@ -63,10 +47,17 @@ class CounterBooks:
     part of saved) where a call joined a load that another paid for: no dollar is in two of spent, unknown and saved.
     """
 
-    def __init__(self, *, clock: Clock, registry: CollectorRegistry) -> None:
-        """Counting begins now, into `registry`."""
+    def __init__(self, *, clock: Clock, registry: CollectorRegistry, told_apart: ToldApart | None = None) -> None:
+        """Counting begins now, into `registry`. Without `told_apart`, models, qualities and callers are not."""
         self._start_time_s = clock.now_s()
-        self._rows: dict[tuple[str, Outcome, TierName | None], Row] = {}
+        self._told_apart = told_apart
+        self._callers: set[str] = set()
+        self._cells: dict[tuple[str, str, str, str, Outcome | None, TierName | None], Figures] = {}
+        """What was counted since somebody took it."""
+        self._taken: dict[Key, Figures] = {}
+        """What was taken, since the start."""
+        self._money: dict[str, Figures] = {}
+        """What was paid since the start, by namespace."""
         self._paid_unknown = 0
         self._unsaved = 0
         self._upstream_calls = 0
@@ -82,29 +73,43 @@ class CounterBooks:
         seconds: float,
         image_bytes: int = 0,
         saved_microusd: int = 0,
+        would_cost_microusd: int = 0,
+        model: str = "",
+        quality: str = "",
+        caller: str = "",
+        is_degraded: bool = False,
     ) -> None:
         """One picture was answered."""
-        row = self._row(namespace, outcome, tier)
-        row.requests += 1
-        row.image_bytes += image_bytes
-        row.seconds += seconds
-        row.saved_microusd += saved_microusd
-        if outcome is Outcome.COLLAPSED:
-            row.coalesced_microusd += saved_microusd
+        if self._told_apart is None:
+            model = quality = caller = ""
+        cell = self._cells.get((namespace, model, quality, caller, outcome, tier))
+        if cell is None:
+            cell = self._cell(Key(namespace, model, quality, caller, outcome, tier))
+        cell.requests += 1
+        cell.image_bytes += image_bytes
+        cell.seconds += seconds
+        cell.latency_counts[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
+        cell.would_cost_microusd += would_cost_microusd
         tier_label = tier or ""
         self._metrics.requests(namespace, outcome, tier_label).inc()
         self._metrics.request_seconds(outcome, tier_label).observe(seconds)
         if saved_microusd:
+            cell.saved_microusd += saved_microusd
+            if outcome is Outcome.COLLAPSED:
+                cell.coalesced_microusd += saved_microusd
             self._metrics.saved.inc(saved_microusd)
+        if is_degraded:
+            cell.degraded += 1
+            self._metrics.degraded.labels(namespace).inc()
 
     def spent(self, namespace: str, microusd: int) -> None:
         """A call to an upstream was paid for."""
-        self._row(namespace, Outcome.MISS, TierName.UPSTREAM).spent_microusd += microusd
+        self._paid(namespace).count_calls(1, AttemptOutcome.SETTLED, cost_microusd=microusd, estimate_microusd=0)
         self._metrics.spent.inc(microusd)
 
     def spent_unknown(self, namespace: str, microusd: int) -> None:
         """A call may have been paid for and nobody knows."""
-        self._row(namespace, Outcome.MISS, TierName.UPSTREAM).unknown_microusd += microusd
+        self._paid(namespace).count_calls(1, AttemptOutcome.UNKNOWN, cost_microusd=microusd, estimate_microusd=0)
         self._metrics.spent_unknown.inc(microusd)
 
     def tier_seconds(self, tier: TierName, op: str, seconds: float) -> None:
@@ -144,11 +149,6 @@ class CounterBooks:
         """A prompt was refused before anything was looked up or spent."""
         self._metrics.refused.labels(namespace, reason).inc()
 
-    def degraded(self, namespace: str, tier: TierName) -> None:
-        """A picture was answered at a lower quality than asked for."""
-        self._row(namespace, Outcome.MISS if tier is TierName.UPSTREAM else Outcome.HIT, tier).degraded += 1
-        self._metrics.degraded.labels(namespace).inc()
-
     def paid_unknown(self) -> None:
         """A picture was paid for though the last tier could not be asked."""
         self._paid_unknown += 1
@@ -159,28 +159,55 @@ class CounterBooks:
         self._unsaved += change
         self._metrics.unsaved.set(self._unsaved)
 
-    def snapshot(self, namespaces: Collection[str] | None) -> Stats:
-        """The counters of these namespaces (None: of all) as they stand now."""
-        rows = [row for row in self._rows.values() if namespaces is None or row.namespace in namespaces]
-        total = Row()
-        for row in rows:
-            total.add(row)
+    def take(self) -> dict[Key, Figures]:
+        """What was answered since this was called last. No money: that is not counted by what was answered."""
+        cells, self._cells = self._cells, {}
+        taken = {Key(*key): figures for key, figures in cells.items()}
+        for key, figures in taken.items():
+            self._taken.setdefault(key, Figures()).add(figures)
+        return taken
+
+    def snapshot(self, namespaces: Collection[str] | None, by: Sequence[StatsField] = BY_DEFAULT) -> Stats:
+        """The counters of these namespaces (None: of all) as they stand now, in rows told apart by `by`.
+
+        What was paid is known by namespace alone: it stands in rows without model, quality and caller.
+        """
+        sums = Sums(by)
+        counted = ((Key(*key), figures) for key, figures in self._cells.items())
+        paid = ((Key(name, "", "", "", Outcome.MISS, TierName.UPSTREAM), each) for name, each in self._money.items())
+        for key, figures in chain(self._taken.items(), counted, paid):
+            if namespaces is None or key.namespace in namespaces:
+                sums.add(key, figures)
         return Stats(
             start_time_s=self._start_time_s,
-            rows=rows,
-            total=total,
+            rows=sums.rows,
+            total=total_of(sums.rows),
             paid_unknown=self._paid_unknown,
             unsaved=self._unsaved,
             upstream_calls=self._upstream_calls,
             corrupt=dict(self._corrupt),
         )
 
-    def _row(self, namespace: str, outcome: Outcome, tier: TierName | None) -> Row:
-        key = (namespace, outcome, tier)
-        row = self._rows.get(key)
-        if row is None:
-            row = self._rows[key] = Row(namespace, outcome, tier)
-        return row
+    def told_apart(self, key: Key) -> Key:
+        """What `key` is counted as: "other" where its model or caller is not told apart."""
+        if (told := self._told_apart) is None:
+            return key._replace(model="", quality="", caller="")
+        model = key.model if key.model in told.models or not key.model else OTHER
+        return key._replace(model=model, caller=self._known_caller(key.caller, told.max_callers))
+
+    def _cell(self, key: Key) -> Figures:
+        return self._cells.setdefault(self.told_apart(key), Figures())
+
+    def _known_caller(self, caller: str, most: int) -> str:
+        if caller in self._callers or not caller:
+            return caller
+        if len(self._callers) >= most:
+            return OTHER
+        self._callers.add(caller)
+        return caller
+
+    def _paid(self, namespace: str) -> Figures:
+        return self._money.setdefault(namespace, Figures())
 
 
 class _Metrics:
@@ -194,7 +221,7 @@ class _Metrics:
             return Gauge(f"cacheserver_{name}", text, labels, registry=registry)
 
         def histogram(name: str, text: str, *labels: str) -> Histogram:
-            return Histogram(f"cacheserver_{name}", text, labels, registry=registry, buckets=_SECONDS)
+            return Histogram(f"cacheserver_{name}", text, labels, registry=registry, buckets=LATENCY_BOUNDS_S)
 
         # Those of every call by their labels, each looked up once: it takes as long as to count.
         self.requests = cache(counter("requests", "Pictures asked for", "namespace", "outcome", "tier").labels)

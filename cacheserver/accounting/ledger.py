@@ -25,7 +25,7 @@ from cacheserver.model import Attempt, AttemptOutcome, Usage
 
 _log = structlog.get_logger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 _DAY_S = 86_400
 _RETRY_S = 1.0
 _REST_S = 0.01
@@ -49,21 +49,27 @@ CREATE TABLE attempts (
   cost_microusd INTEGER NOT NULL,
   reason TEXT NOT NULL,
   upstream_request_id TEXT NOT NULL,
-  usage TEXT
+  usage TEXT,
+  quality TEXT NOT NULL DEFAULT ''
 );
 CREATE INDEX attempts_by_time ON attempts (start_time_s, id);
 CREATE INDEX attempts_sent ON attempts (outcome) WHERE outcome = 'sent';
 PRAGMA user_version = {_VERSION};
 """
 
+_FROM_1_TO_2 = """
+ALTER TABLE attempts ADD COLUMN quality TEXT NOT NULL DEFAULT '';
+PRAGMA user_version = 2;
+"""
+
 _COLUMNS = (
     "id, namespace, caller, upstream, model, images, estimate_microusd, start_time_s, tags, outcome, end_time_s, "
-    "cost_microusd, reason, upstream_request_id, usage"
+    "cost_microusd, reason, upstream_request_id, usage, quality"
 )
 
 # The row of an ended call is whole: should its first writing be missing, it is written now.
 _WRITE = f"""
-INSERT INTO attempts ({_COLUMNS}, replica) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+INSERT INTO attempts ({_COLUMNS}, replica) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (id) DO UPDATE SET
   upstream = excluded.upstream, outcome = excluded.outcome, end_time_s = excluded.end_time_s,
   cost_microusd = excluded.cost_microusd, reason = excluded.reason,
@@ -84,6 +90,28 @@ SELECT CAST(start_time_s / {_DAY_S} AS INTEGER) * {_DAY_S}, namespace, caller, u
 FROM attempts WHERE start_time_s >= ? AND outcome IN ('settled', 'unknown') AND cost_microusd > 0
 GROUP BY 1, 2, 3, 4 ORDER BY 1, 2, 3, 4
 """  # noqa: S608 - made of constants
+
+_CALLS = """
+SELECT CAST(start_time_s / :span_s AS INTEGER) * :span_s AS start_s, namespace, caller, model, quality, outcome,
+  COUNT(*) AS calls, SUM(cost_microusd) AS cost_microusd, SUM(estimate_microusd) AS estimate_microusd
+FROM attempts WHERE start_time_s >= :since_s AND rowid <= :last AND outcome != 'not_billed'
+GROUP BY 1, 2, 3, 4, 5, 6
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class CallSums:
+    """Calls of one kind that began in one bucket of time, and what they cost and may cost at most, together."""
+
+    start_s: int
+    namespace: str
+    caller: str
+    model: str
+    quality: str
+    outcome: AttemptOutcome
+    calls: int
+    cost_microusd: int
+    estimate_microusd: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +206,16 @@ class SqliteLedger:
         """
         return [DaySpending(*row) for row in await asyncio.to_thread(self._read, _SUMS, (since_s,))]
 
+    async def calls_before_us(self, *, span_s: int, since_s: float) -> list[CallSums]:
+        """The calls that earlier lives of ours began at `since_s` or later, by buckets of `span_s` seconds.
+
+        Raises:
+            LedgerUnavailableError: the file cannot be read.
+        """
+        values = {"span_s": span_s, "since_s": since_s, "last": self._rows_before_us}
+        rows = await asyncio.to_thread(self._read, _CALLS, values)
+        return [CallSums(**{**dict(row), "outcome": AttemptOutcome(row["outcome"])}) for row in rows]
+
     async def aclose(self) -> None:
         """Write what is still to be written and close the file. Nothing else may be called afterwards."""
         await asyncio.to_thread(self._writer.stop)
@@ -191,7 +229,7 @@ class SqliteLedger:
             reason=CacheServerError.reason,
         )
 
-    def _read(self, query: str, values: tuple[Any, ...]) -> list[sqlite3.Row]:
+    def _read(self, query: str, values: tuple[Any, ...] | dict[str, Any]) -> list[sqlite3.Row]:
         try:
             with closing(sqlite3.connect(f"{self._path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
                 connection.row_factory = sqlite3.Row
@@ -216,6 +254,7 @@ class SqliteLedger:
             attempt.reason,
             _storable(attempt.upstream_request_id),
             json.dumps(asdict(attempt.usage)) if attempt.usage else None,
+            attempt.quality,
             self._replica_id,
         )
 
@@ -331,6 +370,8 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         )
     if version == 0:
         connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+    elif version == 1:
+        connection.executescript(f"BEGIN; {_FROM_1_TO_2} COMMIT;")
 
 
 def _attempt(row: sqlite3.Row) -> Attempt:

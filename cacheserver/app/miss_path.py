@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
+from cacheserver.accounting.archive import DirectoryArchive, ObjectArchive
+from cacheserver.accounting.books import CounterBooks
+from cacheserver.accounting.kept import Kept
 from cacheserver.accounting.ledger import DaySpending, SqliteLedger
-from cacheserver.app.tiers import CONTROL_TIMEOUT_S
+from cacheserver.accounting.shared import SharedFigures
+from cacheserver.app.tiers import CONTROL_TIMEOUT_S, Lower
 from cacheserver.control.budgets import LocalBudgets, RedisBudgets
+from cacheserver.control.figures import LocalFigures, RedisFigures
 from cacheserver.control.limits import RedisLimits
 from cacheserver.control.replicas import Replicas
 from cacheserver.embedded.lock import DirectoryLock
 from cacheserver.errors import ConfigError
+from cacheserver.figures import DAY_S, HOUR_S
 from cacheserver.generation.generator import Generator
 from cacheserver.generation.limits import LocalLimits
 from cacheserver.generation.pool import Lane, Pool, PriceStep, Terms
@@ -25,12 +32,15 @@ from cacheserver.generation.queue import JobQueue
 from cacheserver.generation.refusals import Refusals
 from cacheserver.generation.scheduler import Policy, Scheduler
 from cacheserver.generation.scoring import HttpScorer, Scorer, TechnicalScorer
+from cacheserver.generation.worth import Worth
 from cacheserver.interfaces import Books, Budgets, Clock, Ledger, Limits, Upstream
 from cacheserver.settings import Settings, UpstreamSettings
 from cacheserver.tiers.redis import Client
 
 _SCORER_TIMEOUT_S = 10.0
 _LEASE_BEYOND_TIMEOUT_S = 60.0
+_TELLING_S = 1.0
+"""For telling figures: calls wait for it before they are sent, once, when Redis falls silent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +53,23 @@ class MissPath:
     budgets: Budgets
     ledger: Ledger
     groups: tuple[str, ...]
+    figures: SharedFigures | None
 
 
 async def build_miss_path(
-    settings: Settings, *, client: Client | None, books: Books, clock: Clock, undo: AsyncExitStack
+    settings: Settings, *, lower: Lower, books: CounterBooks, clock: Clock, undo: AsyncExitStack
 ) -> MissPath:
-    """The miss path as the settings want it; `client` is that of the Redis that replicas share, if there is one.
+    """The miss path as the settings want it, with what replicas share in the Redis of `lower`, if there is one.
 
     Raises:
         ConfigError: another service has the ledger, or a budget has no upper bound.
     """
-    prices = PriceTable.load().naming(_named(settings))
+    client = lower.control
+    table = await asyncio.to_thread(PriceTable.load, settings.generation.prices_file)
+    prices = table.naming(_named(settings))
     _check_upper_bounds(settings, prices)
     ledger, replicas = await _open_ledger(settings, client=client, clock=clock, undo=undo)
+    figures = await _start_figures(settings, ledger, replicas, lower=lower, books=books, clock=clock, undo=undo)
     spent = await ledger.sums(_last_month_s(clock))
     budgets = await _build_budgets(settings, spent, replicas, client=client, books=books, clock=clock, undo=undo)
     limits = _build_limits(settings, replicas, client=client, clock=clock)
@@ -92,6 +106,7 @@ async def build_miss_path(
         budgets=budgets,
         ledger=ledger,
         prices=prices,
+        worth=Worth(pool=pool, prices=prices, theirs=_named(settings)),
         refusals=Refusals(ttl_s=generation.refusal_ttl_s, monotonic_s=clock.monotonic_s),
         scorer=_build_scorer(settings, clock=clock, undo=undo),
         books=books,
@@ -100,8 +115,9 @@ async def build_miss_path(
         ladder=generation.ladder,
         retry_share=generation.retry_share,
         hedge_after_p99=generation.hedge_after_p99,
+        figures=figures,
     )
-    return MissPath(generator, pool, limits, budgets, ledger, tuple(settings.group_limits))
+    return MissPath(generator, pool, limits, budgets, ledger, tuple(settings.group_limits), figures)
 
 
 def build_upstream(written: UpstreamSettings, settings: Settings, *, prices: PriceTable, clock: Clock) -> Upstream:
@@ -175,6 +191,36 @@ async def _open_ledger(
     await replicas.start()
     undo.push_async_callback(replicas.aclose)
     return ledger, replicas
+
+
+async def _start_figures(  # noqa: PLR0913 - the parts they stand on
+    settings: Settings,
+    ledger: SqliteLedger,
+    replicas: Replicas,
+    *,
+    lower: Lower,
+    books: CounterBooks,
+    clock: Clock,
+    undo: AsyncExitStack,
+) -> SharedFigures | None:
+    """What all replicas count together, begun; None where it is not wanted."""
+    written = settings.accounting
+    if not written.enabled:
+        return None
+    client, prefix = lower.control, settings.redis.prefix
+    directory = settings.data_dir / "figures"
+    figures = SharedFigures(
+        store=LocalFigures() if client is None else RedisFigures(client=client, prefix=prefix, timeout_s=_TELLING_S),
+        archive=DirectoryArchive(directory) if lower.files is None else ObjectArchive(lower.files),
+        books=books,
+        clock=clock,
+        replica_id=replicas.id,
+        kept=Kept(written.minutes_kept_hours * HOUR_S, written.hours_kept_days * DAY_S),
+        keeps_copy=client is None,
+    )
+    undo.push_async_callback(figures.aclose)
+    await figures.start(ledger)
+    return figures
 
 
 async def _build_budgets(  # noqa: PLR0913 - the parts they stand on

@@ -16,7 +16,7 @@ import structlog
 import uvloop
 from prometheus_client import CollectorRegistry, Gauge
 
-from cacheserver.accounting.books import CounterBooks
+from cacheserver.accounting.books import CounterBooks, ToldApart
 from cacheserver.app.miss_path import MissPath, build_miss_path
 from cacheserver.app.tiers import (
     CONTROL_TIMEOUT_S,
@@ -126,7 +126,7 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
     """
     clock = clock or SystemClock()
     registry = CollectorRegistry()
-    books = CounterBooks(clock=clock, registry=registry)
+    books = CounterBooks(clock=clock, registry=registry, told_apart=_told_apart(settings))
     patience = Patience(settings.server.drain_timeout_s, clock=clock)
     async with AsyncExitStack() as undo:
         await lock_disk(settings, clock=clock, undo=undo)
@@ -139,7 +139,7 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
         )
         keeper = Keeper(memory=memory, tiers=lower.tiers, books=books, clock=clock)
         undo.push_async_callback(lambda: keeper.aclose(patience.for_writes_s()))
-        miss_path = await build_miss_path(settings, client=lower.control, books=books, clock=clock, undo=undo)
+        miss_path = await build_miss_path(settings, lower=lower, books=books, clock=clock, undo=undo)
         undo.push_async_callback(lambda: miss_path.generator.aclose(patience.for_calls_s()))
         namespaces = settings.namespaces.values()
         reviews = Reviews(memory=memory, tiers=lower.tiers, keeper=keeper, namespaces=namespaces)
@@ -317,6 +317,14 @@ async def _reload(lists: Iterable[DenyList]) -> None:
         await asyncio.to_thread(each.reload)
 
 
+def _told_apart(settings: Settings) -> ToldApart | None:
+    if not settings.accounting.enabled:
+        return None
+    namespaces = settings.namespaces.values()
+    models = {*settings.model_names, *(namespace.default_model for namespace in namespaces)}
+    return ToldApart(frozenset(models), settings.accounting.max_callers)
+
+
 def _replays(settings: Settings, client: Client | None, *, clock: Clock) -> Replays:
     here = LocalReplays(monotonic_s=clock.monotonic_s)
     if client is None:
@@ -350,6 +358,7 @@ def _rpc_server(  # noqa: PLR0913 - the parts that calls reach
         clock=clock,
         limits=Limits(max_concurrent_calls=server.max_concurrent_calls, max_image_bytes=generation.max_image_bytes),
         policies=policies,
+        figures=miss_path.figures,
     )
     admin = AdminService(
         upstreams=miss_path.pool,

@@ -16,7 +16,7 @@ from cacheserver.embedded.lock import DirectoryLock
 from cacheserver.embedded.seaweed import LocalS3
 from cacheserver.embedded.valkey import EmbeddedValkey
 from cacheserver.errors import ConfigError, TierError
-from cacheserver.interfaces import Books, Clock, SigningTier, Tier
+from cacheserver.interfaces import Books, Clock, Files, SigningTier, Tier
 from cacheserver.model import TierName
 from cacheserver.settings import Settings
 from cacheserver.tiers.disk import DiskTier
@@ -37,13 +37,14 @@ class Lower:
     """The tiers under memory, guarded, fastest first; and who signs URLs.
 
     `client` is that of the Redis among them; `control` another one of the same Redis, for control state: a tier that
-    is busy with images must not keep a budget waiting.
+    is busy with images must not keep a budget waiting. `files` are those of object storage, if that is among them.
     """
 
     tiers: list[GuardedTier] = field(default_factory=list)
     client: Client | None = None
     control: Client | None = None
     signer: SigningTier | None = None
+    files: Files | None = None
 
 
 async def lock_disk(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -> None:
@@ -82,6 +83,7 @@ async def build_tiers(settings: Settings, *, books: Books, clock: Clock, undo: A
                 tier = _guarded(await _disk_tier(settings, clock=clock), _DISK_DEADLINES, books, clock)
             case TierName.S3:
                 s3 = await _s3_tier(settings, clock=clock, undo=undo)
+                lower.files = s3
                 times = Deadlines(read_s=settings.s3.read_timeout_s, write_s=settings.s3.write_timeout_s)
                 breaker = Breaker(tier=s3.name, probe=s3.ping, clock=clock, books=books)
                 tier = lower.signer = GuardedSigningTier(s3, deadlines=times, breaker=breaker, books=books, clock=clock)

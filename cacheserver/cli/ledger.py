@@ -42,6 +42,7 @@ _COLUMNS = (
     "upstream_request_id",
     "input_tokens",
     "output_tokens",
+    "quality",
 )
 
 
@@ -128,7 +129,7 @@ def _total(rows: list[LedgerRow]) -> dict[str, dict[str, int]]:
 
 def _draw(rows: list[LedgerRow], console: Console) -> None:
     table = Table(box=None, pad_edge=False)
-    for name in ("began (UTC)", "namespace", "caller", "upstream", "model"):
+    for name in ("began (UTC)", "namespace", "caller", "upstream", "model", "quality"):
         table.add_column(name)
     table.add_column("images", justify="right")
     table.add_column("outcome")
@@ -141,6 +142,7 @@ def _draw(rows: list[LedgerRow], console: Console) -> None:
             row.caller,
             row.upstream,
             row.model,
+            row.quality,
             f"{row.images}",
             row.outcome or "",
             dollars(row.cost_microusd),

@@ -352,6 +352,7 @@ def read_ledger_row(row: pb.LedgerRow) -> LedgerRow:
         reason=row.reason,
         upstream_request_id=row.upstream_request_id,
         usage=read_usage(row.usage) if row.HasField("usage") else None,
+        quality=row.quality,
     )
 
 

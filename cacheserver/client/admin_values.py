@@ -79,6 +79,7 @@ class LedgerRow:
         cost_microusd: What is booked: the provider's price if SETTLED, the estimate if UNKNOWN, else 0.
         reason: "ok", or the published reason it failed for; empty if it has not ended.
         upstream_request_id: The provider's own id of the call, if it gave one.
+        quality: The quality asked for; empty for calls of releases that did not write it down.
     """
 
     id: str
@@ -96,6 +97,7 @@ class LedgerRow:
     reason: str
     upstream_request_id: str
     usage: Usage | None
+    quality: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -241,7 +241,7 @@ def stats_request(
         since=since,
         until=until,
         span=_name("STATS_SPAN", span),
-        by=None if by is None else [pb.StatsField.Value(f"STATS_FIELD_{field.name}") for field in by],
+        by=[f"STATS_FIELD_{field.name}" for field in by or ()],
     )
 
 

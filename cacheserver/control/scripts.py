@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from redis.exceptions import NoScriptError
 
 from cacheserver.tiers.redis import Client
+
+_T = TypeVar("_T")
 
 
 async def run_script(client: Client, script: str, keys: Sequence[str], args: Sequence[Any], *, timeout_s: float) -> Any:
@@ -21,20 +23,32 @@ async def run_script(client: Client, script: str, keys: Sequence[str], args: Seq
     Raises:
         UNREACHABLE: what any talk to Redis raises. The script may have run.
     """
+    return await answer_within(timeout_s, _run(client, script, len(keys), (*keys, *map(str, args))))
+
+
+async def answer_within(timeout_s: float, asking: Awaitable[_T]) -> _T:
+    """What Redis answers, if it does in time.
+
+    Raises:
+        UNREACHABLE: what any talk to Redis raises.
+    """
     task = asyncio.current_task()
     cancels_before = task.cancelling() if task else 0
-    given = (*keys, *map(str, args))
     async with asyncio.timeout(timeout_s):
         try:
-            try:
-                return await client.evalsha(_sha1(script), len(keys), *given)
-            except NoScriptError:
-                return await client.eval(script, len(keys), *given)
+            return await asking
         finally:
             # redis-py sends through asyncio.wait_for, which before Python 3.12 swallows a cancellation that comes
             # just as the sending is done; a task that loops would never end.
             if task and task.cancelling() > cancels_before:
                 raise asyncio.CancelledError
+
+
+async def _run(client: Client, script: str, many_keys: int, given: tuple[str, ...]) -> Any:
+    try:
+        return await client.evalsha(_sha1(script), many_keys, *given)
+    except NoScriptError:
+        return await client.eval(script, many_keys, *given)
 
 
 @cache

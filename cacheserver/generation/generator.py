@@ -38,7 +38,8 @@ from cacheserver.generation.refusals import Refusals
 from cacheserver.generation.scheduler import Scheduler
 from cacheserver.generation.scoring import Scorer, best_of
 from cacheserver.generation.tries import RetryBudget, Tries
-from cacheserver.interfaces import Books, Budgets, Clock, Ledger
+from cacheserver.generation.worth import Worth
+from cacheserver.interfaces import Books, Budgets, CallFigures, Clock, Ledger
 from cacheserver.model import (
     Amounts,
     Attempt,
@@ -98,6 +99,7 @@ class Generator:
         budgets: Budgets,
         ledger: Ledger,
         prices: PriceTable,
+        worth: Worth,
         refusals: Refusals,
         scorer: Scorer,
         books: Books,
@@ -106,6 +108,7 @@ class Generator:
         ladder: Sequence[str] = (),
         retry_share: float = 0.1,
         hedge_after_p99: float | None = None,
+        figures: CallFigures | None = None,
         rng: Random | None = None,
     ) -> None:
         """`prices` are by our own names of models, as `PriceTable.naming` gives them.
@@ -117,6 +120,7 @@ class Generator:
         self._budgets = budgets
         self._ledger = ledger
         self._prices = prices
+        self._worth = worth
         self._refusals = refusals
         self._scorer = scorer
         self._books = books
@@ -125,6 +129,7 @@ class Generator:
         self._ladder = Ladder(ladder, estimate_microusd=lambda request: self.estimate_microusd(request, 1))
         self._retries = RetryBudget(share=retry_share)
         self._hedge_after_p99 = hedge_after_p99
+        self._figures = figures
         self._rng = rng or Random()  # noqa: S311 - spreads retries, guards nothing
         self._jobs: dict[int, list[Job]] = {}
         self._tasks = OwnedTasks()
@@ -211,6 +216,10 @@ class Generator:
             for lane in lanes
         )
         return max(bounds, default=0)
+
+    def worth_microusd(self, image: GeneratedImage, model: str) -> int:
+        """What this very picture would cost now; what it did cost where no price tells."""
+        return self._worth.microusd(image, model)
 
     async def check(self) -> None:
         """Return if every upstream answers and accepts our key; raise the first UpstreamError if not."""
@@ -322,8 +331,10 @@ class Generator:
             model=order.request.model,
             images=len(work.variants),
             estimate_microusd=estimate,
-            start_time_s=now_s,
+            # When it is sent: it may have waited for its turn for long.
+            start_time_s=self._clock.now_s(),
             tags=order.tags,
+            quality=order.request.quality,
         )
 
     # ── one paid call ───────────────────────────────────────────────────────────────────────────────────────
@@ -351,7 +362,13 @@ class Generator:
     async def _write_down(self, attempt: Attempt, request: ImageRequest) -> None:
         """Make the attempt's row durable and its money sent; what was not sent after all is free again."""
         try:
-            writing = asyncio.gather(self._ledger.open(attempt), self._budgets.sent(attempt.id), return_exceptions=True)
+            told = self._figures.sent(attempt) if self._figures is not None else None
+            writing = asyncio.gather(
+                self._ledger.open(attempt),
+                self._budgets.sent(attempt.id),
+                *([] if told is None else [told]),
+                return_exceptions=True,
+            )
             # Both, before either's failure: what is still being set aside could not be given back.
             _raise_first(await writing)
         except BaseException as error:
@@ -395,6 +412,8 @@ class Generator:
                 self._books.spent(attempt.namespace, attempt.cost_microusd)
             case _:
                 pass
+        if self._figures is not None:
+            self._figures.ended(attempt)
         self._tasks.own(self._write_end(attempt), "close attempt")
 
     async def _write_end(self, attempt: Attempt) -> None:

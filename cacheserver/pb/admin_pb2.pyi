@@ -214,7 +214,7 @@ class UpdateBudgetResponse(_message.Message):
     def __init__(self, budget: _Optional[_Union[Budget, _Mapping]] = ...) -> None: ...
 
 class LedgerRow(_message.Message):
-    __slots__ = ("id", "namespace", "caller", "upstream", "model", "images", "estimate_microusd", "start_time", "tags", "outcome", "end_time", "cost_microusd", "reason", "upstream_request_id", "usage")
+    __slots__ = ("id", "namespace", "caller", "upstream", "model", "images", "estimate_microusd", "start_time", "tags", "outcome", "end_time", "cost_microusd", "reason", "upstream_request_id", "usage", "quality")
     ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     CALLER_FIELD_NUMBER: _ClassVar[int]
@@ -230,6 +230,7 @@ class LedgerRow(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     UPSTREAM_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
     id: str
     namespace: str
     caller: str
@@ -245,7 +246,8 @@ class LedgerRow(_message.Message):
     reason: str
     upstream_request_id: str
     usage: TokenUsage
-    def __init__(self, id: _Optional[str] = ..., namespace: _Optional[str] = ..., caller: _Optional[str] = ..., upstream: _Optional[str] = ..., model: _Optional[str] = ..., images: _Optional[int] = ..., estimate_microusd: _Optional[int] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., tags: _Optional[_Iterable[str]] = ..., outcome: _Optional[_Union[AttemptOutcome, str]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., cost_microusd: _Optional[int] = ..., reason: _Optional[str] = ..., upstream_request_id: _Optional[str] = ..., usage: _Optional[_Union[TokenUsage, _Mapping]] = ...) -> None: ...
+    quality: str
+    def __init__(self, id: _Optional[str] = ..., namespace: _Optional[str] = ..., caller: _Optional[str] = ..., upstream: _Optional[str] = ..., model: _Optional[str] = ..., images: _Optional[int] = ..., estimate_microusd: _Optional[int] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., tags: _Optional[_Iterable[str]] = ..., outcome: _Optional[_Union[AttemptOutcome, str]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., cost_microusd: _Optional[int] = ..., reason: _Optional[str] = ..., upstream_request_id: _Optional[str] = ..., usage: _Optional[_Union[TokenUsage, _Mapping]] = ..., quality: _Optional[str] = ...) -> None: ...
 
 class TokenUsage(_message.Message):
     __slots__ = ("input_tokens", "input_text_tokens", "input_image_tokens", "output_tokens", "total_tokens")

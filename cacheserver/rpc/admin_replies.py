@@ -92,6 +92,7 @@ def ledger_row(attempt: Attempt) -> pb.LedgerRow:
         reason=attempt.reason,
         upstream_request_id=attempt.upstream_request_id,
         usage=None if attempt.usage is None else _usage(attempt.usage),
+        quality=attempt.quality,
     )
 
 

@@ -38,7 +38,10 @@ _NOBODY = Caller("", frozenset())
 
 @dataclass(slots=True)
 class Call:
-    """One call in progress. Rpc methods read who asks and until when, and fill in `namespace` and `trailers`."""
+    """One call in progress. Rpc methods read who asks and until when, and fill in the rest once it is known.
+
+    `model` and `quality` are those asked for, empty for a call that asks by key.
+    """
 
     rpc: str
     metadata: Mapping[str, str]
@@ -47,6 +50,8 @@ class Call:
     started_s: float
     caller: Caller = _NOBODY
     namespace: str = ""
+    model: str = ""
+    quality: str = ""
     trailers: list[tuple[str, str]] = field(default_factory=list)
 
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from cacheserver.accounting.books import Row, Stats
+from cacheserver.accounting.books import Stats
+from cacheserver.accounting.reading import Query, Report
+from cacheserver.figures import LATENCY_BOUNDS_S, Row, total_of
 from cacheserver.identity import FieldDifference
 from cacheserver.model import (
     CachedImage,
@@ -173,6 +175,18 @@ def stats_response(stats: Stats) -> pb.GetStatsResponse:
         unsaved=stats.unsaved,
         corrupt=tier_counts(stats.corrupt),
         upstream_calls=stats.upstream_calls,
+        latency_bounds_s=LATENCY_BOUNDS_S,
+    )
+
+
+def report_response(report: Report, query: Query) -> pb.GetStatsResponse:
+    """The figures of all replicas for a span of time: those of one process stay out of it."""
+    start_s = report.start_s if query.since_s is None else query.since_s
+    return pb.GetStatsResponse(
+        start_time=None if start_s is None else timestamp(start_s),
+        rows=[_stats_row(row) for row in report.rows],
+        total=_stats_row(total_of(report.rows)),
+        latency_bounds_s=LATENCY_BOUNDS_S,
     )
 
 
@@ -213,6 +227,16 @@ def _stats_row(row: Row) -> pb.StatsRow:
         coalesced_microusd=row.coalesced_microusd,
         unknown_microusd=row.unknown_microusd,
         degraded=row.degraded,
+        model=row.model,
+        quality=row.quality,
+        caller=row.caller,
+        start_time=None if row.start_s is None else timestamp(row.start_s),
+        latency_counts=row.latency_counts,
+        would_cost_microusd=row.would_cost_microusd,
+        settled_calls=row.settled_calls,
+        unknown_calls=row.unknown_calls,
+        open_calls=row.open_calls,
+        open_microusd=row.open_microusd,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import grpc
 
 from cacheserver.accounting.books import CounterBooks
+from cacheserver.accounting.reading import Query, Report
 from cacheserver.cache import PromptCache
 from cacheserver.errors import (
     ImageChangedError,
@@ -24,6 +25,8 @@ from cacheserver.errors import (
     PermissionDeniedError,
     PiiFoundError,
     PromptDeniedError,
+    PromptRefusedError,
+    UpstreamInvalidError,
 )
 from cacheserver.generation.images import BadImageError, ImageFacts
 from cacheserver.identity import differences, identify
@@ -39,6 +42,7 @@ from cacheserver.model import (
     Pending,
     Permission,
     Served,
+    StatsField,
     TierName,
     VariantPolicy,
 )
@@ -48,6 +52,7 @@ from cacheserver.rpc import headers, messages, replies, wire
 from cacheserver.rpc.auth import Authenticator
 from cacheserver.rpc.calls import Call, Calls, Parts
 from cacheserver.rpc.messages import Asked, Delivery, Problems, PutHeader, Resume
+from cacheserver.rpc.stats import read_query
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["PromptCacheService"].full_name
 
@@ -62,6 +67,14 @@ class Inspect(Protocol):
 
     async def __call__(self, data: bytes, *, expect_format: str) -> ImageFacts:
         """The facts of `data`; raises BadImageError if it is no whole picture of that format ("png", …)."""
+        ...
+
+
+class FigureSource(Protocol):
+    """Where the figures of all replicas are read."""
+
+    async def report(self, query: Query) -> Report:
+        """The figures that `query` wants, our own up to this moment; raises AccountsUnavailableError."""
         ...
 
 
@@ -90,8 +103,13 @@ class PromptCacheService:
         clock: Clock,
         limits: Limits,
         policies: Mapping[str, PromptPolicy] = MappingProxyType({}),
+        figures: FigureSource | None = None,
     ) -> None:
-        """`default_model` is that of namespaces that have none of their own; `policies` are by namespace."""
+        """`default_model` is that of namespaces that have none of their own; `policies` are by namespace.
+
+        `figures` are those of all replicas; None where none are kept.
+        """
+        self._figures = figures
         self._policies = policies
         self._cache = cache
         self._namespaces = {
@@ -181,7 +199,10 @@ class PromptCacheService:
 
     def _asked(self, message: pb.GetImageRequest, call: Call, prefix: str = "") -> Asked:
         namespace = self._namespace(message.namespace, Permission.READ, call, prefix)
-        return messages.read_get_image(message, namespace, call, Problems(prefix))
+        asked = messages.read_get_image(message, namespace, call, Problems(prefix))
+        if isinstance(asked.what, ImageRequest):
+            call.model, call.quality = asked.what.model, asked.what.quality
+        return asked
 
     async def _screened(self, asked: Asked) -> Asked:
         """The call with the prompt that its namespace lets pass. Raises PromptDeniedError or PiiFoundError."""
@@ -220,7 +241,7 @@ class PromptCacheService:
             )
         if isinstance(answer, Pending):
             for _ in answer.keys:
-                self._books.answered(call.namespace, Outcome.PENDING, None, seconds=self._seconds(call))
+                self._answered(call, Outcome.PENDING)
         return answer
 
     def _check_delivery(self, asked: Asked) -> None:
@@ -390,7 +411,7 @@ class PromptCacheService:
         return response.SerializeToString()
 
     async def get_stats(self, message: pb.GetStatsRequest, call: Call) -> bytes:
-        """The counters since the service started."""
+        """The counters of this process since it started, or the figures of all replicas for a span of time."""
         if message.namespace:
             namespaces: frozenset[str] | None = frozenset(
                 {self._namespace(message.namespace, Permission.READ, call).name}
@@ -399,7 +420,14 @@ class PromptCacheService:
             namespaces = call.caller.namespaces
         else:
             raise PermissionDeniedError("This caller may not read.")
-        return replies.stats_response(self._books.snapshot(namespaces)).SerializeToString()
+        query = read_query(message, namespaces)
+        if StatsField.CALLER in query.by and Permission.ADMIN not in call.caller.permissions:
+            raise PermissionDeniedError("Rows by caller need the permission admin.")
+        if not (message.HasField("since") or message.HasField("until")):
+            return replies.stats_response(self._books.snapshot(namespaces, query.by)).SerializeToString()
+        if self._figures is None:
+            raise InvalidRequestError({"since": "no figures are kept here: accounting.enabled is false"})
+        return replies.report_response(await self._figures.report(query), query).SerializeToString()
 
     # ── common ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -426,7 +454,24 @@ class PromptCacheService:
                 seconds=self._seconds(call),
                 image_bytes=served.entry.size_bytes,
                 saved_microusd=served.saved_microusd,
+                would_cost_microusd=served.saved_microusd + served.cost_microusd,
+                model=call.model or served.entry.image.model,
+                quality=call.quality or served.entry.image.quality,
+                caller=call.caller.name,
+                is_degraded=served.degraded,
             )
+
+    def _answered(self, call: Call, outcome: Outcome) -> None:
+        """Book an answer without a picture."""
+        self._books.answered(
+            call.namespace,
+            outcome,
+            None,
+            seconds=self._seconds(call),
+            model=call.model,
+            quality=call.quality,
+            caller=call.caller.name,
+        )
 
     @contextmanager
     def _booked(self, call: Call) -> Iterator[None]:
@@ -434,16 +479,21 @@ class PromptCacheService:
         try:
             yield
         except Exception as error:
-            is_absent = isinstance(error, NotCachedError | KeyGoneError)
             if call.namespace:
-                outcome = Outcome.NOT_CACHED if is_absent else Outcome.ERROR
-                self._books.answered(call.namespace, outcome, None, seconds=self._seconds(call))
+                self._answered(call, _outcome_of_failure(error))
             raise
+
+
+def _outcome_of_failure(error: Exception) -> Outcome:
+    if isinstance(error, NotCachedError | KeyGoneError):
+        return Outcome.NOT_CACHED
+    is_remembered = isinstance(error, PromptRefusedError | UpstreamInvalidError) and error.cached
+    return Outcome.NEGATIVE if is_remembered else Outcome.ERROR
 
 
 def _outcome(served: Served) -> Outcome:
     if served.tier is not TierName.UPSTREAM:
-        return Outcome.HIT
+        return Outcome.STALE if served.stale else Outcome.HIT
     return Outcome.COLLAPSED if served.collapsed else Outcome.MISS
 
 

@@ -260,6 +260,9 @@ class GenerationSettings(_Section):
         ge=1,
         description="Start a call once more elsewhere when it takes so many times the p99. Unset: never.",
     )
+    prices_file: Path | None = Field(
+        default=None, description="A price table of your own, in the form of ours. Unset: the one that comes with us."
+    )
     max_candidates: int = Field(default=4, ge=1, le=10, description="Most candidates a request may ask for.")
     scorer_url: HttpUrl | None = Field(
         default=None,
@@ -270,6 +273,30 @@ class GenerationSettings(_Section):
     )
     max_image_pixels: int = Field(default=40_000_000, gt=0, description="Largest image believed, width times height.")
     max_image_bytes: Bytes = Field(default=64 * _MIB, description="Largest image taken from an upstream, in bytes.")
+
+
+class AccountingSettings(_Section):
+    """What is counted for `cacheserver report`: by all replicas, and for longer than one of them lives."""
+
+    enabled: bool = Field(default=True, description="Whether it is. false: only what each process counts for itself.")
+    max_callers: int = Field(
+        default=100, ge=0, le=10_000, description="Callers told apart; those beyond are counted together, as other."
+    )
+    minutes_kept_hours: int = Field(
+        default=48, ge=1, le=24 * 31, description="Hours that figures are kept minute by minute."
+    )
+    hours_kept_days: int = Field(
+        default=35,
+        ge=1,
+        le=400,
+        description="Days that figures are kept hour by hour in Redis; then they go to S3, or without it to data_dir.",
+    )
+
+    @check(mode="after")
+    def _hours_outlast_minutes(self) -> Self:
+        if 24 * self.hours_kept_days < self.minutes_kept_hours:
+            raise ValueError("hours_kept_days should not be shorter than minutes_kept_hours")
+        return self
 
 
 class BudgetSettings(_Section):
@@ -554,6 +581,7 @@ class Settings(BaseSettings):
     s3: S3Settings = S3Settings()
     disk: DiskSettings = DiskSettings()
     generation: GenerationSettings = GenerationSettings()
+    accounting: AccountingSettings = AccountingSettings()
     budget: BudgetSettings = BudgetSettings()
     moderation: ModerationSettings = ModerationSettings()
     upstreams: tuple[UpstreamSettings, ...] = ()

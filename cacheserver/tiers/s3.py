@@ -176,6 +176,27 @@ class S3Tier:
         """See `SigningTier.signed_url`. S3 honours a URL for at most seven days."""
         return await self._run("signed_url", self._signed_url, entry, expires_s)
 
+    async def files(self, start: str) -> list[str]:
+        """See `Files.files`."""
+        names: list[str] = []
+        token: str | None = None
+        while True:
+            page, token = await self._run("list", self._list, self._prefix + start, token)
+            names += [name.removeprefix(self._prefix) for name in page]
+            if token is None:
+                return names
+
+    async def read_file(self, name: str, max_bytes: int) -> bytes | None:
+        """See `Files.read_file`."""
+        stored = await self._run("read", self._read, self._prefix + name, max_bytes)
+        if stored is not None and stored.data is None:
+            raise CorruptEntryError(f"the object has {stored.size_bytes} bytes, more than it can")
+        return None if stored is None else stored.data
+
+    async def write_file(self, name: str, data: bytes) -> None:
+        """See `Files.write_file`."""
+        await self._run("write", self._write_file, self._prefix + name, data)
+
     async def ping(self) -> None:
         """See `Tier.ping`. The error says which permission is missing, as far as S3 does."""
         await self._run("ping", self._probe)
@@ -260,6 +281,9 @@ class S3Tier:
             return None if stored is None else self._servable(key, name, stored)
         except CorruptEntryError:
             return None
+
+    def _write_file(self, name: str, data: bytes) -> None:
+        self._ask(self._clients.writing.put_object, Key=name, Body=data)
 
     def _delete(self, key: CacheKey) -> bool:
         name = self._object(key)

@@ -1,0 +1,99 @@
+"""An owner's own cells: what it has counted in each minute and hour, and what of that it has not told yet."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from cacheserver.figures import Bucket, Figures, Key, cell_name, read_cell_name
+
+Cells = dict[Bucket, dict[str, str]]
+"""Cells as they are told: by bucket, then by name."""
+
+_OPEN_FOR_S = 300
+"""So long after its end a bucket is kept open; then it is packed, as hardly anything comes any more."""
+
+
+@dataclass(slots=True)
+class _Page:
+    """One bucket's cells, and the keys of those that have changed since they were told."""
+
+    figures: dict[Key, Figures] = field(default_factory=dict)
+    names: dict[Key, str] = field(default_factory=dict)
+    changed: set[Key] = field(default_factory=set)
+
+    def cells(self, owner: str, keys: Iterator[Key] | set[Key]) -> dict[str, str]:
+        told: dict[str, str] = {}
+        for key in keys:
+            if (name := self.names.get(key)) is None:
+                name = self.names[key] = cell_name(owner, key)
+            told[name] = self.figures[key].encoded()
+        return told
+
+
+class Pages:
+    """The cells of one owner, for as long as the store keeps them: should it lose them, they are told once more.
+
+    Not for several threads.
+    """
+
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
+        self._open: dict[Bucket, _Page] = {}
+        self._packed: dict[Bucket, bytes] = {}
+
+    def figures(self, bucket: Bucket, key: Key) -> Figures:
+        """The figures of a cell, to be changed: it will be told anew."""
+        page = self._page(bucket)
+        page.changed.add(key)
+        if (found := page.figures.get(key)) is None:
+            found = page.figures[key] = Figures()
+        return found
+
+    def changed(self) -> Cells:
+        """The cells that have changed since this was called last; give back with `put_back` what was not told."""
+        cells: Cells = {}
+        for bucket, page in self._open.items():
+            if page.changed:
+                keys, page.changed = page.changed, set()
+                cells[bucket] = page.cells(self.owner, keys)
+        return cells
+
+    def put_back(self, cells: Cells) -> None:
+        """These are still to be told, as they stand by then."""
+        for bucket, told in cells.items():
+            self._page(bucket).changed.update(read_cell_name(name) for name in told)
+
+    def latest(self) -> Cells:
+        """All cells of the buckets that are open."""
+        return {bucket: page.cells(self.owner, set(page.figures)) for bucket, page in self._open.items()}
+
+    def all(self) -> Iterator[Cells]:
+        """All cells, a bucket at a time."""
+        for bucket in [*self._packed, *self._open]:
+            if bucket in self._packed:
+                yield {bucket: json.loads(zlib.decompress(self._packed[bucket]))}
+            elif (page := self._open.get(bucket)) is not None:
+                yield {bucket: page.cells(self.owner, set(page.figures))}
+
+    def tidy(self, now_s: float, is_kept: Callable[[Bucket], bool]) -> None:
+        """Pack what is over and told, and forget what the store does not keep either."""
+        for bucket, page in [*self._open.items()]:
+            if bucket.end_s + _OPEN_FOR_S < now_s and not page.changed:
+                told = page.cells(self.owner, set(page.figures))
+                self._packed[bucket] = zlib.compress(json.dumps(told, ensure_ascii=False).encode(), 1)
+                del self._open[bucket]
+        for kind in (self._packed, self._open):
+            for bucket in [each for each in kind if not is_kept(each)]:
+                del kind[bucket]
+
+    def _page(self, bucket: Bucket) -> _Page:
+        page = self._open.get(bucket)
+        if page is None:
+            page = self._open[bucket] = _Page()
+            if (packed := self._packed.pop(bucket, None)) is not None:
+                for name, cell in json.loads(zlib.decompress(packed)).items():
+                    page.figures[read_cell_name(name)] = Figures.decoded(cell)
+        return page
