@@ -215,3 +215,17 @@ def test_a_thousand_violations_fit_the_trailers() -> None:
     bad = detail(status, BadRequest)
     assert bad is not None
     assert len(bad.field_violations) == 10
+
+
+@pytest.mark.parametrize("error_type", all_errors())
+def test_the_failure_of_an_item_says_what_a_whole_call_would(error_type: type[CacheServerError]) -> None:
+    status = status_of(made(error_type), request_id="r1")
+    failure = status.as_failure()
+    whole = details_of(status)
+    assert (failure.code, failure.message) == (whole.code, whole.message)
+    info, retry, bad = detail(status, ErrorInfo), detail(status, RetryInfo), detail(status, BadRequest)
+    assert info is not None
+    assert failure.reason == info.reason
+    assert failure.HasField("retry_delay") == (retry is not None)
+    assert retry is None or failure.retry_delay == retry.retry_delay
+    assert failure.violations == {each.field: each.description for each in (bad.field_violations if bad else ())}

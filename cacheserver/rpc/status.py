@@ -6,6 +6,7 @@ else means do not. The reason says what happened, in a google.rpc.ErrorInfo of d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -23,6 +24,7 @@ from cacheserver.errors import (
     TierUnreachableError,
     UpstreamInvalidError,
 )
+from cacheserver.pb import promptcache_pb2 as pb
 
 DOMAIN = "promptcache.v1"
 
@@ -82,12 +84,27 @@ _MAX_MESSAGE_CHARACTERS = 400
 
 @dataclass(frozen=True, slots=True)
 class RpcStatus:
-    """How a call failed, as gRPC sends it: code, message, and trailers with the google.rpc details."""
+    """How a call failed, as gRPC sends it: code, message, and trailers with the google.rpc details.
+
+    `violations` and `retry_after_s` (seconds; None where trying again does not help) are in the details too.
+    """
 
     code: grpc.StatusCode
     reason: str
     message: str
+    violations: Mapping[str, str]
+    retry_after_s: float | None
     trailers: tuple[tuple[str, str | bytes], ...]
+
+    def as_failure(self) -> pb.Failure:
+        """The same as the failure of one item of a stream."""
+        return pb.Failure(
+            code=self.code.value[0],
+            reason=self.reason,
+            message=self.message,
+            retry_delay=None if self.retry_after_s is None else _duration(self.retry_after_s),
+            violations=self.violations,
+        )
 
 
 def status_of(error: Exception, *, request_id: str) -> RpcStatus:
@@ -96,33 +113,39 @@ def status_of(error: Exception, *, request_id: str) -> RpcStatus:
         error = CacheServerError(f"Internal error. The service's log has it under request id {request_id}.")
     code = CODES[error.reason]
     message = _shorten(str(error), _MAX_MESSAGE_CHARACTERS)
+    violations = _violations(error)
+    retry_after_s = _retry_after_s(error) if code is grpc.StatusCode.UNAVAILABLE else None
     packed = Status(code=code.value[0], message=message)
-    for detail in _details(error, code, message, request_id):
+    info = ErrorInfo(reason=error.reason, domain=DOMAIN, metadata={"request_id": request_id, **_facts(error)})
+    for detail in (info, *_details(error, code, message, violations, retry_after_s)):
         any_detail = Any()
         any_detail.Pack(detail)
         packed.details.append(any_detail)
     trailers: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", packed.SerializeToString())]
-    if code is grpc.StatusCode.UNAVAILABLE:
-        trailers.append(("grpc-retry-pushback-ms", str(round(_retry_after_s(error) * 1000))))
-    return RpcStatus(code, error.reason, message, tuple(trailers))
+    if retry_after_s is not None:
+        trailers.append(("grpc-retry-pushback-ms", str(round(retry_after_s * 1000))))
+    return RpcStatus(code, error.reason, message, violations, retry_after_s, tuple(trailers))
 
 
-def _details(error: CacheServerError, code: grpc.StatusCode, message: str, request_id: str) -> list[Message]:
-    """ErrorInfo, and the detail that fits the code."""
-    info = ErrorInfo(reason=error.reason, domain=DOMAIN, metadata={"request_id": request_id, **_facts(error)})
-    details: list[Message] = [info]
-    if violations := _violations(error):
-        details.append(_bad_request(violations))
-    elif code is grpc.StatusCode.FAILED_PRECONDITION:
+def _details(
+    error: CacheServerError,
+    code: grpc.StatusCode,
+    message: str,
+    violations: Mapping[str, str],
+    retry_after_s: float | None,
+) -> list[Message]:
+    """The detail that fits the code, if there is one."""
+    if violations:
+        named = [BadRequest.FieldViolation(field=field, description=text) for field, text in violations.items()]
+        return [BadRequest(field_violations=named)]
+    if code is grpc.StatusCode.FAILED_PRECONDITION:
         failure = PreconditionFailure.Violation(type=error.reason, description=message)
-        details.append(PreconditionFailure(violations=[failure]))
-    elif code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return [PreconditionFailure(violations=[failure])]
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         subject = error.budget if isinstance(error, CannotAffordError) else error.reason
         quota = QuotaFailure.Violation(subject=subject, description=message)
-        details.append(QuotaFailure(violations=[quota]))
-    elif code is grpc.StatusCode.UNAVAILABLE:
-        details.append(RetryInfo(retry_delay=_duration(_retry_after_s(error))))
-    return details
+        return [QuotaFailure(violations=[quota])]
+    return [] if retry_after_s is None else [RetryInfo(retry_delay=_duration(retry_after_s))]
 
 
 def _facts(error: CacheServerError) -> dict[str, str]:
@@ -139,21 +162,16 @@ def _facts(error: CacheServerError) -> dict[str, str]:
 
 
 def _violations(error: CacheServerError) -> dict[str, str]:
+    """What is wrong with the request, by the path of the field: as much of it as trailers can carry."""
+    violations: Mapping[str, str] = {}
     if isinstance(error, InvalidRequestError):
-        return error.violations
-    if isinstance(error, UpstreamInvalidError):
-        return {f"spec.{error.field}" if error.field else "spec": str(error)}
-    return {}
-
-
-def _bad_request(violations: dict[str, str]) -> BadRequest:
-    named = [
-        BadRequest.FieldViolation(
-            field=_shorten(field, _MAX_FIELD_CHARACTERS), description=_shorten(text, _MAX_TEXT_CHARACTERS)
-        )
+        violations = error.violations
+    elif isinstance(error, UpstreamInvalidError):
+        violations = {f"spec.{error.field}" if error.field else "spec": str(error)}
+    return {
+        _shorten(field, _MAX_FIELD_CHARACTERS): _shorten(text, _MAX_TEXT_CHARACTERS)
         for field, text in list(violations.items())[:_MAX_VIOLATIONS]
-    ]
-    return BadRequest(field_violations=named)
+    }
 
 
 def _retry_after_s(error: CacheServerError) -> float:
