@@ -44,3 +44,13 @@ def test_an_empty_image_still_has_content() -> None:
         wire.image_response([(pb.Image(key="k", content_type="image/png"), b"")], pb.GetImageResponse())
     ).images
     assert (image.key, image.content_type, image.WhichOneof("content")) == ("k", "image/png", "data")
+
+
+@given(st.text(max_size=200), st.lists(facts, max_size=3), statuses)
+def test_a_batchs_answer_is_the_one_protobuf_builds(
+    request_id: str, images: list[pb.Image], status: pb.CacheStatus
+) -> None:
+    response = pb.GetImageResponse(images=images, status=status)
+    expected = pb.BatchGetImagesResponse(items=[pb.BatchItem(request_id=request_id, response=response)])
+    spliced = wire.batch_response(request_id, response.SerializeToString())
+    assert pb.BatchGetImagesResponse.FromString(spliced) == expected

@@ -356,7 +356,11 @@ def _rpc_server(  # noqa: PLR0913 - the parts that calls reach
             inspect_in_thread, max_pixels=generation.max_image_pixels, max_bytes=generation.max_image_bytes
         ),
         clock=clock,
-        limits=Limits(max_concurrent_calls=server.max_concurrent_calls, max_image_bytes=generation.max_image_bytes),
+        limits=Limits(
+            max_concurrent_calls=server.max_concurrent_calls,
+            batch_in_flight=server.batch_in_flight,
+            max_image_bytes=generation.max_image_bytes,
+        ),
         policies=policies,
         figures=miss_path.figures,
     )

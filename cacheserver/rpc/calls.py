@@ -21,7 +21,7 @@ from cacheserver.errors import MalformedMessageError, NotImplementedYetError, Ov
 from cacheserver.interfaces import Books, Clock
 from cacheserver.model import Caller
 from cacheserver.rpc.auth import Authenticator
-from cacheserver.rpc.status import status_of
+from cacheserver.rpc.status import RpcStatus, status_of
 
 _log = structlog.get_logger(__name__)
 
@@ -85,9 +85,17 @@ class Calls:
         self._in_progress = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self.going_down = asyncio.Event()
+        """Set once the service only answers what has begun: a stream of items takes no further one."""
+
+    @property
+    def are_full(self) -> bool:
+        """Whether one more would be turned away."""
+        return self._in_progress >= self._max_in_progress
 
     async def idle(self) -> None:
-        """Return when every call that has begun is answered."""
+        """Have streams take no more items, and return when every call that has begun is answered."""
+        self.going_down.set()
         await self._idle.wait()
 
     def unary(self, rpc: str, message_type: type[M], method: Callable[[M, Call], Awaitable[bytes]]) -> Handler:
@@ -146,6 +154,38 @@ class Calls:
 
         return grpc.stream_stream_rpc_method_handler(handle)
 
+    def item(
+        self, stream: Call, item_id: str, answer: Callable[[Call], Awaitable[bytes]]
+    ) -> asyncio.Task[bytes | RpcStatus]:
+        """Begin one item of a stream, as a call of its own: what `answer` returns, or the status it fails with.
+
+        It is counted, booked and logged as a call, under the stream's request id and its own, and has the stream's
+        caller, metadata and deadline. The task is the stream's to await or cancel.
+        """
+        now_s = self._clock.monotonic_s()
+        left_s = None if stream.deadline_s is None else max(0.0, stream.started_s + stream.deadline_s - now_s)
+        request_id = f"{stream.request_id}/{item_id if _REQUEST_ID.fullmatch(item_id) else '?'}"
+        call = Call(stream.rpc, stream.metadata, request_id, left_s, now_s, stream.caller)
+        task = asyncio.create_task(self._answer_item(call, answer), name="item")
+        self._in_progress += 1
+        task.add_done_callback(self._item_ended)
+        return task
+
+    def _item_ended(self, _: object) -> None:
+        self._in_progress -= 1  # its stream goes on, so this is never the last
+
+    async def _answer_item(self, call: Call, answer: Callable[[Call], Awaitable[bytes]]) -> bytes | RpcStatus:
+        with structlog.contextvars.bound_contextvars(request_id=call.request_id):
+            try:
+                answered = await answer(call)
+            except asyncio.CancelledError:
+                self._log(call, self._how_gone(call))
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever it was, the caller gets a status that fits
+                return self._failed(call, error)
+            self._log(call, grpc.StatusCode.OK)
+            return answered
+
     @asynccontextmanager
     async def _call(self, rpc: str, context: Context) -> AsyncIterator[Call]:
         call = self._begin(rpc, context)
@@ -181,11 +221,15 @@ class Calls:
         if not self._in_progress:
             self._idle.set()
 
-    async def _fail(self, call: Call, context: Context, error: Exception) -> NoReturn:
+    def _failed(self, call: Call, error: Exception) -> RpcStatus:
         status = status_of(error, request_id=call.request_id)
         self._books.error(status.reason)
         exc_info = error if status.code is grpc.StatusCode.INTERNAL else None
         self._log(call, status.code, reason=status.reason, exc_info=exc_info)
+        return status
+
+    async def _fail(self, call: Call, context: Context, error: Exception) -> NoReturn:
+        status = self._failed(call, error)
         await context.abort(status.code, status.message, (*status.trailers, ("x-request-id", call.request_id)))
 
     def _how_gone(self, call: Call) -> grpc.StatusCode:

@@ -50,6 +50,7 @@ from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.precheck import PromptPolicy
 from cacheserver.rpc import headers, messages, replies, wire
 from cacheserver.rpc.auth import Authenticator
+from cacheserver.rpc.batch import Batch
 from cacheserver.rpc.calls import Call, Calls, Parts
 from cacheserver.rpc.messages import Asked, Delivery, Problems, PutHeader, Resume
 from cacheserver.rpc.stats import read_query
@@ -80,9 +81,13 @@ class FigureSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds on calls: bytes that one may move, how many run at a time, seconds between reports of progress."""
+    """Bounds on calls: bytes that one may move, how many run at a time, seconds between reports of progress.
+
+    `batch_in_flight` are the items of one batch that are worked on at a time.
+    """
 
     max_concurrent_calls: int = 4_096
+    batch_in_flight: int = 32
     max_image_bytes: int = 50_000_000
     chunk_bytes: int = 256 * 1024
     progress_s: float = 2.0
@@ -136,7 +141,7 @@ class PromptCacheService:
             {
                 "GetImage": calls.unary("GetImage", pb.GetImageRequest, self.get_image),
                 "StreamImage": calls.streams_out("StreamImage", pb.StreamImageRequest, self.stream_image),
-                "BatchGetImages": calls.not_implemented("BatchGetImages"),
+                "BatchGetImages": calls.streams_both("BatchGetImages", pb.BatchGetImagesRequest, self.batch_get_images),
                 "FindCached": calls.unary("FindCached", pb.FindCachedRequest, self.find_cached),
                 "PutImage": calls.streams_in("PutImage", pb.PutImageRequest, self.put_image),
                 "PurgeImages": calls.unary("PurgeImages", pb.PurgeImagesRequest, self.purge_images),
@@ -196,6 +201,11 @@ class PromptCacheService:
             yield pb.StreamImageResponse(header=header).SerializeToString()
             for chunk in _chunks(served.entry, resume.read_offset, self._limits.chunk_bytes):
                 yield wire.chunk_event(chunk)
+
+    def batch_get_images(self, parts: Parts[pb.BatchGetImagesRequest], call: Call) -> AsyncGenerator[bytes, None]:
+        """Each request of a stream as `get_image` answers it, as soon as it is ready."""
+        batch = Batch(calls=self._calls, get_image=self.get_image, in_flight=self._limits.batch_in_flight)
+        return batch.answers(parts, call)
 
     def _asked(self, message: pb.GetImageRequest, call: Call, prefix: str = "") -> Asked:
         namespace = self._namespace(message.namespace, Permission.READ, call, prefix)

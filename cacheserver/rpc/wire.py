@@ -30,6 +30,14 @@ def image_response(images: Sequence[tuple[pb.Image, bytes]], rest: pb.GetImageRe
     return b"".join(parts)
 
 
+def batch_response(request_id: str, response: bytes) -> bytes:
+    """A BatchGetImagesResponse as bytes with one item: `response`, a GetImageResponse as bytes."""
+    fields = pb.BatchItem(request_id=request_id).SerializeToString()
+    prefix = _prefix(pb.BatchItem.RESPONSE_FIELD_NUMBER, len(response))
+    size = len(fields) + len(prefix) + len(response)
+    return b"".join((_prefix(pb.BatchGetImagesResponse.ITEMS_FIELD_NUMBER, size), fields, prefix, response))
+
+
 def chunk_event(chunk: memoryview) -> bytes:
     """A StreamImageResponse as bytes that carries `chunk`."""
     return b"".join((_prefix(pb.StreamImageResponse.CHUNK_FIELD_NUMBER, len(chunk)), chunk))

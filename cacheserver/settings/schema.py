@@ -123,6 +123,9 @@ class ServerSettings(_Section):
     )
     max_receive_bytes: Bytes = Field(default=24 * _MIB, description="Largest gRPC message taken, in bytes.")
     max_concurrent_calls: int = Field(default=4_096, gt=0, description="Calls served at a time; more are turned away.")
+    batch_in_flight: Count = Field(
+        default=32, description="Items of one BatchGetImages worked on at a time; their sender is slowed down to that."
+    )
 
     @check(mode="after")
     def _tls_is_whole(self) -> Self:

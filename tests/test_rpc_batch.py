@@ -1,0 +1,353 @@
+"""Batches over real gRPC: each request is answered as a call of its own would be, as soon as it is ready."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Any, cast
+
+import grpc.aio
+import pytest
+import structlog
+
+from cacheserver.errors import PromptRefusedError, UpstreamDownError, UpstreamError
+from cacheserver.model import Terms
+from cacheserver.pb import promptcache_pb2 as pb
+from cacheserver.rpc.auth import Authenticator
+from cacheserver.rpc.batch import Batch
+from cacheserver.rpc.calls import Call, Calls, Parts
+from cacheserver.rpc.service import Limits
+from tests.fakes import FakeClock
+from tests.house import House
+from tests.provider import large_png
+from tests.rpc_front import ANYONE, Front, ask, failure, open_front, spec
+from tests.waiting import until
+
+
+@pytest.fixture
+async def front(house: House) -> AsyncIterator[Front]:
+    async with open_front(house) as front:
+        yield front
+
+
+def request(request_id: str, prompt: str = "a red fox", **fields: Any) -> pb.BatchGetImagesRequest:
+    return pb.BatchGetImagesRequest(requests=[ask(prompt, request_id=request_id, **fields)])
+
+
+async def answers(call: Any) -> dict[str, pb.BatchItem]:
+    """Every answer, each of which has to be a message of its own, by its request_id in the order they came."""
+    items: dict[str, pb.BatchItem] = {}
+    while (response := await call.read()) is not grpc.aio.EOF:
+        [item] = response.items
+        assert item.request_id not in items
+        items[item.request_id] = item
+    return items
+
+
+class TestAnswers:
+    async def test_each_request_is_answered_as_a_call_of_its_own_would_be(self, front: Front) -> None:
+        await front.stub.GetImage(ask())
+        single = await front.stub.GetImage(ask())
+        items = await answers(front.stub.BatchGetImages(iter([request("a"), request("b", "a blue fox", n=2)])))
+        assert items["a"].response == single
+        assert [image.variant for image in items["b"].response.images] == [0, 1]
+        assert items["b"].response.status.tier == pb.TIER_UPSTREAM
+        assert front.house.upstream.calls == 2
+
+    async def test_what_is_ready_first_is_answered_first(self, front: Front) -> None:
+        await front.stub.GetImage(ask("a hit"))
+        front.house.upstream.hold()
+        call = front.stub.BatchGetImages(iter([request("slow"), request("quick", "a hit")]))
+        [item] = (await call.read()).items
+        assert item.request_id == "quick"
+        front.house.upstream.release()
+        assert list(await answers(call)) == ["slow"]
+
+    async def test_a_message_may_carry_many_requests_or_none(self, front: Front) -> None:
+        many = pb.BatchGetImagesRequest(requests=[ask(f"fox {n}", request_id=f"{n}") for n in range(50)])
+        items = await answers(front.stub.BatchGetImages(iter([pb.BatchGetImagesRequest(), many])))
+        assert sorted(items) == sorted(map(str, range(50)))
+        assert await answers(front.stub.BatchGetImages(iter([]))) == {}
+
+    async def test_requests_of_one_picture_pay_once(self, front: Front) -> None:
+        items = await answers(front.stub.BatchGetImages(iter([request(f"{n}") for n in range(10)])))
+        assert sum(item.response.status.cost_microusd for item in items.values()) == 53_000
+        assert front.house.upstream.calls == 1
+
+    async def test_answers_of_four_megabytes_each_fit(self, front: Front) -> None:
+        for n in range(3):
+            await front.put(pb.PutImageHeader(spec=spec(f"fox {n}")), large_png(n, 3_900_000))
+        items = await answers(front.stub.BatchGetImages(iter([request(f"{n}", f"fox {n}") for n in range(3)])))
+        assert all(len(item.response.images[0].data) > 3_800_000 for item in items.values())
+
+
+BAD: dict[str, pb.GetImageRequest] = {
+    "many wrong fields": ask(n=11, request_id="x", tags=["a b"], of={"size": "1x1"}),
+    "no spec": pb.GetImageRequest(request_id="x"),
+    "experimental": ask(request_id="x", match_level="MATCH_LEVEL_SEMANTIC"),
+    "not cached": ask(request_id="x", cache_policy="CACHE_POLICY_ONLY_IF_CACHED"),
+    "no signed urls": ask(request_id="x", delivery="DELIVERY_URL"),
+    "no such namespace": ask(request_id="x", namespace="nowhere"),
+    "a long id": ask(request_id="x" * 200),
+}
+
+
+class TestFailures:
+    @pytest.mark.parametrize("kind", BAD)
+    async def test_an_item_fails_in_the_words_of_a_whole_call(self, front: Front, kind: str) -> None:
+        whole = await failure(front.stub.GetImage(BAD[kind]))
+        both = pb.BatchGetImagesRequest(requests=[BAD[kind], ask(request_id="good")])
+        items = await answers(front.stub.BatchGetImages(iter([both])))
+        failed = items[BAD[kind].request_id].failure
+        assert grpc.StatusCode[whole.code].value[0] == failed.code
+        assert (failed.reason, failed.message, dict(failed.violations)) == (whole.reason, whole.message, whole.fields)
+        assert not failed.HasField("retry_delay")
+        assert items["good"].response.images
+
+    @pytest.mark.parametrize("error", [PromptRefusedError("refused"), UpstreamDownError("down", retry_after_s=7.0)])
+    async def test_what_the_upstream_does_to_one_is_no_others_failure(self, front: Front, error: UpstreamError) -> None:
+        front.house.upstream.fail_next(error)
+        whole = await failure(front.stub.GetImage(ask("first")))
+        front.house.upstream.fail_next(error)
+        items = await answers(front.stub.BatchGetImages(iter([request("a", "second")])))
+        failed = items["a"].failure
+        assert (failed.reason, failed.message) == (whole.reason, whole.message)
+        assert grpc.StatusCode[whole.code].value[0] == failed.code
+        pushback = whole.trailers.get("grpc-retry-pushback-ms")
+        assert failed.HasField("retry_delay") == (pushback is not None)
+        assert pushback is None or failed.retry_delay.ToMilliseconds() == int(cast("str", pushback))
+
+    async def test_a_bug_in_one_reveals_nothing_but_where_to_look(
+        self, front: Front, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def break_down(*_: Any, **__: Any) -> None:
+            raise RuntimeError("a secret of ours")
+
+        monkeypatch.setattr(front.house.cache, "get", break_down)
+        call = front.stub.BatchGetImages(iter([request("a")]), metadata=(("x-request-id", "req-7"),))
+        failed = (await answers(call))["a"].failure
+        assert (failed.code, failed.reason) == (grpc.StatusCode.INTERNAL.value[0], "INTERNAL")
+        assert "req-7/a" in failed.message
+        assert "secret" not in failed.message
+
+    @pytest.mark.parametrize("ids", [[""], ["a", "a"], ["a", "b", ""]])
+    async def test_a_request_without_an_id_of_its_own_fails_the_stream(self, front: Front, ids: Sequence[str]) -> None:
+        front.house.upstream.hold()
+        failed = await failure(answers(front.stub.BatchGetImages(iter([request(each) for each in ids]))))
+        assert (failed.code, failed.reason) == ("INVALID_ARGUMENT", "INVALID_FIELD")
+        assert list(failed.fields) == ["requests.request_id"]
+
+    async def test_an_id_may_be_used_again_once_it_is_answered(self, front: Front) -> None:
+        call = front.stub.BatchGetImages()
+        for _ in range(2):
+            await call.write(request("a"))
+            assert (await call.read()).items[0].HasField("response")
+        await call.done_writing()
+        assert await call.read() is grpc.aio.EOF
+
+    async def test_bytes_that_are_no_message_fail_the_stream(self, front: Front) -> None:
+        failed = await failure(front.raw("BatchGetImages", b"\xff\xff"))
+        assert (failed.code, failed.reason) == ("INVALID_ARGUMENT", "MALFORMED_MESSAGE")
+
+
+class TestFlow:
+    async def test_no_more_are_worked_on_at_once_than_allowed(self, house: House) -> None:
+        async with open_front(house, limits=Limits(batch_in_flight=3)) as front:
+            house.upstream.hold()
+            call = front.stub.BatchGetImages(iter([request(f"{n}", f"fox {n}") for n in range(8)]))
+            await house.upstream.arrived(3)
+            await front.stub.GetStats(pb.GetStatsRequest())
+            assert (house.cache.in_flight, house.upstream.calls) == (3, 3)
+            house.upstream.release()
+            assert len(await answers(call)) == 8
+
+    async def test_every_answer_comes_though_nothing_more_is_sent(self, front: Front) -> None:
+        front.house.upstream.hold()
+        call = front.stub.BatchGetImages()
+        for n in range(5):
+            await call.write(request(f"{n}", f"fox {n}"))
+        await call.done_writing()
+        await front.house.upstream.arrived(5)
+        front.house.upstream.release()
+        assert sorted(await answers(call)) == list("01234")
+
+    async def test_whoever_goes_away_ends_its_waits_and_no_paid_load(self, house: House) -> None:
+        house.restart(max_concurrent=1)
+        async with open_front(house) as front:
+            house.upstream.hold()
+            call = front.stub.BatchGetImages(iter([request("paid"), request("waits", "a blue fox")]))
+            await house.upstream.arrived(1)
+            await until(lambda: house.cache.in_flight == 2)
+            call.cancel()
+            await until(lambda: house.cache.in_flight == 1)
+            house.upstream.release()
+            await until(lambda: house.cache.in_flight == 0)
+            assert (await front.stub.GetImage(ask())).status.tier == pb.TIER_MEMORY
+            assert house.upstream.calls == 1
+
+    async def test_items_count_as_calls_and_those_of_a_full_service_wait_their_turn(self, house: House) -> None:
+        async with open_front(house, limits=Limits(max_concurrent_calls=3)) as front:
+            house.upstream.hold()
+            call = front.stub.BatchGetImages(iter([request(f"{n}", f"fox {n}") for n in range(6)]))
+            await house.upstream.arrived(2)
+            turned_away = await failure(front.stub.GetImage(ask("a blue fox")))
+            assert turned_away.reason == "OVERLOADED"
+            assert house.upstream.calls == 2
+            house.upstream.release()
+            assert all(item.HasField("response") for item in (await answers(call)).values())
+            assert house.upstream.calls == 6
+
+    async def test_a_service_that_is_full_of_others_works_on_one_item_of_each_batch(self, house: House) -> None:
+        async with open_front(house, limits=Limits(max_concurrent_calls=2)) as front:
+            house.upstream.hold()
+            single = asyncio.ensure_future(front.stub.GetImage(ask()))
+            await house.upstream.arrived(1)
+            call = front.stub.BatchGetImages(iter([request(f"{n}", f"fox {n}") for n in range(4)]))
+            await house.upstream.arrived(2)
+            house.upstream.release()
+            assert len(await answers(call)) == 4
+            await single
+
+    async def test_a_service_that_goes_down_answers_what_has_begun(self, front: Front) -> None:
+        front.house.upstream.hold()
+        call = front.stub.BatchGetImages()
+        await call.write(request("a"))
+        await front.house.upstream.arrived(1)
+        draining = asyncio.ensure_future(front.server.drain(30))
+        await until(front.server._services[0]._calls.going_down.is_set)  # type: ignore[union-attr] # a PromptCacheService
+        front.house.upstream.release()
+        [item] = (await call.read()).items
+        assert item.response.images
+        ended = await failure(call.read())
+        assert (ended.code, ended.reason) == ("UNAVAILABLE", "SHUTTING_DOWN")
+        await asyncio.wait_for(draining, timeout=10)
+
+
+class TestBooks:
+    async def test_items_are_booked_as_calls_are(self, front: Front) -> None:
+        bad = request("c", cache_policy="CACHE_POLICY_ONLY_IF_CACHED", of={"seed": 5})
+        call = front.stub.BatchGetImages()
+        for each in (request("a"), request("b"), bad):
+            await call.write(each)
+            await call.read()
+        await call.done_writing()
+        assert await call.read() is grpc.aio.EOF
+        stats = await front.stub.GetStats(pb.GetStatsRequest())
+        rows = {(row.outcome, row.tier): row.requests for row in stats.rows}
+        assert rows[pb.OUTCOME_MISS, pb.TIER_UPSTREAM] == rows[pb.OUTCOME_HIT, pb.TIER_MEMORY] == 1
+        assert rows[pb.OUTCOME_NOT_CACHED, pb.TIER_UNSPECIFIED] == 1
+
+    async def test_every_item_is_a_log_line_under_its_streams_id_and_its_own(self, front: Front) -> None:
+        sent = [request("a", "a purple cow"), request("not fit for a log", "a purple cow", n=11)]
+        with structlog.testing.capture_logs([structlog.contextvars.merge_contextvars]) as lines:
+            await answers(front.stub.BatchGetImages(iter(sent), metadata=(("x-request-id", "r1"),)))
+        calls = {line["request_id"]: line for line in lines if line["event"] == "call"}
+        assert set(calls) == {"r1", "r1/a", "r1/?"}
+        assert all(line["rpc"] == "BatchGetImages" for line in calls.values())
+        assert (calls["r1/a"]["code"], calls["r1/a"]["namespace"]) == ("OK", "default")
+        assert (calls["r1/?"]["code"], calls["r1/?"]["reason"]) == ("INVALID_ARGUMENT", "INVALID_FIELD")
+        assert "purple" not in repr(lines)
+        assert "not fit" not in repr(lines)
+
+    async def test_the_time_left_to_the_stream_is_that_of_each_item(
+        self, front: Front, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[Terms] = []
+        get = front.house.cache.get
+
+        async def look(*args: Any, **kwargs: Any) -> Any:
+            seen.append(kwargs["terms"])
+            return await get(*args, **kwargs)
+
+        monkeypatch.setattr(front.house.cache, "get", look)
+        call = front.stub.BatchGetImages(timeout=600)
+        for _ in range(2):
+            await call.write(request("a"))
+            await call.read()
+            front.house.clock.advance(100)
+        await call.done_writing()
+        first, second = (terms.deadline_s for terms in seen)
+        assert first is not None
+        assert second is not None
+        assert 590 < first <= 600
+        assert second == pytest.approx(first - 100)
+
+
+class _Sent:
+    """A stream of requests that tells how many were read."""
+
+    def __init__(self, messages: Sequence[pb.BatchGetImagesRequest]) -> None:
+        self._left = list(messages)
+        self.read = 0
+
+    def __aiter__(self) -> _Sent:
+        return self
+
+    async def __anext__(self) -> pb.BatchGetImagesRequest:
+        if not self._left:
+            raise StopAsyncIteration
+        self.read += 1
+        return self._left.pop(0)
+
+
+class TestReading:
+    """What gRPC does not show: how much a batch has read off its stream."""
+
+    @pytest.fixture
+    def calls(self, house: House, clock: FakeClock) -> Calls:
+        authenticator = Authenticator((), anonymous=ANYONE)
+        return Calls(authenticator=authenticator, books=house.books, clock=clock, max_in_progress=100)
+
+    @staticmethod
+    def open(sent: _Sent, calls: Calls, get_image: Any) -> AsyncGenerator[bytes, None]:
+        batch = Batch(calls=calls, get_image=get_image, in_flight=2)
+        parts = cast("Parts[pb.BatchGetImagesRequest]", sent)
+        return batch.answers(parts, Call("BatchGetImages", {}, "r1", None, 0.0, ANYONE))
+
+    async def test_nothing_is_read_that_cannot_be_worked_on(self, calls: Calls) -> None:
+        begun: list[asyncio.Future[bytes]] = []
+
+        async def get_image(_: pb.GetImageRequest, __: Call) -> bytes:
+            begun.append(asyncio.get_running_loop().create_future())
+            return await begun[-1]
+
+        sent = _Sent([request(f"{n}", f"fox {n}") for n in range(6)])
+        answering = self.open(sent, calls, get_image)
+        first = asyncio.ensure_future(anext(answering))
+        await until(lambda: len(begun) == 2)
+        await _turns()
+        assert sent.read == 2
+        begun[0].set_result(b"")
+        await first
+        await _turns()
+        assert sent.read == 2  # the answer has not gone out: nobody has asked for the next
+        second = asyncio.ensure_future(anext(answering))
+        await until(lambda: len(begun) == 3)
+        await _turns()
+        assert sent.read == 3
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        assert all(each.done() for each in begun)
+
+    async def test_closing_ends_what_is_worked_on(self, calls: Calls) -> None:
+        ended: list[str] = []
+
+        async def get_image(message: pb.GetImageRequest, _: Call) -> bytes:
+            if message.request_id == "quick":
+                return b""
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append(message.request_id)
+            raise AssertionError
+
+        answering = self.open(_Sent([request("slow"), request("quick")]), calls, get_image)
+        await anext(answering)
+        await answering.aclose()
+        assert ended == ["slow"]
+
+
+async def _turns() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
