@@ -16,6 +16,7 @@ from cacheserver.model import (
     CallReport,
     Delivery,
     GeneratedImage,
+    Head,
     ImageRequest,
     Labels,
     Order,
@@ -84,6 +85,17 @@ class Tier(Protocol):
 
     def scan(self, partition: str) -> AsyncIterator[CacheKey]:
         """Every key of a partition, in no order; one that comes or goes meanwhile may be missed. Stand-ins included."""
+        ...
+
+    async def page(self, partition: str, *, after: CacheKey | None, limit: int) -> list[CacheKey]:
+        """At most `limit` keys of a partition by their names, from the first one after `after` on.
+
+        Fewer only where the list ends. Stand-ins included.
+        """
+        ...
+
+    async def head(self, key: CacheKey) -> Head | None:
+        """The entry under `key` without its bytes, fresh or not; None if there is none or it is damaged."""
         ...
 
     async def labels(self, key: CacheKey) -> Labels | None:

@@ -674,6 +674,14 @@ class Labels:
 
 
 @dataclass(frozen=True, slots=True)
+class Head:
+    """A stored entry without its bytes: `bare` is it with an empty image, `size_bytes` the image's length."""
+
+    bare: CachedImage
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Replay:
     """What a call with a request_id was given: these variants of this identity. None of them: it was not kept."""
 

@@ -22,6 +22,7 @@ from cacheserver.model import (
     CacheKey,
     Caller,
     GroupLimits,
+    Head,
     Identity,
     ImageRequest,
     Labels,
@@ -85,6 +86,14 @@ class FaultyTier:
         await self._pass()
         async for key in self._tier.scan(partition):
             yield key
+
+    async def page(self, partition: str, *, after: CacheKey | None, limit: int) -> list[CacheKey]:
+        await self._pass()
+        return await self._tier.page(partition, after=after, limit=limit)
+
+    async def head(self, key: CacheKey) -> Head | None:
+        await self._pass()
+        return await self._tier.head(key)
 
     async def labels(self, key: CacheKey) -> Labels | None:
         await self._pass()

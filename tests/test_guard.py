@@ -19,7 +19,7 @@ from cacheserver.errors import (
     TierTimeoutError,
 )
 from cacheserver.interfaces import Books
-from cacheserver.model import CachedImage, CacheKey, Labels, TierName
+from cacheserver.model import CachedImage, CacheKey, Head, Labels, TierName
 from cacheserver.tiers.disk import DiskTier
 from cacheserver.tiers.guard import Breaker, Deadlines, GuardedSigningTier, GuardedTier
 from tests.fakes import FakeClock
@@ -97,6 +97,14 @@ class FaultyTier:
         for variant in range(2):
             await self._do("scan")
             yield make_key(partition=partition, variant=variant)
+
+    async def page(self, partition: str, *, after: CacheKey | None, limit: int) -> list[CacheKey]:
+        await self._do("page")
+        return [make_key(partition=partition, variant=variant) for variant in range(limit) if after is None]
+
+    async def head(self, key: CacheKey) -> Head | None:  # noqa: ARG002 - the contract's
+        await self._do("head")
+        return None
 
     async def labels(self, key: CacheKey) -> Labels | None:  # noqa: ARG002 - the contract's
         await self._do("labels")

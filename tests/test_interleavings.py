@@ -24,6 +24,7 @@ from cacheserver.model import (
     CachePolicy,
     Caller,
     GeneratedImage,
+    Head,
     ImageRequest,
     Labels,
     Pending,
@@ -81,6 +82,16 @@ class DictTier:
         for key in [CacheKey.parse(name) for name in self.entries]:
             if key.partition == partition:
                 yield key
+
+    async def page(self, partition: str, *, after: CacheKey | None, limit: int) -> list[CacheKey]:
+        last = "" if after is None else after.name
+        keys = [key async for key in self.scan(partition) if key.name > last]
+        return sorted(keys, key=lambda key: key.name)[:limit]
+
+    async def head(self, key: CacheKey) -> Head | None:
+        await asyncio.sleep(0)
+        entry = self.entries.get(key.name)
+        return None if entry is None else Head(replace(entry, image=replace(entry.image, data=b"")), entry.size_bytes)
 
     async def labels(self, key: CacheKey) -> Labels | None:
         await asyncio.sleep(0)

@@ -12,12 +12,15 @@ import pytest
 
 from cacheserver.errors import EntryTooLargeError
 from cacheserver.interfaces import Books, Tier
-from cacheserver.model import CachedImage, CacheKey, GeneratedImage, Labels, TierName, Usage
+from cacheserver.model import CachedImage, CacheKey, GeneratedImage, Head, Labels, TierName, Usage
 from cacheserver.tiers.guard import Breaker, Deadlines, GuardedTier
 from tests.fakes import FakeClock
 
 MAX_ENTRY_BYTES = 100_000
 """What the tiers under test are told to take at most."""
+
+LONG_PROMPT = "".join(chr(0x4E00 + (n * n) % 20_000) for n in range(32_000))
+"""The longest revised prompt there is."""
 
 
 def make_key(prompt: str = "a cat", *, partition: str = "studio", variant: int = 0) -> CacheKey:
@@ -207,8 +210,7 @@ class StoreContract:
 
     async def test_a_revised_prompt_of_any_length_comes_back(self, tier: Store) -> None:
         # Neither the headers of an object nor a first look at a value's head hold this one.
-        prompt = "".join(chr(0x4E00 + (n * n) % 20_000) for n in range(32_000))
-        entry = make_entry(revised_prompt=prompt)
+        entry = make_entry(revised_prompt=LONG_PROMPT)
         assert await tier.put(entry.key, entry, replace=False)
         assert await tier.get(entry.key) == entry
         assert await tier.labels(entry.key) == Labels(namespace="studio-eu", tags=("spring", "shop"))
@@ -219,6 +221,33 @@ class StoreContract:
 
 class TierContract(StoreContract):
     """What every `Tier` promises. Its fixture's tier takes MAX_ENTRY_BYTES."""
+
+    async def test_pages_are_in_the_order_of_names_and_miss_and_repeat_none(self, tier: Tier) -> None:
+        keys = [make_key(f"prompt {n}", variant=variant) for n in range(10) for variant in (0, 2, 10)]
+        for key in [*keys, make_key("other", partition="studio-2"), make_key("another", partition="st")]:
+            await tier.put(key, make_entry(key), replace=False)
+        pages: list[list[CacheKey]] = [[]]
+        while page := await tier.page("studio", after=pages[-1][-1] if pages[-1] else None, limit=7):
+            pages.append(page)
+        assert [len(page) for page in pages] == [0, 7, 7, 7, 7, 2]
+        assert [key.name for page in pages for key in page] == sorted(key.name for key in keys)
+        assert await tier.page("nobody", after=None, limit=7) == []
+
+    async def test_a_page_goes_on_after_a_key_that_is_gone(self, tier: Tier) -> None:
+        keys = sorted((make_key(f"prompt {n}") for n in range(4)), key=lambda key: key.name)
+        for key in keys:
+            await tier.put(key, make_entry(key, revised_prompt=LONG_PROMPT), replace=False)
+        await tier.delete(keys[1])
+        rest = await tier.page("studio", after=keys[1], limit=5)
+        assert [key.name for key in rest] == [key.name for key in keys[2:]]
+
+    async def test_a_head_is_the_entry_without_its_bytes(self, tier: Tier) -> None:
+        for entry in (make_entry(), make_entry(make_key("a dog"), revised_prompt=LONG_PROMPT)):
+            assert await tier.head(entry.key) is None
+            await tier.put(entry.key, entry, replace=False)
+        entry = make_entry()
+        bare = replace(entry, image=replace(entry.image, data=b""))
+        assert await tier.head(as_public(entry.key)) == Head(bare, entry.size_bytes)
 
     async def test_a_second_writer_of_other_bytes_hears_of_the_first(self, tier: Tier) -> None:
         entry = make_entry()

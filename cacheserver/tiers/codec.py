@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
 from cacheserver.errors import CorruptEntryError, EntryTooLargeError, NewerEntryError
-from cacheserver.model import CachedImage, CacheKey, GeneratedImage, JsonValue, Labels, Usage
+from cacheserver.model import CachedImage, CacheKey, GeneratedImage, Head, JsonValue, Labels, Usage
 
 WRITE_VERSION = 1
 """The codec version we write."""
@@ -57,6 +57,11 @@ class Metadata:
     bare: CachedImage
     size_bytes: int
     xxh3: str
+
+    @property
+    def head(self) -> Head:
+        """The entry without its bytes."""
+        return Head(self.bare, self.size_bytes)
 
     @property
     def labels(self) -> Labels:

@@ -16,7 +16,7 @@ from typing import ParamSpec, TypeVar
 
 from cacheserver.errors import ConfigError, CorruptEntryError, EntryTooLargeError, TierError
 from cacheserver.interfaces import Clock
-from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Labels, TierName
+from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Head, Labels, TierName
 from cacheserver.tiers import codec
 from cacheserver.tiers.workers import Workers
 
@@ -129,9 +129,19 @@ class DiskTier:
                 if (key := _key(file.name)) is not None:
                     yield key
 
+    async def page(self, partition: str, *, after: CacheKey | None, limit: int) -> list[CacheKey]:
+        """See `Tier.page`."""
+        return await self._run("page", self._page, partition, "" if after is None else after.name, limit)
+
+    async def head(self, key: CacheKey) -> Head | None:
+        """See `Tier.head`."""
+        metadata = await self._run("head", self._metadata, key)
+        return None if metadata is None else metadata.head
+
     async def labels(self, key: CacheKey) -> Labels | None:
         """See `Tier.labels`."""
-        return await self._run("labels", self._labels, key)
+        metadata = await self._run("labels", self._metadata, key)
+        return None if metadata is None else metadata.labels
 
     async def ping(self) -> None:
         """See `Tier.ping`."""
@@ -281,10 +291,23 @@ class DiskTier:
         self._total_bytes -= self._sizes.pop(name, 0)
         return is_removed
 
-    def _labels(self, key: CacheKey) -> Labels | None:
+    def _page(self, partition: str, after: str, limit: int) -> list[CacheKey]:
+        keys: list[CacheKey] = []
+        for directory in sorted(_children(self._directory / KEY_VERSION / partition)):
+            names_begin = f"{KEY_VERSION}.{partition}.{directory.name}"
+            if after[: len(names_begin)] > names_begin:
+                continue
+            for name in sorted(file.name for file in _children(directory)):
+                if len(keys) == limit:
+                    return keys
+                if name > after and (key := _key(name)) is not None:
+                    keys.append(key)
+        return keys
+
+    def _metadata(self, key: CacheKey) -> codec.Metadata | None:
         try:
             with self._path(key.name).open("rb", buffering=0) as file:
-                return _read_head(file)[0].labels
+                return _read_head(file)[0]
         except (FileNotFoundError, CorruptEntryError):
             return None
 

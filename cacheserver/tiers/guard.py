@@ -16,7 +16,7 @@ from cacheserver.errors import (
     TierTimeoutError,
 )
 from cacheserver.interfaces import Books, Clock, SigningTier, Tier
-from cacheserver.model import CachedImage, CacheKey, Labels, TierName
+from cacheserver.model import CachedImage, CacheKey, Head, Labels, TierName
 
 _FIND_BATCH = 100
 """Keys that one read deadline covers; a deadline for 10,000 keys would be none."""
@@ -130,8 +130,8 @@ class Breaker:
 class Deadlines:
     """How long a guarded tier's calls may take, in seconds.
 
-    `read_s` holds for a get, labels, ping, a step of a scan and each hundred keys of a find; `write_s` for a
-    put, delete or signing.
+    `read_s` holds for a get, head, labels, ping, page, a step of a scan and each hundred keys of a find; `write_s` for
+    a put, delete or signing.
     """
 
     read_s: float
@@ -205,6 +205,16 @@ class GuardedTier:
                 except StopAsyncIteration:
                     return
             yield key
+
+    async def page(self, partition: str, *, after: CacheKey | None, limit: int) -> list[CacheKey]:
+        """See `Tier.page`."""
+        async with self._guarded("page", self._deadlines.read_s):
+            return await self._tier.page(partition, after=after, limit=limit)
+
+    async def head(self, key: CacheKey) -> Head | None:
+        """See `Tier.head`."""
+        async with self._guarded("head", self._deadlines.read_s):
+            return await self._tier.head(key)
 
     async def labels(self, key: CacheKey) -> Labels | None:
         """See `Tier.labels`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import heapq
 import random
 import re
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -33,7 +34,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cacheserver.errors import CorruptEntryError, EntryTooLargeError, TierError, TierTimeoutError
 from cacheserver.interfaces import Clock
-from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Labels, TierName
+from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Head, Labels, TierName
 from cacheserver.tiers import codec
 
 Client = Redis | RedisCluster
@@ -192,18 +193,21 @@ class RedisTier:
             if (key := self._key(name)) is not None:
                 yield key
 
+    async def page(self, partition: str, *, after: CacheKey | None, limit: int) -> list[CacheKey]:
+        """See `Tier.page`. Redis has no order of names, so each page looks at all of them."""
+        last = "" if after is None else after.name
+        keys = {key.name: key async for key in self.scan(partition) if key.name > last}
+        return [keys[name] for name in heapq.nsmallest(limit, keys)]
+
+    async def head(self, key: CacheKey) -> Head | None:
+        """See `Tier.head`."""
+        metadata = await self._metadata(key)
+        return None if metadata is None else metadata.head
+
     async def labels(self, key: CacheKey) -> Labels | None:
         """See `Tier.labels`."""
-        try:
-            start = await self._read(key, end=_HEAD_GUESS_BYTES - 1)
-            if not start:
-                return None
-            length = codec.head_length(start)
-            if length > len(start):
-                start = await self._read(key, end=length - 1)
-            return codec.decode_head(start[:length]).labels
-        except CorruptEntryError:
-            return None
+        metadata = await self._metadata(key)
+        return None if metadata is None else metadata.labels
 
     async def ping(self) -> None:
         """See `Tier.ping`."""
@@ -243,6 +247,18 @@ class RedisTier:
         async with self._turn("get"):
             stored: bytes = await self._client.execute_command("GETRANGE", self._name(key), 0, last)
             return stored
+
+    async def _metadata(self, key: CacheKey) -> codec.Metadata | None:
+        try:
+            start = await self._read(key, end=_HEAD_GUESS_BYTES - 1)
+            if not start:
+                return None
+            length = codec.head_length(start)
+            if length > len(start):
+                start = await self._read(key, end=length - 1)
+            return codec.decode_head(start[:length])
+        except CorruptEntryError:
+            return None
 
     def _servable(self, key: CacheKey, stored: bytes) -> CachedImage | None:
         entry = codec.decode(stored)

@@ -27,7 +27,7 @@ from xxhash import xxh3_128_hexdigest
 
 from cacheserver.errors import CorruptEntryError, EntryTooLargeError, TierError, TierTimeoutError
 from cacheserver.interfaces import Clock
-from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Labels, TierName
+from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Head, Labels, TierName
 from cacheserver.tiers import codec
 from cacheserver.tiers.workers import Workers
 
@@ -161,16 +161,32 @@ class S3Tier:
         """See `Tier.scan`."""
         token: str | None = None
         while True:
-            names, token = await self._run("scan", self._list, f"{self._prefix}{KEY_VERSION}/{partition}/", token)
-            for name in names:
-                if (key := _key(name.rpartition("/")[2])) is not None:
-                    yield key
+            keys, token = await self._run("scan", self._list, partition, token)
+            for key in keys:
+                yield key
             if token is None:
                 return
 
+    async def page(self, partition: str, *, after: CacheKey | None, limit: int) -> list[CacheKey]:
+        """See `Tier.page`."""
+        found: list[CacheKey] = []
+        token: str | None = None
+        while len(found) < limit:
+            keys, token = await self._run("page", self._list, partition, token, after)
+            found += keys
+            if token is None:
+                break
+        return found[:limit]
+
+    async def head(self, key: CacheKey) -> Head | None:
+        """See `Tier.head`."""
+        metadata = await self._run("head", self._metadata_of, key)
+        return None if metadata is None else metadata.head
+
     async def labels(self, key: CacheKey) -> Labels | None:
         """See `Tier.labels`."""
-        return await self._run("labels", self._labels, key)
+        metadata = await self._run("labels", self._metadata_of, key)
+        return None if metadata is None else metadata.labels
 
     async def signed_url(self, entry: CachedImage, expires_s: int) -> str:
         """See `SigningTier.signed_url`. S3 honours a URL for at most seven days."""
@@ -299,17 +315,24 @@ class S3Tier:
         if "sidecar" in headers and headers["sidecar"] != unless.get("sidecar"):
             self._ask(self._clients.writing.delete_object, Key=_sidecar(name, headers))
 
-    def _list(self, start: str, token: str | None) -> tuple[list[str], str | None]:
-        """A page of the names that begin with `start`, and what continues it."""
+    def _list(
+        self, partition: str, token: str | None, after: CacheKey | None = None
+    ) -> tuple[list[CacheKey], str | None]:
+        """The keys among a page of S3's own of a partition's names, and what continues it."""
         further: dict[str, Any] = {} if token is None else {"ContinuationToken": token}
-        page = self._ask(self._clients.reading.list_objects_v2, Prefix=start, **further)
-        return [item["Key"] for item in page.get("Contents", [])], page.get("NextContinuationToken")
+        if after is not None and token is None:
+            further = {"StartAfter": self._object(after)}
+        page = self._ask(
+            self._clients.reading.list_objects_v2, Prefix=f"{self._prefix}{KEY_VERSION}/{partition}/", **further
+        )
+        names = [item["Key"].rpartition("/")[2] for item in page.get("Contents", [])]
+        return [key for name in names if (key := _key(name)) is not None], page.get("NextContinuationToken")
 
-    def _labels(self, key: CacheKey) -> Labels | None:
+    def _metadata_of(self, key: CacheKey) -> codec.Metadata | None:
         name = self._object(key)
         stored = self._head(name)
         try:
-            return None if stored is None else self._metadata(name, stored.headers).labels
+            return None if stored is None else self._metadata(name, stored.headers)
         except CorruptEntryError:
             return None
 
