@@ -124,6 +124,16 @@ class Keeper:
         """
         return asyncio.shield(self._hold(entry.key.stand_in, entry, replace=False).kept)
 
+    async def keep_in_last(self, entry: CachedImage) -> bool:
+        """Store an image in the last tier alone; on True it has acknowledged exactly these bytes, see `Tier.put`.
+
+        It is not held: raises TierError where the last tier does not take it, or has yet to take another image of
+        this number.
+        """
+        if entry.key.name in self._held:
+            raise TierError("the last tier has yet to take another image of this number")
+        return await self._take_number(entry, replace=False)
+
     def promote(self, key: CacheKey, entry: CachedImage, tiers: Sequence[Tier], *, changes: int) -> None:
         """Copy a hit into memory and, behind the answer, into the faster `tiers` that missed it.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -30,8 +30,9 @@ from cacheserver.model import (
     Usage,
 )
 from cacheserver.pb.admin_pb2_grpc import AdminServiceStub
-from cacheserver.rpc.admin import AdminService
+from cacheserver.rpc.admin import AdminService, check_right
 from cacheserver.rpc.auth import Authenticator
+from cacheserver.rpc.calls import Call
 from tests.fakes import FakeClock
 
 NOW_S = 1_800_000_000.0
@@ -211,6 +212,19 @@ class Reviews:
         raise UnknownReviewError("No picture of this key waits for review.")
 
 
+class NoImages:
+    """Nothing comes in, and nothing is there."""
+
+    async def import_images(self, parts: object, call: Call) -> AsyncGenerator[bytes, None]:  # noqa: ARG002 - as above
+        check_right(call)
+        for nothing in ():
+            yield nothing
+
+    async def list_images(self, message: object, call: Call) -> bytes:  # noqa: ARG002 - as above
+        check_right(call)
+        return b""
+
+
 @dataclass
 class Sources:
     """All that the admin API shows and changes."""
@@ -219,6 +233,8 @@ class Sources:
     budgets: Budgets = field(default_factory=Budgets)
     ledger: Ledger = field(default_factory=Ledger)
     reviews: Reviews = field(default_factory=Reviews)
+    images: Any = field(default_factory=NoImages)
+    """By default none; tests of images bring the real thing."""
 
 
 def admin_service(
@@ -230,6 +246,7 @@ def admin_service(
         budgets=cast("Any", sources.budgets),
         ledger=cast("Any", sources.ledger),
         reviews=sources.reviews,
+        images=sources.images,
         authenticator=Authenticator(callers, anonymous=anonymous),
         books=cast("Any", CounterBooks(clock=clock, registry=CollectorRegistry())),
         clock=clock,

@@ -25,7 +25,7 @@ from structlog.testing import capture_logs
 from cacheserver.errors import InvalidRequestError
 from cacheserver.model import AttemptOutcome, BudgetScope, Caller, Permission, UpstreamHealth
 from cacheserver.pb import admin_pb2 as pb
-from cacheserver.rpc.admin import MAX_PAGE_SIZE, _read_page, _token
+from cacheserver.rpc.admin import MAX_PAGE_SIZE, page_token, read_page
 from cacheserver.rpc.messages import Problems
 from cacheserver.rpc.server import Listen, RpcServer, RpcService
 from tests.admin_front import (
@@ -321,16 +321,16 @@ async def test_what_goes_between_two_pages_moves_nothing_else(stub: Any, sources
 def test_whatever_comes_as_a_page_token_is_read_or_refused_by_name(text: str) -> None:
     problems = Problems()
     with contextlib.suppress(InvalidRequestError):
-        _read_page(0, text, problems)
+        read_page(0, text, problems)
     refused = {} if problems.are_none else {"page_token": "is not the next_page_token of an earlier answer"}
     assert problems._texts == refused
 
 
 @given(st.text(max_size=200))
 def test_a_page_token_leads_to_where_it_was_made(last: str) -> None:
-    token = _token(last)
+    token = page_token(last)
     if len(token) <= 400:
-        assert _read_page(0, token, Problems()).after == last
+        assert read_page(0, token, Problems()).after == last
 
 
 # --- bad input ---
@@ -399,11 +399,15 @@ async def test_without_the_permission_admin_nothing_opens(sources: Sources, rpc:
     service = admin_service(sources, callers=callers, anonymous=None)
     async with serving(service) as address, calling(address) as stub:
         method = getattr(stub, rpc)
-        assert (await failure(answered(method(message)))).code == "UNAUTHENTICATED"
-        denied = await failure(answered(method(message, metadata=authorization("shop"))))
+
+        def call(**options: Any) -> Any:
+            return method(iter([message]) if rpc == "ImportImages" else message, **options)
+
+        assert (await failure(answered(call()))).code == "UNAUTHENTICATED"
+        denied = await failure(answered(call(metadata=authorization("shop"))))
         assert (denied.code, denied.reason) == ("PERMISSION_DENIED", "PERMISSION_DENIED")
         assert (sources.upstreams.changes, sources.reviews.rejected) == ([], [])
-        await answered(method(message, metadata=authorization("op")))
+        await answered(call(metadata=authorization("op")))
 
 
 async def test_who_changed_what_is_in_the_log(stub: Any, sources: Sources) -> None:

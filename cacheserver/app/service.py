@@ -36,6 +36,7 @@ from cacheserver.generation.moderation import ModerationEndpoint, OpenAIModerati
 from cacheserver.http.operations import operations
 from cacheserver.http.server import HttpServer
 from cacheserver.identity import identify
+from cacheserver.imports import Imports
 from cacheserver.interfaces import Clock, Replays
 from cacheserver.keep import Keeper
 from cacheserver.log import set_up_logging
@@ -44,6 +45,7 @@ from cacheserver.paying import UnknownPolicy
 from cacheserver.precheck import DenyList, PromptPolicy
 from cacheserver.reviews import Reviews
 from cacheserver.rpc.admin import AdminService
+from cacheserver.rpc.admin_images import AdminImages
 from cacheserver.rpc.auth import Authenticator
 from cacheserver.rpc.server import Listen, RpcServer
 from cacheserver.rpc.service import Limits, PromptCacheService
@@ -167,6 +169,7 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
             settings,
             cache=cache,
             reviews=reviews,
+            keeper=keeper,
             miss_path=miss_path,
             policies=policies,
             books=books,
@@ -337,6 +340,7 @@ def _rpc_server(  # noqa: PLR0913 - the parts that calls reach
     *,
     cache: PromptCache,
     reviews: Reviews,
+    keeper: Keeper,
     miss_path: MissPath,
     policies: dict[str, PromptPolicy],
     books: CounterBooks,
@@ -346,15 +350,16 @@ def _rpc_server(  # noqa: PLR0913 - the parts that calls reach
     generation, server = settings.generation, settings.server
     callers = settings.caller_tokens
     authenticator = Authenticator(callers, anonymous=None if callers else _ANYBODY)
+    inspect = functools.partial(
+        inspect_in_thread, max_pixels=generation.max_image_pixels, max_bytes=generation.max_image_bytes
+    )
     service = PromptCacheService(
         cache=cache,
         namespaces=settings.namespaces.values(),
         default_model=settings.model,
         authenticator=authenticator,
         books=books,
-        inspect=functools.partial(
-            inspect_in_thread, max_pixels=generation.max_image_pixels, max_bytes=generation.max_image_bytes
-        ),
+        inspect=inspect,
         clock=clock,
         limits=Limits(
             max_concurrent_calls=server.max_concurrent_calls,
@@ -364,11 +369,20 @@ def _rpc_server(  # noqa: PLR0913 - the parts that calls reach
         policies=policies,
         figures=miss_path.figures,
     )
+    imports = Imports(
+        last=lower.tiers[-1] if lower.tiers else None,
+        keeper=keeper,
+        objects=lower.objects,
+        inspect=inspect,
+        clock=clock,
+        max_image_bytes=generation.max_image_bytes,
+    )
     admin = AdminService(
         upstreams=miss_path.pool,
         budgets=miss_path.budgets,
         ledger=miss_path.ledger,
         reviews=reviews,
+        images=AdminImages(imports, namespaces=settings.namespaces.values(), clock=clock, policies=policies),
         authenticator=authenticator,
         books=books,
         clock=clock,

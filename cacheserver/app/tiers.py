@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from cacheserver.model import TierName
 from cacheserver.settings import Settings
 from cacheserver.tiers.disk import DiskTier
 from cacheserver.tiers.guard import Breaker, Deadlines, GuardedSigningTier, GuardedTier
+from cacheserver.tiers.objects import Objects
 from cacheserver.tiers.redis import Client, RedisTier, connect, disconnect
 from cacheserver.tiers.s3 import S3Tier
 
@@ -34,12 +34,13 @@ _DISK_DEADLINES = Deadlines(read_s=5.0, write_s=30.0)
 
 @dataclass(slots=True)
 class Lower:
-    """The tiers under memory, guarded, fastest first; and who signs URLs.
+    """The tiers under memory, guarded, fastest first; who signs URLs; and the objects that imports may read.
 
     `client` is that of the Redis among them; `control` another one of the same Redis, for control state: a tier that
     is busy with images must not keep a budget waiting. `files` are those of object storage, if that is among them.
     """
 
+    objects: Objects
     tiers: list[GuardedTier] = field(default_factory=list)
     client: Client | None = None
     control: Client | None = None
@@ -61,7 +62,9 @@ async def build_tiers(settings: Settings, *, books: Books, clock: Clock, undo: A
     Raises:
         ConfigError: a server of our own cannot start, or an address cannot be one.
     """
-    lower = Lower()
+    access = await _s3_access(settings, clock=clock, undo=undo)
+    lower = Lower(objects=_objects(settings, access, clock=clock))
+    undo.push_async_callback(lower.objects.aclose)
     for name in settings.tier_names:
         match name:
             case TierName.REDIS:
@@ -82,7 +85,7 @@ async def build_tiers(settings: Settings, *, books: Books, clock: Clock, undo: A
             case TierName.DISK:
                 tier = _guarded(await _disk_tier(settings, clock=clock), _DISK_DEADLINES, books, clock)
             case TierName.S3:
-                s3 = await _s3_tier(settings, clock=clock, undo=undo)
+                s3 = _s3_tier(settings, access, clock=clock)
                 lower.files = s3
                 times = Deadlines(read_s=settings.s3.read_timeout_s, write_s=settings.s3.write_timeout_s)
                 breaker = Breaker(tier=s3.name, probe=s3.ping, clock=clock, books=books)
@@ -140,39 +143,64 @@ async def _disk_tier(settings: Settings, *, clock: Clock) -> DiskTier:
     return await DiskTier.open(settings.disk_path, clock=clock, max_bytes=disk.max_bytes, sync=disk.fsync)
 
 
-async def _s3_tier(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -> S3Tier:
+@dataclass(frozen=True, slots=True)
+class _S3Access:
+    """Where S3 is, and by which credentials."""
+
+    bucket: str
+    endpoint: str | None
+    region: str
+    access_key: str | None
+    secret_key: str | None
+
+
+async def _s3_access(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -> _S3Access:
+    """Your S3, or our own, started."""
     s3 = settings.s3
-    tier = functools.partial(
-        S3Tier,
-        clock=clock,
-        prefix=s3.prefix,
-        read_timeout_s=s3.read_timeout_s,
-        write_timeout_s=s3.write_timeout_s,
-        max_entry_bytes=s3.max_entry_bytes,
-        threads=s3.threads,
-    )
-    if s3.local:
-        own = LocalS3(data_dir=settings.data_dir, clock=clock)
-        await own.start()
-        undo.push_async_callback(own.stop)
-        return tier(
-            bucket=own.bucket,
-            endpoint=own.endpoint,
-            region=own.region,
-            access_key=own.access_key,
-            secret_key=own.secret_key,
-        )
-    try:
-        return tier(
+    if not s3.local or TierName.S3 not in settings.tier_names:
+        return _S3Access(
             bucket=s3.bucket or "",
             endpoint=s3.endpoint,
-            public_endpoint=s3.public_endpoint,
             region=s3.region,
             access_key=s3.access_key.get_secret_value() if s3.access_key else None,
             secret_key=s3.secret_key.get_secret_value() if s3.secret_key else None,
         )
+    own = LocalS3(data_dir=settings.data_dir, clock=clock)
+    await own.start()
+    undo.push_async_callback(own.stop)
+    return _S3Access(own.bucket, own.endpoint, own.region, own.access_key, own.secret_key)
+
+
+def _s3_tier(settings: Settings, access: _S3Access, *, clock: Clock) -> S3Tier:
+    s3 = settings.s3
+    try:
+        return S3Tier(
+            bucket=access.bucket,
+            clock=clock,
+            prefix=s3.prefix,
+            region=access.region,
+            endpoint=access.endpoint,
+            public_endpoint=s3.public_endpoint,
+            access_key=access.access_key,
+            secret_key=access.secret_key,
+            read_timeout_s=s3.read_timeout_s,
+            write_timeout_s=s3.write_timeout_s,
+            max_entry_bytes=s3.max_entry_bytes,
+            threads=s3.threads,
+        )
     except ValueError as error:
         raise ConfigError(f"s3.endpoint: {error}") from error
+
+
+def _objects(settings: Settings, access: _S3Access, *, clock: Clock) -> Objects:
+    return Objects(
+        settings.imports.buckets,
+        clock=clock,
+        region=access.region,
+        endpoint=access.endpoint,
+        access_key=access.access_key,
+        secret_key=access.secret_key,
+    )
 
 
 def describe_tiers(lower: Lower, settings: Settings) -> str:

@@ -10,8 +10,10 @@ from cacheserver.cli import (
     budgets,
     doctor,
     explain,
+    export,
     find,
     get,
+    imports,
     ledger,
     purge,
     put,
@@ -39,10 +41,13 @@ for _command in (
     explain.explain,
     stats.stats,
     ledger.ledger,
+    export.export,
     token.token,
     doctor.doctor,
 ):
     app.command(_command.__name__)(flat(_command))
+
+app.command("import")(flat(imports.import_images))  # a word of Python's own
 
 app.add_typer(upstreams.app, name="upstreams")
 app.add_typer(budgets.app, name="budgets")

@@ -7,7 +7,18 @@ Importing it imports nothing of the service but its API messages and plain value
 """
 
 from cacheserver.client.admin import Admin, AsyncAdmin
-from cacheserver.client.admin_values import Budget, LedgerRow, Review, ReviewPicture, Upstream
+from cacheserver.client.admin_values import (
+    Budget,
+    ExportedFacts,
+    ExportedIdentity,
+    ImportItem,
+    ImportOutcome,
+    LedgerRow,
+    Review,
+    ReviewPicture,
+    StoredImage,
+    Upstream,
+)
 from cacheserver.client.aio import AsyncClient
 from cacheserver.client.batch import (
     BatchItem,
@@ -104,6 +115,8 @@ __all__ = [
     "Delivery",
     "ExplainResult",
     "Explanation",
+    "ExportedFacts",
+    "ExportedIdentity",
     "FieldDifference",
     "FindResult",
     "Found",
@@ -115,6 +128,8 @@ __all__ = [
     "ImageResult",
     "ImageSpec",
     "ImageTooLargeError",
+    "ImportItem",
+    "ImportOutcome",
     "InvalidRequestError",
     "KeyGoneError",
     "LedgerRow",
@@ -138,6 +153,7 @@ __all__ = [
     "StatsField",
     "StatsRow",
     "StatsSpan",
+    "StoredImage",
     "StreamEvent",
     "TierName",
     "TryAgainError",

@@ -1,4 +1,4 @@
-"""The admin part of both clients: upstreams, budgets, the ledger and reviews.
+"""The admin part of both clients: upstreams, budgets, the ledger, reviews and stored pictures.
 
 It needs a token with the permission `admin`. What changes something may be called again with the same effect, but
 no call is repeated by itself.
@@ -8,21 +8,36 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable
 from datetime import datetime
+from itertools import chain, islice
 from typing import Any, Final
 
 import grpc
 import grpc.aio
 
-from cacheserver.client.admin_values import Budget, LedgerRow, Review, ReviewPicture, Upstream
-from cacheserver.client.errors import CorruptDownloadError
-from cacheserver.client.messages import member, read_usage, seconds_of, time_of
+from cacheserver.client.admin_values import (
+    Budget,
+    ExportedFacts,
+    ExportedIdentity,
+    ImportItem,
+    ImportOutcome,
+    LedgerRow,
+    Review,
+    ReviewPicture,
+    StoredImage,
+    Upstream,
+)
+from cacheserver.client.errors import CorruptDownloadError, error_of_item
+from cacheserver.client.messages import member, read_image, read_usage, seconds_of, spec_message, time_of, unsendable
+from cacheserver.client.values import ImageSpec
 from cacheserver.model import AttemptOutcome, BudgetPeriod, BudgetScope, UpstreamHealth
 from cacheserver.pb import admin_pb2 as pb
 from cacheserver.pb.admin_pb2_grpc import AdminServiceStub
+from cacheserver.pb.promptcache_pb2 import Image
 
 _PAGE_SIZE: Final = 1_000
+_IMPORTS_PER_STREAM: Final = 1_000
 
 
 class Admin:
@@ -142,6 +157,42 @@ class Admin:
         """
         request = pb.ResolveReviewRequest(key=key, decision=pb.REVIEW_DECISION_REJECT)
         self._call(self._stub.ResolveReview, request, timeout_s)
+
+    def import_images(
+        self,
+        items: Iterable[ImportItem],
+        *,
+        namespace: str | None = None,
+        dry_run: bool = False,
+        timeout_s: float = 600.0,
+    ) -> Generator[ImportOutcome]:
+        """Store pictures that were paid for elsewhere; an outcome each, in any order, as the last tier has them.
+
+        `items` are taken as fast as outcomes are read, in a thread of gRPC's, so that they may read files. They go in
+        streams of up to 1,000; `timeout_s` is for each. What was interrupted can be run again: what is there already is
+        not stored again. With `dry_run` everything is checked and nothing stored. A picture that is sent has to fit
+        one message, 24 MiB unless the service is set otherwise.
+
+        Raises:
+            CacheError: a stream broke; pictures without an outcome may or may not be stored.
+            InvalidRequestError: an item cannot be sent.
+        """
+        sending = Sending(items, namespace=namespace, dry_run=dry_run)
+        while not sending.ended:
+            stream = self._stream(self._stub.ImportImages, sending.some(), timeout_s)
+            with contextlib.closing(stream) as responses:
+                yield from map(read_import_outcome, responses)
+        sending.check()
+
+    def list_images(self, *, namespace: str | None = None, timeout_s: float = 60.0) -> Generator[StoredImage]:
+        """The pictures that a namespace has stored in the last tier, fetched page by page as they are read.
+
+        Raises:
+            CacheError: a call failed.
+        """
+        request = pb.ListImagesRequest(namespace=namespace, page_size=_PAGE_SIZE)
+        for page in self._pages(self._stub.ListImages, request, timeout_s):
+            yield from map(read_stored_image, page.images)
 
     def _pages(self, method: Any, request: Any, timeout_s: float) -> Generator[Any]:
         while True:
@@ -274,6 +325,46 @@ class AsyncAdmin:
         request = pb.ResolveReviewRequest(key=key, decision=pb.REVIEW_DECISION_REJECT)
         await self._call(self._stub.ResolveReview, request, timeout_s)
 
+    async def import_images(
+        self,
+        items: Iterable[ImportItem],
+        *,
+        namespace: str | None = None,
+        dry_run: bool = False,
+        timeout_s: float = 600.0,
+    ) -> AsyncGenerator[ImportOutcome]:
+        """Store pictures that were paid for elsewhere; an outcome each, in any order, as the last tier has them.
+
+        `items` are taken as fast as outcomes are read, on the event loop, so they must not block. They go in streams of
+        up to 1,000; `timeout_s` is for each. What was interrupted can be run again: what is there already is not stored
+        again. With `dry_run` everything is checked and nothing stored. A picture that is sent has to fit
+        one message, 24 MiB unless the service is set otherwise.
+
+        Raises:
+            CacheError: a stream broke; pictures without an outcome may or may not be stored.
+            InvalidRequestError: an item cannot be sent.
+        """
+        sending = Sending(items, namespace=namespace, dry_run=dry_run)
+        while not sending.ended:
+            stream = self._stream(self._stub.ImportImages, sending.some(), timeout_s)
+            async with contextlib.aclosing(stream) as responses:
+                async for response in responses:
+                    yield read_import_outcome(response)
+        sending.check()
+
+    async def list_images(
+        self, *, namespace: str | None = None, timeout_s: float = 60.0
+    ) -> AsyncGenerator[StoredImage]:
+        """The pictures that a namespace has stored in the last tier, fetched page by page as they are read.
+
+        Raises:
+            CacheError: a call failed.
+        """
+        request = pb.ListImagesRequest(namespace=namespace, page_size=_PAGE_SIZE)
+        async for page in self._pages(self._stub.ListImages, request, timeout_s):
+            for image in page.images:
+                yield read_stored_image(image)
+
     async def _pages(self, method: Any, request: Any, timeout_s: float) -> AsyncGenerator[Any]:
         while True:
             page = await self._call(method, request, timeout_s)
@@ -369,6 +460,96 @@ def read_review(review: pb.Review) -> Review:
         content_type=review.content_type,
         size_bytes=review.size_bytes,
         paid_microusd=review.paid_microusd,
+    )
+
+
+class Sending:
+    """Items on their way into streams, and what kept one from being sent. Read from one thread at a time."""
+
+    def __init__(self, items: Iterable[ImportItem], *, namespace: str | None, dry_run: bool) -> None:
+        self._items = iter(items)
+        self._namespace = namespace
+        self._dry_run = dry_run
+        self._error: Exception | None = None
+        self.ended = False
+        """Whether there is nothing more to send."""
+
+    def some(self) -> Generator[pb.ImportImagesRequest]:
+        """The messages of the next stream. An error ends it: raised here, gRPC would swallow it."""
+        try:
+            for item in islice(self._items, _IMPORTS_PER_STREAM):
+                yield import_request(item, namespace=self._namespace, dry_run=self._dry_run)
+            # What is looked at here goes first into the next stream.
+            first = next(self._items, None)
+        except Exception as error:  # noqa: BLE001 - raised on by `check`, in the caller's thread
+            self._error, self.ended = error, True
+            return
+        self.ended = first is None
+        if first is not None:
+            self._items = chain([first], self._items)
+
+    def check(self) -> None:
+        """Raise what kept an item from being sent."""
+        if self._error is not None:
+            raise self._error
+
+
+def import_request(item: ImportItem, *, namespace: str | None, dry_run: bool) -> pb.ImportImagesRequest:
+    """The message that imports one picture.
+
+    Raises:
+        InvalidRequestError: it cannot be sent.
+    """
+    facts = item.facts
+    try:
+        return pb.ImportImagesRequest(
+            row=item.row,
+            namespace=namespace,
+            spec=spec_message(item.what) if isinstance(item.what, ImageSpec) else None,
+            identity=None if isinstance(item.what, ImageSpec) else _identity(item.what),
+            data=item.source if isinstance(item.source, bytes) else None,
+            s3_uri=item.source if isinstance(item.source, str) else None,
+            digest=item.digest,
+            create_time=item.create_time,
+            paid_microusd=item.paid_microusd,
+            tags=item.tags,
+            dry_run=dry_run,
+            facts=None
+            if facts == ExportedFacts()
+            else Image(
+                model=facts.model,
+                quality=facts.quality,
+                background=facts.background,
+                revised_prompt=facts.revised_prompt,
+                seed=facts.seed,
+            ),
+        )
+    except (TypeError, ValueError) as exc:
+        raise unsendable(f"items[{item.row}]", exc) from None  # the cause may carry the prompt
+
+
+def _identity(identity: ExportedIdentity) -> pb.ExportedIdentity:
+    return pb.ExportedIdentity(key=identity.key, digest=identity.digest, prompt_digest=identity.prompt_digest)
+
+
+def read_import_outcome(response: pb.ImportImagesResponse) -> ImportOutcome:
+    """What became of one picture."""
+    return ImportOutcome(
+        row=response.row,
+        key=response.key,
+        created=response.created,
+        failure=error_of_item(response.failure) if response.HasField("failure") else None,
+    )
+
+
+def read_stored_image(stored: pb.StoredImage) -> StoredImage:
+    """A picture in the last tier."""
+    identity = stored.identity
+    return StoredImage(
+        image=read_image(stored.image),
+        identity=ExportedIdentity(identity.key, identity.digest, identity.prompt_digest),
+        tags=tuple(stored.tags),
+        expire_time=time_of(stored, "expire_time"),
     )
 
 

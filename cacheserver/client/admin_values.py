@@ -5,9 +5,12 @@ An enum is None where a newer service says what this client has no word for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from cacheserver.client.errors import CacheError
+from cacheserver.client.values import Image, ImageSpec
 from cacheserver.model import AttemptOutcome, BudgetPeriod, BudgetScope, UpstreamHealth, Usage
 
 
@@ -140,3 +143,74 @@ class ReviewPicture:
     revised_prompt: str = field(repr=False)
     won_against: int
     tags: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedIdentity:
+    """The identity of a stored picture whose prompt nobody has any more.
+
+    Attributes:
+        key: Its cache key.
+        digest: SHA-256 of its canonical identity, 32 bytes.
+        prompt_digest: SHA-256 of its prompt as written, 32 bytes.
+    """
+
+    key: str
+    digest: bytes
+    prompt_digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedFacts:
+    """What an export tells of a picture beside what its bytes tell."""
+
+    model: str = ""
+    quality: str = ""
+    background: str = ""
+    revised_prompt: str = field(default="", repr=False)
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImportItem:
+    """One picture to import.
+
+    Attributes:
+        row: Your number of the picture, which its outcome repeats.
+        what: The request that it answers; or, where it was exported, its identity.
+        source: The encoded picture, or the "s3://bucket/name" of an object that the service may read by itself.
+        digest: "sha256:" and 64 hexadecimal digits that its bytes must have; empty: not checked.
+        create_time: When it was made; now if not given.
+        paid_microusd: What it cost: what hits on it will have saved.
+        tags: Labels for purge and reports.
+        facts: With an identity, what the export told of it.
+    """
+
+    row: int
+    what: ImageSpec | ExportedIdentity
+    source: bytes | str = field(repr=False)
+    digest: str = ""
+    create_time: datetime | None = None
+    paid_microusd: int = 0
+    tags: Sequence[str] = ()
+    facts: ExportedFacts = ExportedFacts()
+
+
+@dataclass(frozen=True, slots=True)
+class ImportOutcome:
+    """What became of one picture: its key and whether it is new, or why it was not imported."""
+
+    row: int
+    key: str
+    created: bool
+    failure: CacheError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """A picture in the last tier. `image` has no content; `expire_time` None is never."""
+
+    image: Image
+    identity: ExportedIdentity
+    tags: tuple[str, ...]
+    expire_time: datetime | None

@@ -72,7 +72,7 @@ class AsyncClient:
         else:
             self._channel = grpc.aio.secure_channel(address, credentials, channel.CHANNEL_OPTIONS)
         self.admin = AsyncAdmin(self._channel, self._call, self._stream)
-        """For whoever runs the service: upstreams, budgets, the ledger and reviews."""
+        """For whoever runs the service: upstreams, budgets, the ledger, reviews and stored pictures."""
         self._stub = PromptCacheServiceStub(self._channel)  # type: ignore[no-untyped-call] # generated without types
 
     async def get_image(

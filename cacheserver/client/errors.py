@@ -29,6 +29,8 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
+from cacheserver.pb import promptcache_pb2 as pb
+
 _DETAILS_KEY = "grpc-status-details-bin"
 
 
@@ -145,6 +147,8 @@ _BY_CODE: Mapping[grpc.StatusCode, type[CacheError]] = {
     grpc.StatusCode.UNAVAILABLE: TryAgainError,
 }
 
+_CODES: Mapping[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+
 # A service that goes down ends calls it has not begun with CANCELLED, which nobody on this side asked for.
 _BROKEN = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
 
@@ -164,6 +168,19 @@ def error_of(failure: grpc.RpcError, address: str) -> CacheError:
         violations=violations,
         retry_after_s=retry_after_s,
         metadata=info.metadata,
+    )
+
+
+def error_of_item(failure: pb.Failure) -> CacheError:
+    """The error that one item of a stream failed with."""
+    code = _CODES.get(failure.code, grpc.StatusCode.UNKNOWN)
+    retry_after_s = failure.retry_delay.ToTimedelta().total_seconds() if failure.HasField("retry_delay") else None
+    return _class_of(code, failure.reason)(
+        failure.message,
+        code=code,
+        reason=failure.reason,
+        violations=failure.violations,
+        retry_after_s=retry_after_s,
     )
 
 

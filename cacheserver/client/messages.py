@@ -89,7 +89,7 @@ def spec_message(prompt: str | ImageSpec, **options: Unpack[SpecOptions]) -> pb.
             extra=None if spec.extra is None else dict(spec.extra),
         )
     except (TypeError, ValueError) as exc:
-        raise _unsendable("spec", exc) from None  # the cause may carry the prompt
+        raise unsendable("spec", exc) from None  # the cause may carry the prompt
 
 
 def image_request(  # noqa: PLR0913 - one keyword per field of the message
@@ -150,7 +150,7 @@ def image_request(  # noqa: PLR0913 - one keyword per field of the message
             match_level=_name("MATCH_LEVEL", match_level),
         )
     except (OverflowError, ValueError) as exc:
-        raise _unsendable("request", exc) from None
+        raise unsendable("request", exc) from None
 
 
 def find_request(items: Sequence[str | ImageSpec], namespace: str | None) -> pb.FindCachedRequest:
@@ -436,7 +436,7 @@ def time_of(message: Message, name: str) -> datetime | None:
     return value.ToDatetime(tzinfo=UTC)
 
 
-def _unsendable(field: str, cause: Exception) -> InvalidRequestError:
+def unsendable(field: str, cause: Exception) -> InvalidRequestError:
     """What is wrong with a value protobuf refuses, in words that repeat nothing of it."""
     what = "text is not valid Unicode" if isinstance(cause, UnicodeError) else "a value has the wrong type or range"
     return InvalidRequestError(

@@ -70,7 +70,7 @@ class Client:
         else:
             self._channel = grpc.secure_channel(address, credentials, channel.CHANNEL_OPTIONS)
         self.admin = Admin(self._channel, self._call, self._stream)
-        """For whoever runs the service: upstreams, budgets, the ledger and reviews."""
+        """For whoever runs the service: upstreams, budgets, the ledger, reviews and stored pictures."""
         self._stub = PromptCacheServiceStub(self._channel)  # type: ignore[no-untyped-call] # generated without types
 
     def get_image(

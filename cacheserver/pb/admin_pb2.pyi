@@ -424,7 +424,7 @@ class ListAlarmsResponse(_message.Message):
     def __init__(self, alarms: _Optional[_Iterable[_Union[Alarm, _Mapping]]] = ...) -> None: ...
 
 class ImportImagesRequest(_message.Message):
-    __slots__ = ("row", "namespace", "spec", "identity", "data", "s3_uri", "digest", "create_time", "paid_microusd", "tags", "dry_run")
+    __slots__ = ("row", "namespace", "spec", "identity", "data", "s3_uri", "digest", "create_time", "paid_microusd", "tags", "dry_run", "facts")
     ROW_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
@@ -436,6 +436,7 @@ class ImportImagesRequest(_message.Message):
     PAID_MICROUSD_FIELD_NUMBER: _ClassVar[int]
     TAGS_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    FACTS_FIELD_NUMBER: _ClassVar[int]
     row: int
     namespace: str
     spec: _promptcache_pb2.ImageSpec
@@ -447,7 +448,8 @@ class ImportImagesRequest(_message.Message):
     paid_microusd: int
     tags: _containers.RepeatedScalarFieldContainer[str]
     dry_run: bool
-    def __init__(self, row: _Optional[int] = ..., namespace: _Optional[str] = ..., spec: _Optional[_Union[_promptcache_pb2.ImageSpec, _Mapping]] = ..., identity: _Optional[_Union[ExportedIdentity, _Mapping]] = ..., data: _Optional[bytes] = ..., s3_uri: _Optional[str] = ..., digest: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., paid_microusd: _Optional[int] = ..., tags: _Optional[_Iterable[str]] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+    facts: _promptcache_pb2.Image
+    def __init__(self, row: _Optional[int] = ..., namespace: _Optional[str] = ..., spec: _Optional[_Union[_promptcache_pb2.ImageSpec, _Mapping]] = ..., identity: _Optional[_Union[ExportedIdentity, _Mapping]] = ..., data: _Optional[bytes] = ..., s3_uri: _Optional[str] = ..., digest: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., paid_microusd: _Optional[int] = ..., tags: _Optional[_Iterable[str]] = ..., dry_run: _Optional[bool] = ..., facts: _Optional[_Union[_promptcache_pb2.Image, _Mapping]] = ...) -> None: ...
 
 class ExportedIdentity(_message.Message):
     __slots__ = ("key", "digest", "prompt_digest")

@@ -232,7 +232,11 @@ class AdminServiceServicer:
         """ImportImages stores pictures that were paid for elsewhere, on one stream: each item is answered as soon as the
         last tier has it. What is there already, by its digest, is not stored again, so that a job can be run again.
 
-        Errors: of one item, its failure. The stream itself fails only as every call may.
+        Errors: of one item, its failure:
+        INVALID_ARGUMENT (INVALID_FIELD): also for bytes that are no picture, or not those of the digest.
+        RESOURCE_EXHAUSTED (VARIANTS_EXHAUSTED): the request has all the variants its namespace allows.
+        UNAVAILABLE (TIER_UNREACHABLE): the last tier, or the bucket, cannot be asked now: send it again.
+        The stream itself fails only as every call may.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

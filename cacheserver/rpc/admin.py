@@ -1,4 +1,4 @@
-"""AdminService: upstreams, budgets, the ledger and reviews, for those who run the service."""
+"""AdminService: upstreams, budgets, the ledger, reviews and stored pictures, for those who run the service."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cacheserver.model import BudgetState, CachedImage, CacheKey, Permission, Up
 from cacheserver.pb import admin_pb2 as pb
 from cacheserver.rpc import admin_replies as replies
 from cacheserver.rpc.auth import Authenticator
-from cacheserver.rpc.calls import Call, Calls
+from cacheserver.rpc.calls import Call, Calls, Parts
 from cacheserver.rpc.messages import Problems
 
 _log = structlog.get_logger(__name__)
@@ -84,6 +84,18 @@ class Reviews(Protocol):
         ...
 
 
+class Images(Protocol):
+    """The pictures that come in from elsewhere, and those that are there: two rpcs of their own."""
+
+    def import_images(self, parts: Parts[pb.ImportImagesRequest], call: Call) -> AsyncGenerator[bytes, None]:
+        """Store pictures that were paid for elsewhere; one outcome each."""
+        ...
+
+    async def list_images(self, message: pb.ListImagesRequest, call: Call) -> bytes:
+        """A page of the pictures that a namespace has stored."""
+        ...
+
+
 class Upstreams(Protocol):
     """The upstreams of the pool, as operators see and change them."""
 
@@ -125,6 +137,7 @@ class AdminService:
         budgets: Budgets,
         ledger: Ledger,
         reviews: Reviews,
+        images: Images,
         authenticator: Authenticator,
         books: Books,
         clock: Clock,
@@ -133,11 +146,12 @@ class AdminService:
         self._budgets = budgets
         self._ledger = ledger
         self._reviews = reviews
+        self._images = images
         self._calls = Calls(authenticator=authenticator, books=books, clock=clock, max_in_progress=_MAX_CALLS)
 
     def handler(self) -> grpc.GenericRpcHandler:
         """What a grpc.aio server needs to serve this."""
-        unary, streams_out = self._calls.unary, self._calls.streams_out
+        unary, streams_out, streams_both = self._calls.unary, self._calls.streams_out, self._calls.streams_both
         return grpc.method_handlers_generic_handler(
             self.name,
             {
@@ -149,6 +163,8 @@ class AdminService:
                 "ListReviews": unary("ListReviews", pb.ListReviewsRequest, self.list_reviews),
                 "GetReview": streams_out("GetReview", pb.GetReviewRequest, self.get_review),
                 "ResolveReview": unary("ResolveReview", pb.ResolveReviewRequest, self.resolve_review),
+                "ImportImages": streams_both("ImportImages", pb.ImportImagesRequest, self._images.import_images),
+                "ListImages": unary("ListImages", pb.ListImagesRequest, self._images.list_images),
             },
         )
 
@@ -160,8 +176,8 @@ class AdminService:
 
     async def list_upstreams(self, message: pb.ListUpstreamsRequest, call: Call) -> bytes:
         """A page of the upstreams, by name."""
-        _check_right(call)
-        page = _read_page(message.page_size, message.page_token, Problems())
+        check_right(call)
+        page = read_page(message.page_size, message.page_token, Problems())
         states = _after(self._upstreams.states(), page, _upstream_name)
         shown, token = page.cut(states, _upstream_name)
         upstreams = [replies.upstream(state) for state in shown]
@@ -169,7 +185,7 @@ class AdminService:
 
     async def update_upstream(self, message: pb.UpdateUpstreamRequest, call: Call) -> bytes:
         """Change an upstream's weight or share, or take it out of the pool and back in."""
-        _check_right(call)
+        check_right(call)
         change = _read_change(message, Problems())
         state = await self._upstreams.update(message.name, **change)
         _log.info("upstream_changed", upstream=state.name, caller=call.caller.name, **change)
@@ -179,8 +195,8 @@ class AdminService:
 
     async def list_budgets(self, message: pb.ListBudgetsRequest, call: Call) -> bytes:
         """A page of the budgets, by name."""
-        _check_right(call)
-        page = _read_page(message.page_size, message.page_token, Problems())
+        check_right(call)
+        page = read_page(message.page_size, message.page_token, Problems())
         states = _after(await self._budgets.states(), page, _budget_name)
         shown, token = page.cut(states, _budget_name)
         budgets = [replies.budget(state) for state in shown]
@@ -188,7 +204,7 @@ class AdminService:
 
     async def update_budget(self, message: pb.UpdateBudgetRequest, call: Call) -> bytes:
         """Give a budget another limit."""
-        _check_right(call)
+        check_right(call)
         limit_microusd = _read_limit(message, Problems())
         state = await self._budgets.set_limit(message.name, limit_microusd)
         _log.info("budget_changed", budget=state.budget.name, caller=call.caller.name, limit_microusd=limit_microusd)
@@ -198,13 +214,13 @@ class AdminService:
 
     async def list_ledger(self, message: pb.ListLedgerRequest, call: Call) -> bytes:
         """A page of the calls that began in a span of time, oldest first."""
-        _check_right(call)
+        check_right(call)
         problems = Problems()
         since_s = _read_moment(message.since, "since", problems) if message.HasField("since") else 0.0
         until_s = _read_moment(message.until, "until", problems) if message.HasField("until") else _END_OF_TIME_S
         if since_s > until_s:
             problems.add("until", "must not be before since")
-        page = _read_page(message.page_size, message.page_token, problems)
+        page = read_page(message.page_size, message.page_token, problems)
         rows = await self._ledger.rows(since_s=since_s, until_s=until_s, after=page.after, limit=page.size + 1)
         shown, token = page.cut(rows, lambda row: row.id)
         return pb.ListLedgerResponse(
@@ -215,8 +231,8 @@ class AdminService:
 
     async def list_reviews(self, message: pb.ListReviewsRequest, call: Call) -> bytes:
         """A page of the pictures that wait for review."""
-        _check_right(call)
-        page = _read_page(message.page_size, message.page_token, Problems(), default=DEFAULT_REVIEWS, most=MAX_REVIEWS)
+        check_right(call)
+        page = read_page(message.page_size, message.page_token, Problems(), default=DEFAULT_REVIEWS, most=MAX_REVIEWS)
         waiting = await self._reviews.page(after=page.after, limit=page.size + 1)
         shown, token = page.cut(waiting, lambda each: each.key.name)
         reviews = [replies.review(each.key, each.entry) for each in shown]
@@ -224,7 +240,7 @@ class AdminService:
 
     async def get_review(self, message: pb.GetReviewRequest, call: Call) -> AsyncGenerator[bytes, None]:
         """A picture that waits for review, as a header and chunks."""
-        _check_right(call)
+        check_right(call)
         key = _read_key(message.key, Problems())
         entry = await self._reviews.get(key)
         yield pb.GetReviewResponse(header=replies.review_header(key, entry)).SerializeToString()
@@ -234,7 +250,7 @@ class AdminService:
 
     async def resolve_review(self, message: pb.ResolveReviewRequest, call: Call) -> bytes:
         """Let a picture into the cache, or drop it."""
-        _check_right(call)
+        check_right(call)
         problems = Problems()
         if message.decision not in (pb.REVIEW_DECISION_APPROVE, pb.REVIEW_DECISION_REJECT):
             problems.add("decision", "must be APPROVE or REJECT")
@@ -249,7 +265,8 @@ class AdminService:
         return response.SerializeToString()
 
 
-def _check_right(call: Call) -> None:
+def check_right(call: Call) -> None:
+    """Return if the caller may administer the service. Raises PermissionDeniedError."""
     if Permission.ADMIN not in call.caller.permissions:
         raise PermissionDeniedError("This caller may not administer the service: it lacks the permission `admin`.")
 
@@ -258,7 +275,7 @@ def _check_right(call: Call) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Page:
+class Page:
     """Which part of a list is asked for: at most `size` items, from the first one after the name `after` on."""
 
     size: int
@@ -267,7 +284,7 @@ class _Page:
     def cut(self, found: Sequence[T], name: Callable[[T], str]) -> tuple[Sequence[T], str]:
         """The page of what was found from its beginning on, and the token of the next one if there is more."""
         shown = found[: self.size]
-        return shown, _token(name(shown[-1])) if len(found) > self.size else ""
+        return shown, page_token(name(shown[-1])) if len(found) > self.size else ""
 
 
 def _upstream_name(state: UpstreamState) -> str:
@@ -278,28 +295,29 @@ def _budget_name(state: BudgetState) -> str:
     return state.budget.name
 
 
-def _after(found: Sequence[T], page: _Page, name: Callable[[T], str]) -> Sequence[T]:
+def _after(found: Sequence[T], page: Page, name: Callable[[T], str]) -> Sequence[T]:
     """What lies on and behind the page, by name: one that comes or goes meanwhile moves no other."""
     return sorted((each for each in found if name(each) > page.after), key=name)
 
 
-def _read_page(
+def read_page(
     size: int, token: str, problems: Problems, *, default: int = DEFAULT_PAGE_SIZE, most: int = MAX_PAGE_SIZE
-) -> _Page:
+) -> Page:
     """The page a list request asks for; checks all that was noted before, too."""
     if not 0 <= size <= most:
         problems.add("page_size", f"must be 0 to {most}")
-    page = _Page(size or default, _read_token(token, problems) if token else "")
+    page = Page(size or default, _read_token(token, problems) if token else "")
     problems.check()
     return page
 
 
-def _token(last: str) -> str:
+def page_token(last: str) -> str:
+    """What leads to the page after the item of this name."""
     return base64.urlsafe_b64encode(f"{_PAGE_MARK}{last}".encode()).decode()
 
 
 def _read_token(token: str, problems: Problems) -> str:
-    """What `_token` was made of. It opens nothing that its caller may not list anyway, so it is not signed."""
+    """What `page_token` was made of. It opens nothing that its caller may not list anyway, so it is not signed."""
     try:
         text = base64.b64decode(token.encode(), altchars=b"-_", validate=True).decode()
     except (binascii.Error, UnicodeError):

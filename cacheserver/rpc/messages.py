@@ -241,7 +241,7 @@ def _read_terms(message: pb.GetImageRequest, namespace: Namespace, call: Call, p
         exclude_keys=_read_exclude_keys(message.exclude_keys, problems),
         priority=min(priority, call.caller.max_priority),
         request_id=_read_request_id(message.request_id, problems),
-        tags=_read_tags(message.tags, "tags", problems),
+        tags=read_tags(message.tags, "tags", problems),
         allow_degraded=message.allow_degraded,
         candidates=_read_candidates(message, namespace, problems),
     )
@@ -301,7 +301,7 @@ def read_resume(message: pb.StreamImageRequest, terms: Terms, problems: Problems
         problems.add("read_offset", "only with n = 1")
     if terms.n > 1 and message.if_digest:
         problems.add("if_digest", "only with n = 1")
-    resume = Resume(message.read_offset, _read_digest(message.if_digest, "if_digest", problems))
+    resume = Resume(message.read_offset, read_digest(message.if_digest, "if_digest", problems))
     problems.check()
     return resume
 
@@ -330,12 +330,12 @@ def read_put_header(message: pb.PutImageHeader, namespace: Namespace, now_s: flo
         problems.add("paid_microusd", f"must be 0 to {MAX_PAID_MICROUSD}")
     create_time_s = None
     if message.HasField("create_time"):
-        create_time_s = _read_create_time(message.create_time, now_s, "create_time", problems)
+        create_time_s = read_create_time(message.create_time, now_s, "create_time", problems)
     header = PutHeader(
         request=read_spec(message.spec, "spec", namespace, problems),
         replace=message.replace,
-        tags=_read_tags(message.tags, "tags", problems),
-        sha256=_read_digest(message.digest, "digest", problems),
+        tags=read_tags(message.tags, "tags", problems),
+        sha256=read_digest(message.digest, "digest", problems),
         ttl_s=_read_ttl(message.ttl, "ttl", problems) if message.HasField("ttl") else None,
         paid_microusd=message.paid_microusd,
         create_time_s=create_time_s,
@@ -435,7 +435,7 @@ def _read_ttl(message: Duration, path: str, problems: Problems) -> float | None:
     return seconds
 
 
-def _read_create_time(message: Timestamp, now_s: float, path: str, problems: Problems) -> float:
+def read_create_time(message: Timestamp, now_s: float, path: str, problems: Problems) -> float:
     """A moment between 1970 and now, in seconds since 1970."""
     seconds = message.seconds + message.nanos / _NANOS
     if not (0 <= message.nanos < _NANOS and 0 <= seconds <= now_s + _CLOCK_SKEW_S):
@@ -443,7 +443,7 @@ def _read_create_time(message: Timestamp, now_s: float, path: str, problems: Pro
     return seconds
 
 
-def _read_tags(tags: Sequence[str], path: str, problems: Problems) -> tuple[str, ...]:
+def read_tags(tags: Sequence[str], path: str, problems: Problems) -> tuple[str, ...]:
     """Labels, each once, in the order given."""
     if len(tags) > _MAX_TAGS:
         problems.add(path, f"must be at most {_MAX_TAGS}")
@@ -460,7 +460,7 @@ def read_tag(tag: str, path: str, problems: Problems) -> str:
     return tag
 
 
-def _read_digest(text: str, path: str, problems: Problems) -> str:
+def read_digest(text: str, path: str, problems: Problems) -> str:
     """The hexadecimal SHA-256 that "sha256:<hex>" names; empty if unset."""
     match = _DIGEST.fullmatch(text)
     if text and not match:

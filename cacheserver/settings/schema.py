@@ -554,6 +554,15 @@ class LogSettings(_Section):
     )
 
 
+class ImportsSettings(_Section):
+    """What imports may read beside what they are sent."""
+
+    buckets: tuple[str, ...] = Field(
+        default=(),
+        description="Buckets of the store of [s3], by its credentials, whose objects imports may name. Empty: none.",
+    )
+
+
 class Settings(BaseSettings):
     """All settings, checked: what is here can work together. Made by `load_settings`."""
 
@@ -587,6 +596,7 @@ class Settings(BaseSettings):
     accounting: AccountingSettings = AccountingSettings()
     budget: BudgetSettings = BudgetSettings()
     moderation: ModerationSettings = ModerationSettings()
+    imports: ImportsSettings = ImportsSettings()
     upstreams: tuple[UpstreamSettings, ...] = ()
     limit_groups: dict[Name, LimitGroupSettings] = Field(default_factory=dict)
     callers: tuple[CallerSettings, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import re
 import threading
 import zlib
@@ -228,7 +229,7 @@ class S3Tier:
         try:
             return await self._workers.run(call, *args, **kwargs)
         except (BotoCoreError, ClientError) as exc:
-            raise _tier_error(op, exc) from exc
+            raise tier_error(op, exc) from exc
 
     # What follows runs in threads.
 
@@ -284,7 +285,7 @@ class S3Tier:
                     **condition,
                 )
             except ClientError as exc:
-                if _code(exc) in _CHANGED or _is_absent(exc):
+                if _code(exc) in _CHANGED or is_absent(exc):
                     return False
                 if _code(exc) != "ConditionalRequestConflict":
                     raise
@@ -357,7 +358,7 @@ class S3Tier:
         try:
             answer = self._ask(self._clients.reading.head_object, Key=name)
         except ClientError as exc:
-            if _is_absent(exc):
+            if is_absent(exc):
                 return None
             raise
         return _Stored(answer["ETag"], answer["Metadata"], answer["ContentLength"])
@@ -368,7 +369,7 @@ class S3Tier:
         try:
             answer = self._ask(self._clients.reading.get_object, Key=name)
         except ClientError as exc:
-            if _is_absent(exc):
+            if is_absent(exc):
                 return None
             raise
         size = answer["ContentLength"]
@@ -414,32 +415,50 @@ class S3Tier:
         with self._lock:
             if self._made_clients is None:
                 session = boto3.Session(aws_access_key_id=self._access_key, aws_secret_access_key=self._secret_key)
+                make = functools.partial(
+                    new_client,
+                    session,
+                    region=self._region,
+                    connect_timeout_s=self._connect_timeout_s,
+                    connections=self._threads,
+                )
+                public_endpoint = self._public_endpoint or self._endpoint
                 self._made_clients = _Clients(
-                    reading=self._client(session, self._endpoint, self._read_timeout_s),
-                    writing=self._client(session, self._endpoint, self._write_timeout_s),
-                    signing=self._client(session, self._public_endpoint or self._endpoint, self._read_timeout_s),
+                    reading=make(endpoint=self._endpoint, timeout_s=self._read_timeout_s),
+                    writing=make(endpoint=self._endpoint, timeout_s=self._write_timeout_s),
+                    signing=make(endpoint=public_endpoint, timeout_s=self._read_timeout_s),
                 )
             return self._made_clients
 
-    def _client(self, session: boto3.Session, endpoint: str | None, timeout_s: float) -> S3Client:
-        config = Config(
-            connect_timeout=self._connect_timeout_s,
-            read_timeout=timeout_s,
-            # Another tier or the next request is a better second attempt.
-            retries={"total_max_attempts": 1},
-            max_pool_connections=self._threads,
-            signature_version="s3v4",
-            # We give S3 a CRC32 to check and check an xxh3 ourselves; boto3's own checksums would come on top.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            s3={
-                # Other servers seldom have a host name per bucket.
-                "addressing_style": "auto" if endpoint is None else "path",
-                # TLS and the CRC32 in a signed header protect the body; without TLS it is signed whole.
-                "payload_signing_enabled": endpoint is not None and endpoint.startswith("http:"),
-            },
-        )
-        return session.client("s3", endpoint_url=endpoint, region_name=self._region, config=config)
+
+def new_client(  # noqa: PLR0913 - settings
+    session: boto3.Session,
+    *,
+    endpoint: str | None,
+    region: str | None,
+    connect_timeout_s: float,
+    timeout_s: float,
+    connections: int,
+) -> S3Client:
+    """A client that tries once, and waits `timeout_s` for each byte; for S3 itself, or a server that speaks like it."""
+    config = Config(
+        connect_timeout=connect_timeout_s,
+        read_timeout=timeout_s,
+        # Another tier or the next request is a better second attempt.
+        retries={"total_max_attempts": 1},
+        max_pool_connections=connections,
+        signature_version="s3v4",
+        # We give S3 a CRC32 to check and check an xxh3 ourselves; boto3's own checksums would come on top.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        s3={
+            # Other servers seldom have a host name per bucket.
+            "addressing_style": "auto" if endpoint is None else "path",
+            # TLS and the CRC32 in a signed header protect the body; without TLS it is signed whole.
+            "payload_signing_enabled": endpoint is not None and endpoint.startswith("http:"),
+        },
+    )
+    return session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
 
 
 _CHANGED = {"PreconditionFailed", "412"}
@@ -450,7 +469,8 @@ def _code(exc: ClientError) -> str:
     return str(exc.response.get("Error", {}).get("Code", ""))
 
 
-def _is_absent(exc: ClientError) -> bool:
+def is_absent(exc: ClientError) -> bool:
+    """Whether there is no such object."""
     # A missing bucket says NoSuchBucket to a GET, which is not absence; to a HEAD it can only say 404.
     return _code(exc) in _ABSENT
 
@@ -502,7 +522,7 @@ def _key(name: str) -> CacheKey | None:
         return None  # a sidecar, or somebody else's object
 
 
-def _tier_error(op: str, exc: BotoCoreError | ClientError) -> TierError:
+def tier_error(op: str, exc: BotoCoreError | ClientError) -> TierError:
     """What `exc` means for a tier. boto3's messages quote URLs, which hold keys, so they stay out of ours."""
     if isinstance(exc, ReadTimeoutError | ConnectTimeoutError):
         return TierTimeoutError(f"S3 did not answer {op} in time")

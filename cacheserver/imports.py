@@ -1,0 +1,211 @@
+"""Pictures that were paid for elsewhere come in, and what is stored is listed: by way of the last tier alone.
+
+An import of a hundred thousand pictures must not push out of memory and Redis what callers ask for, so nothing is
+copied there: the first hit does that. Whoever imports is told that a picture is stored once the last tier has it, and
+never before; what is there already, by its digest, is not stored again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+from cacheserver.errors import (
+    CorruptEntryError,
+    EntryTooLargeError,
+    InvalidRequestError,
+    NewerEntryError,
+    NotImplementedYetError,
+    TierError,
+    TierUnreachableError,
+    VariantsExhaustedError,
+)
+from cacheserver.generation.images import BadImageError, ImageFacts
+from cacheserver.interfaces import Clock, Tier
+from cacheserver.keep import Keeper
+from cacheserver.model import CachedImage, CacheKey, GeneratedImage, Head, Namespace, TierName
+
+_HEADS_AT_ONCE = 32
+
+
+class Inspect(Protocol):
+    """Decodes an image to tell what it is."""
+
+    async def __call__(self, data: bytes, *, expect_format: str | None) -> ImageFacts:
+        """The facts of `data`; raises BadImageError if it is no whole picture of that format ("png", …)."""
+        ...
+
+
+class Objects(Protocol):
+    """Objects that the service may read by itself."""
+
+    async def read(self, uri: str, *, max_bytes: int) -> bytes:
+        """The bytes of "s3://bucket/name"; raises InvalidRequestError or TierError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """One picture to import.
+
+    `key` carries the full identity digest, and the number the picture had where it comes from. `known` holds what the
+    importer knows of it; what its bytes tell is read from them. `source` is the encoded picture, or the s3:// address
+    of one. `sha256` (hexadecimal) is what the bytes must have, empty if any; `image_format` "png" or so, None if any.
+    """
+
+    namespace: Namespace
+    key: CacheKey
+    prompt_digest: bytes
+    known: GeneratedImage
+    source: bytes | str
+    sha256: str = ""
+    image_format: str | None = None
+    create_time_s: float | None = None
+    tags: tuple[str, ...] = ()
+
+
+class Imports:
+    """The way in and out of the last tier, past memory and the faster ones."""
+
+    def __init__(  # noqa: PLR0913 - the parts it stands between, by keyword
+        self,
+        *,
+        last: Tier | None,
+        keeper: Keeper,
+        objects: Objects,
+        inspect: Inspect,
+        clock: Clock,
+        max_image_bytes: int,
+    ) -> None:
+        """`last` is the last tier; None where there is memory alone, which keeps nothing for good."""
+        self._last = last
+        self._keeper = keeper
+        self._objects = objects
+        self._inspect = inspect
+        self._clock = clock
+        self._max_image_bytes = max_image_bytes
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    async def take(self, item: Import, *, dry_run: bool) -> tuple[CacheKey, bool]:
+        """Store a picture under its own number if that is free, else the next free one; its key, and whether it is new.
+
+        With `dry_run` everything is checked and nothing stored. May be repeated.
+
+        Raises:
+            InvalidRequestError: the bytes cannot be had, are no picture, or not the one they should be.
+            VariantsExhaustedError: the request has all the variants its namespace allows.
+            TierUnreachableError: the last tier, or the source, cannot be asked now.
+            NotImplementedYetError: there is no tier under memory.
+        """
+        last = self._tier
+        data = item.source if isinstance(item.source, bytes) else await self._read_object(item.source)
+        entry = self._entry(await self._decoded(data, item), item)
+        # One at a time of each identity: of two equal pictures side by side the second would seem new, too.
+        async with self._turns.setdefault(entry.key.identity_name, asyncio.Lock()):
+            try:
+                return await self._place(last, entry, item.namespace, dry_run=dry_run)
+            except EntryTooLargeError as error:
+                raise InvalidRequestError({"source": f"{error}"}) from error
+            except TierError as error:
+                raise _unreachable(last.name) from error
+
+    async def page(
+        self, namespace: Namespace, *, after: CacheKey | None, limit: int
+    ) -> tuple[list[Head], CacheKey | None]:
+        """The pictures that `namespace` has stored among the next `limit` of its partition, and after which to go on.
+
+        None: that was the end. Expired and damaged ones are left out.
+
+        Raises:
+            TierUnreachableError: the last tier cannot be asked now.
+            NotImplementedYetError: there is no tier under memory.
+        """
+        last = self._tier
+        try:
+            keys = await last.page(namespace.partition, after=after, limit=limit)
+            heads = await _heads(last, [key for key in keys if not key.is_stand_in])
+        except TierError as error:
+            raise _unreachable(last.name) from error
+        now_s = self._clock.now_s()
+        ours = [head for head in heads if head.bare.namespace == namespace.name and head.bare.is_fresh(now_s)]
+        return ours, keys[-1] if len(keys) == limit else None
+
+    @property
+    def _tier(self) -> Tier:
+        if self._last is None:
+            raise NotImplementedYetError(
+                'This service keeps pictures in memory alone: give it "disk" or "s3" in tiers.'
+            )
+        return self._last
+
+    async def _read_object(self, uri: str) -> bytes:
+        try:
+            return await self._objects.read(uri, max_bytes=self._max_image_bytes)
+        except TierError as error:
+            raise TierUnreachableError([TierName.S3], f"The source cannot be read now: {error}") from error
+
+    async def _decoded(self, data: bytes, item: Import) -> GeneratedImage:
+        try:
+            facts = await self._inspect(data, expect_format=item.image_format)
+        except BadImageError as error:
+            raise InvalidRequestError({"source": str(error)}) from error
+        if item.sha256 not in ("", facts.sha256):
+            raise InvalidRequestError({"digest": "the bytes have another digest"})
+        return replace(
+            item.known,
+            data=data,
+            content_type=facts.content_type,
+            width=facts.width,
+            height=facts.height,
+            sha256=facts.sha256,
+            size=f"{facts.width}x{facts.height}",
+        )
+
+    def _entry(self, image: GeneratedImage, item: Import) -> CachedImage:
+        now_s = self._clock.now_s()
+        lifetime_s = min((s for s in (item.namespace.ttl_s, item.namespace.max_ttl_s) if s is not None), default=None)
+        return CachedImage(
+            key=item.key,
+            image=image,
+            namespace=item.namespace.name,
+            prompt_digest=item.prompt_digest,
+            create_time_s=now_s if item.create_time_s is None else item.create_time_s,
+            expire_time_s=None if lifetime_s is None else now_s + lifetime_s,
+            tags=item.tags,
+        )
+
+    async def _place(
+        self, last: Tier, entry: CachedImage, namespace: Namespace, *, dry_run: bool
+    ) -> tuple[CacheKey, bool]:
+        numbers = dict.fromkeys((entry.key.variant, *range(namespace.max_variants)))
+        for key in [entry.key.with_variant(number) for number in numbers if number < namespace.max_variants]:
+            try:
+                found = await last.get(key)
+            except CorruptEntryError:
+                found = None
+            except NewerEntryError:
+                continue
+            if found is not None:
+                if found.image.sha256 == entry.image.sha256:
+                    return key, False
+            elif dry_run or await self._keeper.keep_in_last(replace(entry, key=key)):
+                return key, True
+        text = f"All {namespace.max_variants} variants of this request are taken; purge one."
+        raise VariantsExhaustedError(text)
+
+
+async def _heads(tier: Tier, keys: Sequence[CacheKey]) -> list[Head]:
+    """What is under `keys` and was made for them; what is gone or damaged is left out."""
+    found: list[Head] = []
+    for start in range(0, len(keys), _HEADS_AT_ONCE):
+        some = keys[start : start + _HEADS_AT_ONCE]
+        heads = await asyncio.gather(*(tier.head(key) for key in some))
+        found += [head for key, head in zip(some, heads, strict=True) if head and head.bare.key.name == key.name]
+    return found
+
+
+def _unreachable(tier: TierName) -> TierUnreachableError:
+    return TierUnreachableError([tier], f"No answer from: {tier}. Try again when it is back.")
