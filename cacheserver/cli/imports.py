@@ -22,6 +22,9 @@ from cacheserver.cli.output import FAILED, WRONG_USE, Output
 from cacheserver.cli.session import session
 from cacheserver.client import CacheError, ImportItem, ImportOutcome
 
+_DEFAULT_NAMESPACE = "default"
+_BATCH_ROWS = 32
+_BATCH_BYTES = 256 * 1024
 _SHOWN = 20
 """Complaints and failures that are shown; the result file has all of them."""
 
@@ -84,7 +87,9 @@ def import_images(  # noqa: PLR0913 - one parameter per option
         if not dry_run:
             file = result or manifest.with_name(f"{manifest.name}.result")
             journal = stack.enter_context(Journal(file))
-            done = _done(journal, {"manifest_sha256": digest, "namespace": namespace}, file, output)
+            done = _done(
+                journal, {"manifest_sha256": digest, "namespace": namespace or _DEFAULT_NAMESPACE}, file, output
+            )
         count.before = len(done)
         began_s = time.monotonic()
         items = _loaded((row for row in source.rows() if row.item.row not in done), concurrency)
@@ -136,13 +141,30 @@ def _done(journal: Journal, head: dict[str, Any], file: Path, output: Output) ->
 def _loaded(rows: Iterable[Row], concurrency: int) -> Iterator[ImportItem]:
     """The rows with the bytes of their files, read some ahead in threads."""
     with ThreadPoolExecutor(concurrency, thread_name_prefix="read") as pool:
-        ahead: deque[Future[ImportItem]] = deque()
-        for row in rows:
-            ahead.append(pool.submit(row.loaded))
+        ahead: deque[Future[list[ImportItem]]] = deque()
+        for some in _batches(rows):
+            ahead.append(pool.submit(_load, some))
             if len(ahead) > concurrency:
-                yield ahead.popleft().result()
+                yield from ahead.popleft().result()
         while ahead:
-            yield ahead.popleft().result()
+            yield from ahead.popleft().result()
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Rows to be read by one thread in one go: handing over each of many small files would take longer than it."""
+    batch: list[Row] = []
+    size_bytes = 0
+    for row in rows:
+        batch.append(row)
+        size_bytes += row.size_bytes
+        if size_bytes > _BATCH_BYTES or len(batch) == _BATCH_ROWS:
+            yield batch
+            batch, size_bytes = [], 0
+    yield batch
+
+
+def _load(rows: list[Row]) -> list[ImportItem]:
+    return [row.loaded() for row in rows]
 
 
 def _shown(outcomes: Iterable[ImportOutcome], total: int, output: Output) -> Iterator[ImportOutcome]:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -51,6 +51,11 @@ class Row:
     item: ImportItem
     file: Path | None
 
+    @property
+    def size_bytes(self) -> int:
+        """How much of it is to be read. Raises OSError where its file is gone."""
+        return 0 if self.file is None else self.file.stat().st_size
+
     def loaded(self) -> ImportItem:
         """The item with the bytes of its file.
 
@@ -64,17 +69,7 @@ class Row:
             data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
             raise RowError(f"{self.file}: {_TOO_LARGE}")
-        item = self.item
-        return ImportItem(
-            row=item.row,
-            what=item.what,
-            source=data,
-            digest=item.digest,
-            create_time=item.create_time,
-            paid_microusd=item.paid_microusd,
-            tags=item.tags,
-            facts=item.facts,
-        )
+        return replace(self.item, source=data)
 
 
 _TOO_LARGE = f"is larger than {MAX_FILE_BYTES} bytes: put it into a bucket of imports.buckets and name it s3://…"
