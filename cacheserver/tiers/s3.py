@@ -198,7 +198,7 @@ class S3Tier:
         names: list[str] = []
         token: str | None = None
         while True:
-            page, token = await self._run("list", self._list, self._prefix + start, token)
+            page, token = await self._run("list", self._names, self._prefix + start, token)
             names += [name.removeprefix(self._prefix) for name in page]
             if token is None:
                 return names
@@ -320,14 +320,15 @@ class S3Tier:
         self, partition: str, token: str | None, after: CacheKey | None = None
     ) -> tuple[list[CacheKey], str | None]:
         """The keys among a page of S3's own of a partition's names, and what continues it."""
-        further: dict[str, Any] = {} if token is None else {"ContinuationToken": token}
-        if after is not None and token is None:
-            further = {"StartAfter": self._object(after)}
-        page = self._ask(
-            self._clients.reading.list_objects_v2, Prefix=f"{self._prefix}{KEY_VERSION}/{partition}/", **further
-        )
-        names = [item["Key"].rpartition("/")[2] for item in page.get("Contents", [])]
-        return [key for name in names if (key := _key(name)) is not None], page.get("NextContinuationToken")
+        start_after = {} if after is None else {"StartAfter": self._object(after)}
+        names, token = self._names(f"{self._prefix}{KEY_VERSION}/{partition}/", token, **start_after)
+        return [key for name in names if (key := _key(name.rpartition("/")[2])) is not None], token
+
+    def _names(self, start: str, token: str | None, **from_where: str) -> tuple[list[str], str | None]:
+        """A page of S3's own of the names that begin with `start`, and what continues it."""
+        further = from_where if token is None else {"ContinuationToken": token}
+        page = self._ask(self._clients.reading.list_objects_v2, Prefix=start, **further)
+        return [item["Key"] for item in page.get("Contents", [])], page.get("NextContinuationToken")
 
     def _metadata_of(self, key: CacheKey) -> codec.Metadata | None:
         name = self._object(key)
