@@ -45,6 +45,7 @@ CacheServerError                      carries the published reason that callers 
     ├── NewerEntryError               there is an entry of a codec this release cannot read
     └── EntryTooLargeError            the entry is above the tier's size limit
 ConfigError                           the service refuses to start; one line that says what to mend
+UnreadableFileError                   a file given to a command is not what it takes; names the file and the line
 
 Messages tell a stranger what happened and what to try. Prompts, tokens and image bytes never enter them.
 """
@@ -389,3 +390,7 @@ class EntryTooLargeError(TierError):
 
 class ConfigError(Exception):
     """The configuration cannot work. The message is one line: the setting, what is wrong, how to mend it."""
+
+
+class UnreadableFileError(Exception):
+    """A file given to a command cannot be read or is not what the command takes: names the file, line and field."""

@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "settings": VALUES | {"identity"},
     "http": VALUES,
     "rpc": VALUES | {"cache", "purge", "imports", "identity", "accounting", "generation", "precheck", "pb"},
+    "whatif": VALUES | {"identity", "generation", "tiers"},
     "client": {"pb", "model"},
     "pb": {"pb"},
 }

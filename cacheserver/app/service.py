@@ -54,6 +54,7 @@ from cacheserver.tasks import end, every
 from cacheserver.tiers.guard import GuardedTier
 from cacheserver.tiers.memory import MemoryCache
 from cacheserver.tiers.redis import Client
+from cacheserver.whatif.recording import FLUSH_S, TraceFile, TraceRecorder
 
 _log = structlog.get_logger(__name__)
 
@@ -165,6 +166,7 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
         undo.push_async_callback(lambda: cache.aclose(patience.for_calls_s()))
         cache.remakes.start(settings.generation.off_peak_hours)
         policies = await _policies(settings, clock=clock, undo=undo)
+        trace = await _trace(settings, registry=registry, clock=clock, undo=undo)
         rpc = _rpc_server(
             settings,
             cache=cache,
@@ -172,6 +174,7 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
             keeper=keeper,
             miss_path=miss_path,
             policies=policies,
+            trace=trace,
             books=books,
             clock=clock,
             lower=lower,
@@ -302,6 +305,22 @@ async def _policies(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -
     }
 
 
+async def _trace(
+    settings: Settings, *, registry: CollectorRegistry, clock: Clock, undo: AsyncExitStack
+) -> TraceRecorder | None:
+    """The record of what is answered, if there is to be one. Raises ConfigError for a file that cannot be used."""
+    written = settings.trace
+    if written.path is None:
+        return None
+    file = await asyncio.to_thread(TraceFile.open, written.path, max_bytes=written.max_bytes)
+    recorder = TraceRecorder(file, sample=written.sample, clock=clock)
+    undo.push_async_callback(recorder.aclose)
+    _keep_doing(recorder.flush, FLUSH_S, clock=clock, name="record trace", undo=undo)
+    dropped = Gauge("cacheserver_trace_dropped", "Answers that the trace could not take", registry=registry)
+    dropped.set_function(lambda: recorder.dropped)
+    return recorder
+
+
 def _moderation_endpoint(settings: Settings) -> ModerationEndpoint:
     written = settings.moderation
     return ModerationEndpoint(
@@ -343,6 +362,7 @@ def _rpc_server(  # noqa: PLR0913 - the parts that calls reach
     keeper: Keeper,
     miss_path: MissPath,
     policies: dict[str, PromptPolicy],
+    trace: TraceRecorder | None,
     books: CounterBooks,
     clock: Clock,
     lower: Lower,
@@ -368,6 +388,7 @@ def _rpc_server(  # noqa: PLR0913 - the parts that calls reach
         ),
         policies=policies,
         figures=miss_path.figures,
+        trace=trace,
     )
     imports = Imports(
         last=lower.tiers[-1] if lower.tiers else None,

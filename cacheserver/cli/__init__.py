@@ -17,6 +17,7 @@ from cacheserver.cli import (
     ledger,
     purge,
     put,
+    report,
     review,
     serve,
     stats,
@@ -42,6 +43,7 @@ for _command in (
     stats.stats,
     ledger.ledger,
     export.export,
+    report.report,
     token.token,
     doctor.doctor,
 ):

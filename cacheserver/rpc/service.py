@@ -37,6 +37,7 @@ from cacheserver.model import (
     CachePolicy,
     GeneratedImage,
     ImageRequest,
+    MatchLevel,
     Namespace,
     Outcome,
     Pending,
@@ -79,6 +80,22 @@ class FigureSource(Protocol):
         ...
 
 
+class Trace(Protocol):
+    """Notes what is answered."""
+
+    def answered(
+        self,
+        served: Served,
+        outcome: Outcome,
+        what: ImageRequest | CacheKey,
+        *,
+        namespace: Namespace,
+        match_level: MatchLevel | None,
+    ) -> None:
+        """A picture was answered to a call for `what`. Never waits and never fails."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Bounds on calls: bytes that one may move, how many run at a time, seconds between reports of progress.
@@ -109,12 +126,14 @@ class PromptCacheService:
         limits: Limits,
         policies: Mapping[str, PromptPolicy] = MappingProxyType({}),
         figures: FigureSource | None = None,
+        trace: Trace | None = None,
     ) -> None:
         """`default_model` is that of namespaces that have none of their own; `policies` are by namespace.
 
-        `figures` are those of all replicas; None where none are kept.
+        `figures` are those of all replicas; None where none are kept. `trace` is None where nothing is recorded.
         """
         self._figures = figures
+        self._trace = trace
         self._policies = policies
         self._cache = cache
         self._namespaces = {
@@ -167,7 +186,7 @@ class PromptCacheService:
                 call.trailers.append(("cache-status", headers.pending_status()))
                 return replies.pending_response(answer).SerializeToString()
             response = await self._deliver(answer, asked)
-            self._book(answer, call)
+            self._book(answer, asked, call)
         slowest = replies.slowest(answer)
         status = headers.cache_status(slowest, asked.terms.cache_policy, self._clock.now_s())
         call.trailers.append(("cache-status", status))
@@ -190,7 +209,7 @@ class PromptCacheService:
                     yield event
                 return
             _check_resume(answer[0].entry, resume)
-            self._book(answer, call)
+            self._book(answer, asked, call)
         for index, served in enumerate(answer):
             header = pb.ImageHeader(
                 image=replies.image_facts(served.entry),
@@ -455,11 +474,16 @@ class PromptCacheService:
     def _seconds(self, call: Call) -> float:
         return self._clock.monotonic_s() - call.started_s
 
-    def _book(self, answer: list[Served], call: Call) -> None:
+    def _book(self, answer: list[Served], asked: Asked, call: Call) -> None:
         for served in answer:
+            outcome = _outcome(served)
+            if self._trace is not None:
+                self._trace.answered(
+                    served, outcome, asked.what, namespace=asked.namespace, match_level=asked.match_level
+                )
             self._books.answered(
                 call.namespace,
-                _outcome(served),
+                outcome,
                 served.tier,
                 seconds=self._seconds(call),
                 image_bytes=served.entry.size_bytes,

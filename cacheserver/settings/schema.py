@@ -336,6 +336,16 @@ class ModerationSettings(_Section):
         return os.environ.get(self.api_key_env, "")
 
 
+class TraceSettings(_Section):
+    """A record of what is answered, for replaying it through caches of other sizes."""
+
+    path: Path | None = Field(
+        default=None, description="File for a row of each picture answered, CSV in gzip, without prompts. Unset: none."
+    )
+    max_bytes: Bytes = Field(default=_GIB, description="Bytes of the file at which recording ends.")
+    sample: float = Field(default=1.0, gt=0, le=1, description="Share of all keys that are recorded, above 0 to 1.")
+
+
 class LimitGroupSettings(_Section):
     """What the upstreams of one limit group may be asked for together."""
 
@@ -597,6 +607,7 @@ class Settings(BaseSettings):
     budget: BudgetSettings = BudgetSettings()
     moderation: ModerationSettings = ModerationSettings()
     imports: ImportsSettings = ImportsSettings()
+    trace: TraceSettings = TraceSettings()
     upstreams: tuple[UpstreamSettings, ...] = ()
     limit_groups: dict[Name, LimitGroupSettings] = Field(default_factory=dict)
     callers: tuple[CallerSettings, ...] = ()

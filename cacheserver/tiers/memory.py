@@ -7,7 +7,7 @@ from cachetools import Cache, LRUCache
 from cacheserver.interfaces import Clock
 from cacheserver.model import CachedImage, CacheKey, Labels
 
-_OVERHEAD_BYTES = 3_000
+OVERHEAD_BYTES = 3_000
 """What an entry takes beside its bytes and texts: its objects, its name and its places in two dictionaries."""
 
 
@@ -92,4 +92,4 @@ def entry_bytes(entry: CachedImage) -> int:
     """How much memory an entry takes: its bytes, its texts at up to four bytes a character, its objects."""
     image = entry.image
     texts = (entry.namespace, *entry.tags, image.model, image.revised_prompt, image.upstream_request_id)
-    return _OVERHEAD_BYTES + len(image.data) + sum(64 + 4 * len(text) for text in texts)
+    return OVERHEAD_BYTES + len(image.data) + sum(64 + 4 * len(text) for text in texts)

@@ -1,0 +1,84 @@
+"""The tiers as far as hits go: what each would have answered, told by keys, sizes and times alone.
+
+Keys are hashes of 64 bits. `rate` is the share of all keys that a simulation sees: a cache that sees a tenth of the
+keys, drawn by hash, and has a tenth of the bytes hits as often as the whole one (SHARDS: Waldspurger, FAST '15).
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from operator import itemgetter
+
+from cachetools import LRUCache
+
+from cacheserver.model import TierName
+from cacheserver.tiers.memory import OVERHEAD_BYTES
+
+ENTRY_SHARE = 8
+"""An image above this part of the memory is not kept, as by default in the service."""
+
+MAX_ENTRY_BYTES = 32 * 1024 * 1024
+"""Nor one above this."""
+
+
+class MemoryReplay:
+    """L1 of `max_bytes`: the least recently used goes first, all bytes of an entry count, as in tiers/memory.py."""
+
+    def __init__(self, max_bytes: int, *, rate: float = 1.0) -> None:
+        own_bytes = int(max_bytes * rate)
+        self._max_entry_bytes = min(max_bytes // ENTRY_SHARE, MAX_ENTRY_BYTES, own_bytes)
+        self._entries: LRUCache[int, tuple[int, float]] = LRUCache(own_bytes, getsizeof=itemgetter(0))
+
+    def get(self, key: int, now_s: float) -> bool:
+        """Whether the key has a fresh entry, which becomes the most recently used."""
+        try:
+            _, expire_s = self._entries[key]
+        except KeyError:
+            return False
+        return now_s < expire_s
+
+    def put(self, key: int, size_bytes: int, expire_s: float = math.inf) -> None:
+        """Keep an entry, unless it is too large."""
+        entry_bytes = OVERHEAD_BYTES + size_bytes
+        if entry_bytes <= self._max_entry_bytes:
+            self._entries[key] = (entry_bytes, expire_s)
+        else:
+            self._entries.pop(key, None)
+
+
+class TiersReplay:
+    """Memory, then Redis for `redis_ttl_s`, then a last tier that keeps everything; an image is good for `ttl_s`.
+
+    A miss is stored in all of them at once. A hit in Redis is copied into memory, one in the last tier into both;
+    what is copied into Redis stays there as long as if it were new.
+    """
+
+    def __init__(self, memory: MemoryReplay, *, redis_ttl_s: float, ttl_s: float = math.inf) -> None:
+        self._memory = memory
+        self._redis_ttl_s = redis_ttl_s
+        self._ttl_s = ttl_s
+        self._expire_s = array("d")
+        self._redis_until_s = array("d")
+
+    def asked(self, key: int, index: int, size_bytes: int, now_s: float) -> TierName:
+        """Which tier answers; UPSTREAM where none does.
+
+        `index` is the key's number: 0 for the first key ever asked for, and one more for each further one.
+        """
+        if self._memory.get(key, now_s):
+            return TierName.MEMORY
+        if index == len(self._expire_s):
+            self._expire_s.append(0.0)
+            self._redis_until_s.append(0.0)
+        tier = TierName.UPSTREAM
+        if now_s >= self._expire_s[index]:
+            self._expire_s[index] = now_s + self._ttl_s
+            self._redis_until_s[index] = now_s + self._redis_ttl_s
+        elif now_s < self._redis_until_s[index]:
+            tier = TierName.REDIS
+        else:
+            tier = TierName.S3
+            self._redis_until_s[index] = now_s + self._redis_ttl_s
+        self._memory.put(key, size_bytes, self._expire_s[index])
+        return tier
