@@ -41,6 +41,20 @@ class ServiceProcess:
         self._process: Process
 
     async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._http.aclose()
+        await self.kill()
+
+    @property
+    def pid(self) -> int:
+        """Its process's id."""
+        return self._process.pid
+
+    async def start(self) -> None:
+        """Run it, also once more after a kill, on the same data and ports; it takes calls on return."""
         self._directory.mkdir(exist_ok=True)
         config_file = self._directory / "cacheserver.toml"
         config_file.write_text(self._config)
@@ -50,18 +64,15 @@ class ServiceProcess:
                 stdin=PIPE,
                 stdout=log,
                 stderr=log,
-                env={"PATH": os.defpath},
+                env={"PATH": os.defpath, "PYTHONPATH": str(_ROOT)},
                 cwd=self._directory,
             )
         try:
             await self._wait_until_ready()
         except BaseException:
-            await self._end()
+            await self._http.aclose()
+            await self.kill()
             raise
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self._end()
 
     @property
     def log_file(self) -> Path:
@@ -83,9 +94,8 @@ class ServiceProcess:
                 await asyncio.sleep(_POLL_S)
         raise RuntimeError(await asyncio.to_thread(self.log_file.read_text, errors="replace"))
 
-    async def _end(self) -> None:
-        """SIGKILL: the bench wants nothing more of it."""
-        await self._http.aclose()
+    async def kill(self) -> None:
+        """SIGKILL."""
         await _kill(self._process)
         if self._process.stdin is not None:
             self._process.stdin.write(b"\n")  # lets it off the leash, which else would signal its id's next owner
