@@ -44,12 +44,13 @@ class _Held:
 
     `kept` is done once the caller may be answered; `task` brings the image home. `lies_there` says whether it
     was put into the slot in memory and the faster tiers, `unsaved` that none of these took it. At shutdown the slot
-    of one that lies nowhere yet becomes its stand-in.
+    of one that lies nowhere yet becomes its stand-in. `since_s` (monotonic) is when it was handed over.
     """
 
     slot: CacheKey
     entry: CachedImage
     replace: bool
+    since_s: float
     kept: asyncio.Future[CachedImage]
     lies_there: bool = False
     unsaved: bool = False
@@ -94,6 +95,17 @@ class Keeper:
     def is_outdated(self, tier: Tier, key: CacheKey) -> bool:
         """Whether `tier` may still have what lay under `key` before it was replaced."""
         return (tier.name, key.name) in self._outdated
+
+    @property
+    def held_images(self) -> int:
+        """How many images the last tier has yet to take."""
+        return len(self._held)
+
+    @property
+    def oldest_held_s(self) -> float:
+        """For how many seconds the oldest of them has been held; 0 where none is."""
+        now_s = self._clock.monotonic_s()
+        return max((now_s - held.since_s for held in self._held.values()), default=0.0)
 
     @property
     def changes(self) -> int:
@@ -191,7 +203,8 @@ class Keeper:
             entry = with_fields(entry, key=slot)
         if (predecessor := self._held.get(slot.name)) is not None:
             self._drop(predecessor)
-        held = _Held(slot, entry, replace, kept=asyncio.get_running_loop().create_future())
+        kept: asyncio.Future[CachedImage] = asyncio.get_running_loop().create_future()
+        held = _Held(slot, entry, replace, self._clock.monotonic_s(), kept)
         self._held[slot.name] = held
         held.task = asyncio.create_task(self._bring_home(held), name="keep")
         held.task.add_done_callback(partial(_ended_bringing, held))

@@ -687,3 +687,28 @@ class Replay:
 
     identity_name: str
     variants: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TierState:
+    """How one tier stands. `breaker_open`: nobody asks it until it answers again. `size_bytes` None: nobody knows."""
+
+    name: TierName
+    breaker_open: bool
+    size_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LiveState:
+    """How a process stands at one moment.
+
+    `time_s` is in seconds since 1970; `in_flight` counts loads, `queue` generations that wait. `held_images` wait in
+    memory for the last tier, the oldest of them since `oldest_held_s` seconds.
+    """
+
+    time_s: float
+    in_flight: int
+    queue: Mapping[Priority, int]
+    tiers: tuple[TierState, ...]
+    held_images: int
+    oldest_held_s: float

@@ -17,6 +17,7 @@ import uvloop
 from prometheus_client import CollectorRegistry, Gauge
 
 from cacheserver.accounting.books import CounterBooks, ToldApart
+from cacheserver.app.live import live_view
 from cacheserver.app.miss_path import MissPath, build_miss_path
 from cacheserver.app.tiers import (
     CONTROL_TIMEOUT_S,
@@ -40,7 +41,7 @@ from cacheserver.imports import Imports
 from cacheserver.interfaces import Clock, Replays
 from cacheserver.keep import Keeper
 from cacheserver.log import set_up_logging
-from cacheserver.model import Caller, Permission, Priority, TierName
+from cacheserver.model import Caller, LiveState, Permission, Priority, TierName
 from cacheserver.paying import UnknownPolicy
 from cacheserver.precheck import DenyList, PromptPolicy
 from cacheserver.reviews import Reviews
@@ -167,6 +168,7 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
         cache.remakes.start(settings.generation.off_peak_hours)
         policies = await _policies(settings, clock=clock, undo=undo)
         trace = await _trace(settings, registry=registry, clock=clock, undo=undo)
+        live = live_view(cache=cache, memory=memory, lower=lower, keeper=keeper, miss_path=miss_path, clock=clock)
         rpc = _rpc_server(
             settings,
             cache=cache,
@@ -175,6 +177,7 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
             miss_path=miss_path,
             policies=policies,
             trace=trace,
+            live=live,
             books=books,
             clock=clock,
             lower=lower,
@@ -363,6 +366,7 @@ def _rpc_server(  # noqa: PLR0913 - the parts that calls reach
     miss_path: MissPath,
     policies: dict[str, PromptPolicy],
     trace: TraceRecorder | None,
+    live: Callable[[], LiveState],
     books: CounterBooks,
     clock: Clock,
     lower: Lower,
@@ -389,6 +393,7 @@ def _rpc_server(  # noqa: PLR0913 - the parts that calls reach
         policies=policies,
         figures=miss_path.figures,
         trace=trace,
+        live=live,
     )
     imports = Imports(
         last=lower.tiers[-1] if lower.tiers else None,

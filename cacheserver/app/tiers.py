@@ -37,7 +37,8 @@ class Lower:
     """The tiers under memory, guarded, fastest first; who signs URLs; and the objects that imports may read.
 
     `client` is that of the Redis among them; `control` another one of the same Redis, for control state: a tier that
-    is busy with images must not keep a budget waiting. `files` are those of object storage, if that is among them.
+    is busy with images must not keep a budget waiting. `files` are those of object storage, if that is among them,
+    and `disk` is the disk tier itself, which knows its size.
     """
 
     objects: Objects
@@ -46,6 +47,7 @@ class Lower:
     control: Client | None = None
     signer: SigningTier | None = None
     files: Files | None = None
+    disk: DiskTier | None = None
 
 
 async def lock_disk(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -> None:
@@ -83,7 +85,8 @@ async def build_tiers(settings: Settings, *, books: Books, clock: Clock, undo: A
                     clock,
                 )
             case TierName.DISK:
-                tier = _guarded(await _disk_tier(settings, clock=clock), _DISK_DEADLINES, books, clock)
+                lower.disk = await _disk_tier(settings, clock=clock)
+                tier = _guarded(lower.disk, _DISK_DEADLINES, books, clock)
             case TierName.S3:
                 s3 = _s3_tier(settings, access, clock=clock)
                 lower.files = s3

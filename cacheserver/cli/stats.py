@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cacheserver.cli.live import live_facts
 from cacheserver.cli.options import Link
 from cacheserver.cli.output import dollars, size
 from cacheserver.cli.session import session
@@ -27,7 +28,10 @@ def stats(
 
 
 def _facts(stats: Stats) -> dict[str, Any]:
-    return asdict(stats) | {"start_time": stats.start_time.isoformat() if stats.start_time else None}
+    return asdict(stats) | {
+        "start_time": stats.start_time.isoformat() if stats.start_time else None,
+        "live": live_facts(stats.live),
+    }
 
 
 def _draw(stats: Stats, console: Console) -> None:

@@ -63,6 +63,7 @@ from cacheserver.client.values import (
     ImageOptions,
     ImageResult,
     ImageSpec,
+    Live,
     Presence,
     Progress,
     PurgeResult,
@@ -73,6 +74,7 @@ from cacheserver.client.values import (
     Stats,
     StatsRow,
     StreamEvent,
+    TierLive,
 )
 from cacheserver.model import (
     AttemptOutcome,
@@ -133,6 +135,7 @@ __all__ = [
     "InvalidRequestError",
     "KeyGoneError",
     "LedgerRow",
+    "Live",
     "MatchLevel",
     "NotCachedError",
     "Outcome",
@@ -155,6 +158,7 @@ __all__ = [
     "StatsSpan",
     "StoredImage",
     "StreamEvent",
+    "TierLive",
     "TierName",
     "TryAgainError",
     "UnauthenticatedError",

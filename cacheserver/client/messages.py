@@ -28,6 +28,7 @@ from cacheserver.client.values import (
     Image,
     ImageResult,
     ImageSpec,
+    Live,
     Presence,
     PurgeResult,
     PutResult,
@@ -35,6 +36,7 @@ from cacheserver.client.values import (
     State,
     Stats,
     StatsRow,
+    TierLive,
 )
 from cacheserver.model import (
     CachePolicy,
@@ -351,6 +353,27 @@ def read_stats(response: pb.GetStatsResponse) -> Stats:
         corrupt=_per_tier(response.corrupt),
         upstream_calls=response.upstream_calls,
         latency_bounds_s=tuple(response.latency_bounds_s),
+        live=_live(response.live) if response.HasField("live") else None,
+    )
+
+
+def _live(live: pb.LiveState) -> Live:
+    waiting = ((member(Priority, pb.Priority, "PRIORITY", each.priority), each.waiting) for each in live.queue)
+    return Live(
+        time=time_of(live, "time"),
+        in_flight=live.in_flight,
+        queue={priority: count for priority, count in waiting if priority is not None},
+        tiers=tuple(map(_tier_live, live.tiers)),
+        held_images=live.held_images,
+        oldest_held_s=seconds_of(live.oldest_held),
+    )
+
+
+def _tier_live(state: pb.TierState) -> TierLive:
+    return TierLive(
+        tier=member(TierName, pb.Tier, "TIER", state.tier),
+        breaker_open=state.breaker_open,
+        size_bytes=state.size_bytes if state.HasField("size_bytes") else None,
     )
 
 

@@ -435,6 +435,36 @@ class StatsRow:
 
 
 @dataclass(frozen=True, slots=True)
+class TierLive:
+    """How one tier stands. `breaker_open`: nobody asks it until it answers again. `size_bytes` None: not known."""
+
+    tier: TierName | None
+    breaker_open: bool
+    size_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """How the process that answered stood then.
+
+    Attributes:
+        time: When this was read.
+        in_flight: Loads in progress.
+        queue: Generations that wait, by priority, the most urgent first.
+        tiers: The tiers, fastest first.
+        held_images: Images held in memory until a lower tier takes them.
+        oldest_held_s: For how many seconds the oldest of them has been held.
+    """
+
+    time: datetime | None
+    in_flight: int
+    queue: Mapping[Priority, int]
+    tiers: tuple[TierLive, ...]
+    held_images: int
+    oldest_held_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """Counters of one process since its `start_time`, or of all replicas in the span of time asked for.
 
@@ -447,6 +477,7 @@ class Stats:
         corrupt: Damaged entries found, per tier.
         upstream_calls: Calls to the upstreams.
         latency_bounds_s: Upper bounds of what `StatsRow.latency_counts` counts.
+        live: How the process that answered stands; None from a service that does not tell.
     """
 
     start_time: datetime | None
@@ -457,6 +488,7 @@ class Stats:
     corrupt: Mapping[TierName, int]
     upstream_calls: int
     latency_bounds_s: tuple[float, ...] = ()
+    live: Live | None = None
 
     def latency_s(self, row: StatsRow, share: float) -> float | None:
         """The bound that `share` (above 0, at most 1) of the row's requests did not exceed: 0.95 is the p95.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -37,6 +37,7 @@ from cacheserver.model import (
     CachePolicy,
     GeneratedImage,
     ImageRequest,
+    LiveState,
     MatchLevel,
     Namespace,
     Outcome,
@@ -53,6 +54,7 @@ from cacheserver.rpc import headers, messages, replies, wire
 from cacheserver.rpc.auth import Authenticator
 from cacheserver.rpc.batch import Batch
 from cacheserver.rpc.calls import Call, Calls, Parts
+from cacheserver.rpc.live import live_message
 from cacheserver.rpc.messages import Asked, Delivery, Problems, PutHeader, Resume
 from cacheserver.rpc.stats import read_query
 
@@ -127,14 +129,17 @@ class PromptCacheService:
         policies: Mapping[str, PromptPolicy] = MappingProxyType({}),
         figures: FigureSource | None = None,
         trace: Trace | None = None,
+        live: Callable[[], LiveState] | None = None,
     ) -> None:
         """`default_model` is that of namespaces that have none of their own; `policies` are by namespace.
 
         `figures` are those of all replicas; None where none are kept. `trace` is None where nothing is recorded.
+        `live` tells how the process stands now.
         """
         self._figures = figures
         self._trace = trace
         self._policies = policies
+        self._live = live
         self._cache = cache
         self._namespaces = {
             namespace.name: replace(namespace, default_model=namespace.default_model or default_model)
@@ -453,10 +458,14 @@ class PromptCacheService:
         if StatsField.CALLER in query.by and Permission.ADMIN not in call.caller.permissions:
             raise PermissionDeniedError("Rows by caller need the permission admin.")
         if not (message.HasField("since") or message.HasField("until")):
-            return replies.stats_response(self._books.snapshot(namespaces, query.by)).SerializeToString()
-        if self._figures is None:
+            response = replies.stats_response(self._books.snapshot(namespaces, query.by))
+        elif self._figures is None:
             raise InvalidRequestError({"since": "no figures are kept here: accounting.enabled is false"})
-        return replies.report_response(await self._figures.report(query), query).SerializeToString()
+        else:
+            response = replies.report_response(await self._figures.report(query), query)
+        if self._live is not None:
+            response.live.CopyFrom(live_message(self._live()))
+        return response.SerializeToString()
 
     # ── common ──────────────────────────────────────────────────────────────────────────────────────────────
 
