@@ -474,6 +474,14 @@ class Books(Protocol):
         """A picture was paid for though the last tier could not be asked."""
         ...
 
+    def alarm(self, alarm: str, *, is_ringing: bool) -> None:
+        """An alarm rings from now on, or does not."""
+        ...
+
+    def alarm_notice(self, result: str) -> None:
+        """What became of a notice of an alarm: "delivered", "failed" or "dropped"."""
+        ...
+
     def unsaved(self, change: int) -> None:
         """So many more (or fewer) images are held that no lower tier has acknowledged."""
         ...

@@ -712,3 +712,64 @@ class LiveState:
     tiers: tuple[TierState, ...]
     held_images: int
     oldest_held_s: float
+
+
+class AlarmKind(StrEnum):
+    """What an alarm watches, and on which side of its threshold it rings.
+
+    Rates are shares of what was asked for in a window, 0 to 1; spending is in dollars an hour; ages are in seconds; of
+    breakers it is how many are open.
+    """
+
+    HIT_RATE_BELOW = "hit_rate_below"
+    HIT_RATE_ABOVE = "hit_rate_above"
+    ERROR_RATE_ABOVE = "error_rate_above"
+    SPEND_PER_HOUR_ABOVE = "spend_per_hour_above"
+    UNSAVED_AGE_ABOVE = "unsaved_age_above"
+    BREAKER_OPEN = "breaker_open"
+
+
+class AlarmState(StrEnum):
+    """Whether an alarm rings. WAITING: its figure is out of bounds, and not for long enough yet."""
+
+    QUIET = "quiet"
+    WAITING = "waiting"
+    RINGING = "ringing"
+
+
+@dataclass(frozen=True, slots=True)
+class AlarmRule:
+    """When an alarm rings: its figure has been beyond `threshold` for `for_s` seconds.
+
+    Figures that change with traffic are those of the last `window_s` seconds, and rates are judged only where
+    `min_requests` came in them. `namespace` None is all of them; `target` is the tier or upstream whose breaker is
+    meant, None any.
+    """
+
+    name: str
+    kind: AlarmKind
+    threshold: float
+    window_s: float = 300.0
+    for_s: float = 60.0
+    min_requests: int = 50
+    namespace: str | None = None
+    target: str | None = None
+    runbook_url: str = ""
+
+    def is_beyond(self, value: float) -> bool:
+        """Whether a figure is out of bounds; at the threshold itself it is not."""
+        return value < self.threshold if self.kind is AlarmKind.HIT_RATE_BELOW else value > self.threshold
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """A rule and how it stands: since when (seconds since 1970), and at which figure. None: there is none to judge.
+
+    `is_of_all` says that the figure is that of all replicas together, not of this one.
+    """
+
+    rule: AlarmRule
+    state: AlarmState
+    since_s: float
+    value: float | None = None
+    is_of_all: bool = False

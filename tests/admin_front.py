@@ -14,6 +14,10 @@ from prometheus_client import CollectorRegistry
 from cacheserver.accounting.books import CounterBooks
 from cacheserver.errors import UnknownReviewError, UnknownUpstreamError
 from cacheserver.model import (
+    Alarm,
+    AlarmKind,
+    AlarmRule,
+    AlarmState,
     Attempt,
     AttemptOutcome,
     Budget,
@@ -66,6 +70,11 @@ def budget(scope: BudgetScope = BudgetScope.GLOBAL, subject: str = "", **facts: 
         reset_time_s=NOW_S + 3_600,
     )
     return replace(state, **facts)
+
+
+def alarm(name: str = "few-hits", state: AlarmState = AlarmState.QUIET, **facts: Any) -> Alarm:
+    rule = AlarmRule(name, AlarmKind.HIT_RATE_BELOW, threshold=0.5, runbook_url="https://wiki/few-hits")
+    return replace(Alarm(rule, state, since_s=NOW_S, value=0.25), **facts)
 
 
 def attempt(number: int = 0, **facts: Any) -> Attempt:
@@ -226,6 +235,16 @@ class NoImages:
 
 
 @dataclass
+class Alarms:
+    """Alarms in a list."""
+
+    all: list[Alarm] = field(default_factory=list)
+
+    def states(self) -> list[Alarm]:
+        return self.all
+
+
+@dataclass
 class Sources:
     """All that the admin API shows and changes."""
 
@@ -235,6 +254,7 @@ class Sources:
     reviews: Reviews = field(default_factory=Reviews)
     images: Any = field(default_factory=NoImages)
     """By default none; tests of images bring the real thing."""
+    alarms: Alarms = field(default_factory=Alarms)
 
 
 def admin_service(
@@ -247,6 +267,7 @@ def admin_service(
         ledger=cast("Any", sources.ledger),
         reviews=sources.reviews,
         images=sources.images,
+        alarms=sources.alarms,
         authenticator=Authenticator(callers, anonymous=anonymous),
         books=cast("Any", CounterBooks(clock=clock, registry=CollectorRegistry())),
         clock=clock,

@@ -13,6 +13,8 @@ import pytest
 
 from cacheserver.client import (
     Admin,
+    Alarm,
+    AlarmState,
     AsyncAdmin,
     AsyncClient,
     AttemptOutcome,
@@ -38,7 +40,7 @@ from cacheserver.client.admin import PictureReader, read_upstream
 from cacheserver.model import BudgetScope as Scope
 from cacheserver.model import Caller
 from cacheserver.pb import admin_pb2 as pb
-from tests.admin_front import NOW_S, OPERATOR, Sources, admin_service, attempt, budget, review, serving, upstream
+from tests.admin_front import NOW_S, OPERATOR, Sources, admin_service, alarm, attempt, budget, review, serving, upstream
 
 NOW = datetime.fromtimestamp(NOW_S, UTC)
 
@@ -227,6 +229,21 @@ def test_a_damaged_picture_is_never_taken_for_the_one_that_waits(parts: list[pb.
         for part in parts:
             reader.read(part)
         reader.finish()
+
+
+async def test_alarms_are_values(ask: Ask, sources: Sources) -> None:
+    sources.alarms.all = [alarm(state=AlarmState.RINGING), alarm("dear", value=None)]
+    few_hits, dear = await ask("list_alarms")
+    assert few_hits == Alarm(
+        name="few-hits",
+        kind="hit_rate_below",
+        state=AlarmState.RINGING,
+        value=0.25,
+        threshold=0.5,
+        since=NOW,
+        runbook_url="https://wiki/few-hits",
+    )
+    assert (dear.value, dear.state) == (None, AlarmState.QUIET)
 
 
 @pytest.mark.usefixtures("_short_pages")

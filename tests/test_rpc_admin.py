@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from cacheserver.errors import InvalidRequestError
-from cacheserver.model import AttemptOutcome, BudgetScope, Caller, Permission, UpstreamHealth
+from cacheserver.model import AlarmState, AttemptOutcome, BudgetScope, Caller, Permission, UpstreamHealth
 from cacheserver.pb import admin_pb2 as pb
 from cacheserver.rpc.admin import MAX_PAGE_SIZE, page_token, read_page
 from cacheserver.rpc.messages import Problems
@@ -33,6 +33,7 @@ from tests.admin_front import (
     OPERATOR,
     Sources,
     admin_service,
+    alarm,
     attempt,
     budget,
     calling,
@@ -378,6 +379,24 @@ async def test_bytes_that_are_no_message_are_malformed(sources: Sources) -> None
     async with serving(admin_service(sources)) as address, grpc.aio.insecure_channel(address) as channel:
         failed = await failure(channel.unary_unary(f"/{NAME}/UpdateBudget")(b"\xff"))
     assert failed.reason == "MALFORMED_MESSAGE"
+
+
+# --- alarms ---
+
+
+async def test_alarms_come_as_they_stand_those_that_ring_first(stub: Any, sources: Sources) -> None:
+    sources.alarms.all = [alarm(state=AlarmState.RINGING), alarm("dear", value=None)]
+    few_hits, dear = (await stub.ListAlarms(pb.ListAlarmsRequest())).alarms
+    assert few_hits == pb.Alarm(
+        name="few-hits",
+        kind="hit_rate_below",
+        state="ALARM_STATE_RINGING",
+        value=0.25,
+        threshold=0.5,
+        since=moment(NOW_S),
+        runbook_url="https://wiki/few-hits",
+    )
+    assert not dear.HasField("value")
 
 
 # --- rights ---

@@ -223,6 +223,46 @@ def test_namespaces_become_namespaces_and_default_is_always_there(write: Write) 
     assert (shop.default_priority, shop.ttl_s, shop.max_ttl_s) == (Priority.BATCH, 60.0, None)
 
 
+def test_what_is_wrong_everywhere_is_watched_without_a_word(write: Write) -> None:
+    rules = load_settings(None, {}).alarm_rules
+    assert [(rule.name, str(rule.kind)) for rule in rules] == [
+        ("breakers", "breaker_open"),
+        ("errors", "error_rate_above"),
+        ("unsaved", "unsaved_age_above"),
+    ]
+    assert load_settings(write("[alerting]\nbuilt_in = false"), {}).alarm_rules == ()
+
+
+def test_an_alarm_takes_the_place_of_the_built_in_one_of_its_name(write: Write) -> None:
+    file = write("""
+        [alerting]
+        min_requests = 7
+        runbook_base_url = "https://wiki/book"
+        [[alarms]]
+        name = "errors"
+        kind = "error_rate_above"
+        threshold = 0.5
+        [[alarms]]
+        name = "dear"
+        kind = "spend_per_hour_above"
+        threshold = 20
+        runbook_url = "https://wiki/dear"
+    """)
+    rules = {rule.name: rule for rule in load_settings(file, {}).alarm_rules}
+    assert list(rules) == ["breakers", "errors", "unsaved", "dear"]
+    assert (rules["errors"].threshold, rules["errors"].min_requests) == (0.5, 7)
+    assert rules["errors"].runbook_url == "https://wiki/book#cacheservererrorrateabove"
+    assert rules["dear"].runbook_url == "https://wiki/dear"
+
+
+def test_the_token_of_the_webhook_comes_from_the_environment(write: Write) -> None:
+    file = write("[alerting]\nwebhook_url = 'https://h/very-secret'\nwebhook_token_env = 'T'")
+    alerting = load_settings(file, {"T": "very-secret"}).alerting
+    assert alerting.webhook_token is not None
+    assert alerting.webhook_token.get_secret_value() == "very-secret"
+    assert "very-secret" not in repr(alerting)
+
+
 @pytest.mark.parametrize(
     ("host", "loopback"),
     [
@@ -267,6 +307,7 @@ def test_what_works_and_may_not_be_meant_is_warned_of(write: Write, text: str, w
 # ---- What is refused
 
 _CALLER = f"[[callers]]\nname = 'a'\ntoken_sha256 = '{TOKEN_SHA256}'\n"
+_ALARM = "[[alarms]]\nname = 'a'\n"
 _REFUSED: list[tuple[str, dict[str, str], str]] = [
     # Typos name the nearest setting, in the same table if there is one.
     ("[redis]\ntimeout = 1", {}, r"redis\.timeout: there is no such setting; did you mean redis\.timeout_s\?"),
@@ -359,6 +400,31 @@ _REFUSED: list[tuple[str, dict[str, str], str]] = [
     ),
     ("default_model = 'x'", KEY, r"default_model: no upstream serves x; there is gpt-image-2"),
     ("[namespaces.a]\ndefault_model = 'x'", {}, r"namespaces\.a\.default_model: no upstream serves x"),
+    # Alarms.
+    ("[[alarms]]\nname = 'a'\nkind = 'hits'", {}, r"alarms\[0\]\.kind: should be 'hit_rate_below'"),
+    (_ALARM + "kind = 'hit_rate_below'", {}, r"alarms\[0\]: threshold should be set"),
+    (_ALARM + "kind = 'hit_rate_above'\nthreshold = 80", {}, r"alarms\[0\]: threshold should be 0 to 1"),
+    (_ALARM + "kind = 'breaker_open'\nnamespace = 'default'", {}, r"alarms\[0\]: namespace has no meaning for breaker"),
+    (_ALARM + "kind = 'spend_per_hour_above'\ntarget = 's3'", {}, r"alarms\[0\]: target has no meaning for spend_per"),
+    (
+        _ALARM + "kind = 'breaker_open'\ntarget = 's3'",
+        {},
+        r"alarms\[0\]\.target: no tier .* there are redis, disk",
+    ),
+    (
+        _ALARM + "kind = 'error_rate_above'\nnamespace = 'shop'",
+        {},
+        r"alarms\[0\]\.namespace: there is no namespace shop",
+    ),
+    (2 * (_ALARM + "kind = 'breaker_open'\n"), {}, r"alarms\[1\]\.name: another alarm is called a"),
+    ("[alerting]\nwebhook_url = 'hooks/very-secret'", {}, r"alerting\.webhook_url: should be a URL"),
+    ("[alerting]\nwebhook_token = 'very-secret'", {}, r"alerting\.webhook_token: is set and webhook_url is not"),
+    ("[alerting]\nwebhook_token_env = 'GONE'", {}, r"alerting\.webhook_token_env: GONE is not set in the environment"),
+    (
+        "[alerting]\nwebhook_url = 'http://h'\nwebhook_token_env = 'T'",
+        {"T": "very-secret\n"},
+        r"alerting\.webhook_token: has characters that no header may carry",
+    ),
     # Files.
     ("a = b", {}, r"config\.toml: is not TOML: .*line 1"),
 ]
@@ -450,6 +516,8 @@ def test_every_value_that_the_example_file_shows_would_be_taken() -> None:
     for name in ("api_key_env", "api_key_file"):  # one of the three ways to give a key
         del document["upstreams"][0][name]
     del document["callers"][0]["token_file"]
+    del document["alerting"]["webhook_token_env"]
+    del document["alarms"][0]["namespace"]  # what it watches has none
     assert Settings.model_validate(document).s3.bucket == "images"
 
 

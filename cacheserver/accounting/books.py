@@ -154,6 +154,14 @@ class CounterBooks:
         self._paid_unknown += 1
         self._metrics.paid_unknown.inc()
 
+    def alarm(self, alarm: str, *, is_ringing: bool) -> None:
+        """An alarm rings from now on, or does not."""
+        self._metrics.alarm_ringing.labels(alarm).set(is_ringing)
+
+    def alarm_notice(self, result: str) -> None:
+        """What became of a notice of an alarm."""
+        self._metrics.alarm_notices.labels(result).inc()
+
     def unsaved(self, change: int) -> None:
         """So many more (or fewer) images are held that no lower tier has acknowledged."""
         self._unsaved += change
@@ -243,4 +251,6 @@ class _Metrics:
         self.breaker_open = gauge("breaker_open", "1 while a tier or upstream is not asked", "tier")
         self.corrupt = counter("corrupt", "Damaged entries found", "tier")
         self.paid_unknown = counter("paid_unknown", "Pictures paid for while the last tier could not be asked")
+        self.alarm_ringing = gauge("alarm_ringing", "1 while an alarm rings", "alarm")
+        self.alarm_notices = counter("alarm_notices", "Notices of alarms, by what became of them", "result")
         self.unsaved = gauge("unsaved", "Images no lower tier has acknowledged yet")

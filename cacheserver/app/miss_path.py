@@ -54,6 +54,7 @@ class MissPath:
     ledger: Ledger
     groups: tuple[str, ...]
     figures: SharedFigures | None
+    replica_id: str
 
 
 async def build_miss_path(
@@ -117,7 +118,8 @@ async def build_miss_path(
         hedge_after_p99=generation.hedge_after_p99,
         figures=figures,
     )
-    return MissPath(generator, pool, limits, budgets, ledger, tuple(settings.group_limits), figures)
+    groups = tuple(settings.group_limits)
+    return MissPath(generator, pool, limits, budgets, ledger, groups, figures, replicas.id)
 
 
 def build_upstream(written: UpstreamSettings, settings: Settings, *, prices: PriceTable, clock: Clock) -> Upstream:

@@ -14,9 +14,11 @@ from contextlib import AsyncExitStack, suppress
 
 import structlog
 import uvloop
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry, Gauge, Histogram
 
 from cacheserver.accounting.books import CounterBooks, ToldApart
+from cacheserver.alarms import Alarms
+from cacheserver.app.alarms import build_alarms
 from cacheserver.app.live import live_view
 from cacheserver.app.miss_path import MissPath, build_miss_path
 from cacheserver.app.tiers import (
@@ -63,6 +65,8 @@ _GC_THRESHOLDS = (10_000, 10, 30)
 _WATCH_S = 1.0
 _RELOAD_S = 5.0
 _BUDGETS_S = 5.0
+_ALARMS_S = 5.0
+_LAG_S = 0.5
 _ANYBODY = Caller("anonymous", frozenset(Permission))
 
 
@@ -169,6 +173,9 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
         policies = await _policies(settings, clock=clock, undo=undo)
         trace = await _trace(settings, registry=registry, clock=clock, undo=undo)
         live = live_view(cache=cache, memory=memory, lower=lower, keeper=keeper, miss_path=miss_path, clock=clock)
+        alarms = build_alarms(
+            settings, books=books, keeper=keeper, tiers=lower.tiers, miss_path=miss_path, clock=clock, undo=undo
+        )
         rpc = _rpc_server(
             settings,
             cache=cache,
@@ -177,6 +184,7 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
             miss_path=miss_path,
             policies=policies,
             trace=trace,
+            alarms=alarms,
             live=live,
             books=books,
             clock=clock,
@@ -198,7 +206,10 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
         left = Gauge("cacheserver_budget_remaining_microusd", "What a budget has left", ["scope"], registry=registry)
         count = functools.partial(_count_budgets, left, miss_path)
         _keep_doing(count, _BUDGETS_S, clock=clock, name="watch budgets", at_once=True, undo=undo)
-        _add_gauges(registry, cache, miss_path, memory)
+        _keep_doing(alarms.look, _ALARMS_S, clock=clock, name="alarms", at_once=True, undo=undo)
+        lag = Histogram("cacheserver_loop_lag_seconds", "How late the event loop wakes", registry=registry)
+        _keep_doing(functools.partial(_measure_lag, lag, clock), 0.0, clock=clock, name="loop lag", undo=undo)
+        _add_gauges(registry, cache, miss_path, memory, keeper)
         ready.set()
         service = Service(settings, rpc=rpc, http=http, patience=patience, undo=undo.pop_all())
     _log.info(
@@ -366,6 +377,7 @@ def _rpc_server(  # noqa: PLR0913 - the parts that calls reach
     miss_path: MissPath,
     policies: dict[str, PromptPolicy],
     trace: TraceRecorder | None,
+    alarms: Alarms,
     live: Callable[[], LiveState],
     books: CounterBooks,
     clock: Clock,
@@ -409,6 +421,7 @@ def _rpc_server(  # noqa: PLR0913 - the parts that calls reach
         ledger=miss_path.ledger,
         reviews=reviews,
         images=AdminImages(imports, namespaces=settings.namespaces.values(), clock=clock, policies=policies),
+        alarms=alarms,
         authenticator=authenticator,
         books=books,
         clock=clock,
@@ -429,10 +442,23 @@ def _rpc_server(  # noqa: PLR0913 - the parts that calls reach
     )
 
 
-def _add_gauges(registry: CollectorRegistry, cache: PromptCache, miss_path: MissPath, memory: MemoryCache) -> None:
+async def _measure_lag(lag: Histogram, clock: Clock) -> None:
+    """Sleep a while, and note by how much too long: so late is everything else that waits for its turn."""
+    began_s = clock.monotonic_s()
+    await clock.sleep(_LAG_S)
+    lag.observe(max(0.0, clock.monotonic_s() - began_s - _LAG_S))
+
+
+def _add_gauges(
+    registry: CollectorRegistry, cache: PromptCache, miss_path: MissPath, memory: MemoryCache, keeper: Keeper
+) -> None:
     """Metrics that are read where they stand, when somebody asks."""
     in_flight = Gauge("cacheserver_in_flight", "Loads in progress", registry=registry)
     in_flight.set_function(lambda: cache.in_flight)
+    held = Gauge("cacheserver_held_images", "Images the last tier has yet to take", registry=registry)
+    held.set_function(lambda: keeper.held_images)
+    oldest = Gauge("cacheserver_held_oldest_seconds", "How long the oldest of them has been held", registry=registry)
+    oldest.set_function(lambda: keeper.oldest_held_s)
     depth = Gauge("cacheserver_queue_depth", "Generations that wait", ["priority"], registry=registry)
     for priority in Priority:
         depth.labels(priority.name.lower()).set_function(functools.partial(_waiting, miss_path, priority))

@@ -8,6 +8,7 @@ Importing it imports nothing of the service but its API messages and plain value
 
 from cacheserver.client.admin import Admin, AsyncAdmin
 from cacheserver.client.admin_values import (
+    Alarm,
     Budget,
     ExportedFacts,
     ExportedIdentity,
@@ -77,6 +78,7 @@ from cacheserver.client.values import (
     TierLive,
 )
 from cacheserver.model import (
+    AlarmState,
     AttemptOutcome,
     BudgetPeriod,
     BudgetScope,
@@ -95,6 +97,8 @@ from cacheserver.model import (
 __all__ = [
     "DEFAULT_ADDRESS",
     "Admin",
+    "Alarm",
+    "AlarmState",
     "AsyncAdmin",
     "AsyncClient",
     "AttemptOutcome",

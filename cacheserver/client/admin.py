@@ -1,4 +1,4 @@
-"""The admin part of both clients: upstreams, budgets, the ledger, reviews and stored pictures.
+"""The admin part of both clients: upstreams, budgets, the ledger, reviews, stored pictures and alarms.
 
 It needs a token with the permission `admin`. What changes something may be called again with the same effect, but
 no call is repeated by itself.
@@ -17,6 +17,7 @@ import grpc
 import grpc.aio
 
 from cacheserver.client.admin_values import (
+    Alarm,
     Budget,
     ExportedFacts,
     ExportedIdentity,
@@ -31,7 +32,7 @@ from cacheserver.client.admin_values import (
 from cacheserver.client.errors import CorruptDownloadError, error_of_item
 from cacheserver.client.messages import member, read_image, read_usage, seconds_of, spec_message, time_of, unsendable
 from cacheserver.client.values import ImageSpec
-from cacheserver.model import AttemptOutcome, BudgetPeriod, BudgetScope, UpstreamHealth
+from cacheserver.model import AlarmState, AttemptOutcome, BudgetPeriod, BudgetScope, UpstreamHealth
 from cacheserver.pb import admin_pb2 as pb
 from cacheserver.pb.admin_pb2_grpc import AdminServiceStub
 from cacheserver.pb.promptcache_pb2 import Image
@@ -193,6 +194,15 @@ class Admin:
         request = pb.ListImagesRequest(namespace=namespace, page_size=_PAGE_SIZE)
         for page in self._pages(self._stub.ListImages, request, timeout_s):
             yield from map(read_stored_image, page.images)
+
+    def list_alarms(self, *, timeout_s: float = 30.0) -> tuple[Alarm, ...]:
+        """The alarms of the service, those that ring first.
+
+        Raises:
+            CacheError: the call failed.
+        """
+        page = self._call(self._stub.ListAlarms, pb.ListAlarmsRequest(), timeout_s)
+        return tuple(map(read_alarm, page.alarms))
 
     def _pages(self, method: Any, request: Any, timeout_s: float) -> Generator[Any]:
         while True:
@@ -365,6 +375,15 @@ class AsyncAdmin:
             for image in page.images:
                 yield read_stored_image(image)
 
+    async def list_alarms(self, *, timeout_s: float = 30.0) -> tuple[Alarm, ...]:
+        """The alarms of the service, those that ring first.
+
+        Raises:
+            CacheError: the call failed.
+        """
+        page = await self._call(self._stub.ListAlarms, pb.ListAlarmsRequest(), timeout_s)
+        return tuple(map(read_alarm, page.alarms))
+
     async def _pages(self, method: Any, request: Any, timeout_s: float) -> AsyncGenerator[Any]:
         while True:
             page = await self._call(method, request, timeout_s)
@@ -444,6 +463,19 @@ def read_ledger_row(row: pb.LedgerRow) -> LedgerRow:
         upstream_request_id=row.upstream_request_id,
         usage=read_usage(row.usage) if row.HasField("usage") else None,
         quality=row.quality,
+    )
+
+
+def read_alarm(alarm: pb.Alarm) -> Alarm:
+    """A rule and how it stands."""
+    return Alarm(
+        name=alarm.name,
+        kind=alarm.kind,
+        state=member(AlarmState, pb.AlarmState, "ALARM_STATE", alarm.state),
+        value=alarm.value if alarm.HasField("value") else None,
+        threshold=alarm.threshold,
+        since=time_of(alarm, "since"),
+        runbook_url=alarm.runbook_url,
     )
 
 

@@ -11,7 +11,7 @@ from datetime import datetime
 
 from cacheserver.client.errors import CacheError
 from cacheserver.client.values import Image, ImageSpec
-from cacheserver.model import AttemptOutcome, BudgetPeriod, BudgetScope, UpstreamHealth, Usage
+from cacheserver.model import AlarmState, AttemptOutcome, BudgetPeriod, BudgetScope, UpstreamHealth, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +120,22 @@ class Review:
     content_type: str
     size_bytes: int
     paid_microusd: int
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """A rule of the service's config and how it stands since `since`.
+
+    `value` is the figure it looks at, in the unit of `threshold`; None where there is none to judge.
+    """
+
+    name: str
+    kind: str
+    state: AlarmState | None
+    value: float | None
+    threshold: float
+    since: datetime | None
+    runbook_url: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""AdminService: upstreams, budgets, the ledger, reviews and stored pictures, for those who run the service."""
+"""AdminService: upstreams, budgets, the ledger, reviews, pictures and alarms, for those who run the service."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from cacheserver.errors import PermissionDeniedError
 from cacheserver.interfaces import Books, Budgets, Clock, Ledger
-from cacheserver.model import BudgetState, CachedImage, CacheKey, Permission, UpstreamState
+from cacheserver.model import Alarm, BudgetState, CachedImage, CacheKey, Permission, UpstreamState
 from cacheserver.pb import admin_pb2 as pb
 from cacheserver.rpc import admin_replies as replies
 from cacheserver.rpc.auth import Authenticator
@@ -116,6 +116,14 @@ class Upstreams(Protocol):
         ...
 
 
+class Alarms(Protocol):
+    """The alarms of the service."""
+
+    def states(self) -> Sequence[Alarm]:
+        """Every alarm as it stands, those that ring first."""
+        ...
+
+
 class _Change(TypedDict, total=False):
     """What an UpdateUpstreamRequest changes."""
 
@@ -138,6 +146,7 @@ class AdminService:
         ledger: Ledger,
         reviews: Reviews,
         images: Images,
+        alarms: Alarms,
         authenticator: Authenticator,
         books: Books,
         clock: Clock,
@@ -147,6 +156,7 @@ class AdminService:
         self._ledger = ledger
         self._reviews = reviews
         self._images = images
+        self._alarms = alarms
         self._calls = Calls(authenticator=authenticator, books=books, clock=clock, max_in_progress=_MAX_CALLS)
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -165,6 +175,7 @@ class AdminService:
                 "ResolveReview": unary("ResolveReview", pb.ResolveReviewRequest, self.resolve_review),
                 "ImportImages": streams_both("ImportImages", pb.ImportImagesRequest, self._images.import_images),
                 "ListImages": unary("ListImages", pb.ListImagesRequest, self._images.list_images),
+                "ListAlarms": unary("ListAlarms", pb.ListAlarmsRequest, self.list_alarms),
             },
         )
 
@@ -263,6 +274,14 @@ class AdminService:
         decision = pb.ReviewDecision.Name(message.decision)
         _log.info("review_resolved", key=key.name, caller=call.caller.name, decision=decision)
         return response.SerializeToString()
+
+    # ── alarms ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def list_alarms(self, _: pb.ListAlarmsRequest, call: Call) -> bytes:
+        """The alarms as they stand."""
+        check_right(call)
+        alarms = [replies.alarm(alarm) for alarm in self._alarms.states()]
+        return pb.ListAlarmsResponse(alarms=alarms).SerializeToString()
 
 
 def check_right(call: Call) -> None:

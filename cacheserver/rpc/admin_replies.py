@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from cacheserver.model import (
+    Alarm,
+    AlarmState,
     Attempt,
     AttemptOutcome,
     BudgetPeriod,
@@ -39,6 +41,25 @@ _OUTCOMES = {
     AttemptOutcome.NOT_BILLED: pb.ATTEMPT_OUTCOME_NOT_BILLED,
     AttemptOutcome.UNKNOWN: pb.ATTEMPT_OUTCOME_UNKNOWN,
 }
+_ALARM_STATES = {
+    AlarmState.QUIET: pb.ALARM_STATE_QUIET,
+    AlarmState.WAITING: pb.ALARM_STATE_WAITING,
+    AlarmState.RINGING: pb.ALARM_STATE_RINGING,
+}
+
+
+def alarm(alarm: Alarm) -> pb.Alarm:
+    """An alarm as it stands."""
+    rule = alarm.rule
+    return pb.Alarm(
+        name=rule.name,
+        kind=rule.kind,
+        state=_ALARM_STATES[alarm.state],
+        value=alarm.value,
+        threshold=rule.threshold,
+        since=timestamp(alarm.since_s),
+        runbook_url=rule.runbook_url,
+    )
 
 
 def upstream(state: UpstreamState) -> pb.Upstream:

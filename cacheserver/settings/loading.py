@@ -14,7 +14,7 @@ from pydantic_settings import InitSettingsSource
 from cacheserver.errors import ConfigError
 from cacheserver.settings.names import general_name, nearest_setting, setting_names
 from cacheserver.settings.rules import check_rules
-from cacheserver.settings.schema import PAINTER, CallerSettings, Settings, UpstreamSettings
+from cacheserver.settings.schema import PAINTER, AlertingSettings, CallerSettings, Settings, UpstreamSettings
 from cacheserver.settings.sources import ConfigFile, Environment, OpenAIPair
 
 DEFAULT_CONFIG_FILE = Path("cacheserver.toml")
@@ -78,7 +78,8 @@ def _with_secrets(settings: Settings, env: Mapping[str, str]) -> Settings:
     """The settings with the keys and tokens that they only point to."""
     upstreams = [_with_key(f"upstreams[{index}]", each, env) for index, each in enumerate(settings.upstreams)]
     callers = [_with_token(f"callers[{index}]", each) for index, each in enumerate(settings.callers)]
-    return settings.model_copy(update={"upstreams": tuple(upstreams), "callers": tuple(callers)})
+    alerting = _with_webhook_token(settings.alerting, env)
+    return settings.model_copy(update={"upstreams": tuple(upstreams), "callers": tuple(callers), "alerting": alerting})
 
 
 def _with_key(path: str, upstream: UpstreamSettings, env: Mapping[str, str]) -> UpstreamSettings:
@@ -98,6 +99,17 @@ def _with_token(path: str, caller: CallerSettings) -> CallerSettings:
         return caller
     token = _read_secret(f"{path}.token_file", caller.token_file)
     return caller.model_copy(update={"token_sha256": hashlib.sha256(token.encode()).hexdigest()})
+
+
+def _with_webhook_token(alerting: AlertingSettings, env: Mapping[str, str]) -> AlertingSettings:
+    if alerting.webhook_token_env is None:
+        return alerting
+    token = env.get(alerting.webhook_token_env)
+    if not token:
+        raise ConfigError(
+            f"alerting.webhook_token_env: {alerting.webhook_token_env} is not set in the environment; export it"
+        )
+    return alerting.model_copy(update={"webhook_token": SecretStr(token)})
 
 
 def _read_secret(setting: str, file: Path) -> str:

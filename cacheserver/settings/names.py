@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from cacheserver.settings.schema import (
     ENV_PREFIX,
+    AlarmSettings,
     CallerSettings,
     LimitGroupSettings,
     NamespaceSettings,
@@ -18,7 +19,7 @@ from cacheserver.settings.schema import (
     UpstreamSettings,
 )
 
-WHOLE_TABLES = ("upstreams", "limit_groups", "callers", "namespaces")
+WHOLE_TABLES = ("upstreams", "limit_groups", "callers", "namespaces", "alarms")
 """Tables that repeat. In the environment they are set as a whole, as JSON."""
 
 NOT_SETTINGS = frozenset({"CACHESERVER_CONFIG", "CACHESERVER_ADDRESS", "CACHESERVER_TOKEN", "CACHESERVER_CA_FILE"})
@@ -29,6 +30,7 @@ _LISTED, _NAMED = "[].", ".NAME."
 _REPEATED: dict[str, tuple[str, type[BaseModel]]] = {
     "upstreams": (_LISTED, UpstreamSettings),
     "callers": (_LISTED, CallerSettings),
+    "alarms": (_LISTED, AlarmSettings),
     "limit_groups": (_NAMED, LimitGroupSettings),
     "namespaces": (_NAMED, NamespaceSettings),
 }

@@ -162,6 +162,34 @@ def _callers_namespaces_exist(settings: Settings) -> None:
             )
 
 
+def _alarms_can_be_watched(settings: Settings) -> None:
+    names = [each.name for each in settings.alarms]
+    targets = [*settings.tier_names[1:], *(each.name for each in settings.upstreams)]
+    for index, alarm in enumerate(settings.alarms):
+        if alarm.name in names[:index]:
+            raise ConfigError(f"alarms[{index}].name: another alarm is called {alarm.name}; give each its own name")
+        if alarm.namespace is not None and alarm.namespace not in settings.namespaces:
+            raise ConfigError(
+                f"alarms[{index}].namespace: there is no namespace {alarm.namespace}; add "
+                f"[namespaces.{alarm.namespace}] (there {_are(sorted(settings.namespaces))})"
+            )
+        if alarm.target is not None and alarm.target not in targets:
+            raise ConfigError(
+                f"alarms[{index}].target: no tier under memory and no upstream is called {alarm.target}; "
+                f"there {_are(targets)}"
+            )
+
+
+def _webhook_token_can_be_sent(settings: Settings) -> None:
+    token = settings.alerting.webhook_token
+    if token is None:
+        return
+    if settings.alerting.webhook_url is None:
+        raise ConfigError("alerting.webhook_token: is set and webhook_url is not; set it, or remove the token")
+    if not (token.get_secret_value().isascii() and token.get_secret_value().isprintable()):
+        raise ConfigError("alerting.webhook_token: has characters that no header may carry; write it anew")
+
+
 def _tiers_are_in_order(settings: Settings) -> None:
     names = settings.tier_names
     if list(names) != [tier for tier in STORING_TIERS if tier in names] or TierName.MEMORY not in names:
@@ -203,6 +231,8 @@ _RULES = (
     _ladder_can_be_walked,
     _uses_have_qualities,
     _tls_files_are_there,
+    _alarms_can_be_watched,
+    _webhook_token_can_be_sent,
 )
 
 

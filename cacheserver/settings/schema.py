@@ -17,6 +17,8 @@ from cacheserver.identity import PROFILES, compile_catalog_patterns
 from cacheserver.model import (
     MAX_VARIANT,
     PARTITION_PATTERN,
+    AlarmKind,
+    AlarmRule,
     Budget,
     BudgetPeriod,
     BudgetScope,
@@ -53,6 +55,11 @@ def _http_url(url: str) -> str:
         raise ValueError("should be a URL that begins with http:// or https://")
     if "@" in parts.netloc:
         raise ValueError("should not hold a user or password; they have settings of their own")
+    return url
+
+
+def _webhook_url(url: SecretStr) -> SecretStr:
+    _http_url(url.get_secret_value())
     return url
 
 
@@ -98,6 +105,7 @@ Count = Annotated[int, Field(gt=0)]
 Microusd = Annotated[int, Field(ge=0)]
 Use = Annotated[str, Field(pattern="^[a-z0-9_-]{1,32}$")]
 PriorityName = Literal["warm_up", "batch", "standard", "interactive"]
+_RATES = (AlarmKind.HIT_RATE_BELOW, AlarmKind.HIT_RATE_ABOVE, AlarmKind.ERROR_RATE_ABOVE)
 PolicyName = Literal["cheapest", "least_latency", "weighted", "priority"]
 
 
@@ -553,6 +561,92 @@ class NamespaceSettings(_Section):
         return self
 
 
+class AlertingSettings(_Section):
+    """Who is told that an alarm rings, and what all alarms have in common."""
+
+    built_in: bool = Field(
+        default=True,
+        description=(
+            "Watch breakers, failed calls and images that are not stored yet also without [[alarms]]; an alarm of "
+            "yours takes the place of the built-in one of its name: breakers, errors, unsaved."
+        ),
+    )
+    webhook_url: Annotated[SecretStr, AfterValidator(_webhook_url)] | None = Field(
+        default=None,
+        description="URL that gets a POST of JSON when an alarm rings and when it no more does. Unset: none.",
+    )
+    webhook_token: SecretStr | None = Field(
+        default=None, description="Bearer token for webhook_url. Better: webhook_token_env. Unset: none."
+    )
+    webhook_token_env: str | None = Field(
+        default=None, description="Environment variable that holds the token. Unset: none does."
+    )
+    webhook_timeout_s: Seconds = Field(
+        default=5.0, description="Seconds one try to deliver may take; there are four at most."
+    )
+    max_notices_per_hour: Count = Field(default=60, description="Most notices sent in an hour; more are only logged.")
+    min_requests: Count = Field(
+        default=50, description="Requests that must have come in an alarm's window for a rate of them to be judged."
+    )
+    runbook_base_url: HttpUrl = Field(
+        default="https://github.com/cacheserver/cacheserver/blob/main/scripts/deploy/RUNBOOK.md",
+        description="Where the runbook is, for alarms without a runbook_url: the kind's heading is added to it.",
+    )
+
+    @check(mode="after")
+    def _one_token(self) -> Self:
+        if self.webhook_token is not None and self.webhook_token_env is not None:
+            raise ValueError("set one of webhook_token and webhook_token_env, not both")
+        return self
+
+
+class AlarmSettings(_Section):
+    """A figure to watch, and when to ring."""
+
+    name: Name = Field(description="Its name in metrics, logs and notices.")
+    kind: AlarmKind = Field(
+        description=(
+            "hit_rate_below, hit_rate_above, error_rate_above, spend_per_hour_above, unsaved_age_above or breaker_open."
+        )
+    )
+    threshold: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description=(
+            "Beyond it the alarm rings: a share of requests, 0 to 1, for rates; dollars an hour for spending; seconds "
+            "for an age; how many may be open for breakers."
+        ),
+    )
+    window_s: float = Field(
+        default=300.0, ge=10, le=86_400, description="Seconds back that rates and spending are taken of."
+    )
+    for_s: float = Field(
+        default=60.0, ge=0, le=86_400, description="Seconds the figure must have been beyond the threshold."
+    )
+    namespace: str | None = Field(
+        default=None, description="Rates and spending of this namespace. Unset: of all together."
+    )
+    target: str | None = Field(
+        default=None, description="breaker_open: the tier or upstream whose breaker is meant. Unset: any."
+    )
+    runbook_url: HttpUrl | None = Field(
+        default=None, description="Where to read what to do. Unset: below alerting.runbook_base_url."
+    )
+
+    @check(mode="after")
+    def _fits_its_kind(self) -> Self:
+        if self.kind is AlarmKind.HIT_RATE_BELOW and not self.threshold:
+            raise ValueError("threshold should be set: no hit rate is below 0")
+        if self.kind in _RATES and self.threshold > 1:
+            raise ValueError("threshold should be 0 to 1, a share of requests")
+        if self.namespace is not None and self.kind not in (*_RATES, AlarmKind.SPEND_PER_HOUR_ABOVE):
+            raise ValueError(f"namespace has no meaning for {self.kind}; remove it")
+        if self.target is not None and self.kind is not AlarmKind.BREAKER_OPEN:
+            raise ValueError(f"target has no meaning for {self.kind}; remove it")
+        return self
+
+
 class LogSettings(_Section):
     """What is logged, to standard error."""
 
@@ -612,6 +706,8 @@ class Settings(BaseSettings):
     limit_groups: dict[Name, LimitGroupSettings] = Field(default_factory=dict)
     callers: tuple[CallerSettings, ...] = ()
     namespace_settings: dict[Name, NamespaceSettings] = Field(default_factory=dict, alias="namespaces")
+    alerting: AlertingSettings = AlertingSettings()
+    alarms: tuple[AlarmSettings, ...] = ()
     log: LogSettings = LogSettings()
 
     @classmethod
@@ -667,6 +763,13 @@ class Settings(BaseSettings):
             )
             if limit is not None
         )
+
+    @property
+    def alarm_rules(self) -> tuple[AlarmRule, ...]:
+        """Every alarm there is: the built-in ones, as far as they are wanted, and those written."""
+        named = {each.name: each for each in (_BUILT_IN if self.alerting.built_in else ())}
+        named |= {each.name: each for each in self.alarms}
+        return tuple(_alarm(each, self.alerting) for each in named.values())
 
     @property
     def model(self) -> str:
@@ -726,6 +829,33 @@ def _namespace(name: str, written: NamespaceSettings, settings: Settings) -> Nam
         min_score=written.min_score,
         remake_degraded=written.remake_degraded,
     )
+
+
+_BUILT_IN = (
+    AlarmSettings(name="breakers", kind=AlarmKind.BREAKER_OPEN),
+    AlarmSettings(name="errors", kind=AlarmKind.ERROR_RATE_ABOVE, threshold=0.2, for_s=300.0),
+    AlarmSettings(name="unsaved", kind=AlarmKind.UNSAVED_AGE_ABOVE, threshold=300.0),
+)
+"""What is wrong wherever it happens. What hit rate or spending is wrong, nobody but the operator knows."""
+
+
+def _alarm(written: AlarmSettings, alerting: AlertingSettings) -> AlarmRule:
+    return AlarmRule(
+        name=written.name,
+        kind=written.kind,
+        threshold=written.threshold,
+        window_s=written.window_s,
+        for_s=written.for_s,
+        min_requests=alerting.min_requests,
+        namespace=written.namespace,
+        target=written.target,
+        runbook_url=written.runbook_url or f"{alerting.runbook_base_url}#{runbook_anchor(written.kind)}",
+    )
+
+
+def runbook_anchor(kind: AlarmKind) -> str:
+    """The heading of the runbook for alarms of this kind, as it stands in a URL."""
+    return f"cacheserver{kind.replace('_', '')}"
 
 
 def _caller(written: CallerSettings) -> Caller:

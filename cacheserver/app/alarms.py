@@ -1,0 +1,93 @@
+"""The alarms of a service: what they look at in its parts, and whom they tell."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+
+from cacheserver.accounting.books import CounterBooks
+from cacheserver.alarms import Alarms, Counts, SharedSpending, Webhook
+from cacheserver.app.miss_path import MissPath
+from cacheserver.interfaces import Clock
+from cacheserver.keep import Keeper
+from cacheserver.model import Outcome, UpstreamHealth
+from cacheserver.settings import Settings
+from cacheserver.tiers.guard import GuardedTier
+
+_HITS = frozenset({Outcome.HIT, Outcome.STALE})
+_JUDGED = _HITS | {Outcome.MISS, Outcome.COLLAPSED}
+_FAILED = frozenset({UpstreamHealth.DOWN, UpstreamHealth.NOT_ENTITLED, UpstreamHealth.NO_QUOTA})
+"""What takes an upstream out of the pool other than an operator."""
+
+
+class ServiceReadings:
+    """The `Readings` of a running service."""
+
+    def __init__(
+        self, *, books: CounterBooks, keeper: Keeper, tiers: Sequence[GuardedTier], miss_path: MissPath
+    ) -> None:
+        self._books = books
+        self._keeper = keeper
+        self._tiers = tiers
+        self._miss_path = miss_path
+
+    def counts(self, namespace: str | None) -> Counts:
+        """See `Readings.counts`."""
+        stats = self._books.snapshot(None if namespace is None else {namespace})
+        rows = stats.rows
+        return Counts(
+            requests=stats.total.requests,
+            hits=sum(row.requests for row in rows if row.outcome in _HITS),
+            judged=sum(row.requests for row in rows if row.outcome in _JUDGED),
+            errors=sum(row.requests for row in rows if row.outcome is Outcome.ERROR),
+            microusd=stats.total.spent_microusd + stats.total.unknown_microusd,
+        )
+
+    def oldest_held_s(self) -> float:
+        """See `Readings.oldest_held_s`."""
+        return self._keeper.oldest_held_s
+
+    def breakers(self) -> Mapping[str, bool]:
+        """See `Readings.breakers`."""
+        upstreams = {state.name: state.health in _FAILED for state in self._miss_path.pool.states()}
+        return upstreams | {tier.name: tier.is_open for tier in self._tiers}
+
+
+def build_alarms(  # noqa: PLR0913 - the parts they look at
+    settings: Settings,
+    *,
+    books: CounterBooks,
+    keeper: Keeper,
+    tiers: Sequence[GuardedTier],
+    miss_path: MissPath,
+    clock: Clock,
+    undo: AsyncExitStack,
+    shared: SharedSpending | None = None,
+) -> Alarms:
+    """The alarms that the settings name. Whoever builds them has them `look` from time to time.
+
+    With `shared`, spending is that of all replicas. Raises ConfigError.
+    """
+    alerting = settings.alerting
+    webhook = None
+    if alerting.webhook_url is not None:
+        webhook = Webhook(
+            alerting.webhook_url.get_secret_value(),
+            token=alerting.webhook_token.get_secret_value() if alerting.webhook_token else "",
+            books=books,
+            clock=clock,
+            timeout_s=alerting.webhook_timeout_s,
+            max_per_hour=alerting.max_notices_per_hour,
+        )
+        undo.push_async_callback(webhook.aclose)
+    return Alarms(
+        settings.alarm_rules,
+        readings=ServiceReadings(books=books, keeper=keeper, tiers=tiers, miss_path=miss_path),
+        books=books,
+        clock=clock,
+        replica=miss_path.replica_id,
+        host=platform.node(),
+        shared=shared,
+        notices=webhook,
+    )
