@@ -22,6 +22,7 @@ from cacheserver.cli import (
     serve,
     stats,
     token,
+    top,
     upstreams,
 )
 from cacheserver.cli.options import flat
@@ -41,6 +42,7 @@ for _command in (
     purge.purge,
     explain.explain,
     stats.stats,
+    top.top,
     ledger.ledger,
     export.export,
     report.report,
