@@ -14,8 +14,8 @@ import typer.testing
 from structlog.testing import capture_logs
 
 from cacheserver.cli import ledger
-from cacheserver.model import AttemptOutcome, BudgetScope, Caller, UpstreamHealth
-from tests.admin_front import Sources, admin_service, attempt, budget, review, serving, upstream
+from cacheserver.model import AlarmState, AttemptOutcome, BudgetScope, Caller, UpstreamHealth
+from tests.admin_front import Sources, admin_service, alarm, attempt, budget, review, serving, upstream
 from tests.test_cli import command, printed
 from tests.test_client import contents
 
@@ -340,6 +340,39 @@ async def test_review_decides(run: Run, sources: Sources) -> None:
     gone = await run("review", "approve", review(1).key.name)
     assert gone.exit_code == 1
     assert "REVIEW_GONE" in gone.stderr
+
+
+# --- alarms ---
+
+
+async def test_alarms_shows_what_rings_first_and_where_to_read_on(run: Run, sources: Sources) -> None:
+    sources.alarms.all = [alarm(state=AlarmState.RINGING), alarm("dear", value=None)]
+    result = await run("alarms")
+    assert result.exit_code == 0, result.output
+    assert [spaced(line) for line in result.stdout.splitlines()] == [
+        "alarm kind state value threshold since (UTC)",
+        "few-hits hit_rate_below ringing 0.25 0.5 2027-01-15 08:00:00",
+        "dear hit_rate_below quiet - 0.5 2027-01-15 08:00:00",
+        "what to do about few-hits: https://wiki/few-hits",
+    ]
+
+
+async def test_alarms_prints_one_json_object(run: Run, sources: Sources) -> None:
+    sources.alarms.all = [alarm()]
+    facts = printed(await run("alarms", "--json"))
+    assert facts["alarms"][0] == {
+        "name": "few-hits",
+        "kind": "hit_rate_below",
+        "state": "quiet",
+        "value": 0.25,
+        "threshold": 0.5,
+        "since": "2027-01-15T08:00:00+00:00",
+        "runbook_url": "https://wiki/few-hits",
+    }
+
+
+async def test_no_alarms_are_said_to_be_none(run: Run) -> None:
+    assert "no alarms" in (await run("alarms")).stdout
 
 
 # --- common ---

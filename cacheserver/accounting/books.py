@@ -119,6 +119,7 @@ class CounterBooks:
     def breaker(self, tier: TierName, *, is_open: bool) -> None:
         """A tier's breaker opened or closed."""
         self._metrics.breaker_open.labels(tier).set(is_open)
+        self._metrics.corrupt.labels(tier)  # a series that alerts can find before anything happens
 
     def corrupt(self, tier: TierName) -> None:
         """A damaged entry was found."""
@@ -140,6 +141,7 @@ class CounterBooks:
         for each in UpstreamHealth:
             self._metrics.upstream_health.labels(upstream, each).set(each is health)
         self._metrics.breaker_open.labels(upstream).set(health is UpstreamHealth.DOWN)
+        self._metrics.budget_overrun.labels(upstream)  # as above
 
     def budget_overrun(self, upstream: str, microusd: int) -> None:
         """A call cost so much more than the most it was thought to cost."""
@@ -253,4 +255,6 @@ class _Metrics:
         self.paid_unknown = counter("paid_unknown", "Pictures paid for while the last tier could not be asked")
         self.alarm_ringing = gauge("alarm_ringing", "1 while an alarm rings", "alarm")
         self.alarm_notices = counter("alarm_notices", "Notices of alarms, by what became of them", "result")
+        for result in ("delivered", "failed", "dropped"):
+            self.alarm_notices.labels(result)
         self.unsaved = gauge("unsaved", "Images no lower tier has acknowledged yet")

@@ -54,6 +54,7 @@ from cacheserver.rpc.server import Listen, RpcServer
 from cacheserver.rpc.service import Limits, PromptCacheService
 from cacheserver.settings import Settings, warnings
 from cacheserver.tasks import end, every
+from cacheserver.tiers.disk import DiskTier
 from cacheserver.tiers.guard import GuardedTier
 from cacheserver.tiers.memory import MemoryCache
 from cacheserver.tiers.redis import Client
@@ -204,12 +205,13 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
         show = functools.partial(_show_tiers, rpc, lower.tiers)
         _keep_doing(show, _WATCH_S, clock=clock, name="watch tiers", at_once=True, undo=undo)
         left = Gauge("cacheserver_budget_remaining_microusd", "What a budget has left", ["scope"], registry=registry)
-        count = functools.partial(_count_budgets, left, miss_path)
+        limit = Gauge("cacheserver_budget_limit_microusd", "The most a budget allows", ["scope"], registry=registry)
+        count = functools.partial(_count_budgets, left, limit, miss_path)
         _keep_doing(count, _BUDGETS_S, clock=clock, name="watch budgets", at_once=True, undo=undo)
         _keep_doing(alarms.look, _ALARMS_S, clock=clock, name="alarms", at_once=True, undo=undo)
         lag = Histogram("cacheserver_loop_lag_seconds", "How late the event loop wakes", registry=registry)
         _keep_doing(functools.partial(_measure_lag, lag, clock), 0.0, clock=clock, name="loop lag", undo=undo)
-        _add_gauges(registry, cache, miss_path, memory, keeper)
+        _add_gauges(registry, cache=cache, miss_path=miss_path, memory=memory, disk=lower.disk, keeper=keeper)
         ready.set()
         service = Service(settings, rpc=rpc, http=http, patience=patience, undo=undo.pop_all())
     _log.info(
@@ -287,12 +289,13 @@ async def _show_tiers(rpc: RpcServer, tiers: Sequence[GuardedTier]) -> None:
         await rpc.set_tier_health(name, is_well=is_well)
 
 
-async def _count_budgets(left: Gauge, miss_path: MissPath) -> None:
-    """Set the metric of what each budget has left."""
-    with suppress(CacheServerError):  # they cannot be asked now: the last figure stands
+async def _count_budgets(left: Gauge, limit: Gauge, miss_path: MissPath) -> None:
+    """Set the metrics of what each budget allows and has left."""
+    with suppress(CacheServerError):  # they cannot be asked now: the last figures stand
         for state in await miss_path.budgets.states():
             taken = state.spent_microusd + state.reserved_microusd
             left.labels(state.budget.name).set(state.budget.limit_microusd - taken)
+            limit.labels(state.budget.name).set(state.budget.limit_microusd)
 
 
 async def _policies(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -> dict[str, PromptPolicy]:
@@ -449,8 +452,14 @@ async def _measure_lag(lag: Histogram, clock: Clock) -> None:
     lag.observe(max(0.0, clock.monotonic_s() - began_s - _LAG_S))
 
 
-def _add_gauges(
-    registry: CollectorRegistry, cache: PromptCache, miss_path: MissPath, memory: MemoryCache, keeper: Keeper
+def _add_gauges(  # noqa: PLR0913 - the parts that have something to tell
+    registry: CollectorRegistry,
+    *,
+    cache: PromptCache,
+    miss_path: MissPath,
+    memory: MemoryCache,
+    disk: DiskTier | None,
+    keeper: Keeper,
 ) -> None:
     """Metrics that are read where they stand, when somebody asks."""
     in_flight = Gauge("cacheserver_in_flight", "Loads in progress", registry=registry)
@@ -464,6 +473,8 @@ def _add_gauges(
         depth.labels(priority.name.lower()).set_function(functools.partial(_waiting, miss_path, priority))
     tier_bytes = Gauge("cacheserver_tier_bytes", "Bytes a tier holds", ["tier"], registry=registry)
     tier_bytes.labels(TierName.MEMORY).set_function(lambda: memory.size_bytes)
+    if disk is not None:
+        tier_bytes.labels(TierName.DISK).set_function(lambda: disk.size_bytes)
     rates = Gauge(
         "cacheserver_limit_images_per_minute", "Pictures a minute a group may make", ["limit_group"], registry=registry
     )

@@ -7,6 +7,7 @@ import os
 import typer
 
 from cacheserver.cli import (
+    alarms,
     budgets,
     doctor,
     explain,
@@ -43,6 +44,7 @@ for _command in (
     explain.explain,
     stats.stats,
     top.top,
+    alarms.alarms,
     ledger.ledger,
     export.export,
     report.report,

@@ -48,16 +48,16 @@ _ALARM_STATES = {
 }
 
 
-def alarm(alarm: Alarm) -> pb.Alarm:
+def alarm(state: Alarm) -> pb.Alarm:
     """An alarm as it stands."""
-    rule = alarm.rule
+    rule = state.rule
     return pb.Alarm(
         name=rule.name,
         kind=rule.kind,
-        state=_ALARM_STATES[alarm.state],
-        value=alarm.value,
+        state=_ALARM_STATES[state.state],
+        value=state.value,
         threshold=rule.threshold,
-        since=timestamp(alarm.since_s),
+        since=timestamp(state.since_s),
         runbook_url=rule.runbook_url,
     )
 
