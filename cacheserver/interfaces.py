@@ -45,6 +45,10 @@ class Clock(Protocol):
         ...
 
 
+def no_step() -> None:
+    """What nobody watches does after each step."""
+
+
 class Tier(Protocol):
     """A slower cache under memory. May lose entries at any time; never returns a wrong one.
 
@@ -65,8 +69,12 @@ class Tier(Protocol):
         """
         ...
 
-    async def find(self, keys: Sequence[CacheKey]) -> list[bool]:
-        """For each key whether something is stored under it. Cheap: neither reads nor verifies the bytes."""
+    async def find(self, keys: Sequence[CacheKey], *, on_step: Callable[[], None] = no_step) -> list[bool]:
+        """For each key whether something is stored under it. Cheap: neither reads nor verifies the bytes.
+
+        However many keys there are, it goes in steps that each take no longer than a read may, and calls `on_step`
+        after each: whoever watches the time can tell what is long from what hangs.
+        """
         ...
 
     async def put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -14,7 +14,7 @@ from cacheserver.cache import PromptCache
 from cacheserver.control.replays import LocalReplays
 from cacheserver.errors import TierError
 from cacheserver.identity import identify
-from cacheserver.interfaces import Replays, Tier
+from cacheserver.interfaces import Replays, Tier, no_step
 from cacheserver.keep import Keeper
 from cacheserver.model import (
     Budget,
@@ -70,9 +70,9 @@ class FaultyTier:
         await self._pass()
         return await self._tier.get(key)
 
-    async def find(self, keys: Sequence[CacheKey]) -> list[bool]:
+    async def find(self, keys: Sequence[CacheKey], *, on_step: Callable[[], None] = no_step) -> list[bool]:
         await self._pass()
-        return await self._tier.find(keys)
+        return await self._tier.find(keys, on_step=on_step)
 
     async def put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:
         await self._pass()

@@ -18,7 +18,7 @@ from cacheserver.errors import (
     TierOpenError,
     TierTimeoutError,
 )
-from cacheserver.interfaces import Books
+from cacheserver.interfaces import Books, no_step
 from cacheserver.model import CachedImage, CacheKey, Head, Labels, TierName
 from cacheserver.tiers.disk import DiskTier
 from cacheserver.tiers.guard import Breaker, Deadlines, GuardedSigningTier, GuardedTier
@@ -81,8 +81,10 @@ class FaultyTier:
         await self._do("get")
         return make_entry(key)
 
-    async def find(self, keys: Sequence[CacheKey]) -> list[bool]:
-        await self._do(f"find {len(keys)}")
+    async def find(self, keys: Sequence[CacheKey], *, on_step: Callable[[], None] = no_step) -> list[bool]:
+        for start in range(0, len(keys), 100):
+            await self._do(f"find {len(keys[start : start + 100])}")
+            on_step()
         return [key.variant % 2 == 0 for key in keys]
 
     async def put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:  # noqa: ARG002 - the contract's
@@ -198,10 +200,33 @@ async def test_each_kind_of_call_ends_at_its_deadline(guarded: GuardedSigningTie
         await _every_call(guarded)[n]()
 
 
-async def test_a_long_find_has_a_deadline_per_hundred_keys(guarded: GuardedTier, faulty: FaultyTier) -> None:
-    keys = [make_key(variant=n) for n in range(250)]
-    assert await guarded.find(keys) == [n % 2 == 0 for n in range(250)]
-    assert faulty.calls == ["find 100", "find 100", "find 50"]
+async def test_a_find_may_take_longer_than_a_read_while_it_gets_on(
+    faulty: FaultyTier, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, late_s = asyncio.get_running_loop(), 0.0
+    time_s = loop.time
+    monkeypatch.setattr(loop, "time", lambda: time_s() + late_s)
+
+    async def takes_six_tenths() -> None:
+        nonlocal late_s
+        late_s += 60.0
+        for _ in range(3):
+            await asyncio.sleep(0)  # a timer that is due would fire
+
+    faulty.fault = takes_six_tenths
+    keys, steps = [make_key(variant=n) for n in range(250)], []
+    patient = guarded_tier(faulty, clock, read_deadline_s=100.0)
+    assert await patient.find(keys, on_step=lambda: steps.append(late_s)) == [n % 2 == 0 for n in range(250)]
+    assert steps == [60.0, 120.0, 180.0]
+
+
+async def test_a_find_that_hangs_on_the_way_ends_at_its_deadline(guarded: GuardedTier, faulty: FaultyTier) -> None:
+    def hang() -> None:
+        faulty.fault = faulty.hangs
+
+    with pytest.raises(TierTimeoutError):
+        await guarded.find([make_key(variant=n) for n in range(250)], on_step=hang)
+    assert faulty.calls == ["find 100", "find 100"]
 
 
 async def test_every_call_is_measured_once(

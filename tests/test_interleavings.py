@@ -18,6 +18,7 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from cacheserver.errors import CacheServerError, EntryTooLargeError, UpstreamDownError
+from cacheserver.interfaces import no_step
 from cacheserver.model import (
     CachedImage,
     CacheKey,
@@ -59,8 +60,9 @@ class DictTier:
         await asyncio.sleep(0)
         return self._servable(key)
 
-    async def find(self, keys: Sequence[CacheKey]) -> list[bool]:
+    async def find(self, keys: Sequence[CacheKey], *, on_step: Callable[[], None] = no_step) -> list[bool]:
         await asyncio.sleep(0)
+        on_step()
         return [key.name in self.entries for key in keys]
 
     async def put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:

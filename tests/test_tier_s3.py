@@ -7,8 +7,11 @@ import base64
 import functools
 import uuid
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from random import Random
 from typing import Any
 
 import botocore.session
@@ -24,7 +27,16 @@ from cacheserver.tiers.guard import GuardedTier
 from cacheserver.tiers.s3 import S3Tier
 from tests.fakes import FakeClock
 from tests.servers import S3Server, TcpProxy
-from tests.tier_contract import MAX_ENTRY_BYTES, TierContract, guarded_tier, keys_of, make_entry, make_key, with_data
+from tests.tier_contract import (
+    MAX_ENTRY_BYTES,
+    TierContract,
+    as_public,
+    guarded_tier,
+    keys_of,
+    make_entry,
+    make_key,
+    with_data,
+)
 
 LONG_PROMPT = "".join(chr(0x4E00 + (n * n) % 20_000) for n in range(5_000))
 """A revised prompt that no object's headers can hold."""
@@ -227,6 +239,81 @@ async def test_scan_reads_every_page(tier: S3Tier, s3_server: S3Server) -> None:
         *(asyncio.to_thread(s3_server.client.put_object, Bucket=s3_server.bucket, Key=name, Body=b"") for name in names)
     )
     assert len(await keys_of(tier, "studio")) == 1_100
+
+
+@pytest.fixture
+def pages_of_fifty(tier: S3Tier, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Pages small enough for a test to need many, and how often which call was made."""
+    calls: Counter[str] = Counter()
+    client = tier._clients.reading
+
+    def counted(name: str, **fixed: Any) -> Callable[..., Any]:
+        call = getattr(client, name)
+
+        def count(**arguments: Any) -> Any:
+            calls[name] += 1
+            return call(**arguments, **fixed)
+
+        return count
+
+    for name, fixed in (("list_objects_v2", {"MaxKeys": 50}), ("head_object", {})):
+        monkeypatch.setattr(client, name, counted(name, **fixed))
+    return calls
+
+
+def put_all(server: S3Server, names: Iterable[str]) -> None:
+    def put(name: str) -> None:
+        server.client.put_object(Bucket=server.bucket, Key=name, Body=b"")
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(put, names))
+
+
+async def test_find_by_pages_says_what_heads_say(
+    tier: S3Tier, s3_server: S3Server, pages_of_fifty: Counter[str]
+) -> None:
+    rng = Random(7)  # noqa: S311 - what to store and ask for in a test
+    keys = [
+        key
+        for n in range(250)
+        for variant in (0, 1, 2, 10)
+        for key in (make_key(f"prompt {n}", variant=variant), make_key(f"prompt {n}", variant=variant).stand_in)
+    ]
+    elsewhere = [make_key(f"prompt {n}", partition=partition) for n in range(60) for partition in ("st", "studio-2")]
+    names = [name_of(tier, key) for key in (*rng.sample(keys, 500), *elsewhere[::2])]
+    sidecars = [f"{name_of(tier, key)}.meta.{xxh3_128_hexdigest(key.name.encode())}" for key in rng.sample(keys, 150)]
+    await asyncio.to_thread(put_all, s3_server, [*names, *sidecars])
+    for share in (140, 400, 900):
+        asked = [*rng.choices(keys, k=share), *rng.sample(elsewhere, 40)]
+        asked = [as_public(key) if rng.random() < 0.5 else key for key in asked]
+        heads = await tier._run("find", tier._heads, [name_of(tier, key) for key in asked])
+        pages_of_fifty.clear()
+        assert await tier.find(asked) == heads
+        assert 0 < heads.count(True) < len(heads)
+        assert pages_of_fifty["list_objects_v2"] > 0
+        assert pages_of_fifty["list_objects_v2"] * 12.5 + pages_of_fifty["head_object"] < len(set(asked))
+
+
+async def test_what_others_put_beside_our_objects_is_no_hit_and_hides_none(
+    tier: S3Tier, s3_server: S3Server, pages_of_fifty: Counter[str]
+) -> None:
+    keys = [make_key(f"prompt {n}") for n in range(300)]
+    folder = f"{tier._prefix}v1/studio/"
+    foreign = [f"{folder}{part}{end}" for part in ("0", "4b", "80", "fe") for end in (".txt", "-1/x", "/!", "/~/y")]
+    await asyncio.to_thread(put_all, s3_server, [*(name_of(tier, key) for key in keys[::2]), *foreign])
+    assert await tier.find(keys) == [n % 2 == 0 for n in range(300)]
+    assert pages_of_fifty["list_objects_v2"] > 0
+
+
+async def test_a_bucket_too_full_for_pages_is_asked_key_by_key(
+    tier: S3Tier, s3_server: S3Server, pages_of_fifty: Counter[str]
+) -> None:
+    stored = [make_key(f"other {n}") for n in range(900)]
+    await asyncio.to_thread(put_all, s3_server, [name_of(tier, key) for key in stored])
+    asked = [*stored[:70], *(make_key(f"prompt {n}") for n in range(70))]
+    assert await tier.find(asked) == [n < 70 for n in range(140)]
+    assert pages_of_fifty["list_objects_v2"] == 1
+    assert pages_of_fifty["head_object"] >= 127
 
 
 async def test_a_signed_url_shows_the_picture(tier: S3Tier) -> None:

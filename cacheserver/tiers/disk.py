@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from cacheserver.errors import ConfigError, CorruptEntryError, EntryTooLargeError, TierError
-from cacheserver.interfaces import Clock
+from cacheserver.interfaces import Clock, no_step
 from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Head, Labels, TierName
 from cacheserver.tiers import codec
 from cacheserver.tiers.workers import Workers
@@ -25,6 +25,7 @@ _Result = TypeVar("_Result")
 
 _LEFTOVER_S = 3_600.0
 _CLOSE_S = 10.0
+_FIND_BATCH = 1_000
 
 
 class DiskTier:
@@ -109,9 +110,13 @@ class DiskTier:
             return None  # most of what is asked for is not here: that needs no thread to be seen
         return await self._run("get", self._get, key)
 
-    async def find(self, keys: Sequence[CacheKey]) -> list[bool]:
+    async def find(self, keys: Sequence[CacheKey], *, on_step: Callable[[], None] = no_step) -> list[bool]:
         """See `Tier.find`."""
-        return await self._run("find", self._find, keys)
+        found: list[bool] = []
+        for start in range(0, len(keys), _FIND_BATCH):
+            found += await self._run("find", self._find, keys[start : start + _FIND_BATCH])
+            on_step()
+        return found
 
     async def put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:
         """See `Tier.put`."""

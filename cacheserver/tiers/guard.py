@@ -15,11 +15,8 @@ from cacheserver.errors import (
     TierOpenError,
     TierTimeoutError,
 )
-from cacheserver.interfaces import Books, Clock, SigningTier, Tier
+from cacheserver.interfaces import Books, Clock, SigningTier, Tier, no_step
 from cacheserver.model import CachedImage, CacheKey, Head, Labels, TierName
-
-_FIND_BATCH = 100
-"""Keys that one read deadline covers; a deadline for 10,000 keys would be none."""
 
 
 class Breaker:
@@ -130,8 +127,8 @@ class Breaker:
 class Deadlines:
     """How long a guarded tier's calls may take, in seconds.
 
-    `read_s` holds for a get, head, labels, ping, page, a step of a scan and each hundred keys of a find; `write_s` for
-    a put, delete or signing.
+    `read_s` holds for a get, head, labels, ping, page and each step of a scan or find; `write_s` for a put, delete or
+    signing.
     """
 
     read_s: float
@@ -177,13 +174,16 @@ class GuardedTier:
         async with self._guarded("get", self._deadlines.read_s):
             return await self._tier.get(key)
 
-    async def find(self, keys: Sequence[CacheKey]) -> list[bool]:
+    async def find(self, keys: Sequence[CacheKey], *, on_step: Callable[[], None] = no_step) -> list[bool]:
         """See `Tier.find`."""
-        found: list[bool] = []
-        for start in range(0, len(keys), _FIND_BATCH):
-            async with self._guarded("find", self._deadlines.read_s):
-                found += await self._tier.find(keys[start : start + _FIND_BATCH])
-        return found
+        async with self._guarded("find", self._deadlines.read_s) as deadline:
+
+            def begin_next() -> None:
+                if not deadline.expired():
+                    deadline.reschedule(asyncio.get_running_loop().time() + self._deadlines.read_s)
+                on_step()
+
+            return await self._tier.find(keys, on_step=begin_next)
 
     async def put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:
         """See `Tier.put`."""
@@ -232,12 +232,12 @@ class GuardedTier:
         await self._tier.aclose()
 
     @asynccontextmanager
-    async def _guarded(self, op: str, deadline_s: float) -> AsyncIterator[None]:
+    async def _guarded(self, op: str, deadline_s: float) -> AsyncIterator[asyncio.Timeout]:
         self._breaker.check()
         started_s = self._clock.monotonic_s()
         try:
             async with asyncio.timeout(deadline_s) as limit:
-                yield
+                yield limit
         except TimeoutError as exc:
             if not limit.expired():
                 raise

@@ -7,7 +7,7 @@ import hashlib
 import heapq
 import random
 import re
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -33,7 +33,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cacheserver.errors import CorruptEntryError, EntryTooLargeError, TierError, TierTimeoutError
-from cacheserver.interfaces import Clock
+from cacheserver.interfaces import Clock, no_step
 from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Head, Labels, TierName
 from cacheserver.tiers import codec
 
@@ -152,7 +152,7 @@ class RedisTier:
         stored = await self._read(key)
         return self._servable(key, stored) if stored else None
 
-    async def find(self, keys: Sequence[CacheKey]) -> list[bool]:
+    async def find(self, keys: Sequence[CacheKey], *, on_step: Callable[[], None] = no_step) -> list[bool]:
         """See `Tier.find`."""
         found: list[bool] = []
         for start in range(0, len(keys), _BATCH):
@@ -161,6 +161,7 @@ class RedisTier:
                 for key in keys[start : start + _BATCH]:
                     pipeline.exists(self._name(key))
                 found += [bool(count) for count in await pipeline.execute()]
+            on_step()
         return found
 
     async def put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:

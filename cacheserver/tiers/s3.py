@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import functools
 import re
 import threading
 import zlib
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing, closing
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import boto3
+import botocore.session
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -24,12 +25,14 @@ from botocore.exceptions import (
     PartialCredentialsError,
     ReadTimeoutError,
 )
+from botocore.utils import parse_timestamp
 from xxhash import xxh3_128_hexdigest
 
 from cacheserver.errors import CorruptEntryError, EntryTooLargeError, TierError, TierTimeoutError
-from cacheserver.interfaces import Clock
+from cacheserver.interfaces import Clock, no_step
 from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Head, Labels, TierName
 from cacheserver.tiers import codec
+from cacheserver.tiers.presence import Page, Presence
 from cacheserver.tiers.workers import Workers
 
 if TYPE_CHECKING:
@@ -46,7 +49,6 @@ _MAX_INLINE_METADATA = 1_900
 _CHUNK_BYTES = 1024 * 1024
 _PUT_ATTEMPTS = 4
 _CONFLICT_ATTEMPTS = 3
-_FIND_THREADS = 8
 _CLOSE_S = 10.0
 
 
@@ -141,14 +143,22 @@ class S3Tier:
         """See `Tier.get`."""
         return await self._run("get", self._get, key)
 
-    async def find(self, keys: Sequence[CacheKey]) -> list[bool]:
+    async def find(self, keys: Sequence[CacheKey], *, on_step: Callable[[], None] = no_step) -> list[bool]:
         """See `Tier.find`."""
-        shares = [keys[i::_FIND_THREADS] for i in range(min(_FIND_THREADS, len(keys)))]
-        answers = await asyncio.gather(*(self._run("find", self._find, share) for share in shares))
-        found = [False] * len(keys)
-        for i, answer in enumerate(answers):
-            found[i::_FIND_THREADS] = answer
-        return found
+        names, by_folder = await self._run("find", self._names, keys)
+        present: set[str] = set()
+        for folder, wanted in by_folder.items():
+            present |= await self._presence(folder, on_step).find(wanted)
+        return [name in present for name in names]
+
+    def _presence(self, folder: str, on_step: Callable[[], None]) -> Presence:
+        async def page(after: str) -> Page:
+            return await self._run("find", self._page, folder, after)
+
+        async def heads(names: Sequence[str]) -> list[bool]:
+            return await self._run("find", self._heads, names)
+
+        return Presence(page=page, heads=heads, on_step=on_step)
 
     async def put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:
         """See `Tier.put`."""
@@ -160,23 +170,19 @@ class S3Tier:
 
     async def scan(self, partition: str) -> AsyncIterator[CacheKey]:
         """See `Tier.scan`."""
-        token: str | None = None
-        while True:
-            keys, token = await self._run("scan", self._list, partition, token)
-            for key in keys:
+        async for names in self._pages("scan", self._folder(partition)):
+            for key in _keys(names):
                 yield key
-            if token is None:
-                return
 
     async def page(self, partition: str, *, after: CacheKey | None, limit: int) -> list[CacheKey]:
         """See `Tier.page`."""
         found: list[CacheKey] = []
-        token: str | None = None
-        while len(found) < limit:
-            keys, token = await self._run("page", self._list, partition, token, after)
-            found += keys
-            if token is None:
-                break
+        begin = {} if after is None else {"StartAfter": self._object(after)}
+        async with aclosing(self._pages("page", self._folder(partition), **begin)) as pages:
+            async for names in pages:
+                found += _keys(names)
+                if len(found) >= limit:
+                    break
         return found[:limit]
 
     async def head(self, key: CacheKey) -> Head | None:
@@ -195,13 +201,8 @@ class S3Tier:
 
     async def files(self, start: str) -> list[str]:
         """See `Files.files`."""
-        names: list[str] = []
-        token: str | None = None
-        while True:
-            page, token = await self._run("list", self._names, self._prefix + start, token)
-            names += [name.removeprefix(self._prefix) for name in page]
-            if token is None:
-                return names
+        pages = [names async for names in self._pages("list", self._prefix + start)]
+        return [name.removeprefix(self._prefix) for names in pages for name in names]
 
     async def read_file(self, name: str, max_bytes: int) -> bytes | None:
         """See `Files.read_file`."""
@@ -225,6 +226,14 @@ class S3Tier:
             for client in (clients.reading, clients.writing, clients.signing):
                 client.close()
 
+    async def _pages(self, op: str, start: str, **begin: str) -> AsyncGenerator[list[str]]:
+        """The names that begin with `start`, as many at a time as S3 tells."""
+        names, token = await self._run(op, self._list, start, **begin)
+        yield names
+        while token is not None:
+            names, token = await self._run(op, self._list, start, ContinuationToken=token)
+            yield names
+
     async def _run(self, op: str, call: Callable[_Args, _Result], *args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
         try:
             return await self._workers.run(call, *args, **kwargs)
@@ -245,8 +254,25 @@ class S3Tier:
         entry = metadata.entry(stored.data)
         return entry if codec.answers(entry, key, self._clock.now_s()) else None
 
-    def _find(self, keys: Sequence[CacheKey]) -> list[bool]:
-        return [self._head(self._object(key)) is not None for key in keys]
+    def _names(self, keys: Sequence[CacheKey]) -> tuple[list[str], dict[str, list[str]]]:
+        """The name of each key's object, and for each partition's folder those in it, each once and in order."""
+        names = [self._object(key) for key in keys]
+        by_folder: dict[str, set[str]] = {}
+        for key, name in zip(keys, names, strict=True):
+            by_folder.setdefault(self._folder(key.partition), set()).add(name)
+        return names, {folder: sorted(within) for folder, within in by_folder.items()}
+
+    def _heads(self, names: Sequence[str]) -> list[bool]:
+        return [self._head(name) is not None for name in names]
+
+    def _page(self, folder: str, after: str) -> Page:
+        names, token = self._list(folder, StartAfter=after)
+        return Page(names, is_last=token is None)
+
+    def _list(self, start: str, **begin: str) -> tuple[list[str], str | None]:
+        """A page of the names that begin with `start`, and what continues it; None if nothing does."""
+        page = self._ask(self._clients.reading.list_objects_v2, Prefix=start, **begin)
+        return [item["Key"] for item in page.get("Contents", [])], page.get("NextContinuationToken")
 
     def _put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:
         if entry.size_bytes > self._max_entry_bytes:
@@ -315,20 +341,6 @@ class S3Tier:
         """Delete the sidecar that `headers` speak of, unless others speak of it too."""
         if "sidecar" in headers and headers["sidecar"] != unless.get("sidecar"):
             self._ask(self._clients.writing.delete_object, Key=_sidecar(name, headers))
-
-    def _list(
-        self, partition: str, token: str | None, after: CacheKey | None = None
-    ) -> tuple[list[CacheKey], str | None]:
-        """The keys among a page of S3's own of a partition's names, and what continues it."""
-        start_after = {} if after is None else {"StartAfter": self._object(after)}
-        names, token = self._names(f"{self._prefix}{KEY_VERSION}/{partition}/", token, **start_after)
-        return [key for name in names if (key := _key(name.rpartition("/")[2])) is not None], token
-
-    def _names(self, start: str, token: str | None, **from_where: str) -> tuple[list[str], str | None]:
-        """A page of S3's own of the names that begin with `start`, and what continues it."""
-        further = from_where if token is None else {"ContinuationToken": token}
-        page = self._ask(self._clients.reading.list_objects_v2, Prefix=start, **further)
-        return [item["Key"] for item in page.get("Contents", [])], page.get("NextContinuationToken")
 
     def _metadata_of(self, key: CacheKey) -> codec.Metadata | None:
         name = self._object(key)
@@ -408,14 +420,17 @@ class S3Tier:
             return call(Bucket=self._bucket, **arguments)
 
     def _object(self, key: CacheKey) -> str:
-        return f"{self._prefix}{KEY_VERSION}/{key.partition}/{key.fingerprint.hex()[:2]}/{key.name}"
+        return f"{self._folder(key.partition)}{key.fingerprint.hex()[:2]}/{key.name}"
+
+    def _folder(self, partition: str) -> str:
+        return f"{self._prefix}{KEY_VERSION}/{partition}/"
 
     @property
     def _clients(self) -> _Clients:
         """Made on first use, in a thread: it takes boto3 a while, and a look for credentials."""
         with self._lock:
             if self._made_clients is None:
-                session = boto3.Session(aws_access_key_id=self._access_key, aws_secret_access_key=self._secret_key)
+                session = _session(self._access_key, self._secret_key)
                 make = functools.partial(
                     new_client,
                     session,
@@ -460,6 +475,25 @@ def new_client(  # noqa: PLR0913 - settings
         },
     )
     return session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
+
+
+def _session(access_key: str | None, secret_key: str | None) -> boto3.Session:
+    """A session whose clients do not take most of the time that a listing costs for the dates in it."""
+    core = botocore.session.get_session()
+    core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_time)
+    return boto3.Session(aws_access_key_id=access_key, aws_secret_access_key=secret_key, botocore_session=core)
+
+
+def _time(value: Any) -> datetime:
+    try:
+        return datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        return parse_timestamp(value)  # in one of the other forms that AWS knows
+
+
+def _keys(names: Iterable[str]) -> list[CacheKey]:
+    """The keys among the names of objects."""
+    return [key for name in names if (key := _key(name.rpartition("/")[2])) is not None]
 
 
 _CHANGED = {"PreconditionFailed", "412"}
