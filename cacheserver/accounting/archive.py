@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import re
+import secrets
 import zlib
 from collections.abc import Awaitable, Iterable
 from contextlib import suppress
@@ -148,7 +149,7 @@ def _read(path: Path) -> bytes | None:
 
 def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")
+    new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")  # another service may write the same day's
     with new.open("wb") as file:
         file.write(data)
         file.flush()

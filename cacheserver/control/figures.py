@@ -51,6 +51,15 @@ end
 return 1
 """
 
+# The index first, then the buckets of it that go; these by when they begin.
+_DROP = """
+for i, start in ipairs(ARGV) do
+  redis.call('UNLINK', KEYS[i + 1])
+  redis.call('ZREM', KEYS[1], start)
+end
+return 1
+"""
+
 
 class RedisFigures:
     """`FigureStore` in the Redis that all replicas share."""
@@ -93,11 +102,10 @@ class RedisFigures:
     async def drop(self, buckets: Sequence[Bucket]) -> None:
         """See `FigureStore.drop`."""
         for some in _some(buckets, _BUCKETS_AT_ONCE):
-            pipeline = self._client.pipeline(transaction=False)
-            for bucket in some:
-                pipeline.unlink(self._name(bucket))
-                pipeline.zrem(self._index(bucket.span_s), bucket.start_s)
-            await self._heard(pipeline.execute())
+            for span_s in (MINUTE_S, HOUR_S):
+                these = [bucket for bucket in some if bucket.span_s == span_s]
+                keys = [self._index(span_s), *map(self._name, these)]
+                await self._run(_DROP, keys, [bucket.start_s for bucket in these])
 
     async def _tell(self, cells: Mapping[Bucket, Mapping[str, str]]) -> str:
         keys = [f"{self._base}contents", self._index(MINUTE_S), self._index(HOUR_S)]
