@@ -10,6 +10,7 @@ from cacheserver.cli import (
     alarms,
     budgets,
     doctor,
+    estimate,
     explain,
     export,
     find,
@@ -48,6 +49,7 @@ for _command in (
     ledger.ledger,
     export.export,
     report.report,
+    estimate.estimate,
     token.token,
     doctor.doctor,
 ):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cacheserver.errors import UnreadableFileError
-from cacheserver.whatif.simulate import MemoryReplay
+from cacheserver.whatif.simulate import MemoryReplay, adjusted_share
 from cacheserver.whatif.trace import RECORDED, Asked, Trace
 
 MAX_OBJECTS = 1_000_000
@@ -172,8 +172,8 @@ class _Run:
 
     def row(self, whole: _Whole) -> ReplayRow:
         """The figures, of the whole traffic."""
-        hit_rate = _share(self.hits, self.asked, whole.requests * self.rate)
-        saved = _share(self.saved_microusd, self.cost_microusd, whole.cost_microusd * self.rate)
+        hit_rate = adjusted_share(self.hits, self.asked, whole.requests * self.rate)
+        saved = adjusted_share(self.saved_microusd, self.cost_microusd, whole.cost_microusd * self.rate)
         return ReplayRow(
             l1_bytes=self.l1_bytes,
             share=None if self.l1_bytes is None else self.l1_bytes / max(1, whole.footprint_bytes),
@@ -189,11 +189,3 @@ class _Run:
         if self._memory is None:
             return now_s < self._boundless.get(key, -math.inf)
         return self._memory.get(key, now_s)
-
-
-def _share(hit: float, seen: float, expected: float) -> float:
-    """The share that hits have of all, 0 to 1, where `seen` of the `expected` fell into the sample.
-
-    What is missing or too much is that of a few keys asked for very often, which nearly always hit (SHARDS-adj, ibid.).
-    """
-    return min(1.0, max(0.0, (hit + expected - seen) / expected)) if expected else 0.0
