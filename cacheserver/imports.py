@@ -51,9 +51,10 @@ class Objects(Protocol):
 class Import:
     """One picture to import.
 
-    `key` carries the full identity digest, and the number the picture had where it comes from. `known` holds what the
-    importer knows of it; what its bytes tell is read from them. `source` is the encoded picture, or the s3:// address
-    of one. `sha256` (hexadecimal) is what the bytes must have, empty if any; `image_format` "png" or so, None if any.
+    `key` carries the full identity digest, and the number the picture had where it comes from. `known` holds what is
+    known of it beside what it cost; what its bytes tell is read from them. `source` is the encoded picture, or the
+    s3:// address of one. `sha256` (hexadecimal) is what the bytes must have, empty if any; `image_format` "png" or so,
+    None if any.
     """
 
     namespace: Namespace
@@ -61,6 +62,7 @@ class Import:
     prompt_digest: bytes
     known: GeneratedImage
     source: bytes | str
+    paid_microusd: int = 0
     sha256: str = ""
     image_format: str | None = None
     create_time_s: float | None = None
@@ -162,6 +164,7 @@ class Imports:
             height=facts.height,
             sha256=facts.sha256,
             size=f"{facts.width}x{facts.height}",
+            paid_microusd=item.paid_microusd,
         )
 
     def _entry(self, image: GeneratedImage, item: Import) -> CachedImage:
@@ -180,8 +183,10 @@ class Imports:
     async def _place(
         self, last: Tier, entry: CachedImage, namespace: Namespace, *, dry_run: bool
     ) -> tuple[CacheKey, bool]:
-        numbers = dict.fromkeys((entry.key.variant, *range(namespace.max_variants)))
-        for key in [entry.key.with_variant(number) for number in numbers if number < namespace.max_variants]:
+        for number in dict.fromkeys((entry.key.variant, *range(namespace.max_variants))):
+            if number >= namespace.max_variants:
+                continue
+            key = entry.key.with_variant(number)
             try:
                 found = await last.get(key)
             except CorruptEntryError:

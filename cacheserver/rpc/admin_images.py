@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import NamedTuple
 
 import structlog
 
@@ -39,7 +40,7 @@ _LARGE_BYTES = 1024 * 1024
 _SHA256_BYTES = 32
 _MAX_NAME = 256
 _MAX_REVISED_PROMPT = 32_000
-_NO_KEY = CacheKey("", b"", b"", 0)
+_CHOICES = {"what": "spec or identity", "source": "data or s3_uri"}
 
 
 class AdminImages:
@@ -136,30 +137,39 @@ class AdminImages:
         outcomes.put_nowait(response.SerializeToString())
 
     async def _read(self, message: pb.ImportImagesRequest) -> Import:
-        problems = Problems()
         namespace = self._namespace(message.namespace)
-        item = _read_identity(message, namespace, problems)
+        problems = Problems()
+        is_export = message.WhichOneof("what") == "identity"
+        if is_export:
+            origin = _exported(message, namespace, problems)
+        else:
+            request = messages.read_spec(message.spec, "spec", namespace, problems)
         if not 0 <= message.paid_microusd <= messages.MAX_PAID_MICROUSD:
             problems.add("paid_microusd", f"must be 0 to {messages.MAX_PAID_MICROUSD}")
         create_time_s = None
         if message.HasField("create_time"):
             now_s = self._clock.now_s()
             create_time_s = messages.read_create_time(message.create_time, now_s, "create_time", problems)
-        if message.WhichOneof("source") is None:
-            problems.add("source", "set data or s3_uri")
-        item = replace(
-            item,
-            known=replace(item.known, paid_microusd=message.paid_microusd),
-            sha256=messages.read_digest(message.digest, "digest", problems),
-            create_time_s=create_time_s,
-            tags=messages.read_tags(message.tags, "tags", problems),
-        )
-        if message.WhichOneof("what") == "spec":
-            request = messages.read_spec(message.spec, "spec", namespace, problems)
-            problems.check()
-            return _with_request(item, await self._passed(request, namespace))
+        for field in ("what", "source"):
+            if message.WhichOneof(field) is None:
+                problems.add(field, f"set {_CHOICES[field]}")
+        digest = messages.read_digest(message.digest, "digest", problems)
+        tags = messages.read_tags(message.tags, "tags", problems)
         problems.check()
-        return item
+        if not is_export:
+            origin = _asked(await self._passed(request, namespace), namespace)
+        return Import(
+            namespace=namespace,
+            key=origin.key,
+            prompt_digest=origin.prompt_digest,
+            known=origin.known,
+            source=message.s3_uri if message.HasField("s3_uri") else message.data,
+            paid_microusd=message.paid_microusd,
+            sha256=digest,
+            image_format=origin.image_format,
+            create_time_s=create_time_s,
+            tags=tags,
+        )
 
     async def _passed(self, request: ImageRequest, namespace: Namespace) -> ImageRequest:
         """The request with the prompt that its namespace lets pass. Raises PromptDeniedError or PiiFoundError."""
@@ -191,24 +201,43 @@ class AdminImages:
         ).SerializeToString()
 
 
-def _read_identity(message: pb.ImportImagesRequest, namespace: Namespace, problems: Problems) -> Import:
-    """The import as far as it is known before a request is keyed."""
-    source = message.s3_uri if message.HasField("s3_uri") else message.data
-    item = Import(namespace, _NO_KEY, b"", _known(message.facts, problems), source)
-    match message.WhichOneof("what"):
-        case "spec":
-            return item
-        case "identity":
-            identity = message.identity
-            key = messages.read_key(identity.key, "identity.key", namespace, problems)
-            if len(identity.digest) != _SHA256_BYTES or not key.matches(identity.digest):
-                problems.add("identity.digest", "must be 32 bytes, and begin with the part of it that is in the key")
-            if len(identity.prompt_digest) != _SHA256_BYTES:
-                problems.add("identity.prompt_digest", "must be 32 bytes")
-            return replace(item, key=replace(key, digest=identity.digest), prompt_digest=identity.prompt_digest)
-        case _:
-            problems.add("what", "set spec or identity")
-            return item
+class _Origin(NamedTuple):
+    """Whose picture it is, and what is known of it. `image_format` None: any."""
+
+    key: CacheKey
+    prompt_digest: bytes
+    known: GeneratedImage
+    image_format: str | None
+
+
+def _asked(request: ImageRequest, namespace: Namespace) -> _Origin:
+    """The origin of a picture that answers a request."""
+    identity = identify(request, namespace)
+    known = GeneratedImage(
+        data=b"",
+        content_type="",
+        width=0,
+        height=0,
+        sha256="",
+        model=request.model,
+        size="",
+        quality=request.quality,
+        background=request.background,
+        seed=request.seed,
+    )
+    return _Origin(identity.key, identity.prompt_digest, known, request.output_format)
+
+
+def _exported(message: pb.ImportImagesRequest, namespace: Namespace, problems: Problems) -> _Origin:
+    """The origin of a picture whose identity an export told."""
+    identity = message.identity
+    key = messages.read_key(identity.key, "identity.key", namespace, problems)
+    if len(identity.digest) != _SHA256_BYTES or not key.matches(identity.digest):
+        problems.add("identity.digest", "must be 32 bytes, and begin with the part of it that is in the key")
+    if len(identity.prompt_digest) != _SHA256_BYTES:
+        problems.add("identity.prompt_digest", "must be 32 bytes")
+    known = _known(message.facts, problems)
+    return _Origin(replace(key, digest=identity.digest), identity.prompt_digest, known, None)
 
 
 def _known(facts: public_pb.Image, problems: Problems) -> GeneratedImage:
@@ -230,21 +259,6 @@ def _known(facts: public_pb.Image, problems: Problems) -> GeneratedImage:
         background=facts.background,
         revised_prompt=facts.revised_prompt,
         seed=facts.seed if facts.HasField("seed") else None,
-    )
-
-
-def _with_request(item: Import, request: ImageRequest) -> Import:
-    identity = identify(request, item.namespace)
-    known = replace(
-        item.known,
-        model=request.model,
-        quality=request.quality,
-        background=request.background,
-        revised_prompt="",
-        seed=request.seed,
-    )
-    return replace(
-        item, key=identity.key, prompt_digest=identity.prompt_digest, known=known, image_format=request.output_format
     )
 
 
