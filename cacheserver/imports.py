@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -24,9 +25,9 @@ from cacheserver.errors import (
     VariantsExhaustedError,
 )
 from cacheserver.generation.images import BadImageError, ImageFacts
-from cacheserver.interfaces import Clock, Tier
+from cacheserver.interfaces import Clock, CopyingTier, Tier
 from cacheserver.keep import Keeper
-from cacheserver.model import CachedImage, CacheKey, GeneratedImage, Head, Namespace, TierName
+from cacheserver.model import CachedImage, CacheKey, GeneratedImage, Head, Namespace, SourceObject, TierName
 
 _HEADS_AT_ONCE = 32
 
@@ -42,8 +43,8 @@ class Inspect(Protocol):
 class Objects(Protocol):
     """Objects that the service may read by itself."""
 
-    async def read(self, uri: str, *, max_bytes: int) -> bytes:
-        """The bytes of "s3://bucket/name"; raises InvalidRequestError or TierError."""
+    async def read(self, uri: str, *, max_bytes: int) -> SourceObject:
+        """The object "s3://bucket/name"; raises InvalidRequestError or TierError."""
         ...
 
 
@@ -81,9 +82,14 @@ class Imports:
         inspect: Inspect,
         clock: Clock,
         max_image_bytes: int,
+        copier: CopyingTier | None = None,
     ) -> None:
-        """`last` is the last tier; None where there is memory alone, which keeps nothing for good."""
+        """`last` is the last tier; None where there is memory alone, which keeps nothing for good.
+
+        `copier` is the last tier where `objects` are of the same store, so that they need not be sent there.
+        """
         self._last = last
+        self._copier = copier
         self._keeper = keeper
         self._objects = objects
         self._inspect = inspect
@@ -103,12 +109,17 @@ class Imports:
             NotImplementedYetError: there is no tier under memory.
         """
         last = self._tier
-        data = item.source if isinstance(item.source, bytes) else await self._read_object(item.source)
+        source: SourceObject | None = None
+        if isinstance(item.source, bytes):
+            data = item.source
+        else:
+            source = await self._read_object(item.source)
+            data = source.data
         entry = self._entry(await self._decoded(data, item), item)
         # One at a time of each identity: of two equal pictures side by side the second would seem new, too.
         async with self._turns.setdefault(entry.key.identity_name, asyncio.Lock()):
             try:
-                return await self._place(last, entry, item.namespace, dry_run=dry_run)
+                return await self._place(last, entry, item.namespace, source, dry_run=dry_run)
             except EntryTooLargeError as error:
                 raise InvalidRequestError({"source": f"{error}"}) from error
             except TierError as error:
@@ -143,7 +154,7 @@ class Imports:
             )
         return self._last
 
-    async def _read_object(self, uri: str) -> bytes:
+    async def _read_object(self, uri: str) -> SourceObject:
         try:
             return await self._objects.read(uri, max_bytes=self._max_image_bytes)
         except TierError as error:
@@ -181,7 +192,7 @@ class Imports:
         )
 
     async def _place(
-        self, last: Tier, entry: CachedImage, namespace: Namespace, *, dry_run: bool
+        self, last: Tier, entry: CachedImage, namespace: Namespace, source: SourceObject | None, *, dry_run: bool
     ) -> tuple[CacheKey, bool]:
         for number in dict.fromkeys((entry.key.variant, *range(namespace.max_variants))):
             if number >= namespace.max_variants:
@@ -196,10 +207,17 @@ class Imports:
             if found is not None:
                 if found.image.sha256 == entry.image.sha256:
                     return key, False
-            elif dry_run or await self._keeper.keep_in_last(replace(entry, key=key)):
+            elif dry_run or await self._store(replace(entry, key=key), source):
                 return key, True
         text = f"All {namespace.max_variants} variants of this request are taken; purge one."
         raise VariantsExhaustedError(text)
+
+    async def _store(self, entry: CachedImage, source: SourceObject | None) -> bool:
+        """Have the last tier take it, from where it lies if that is in the same store."""
+        copier = self._copier
+        if source is None or copier is None:
+            return await self._keeper.keep_in_last(entry)
+        return await self._keeper.keep_in_last(entry, partial(copier.copy, entry.key, entry, source))
 
 
 async def _heads(tier: Tier, keys: Sequence[CacheKey]) -> list[Head]:

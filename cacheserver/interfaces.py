@@ -24,6 +24,7 @@ from cacheserver.model import (
     Priority,
     Replay,
     Slot,
+    SourceObject,
     TierName,
     UpstreamHealth,
 )
@@ -126,6 +127,17 @@ class SigningTier(Tier, Protocol):
         """A URL that serves `entry`'s bytes for `expires_s` seconds.
 
         The object is written first unless the tier has acknowledged this very digest. Raises TierError.
+        """
+        ...
+
+
+class CopyingTier(Tier, Protocol):
+    """A tier that can take a picture from where it lies in its own store."""
+
+    async def copy(self, key: CacheKey, entry: CachedImage, source: SourceObject) -> bool:
+        """`put` without `replace`, where the same bytes lie in `source`: they need not be sent.
+
+        What cannot be copied is sent.
         """
         ...
 

@@ -13,7 +13,7 @@ last is what lies there in the end.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from dataclasses import replace as with_fields
@@ -136,15 +136,15 @@ class Keeper:
         """
         return asyncio.shield(self._hold(entry.key.stand_in, entry, replace=False).kept)
 
-    async def keep_in_last(self, entry: CachedImage) -> bool:
+    async def keep_in_last(self, entry: CachedImage, put: Callable[[], Awaitable[bool]] | None = None) -> bool:
         """Store an image in the last tier alone; on True it has acknowledged exactly these bytes, see `Tier.put`.
 
         It is not held: raises TierError where the last tier does not take it, or has yet to take another image of
-        this number.
+        this number. `put` is called in place of the last tier's own. There has to be a last tier.
         """
         if entry.key.name in self._held:
             raise TierError("the last tier has yet to take another image of this number")
-        return await self._take_number(entry, replace=False)
+        return await asyncio.shield(self._write(self._tiers[-1], entry.key, entry, replace=False, put=put))
 
     def promote(self, key: CacheKey, entry: CachedImage, tiers: Sequence[Tier], *, changes: int) -> None:
         """Copy a hit into memory and, behind the answer, into the faster `tiers` that missed it.
@@ -339,11 +339,19 @@ class Keeper:
 
     # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _write(self, tier: Tier, key: CacheKey, entry: CachedImage, *, replace: bool) -> asyncio.Task[bool]:
+    def _write(
+        self,
+        tier: Tier,
+        key: CacheKey,
+        entry: CachedImage,
+        *,
+        replace: bool,
+        put: Callable[[], Awaitable[bool]] | None = None,
+    ) -> asyncio.Task[bool]:
         place = tier.name, key.name
-        before = self._last_writes.get(place)
-        put = _put_after(before, tier, key, entry, replace=replace)
-        task = self._last_writes[place] = asyncio.create_task(put, name=f"write to {tier.name}")
+        put = put or partial(tier.put, key, entry, replace=replace)
+        writing = _after(self._last_writes.get(place), put)
+        task = self._last_writes[place] = asyncio.create_task(writing, name=f"write to {tier.name}")
         self._writes[task] = entry
         task.add_done_callback(partial(self._written, place))
         return task
@@ -403,12 +411,10 @@ def _report_bug(task: asyncio.Task[None]) -> None:
         _log.error("task_failed", task=task.get_name(), exc_info=error)
 
 
-async def _put_after(
-    before: asyncio.Task[bool] | None, tier: Tier, key: CacheKey, entry: CachedImage, *, replace: bool
-) -> bool:
+async def _after(before: asyncio.Task[bool] | None, put: Callable[[], Awaitable[bool]]) -> bool:
     if before is not None:
         await _ended([before])
-    return await tier.put(key, entry, replace=replace)
+    return await put()
 
 
 async def _is_deleted(tier: Tier, key: CacheKey) -> bool:

@@ -682,6 +682,16 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceObject:
+    """An object in the store of the S3 tier, in the version (`etag`) that was read, and its bytes."""
+
+    bucket: str
+    name: str
+    etag: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Replay:
     """What a call with a request_id was given: these variants of this identity. None of them: it was not kept."""
 

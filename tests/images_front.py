@@ -10,7 +10,7 @@ from typing import Any
 from cacheserver.errors import InvalidRequestError
 from cacheserver.generation.images import inspect_in_thread
 from cacheserver.imports import Imports, Objects
-from cacheserver.model import Namespace
+from cacheserver.model import Namespace, SourceObject
 from cacheserver.pb import admin_pb2 as pb
 from cacheserver.pb import promptcache_pb2 as public_pb
 from cacheserver.precheck import PromptPolicy
@@ -26,7 +26,7 @@ MAX_IMAGE_BYTES = 1_000_000
 class NoBuckets:
     """Objects of which none may be read."""
 
-    async def read(self, uri: str, *, max_bytes: int) -> bytes:  # noqa: ARG002 - the protocol's
+    async def read(self, uri: str, *, max_bytes: int) -> SourceObject:  # noqa: ARG002 - the protocol's
         raise InvalidRequestError({"s3_uri": "no bucket is open in this test"})
 
 

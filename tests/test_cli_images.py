@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -20,6 +21,7 @@ from cacheserver.cli.manifest import Manifest
 from cacheserver.client import AsyncClient
 from tests.provider import OpenAIStandIn, small_image
 from tests.running import environment, running
+from tests.servers import S3Server
 from tests.test_cli import command, printed
 
 Run = Callable[..., Awaitable[typer.testing.Result]]
@@ -164,6 +166,30 @@ async def test_a_dry_run_writes_nothing(run: Run, write: Write, tmp_path: Path) 
     assert images_in(tmp_path) == 0
     assert [each.name for each in file.parent.iterdir() if "result" in each.name] == []
     assert (await run("import", str(file), "--dry-run", "--result", "x")).exit_code == 2
+
+
+async def test_import_has_the_service_copy_what_lies_in_its_own_store(
+    write: Write, provider: OpenAIStandIn, tmp_path: Path, s3_server: S3Server
+) -> None:
+    bucket = await asyncio.to_thread(s3_server.new_bucket)
+    for number in range(2):
+        await asyncio.to_thread(
+            s3_server.client.put_object, Bucket=bucket, Key=f"{number}.png", Body=small_image(number)
+        )
+    sources = [f"s3://{bucket}/0.png", f"s3://{bucket}/1.png", f"s3://{s3_server.bucket}/0.png"]
+    file = write(*(row(number, source=source) for number, source in enumerate(sources)))
+    config = f'[imports]\nbuckets = ["{bucket}"]\n'
+    async with running(env_of(tmp_path / "data", provider, s3=s3_server), config) as service:
+        result = await running_at(service)("import", str(file))
+        assert result.exit_code == 1
+        assert result.stdout.splitlines()[0] == "2 stored, 0 there already, 1 failed"
+        assert "line 3: s3_uri: its bucket is none of imports.buckets" in result.stdout
+        async with AsyncClient(service.grpc_address) as client:
+            assert [(await client.get_image(f"picture {number}")).data for number in range(2)] == [
+                small_image(0),
+                small_image(1),
+            ]
+    assert provider.calls == 0
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from cacheserver.errors import (
     TierTimeoutError,
 )
 from cacheserver.interfaces import Books, no_step
-from cacheserver.model import CachedImage, CacheKey, Head, Labels, TierName
+from cacheserver.model import CachedImage, CacheKey, Head, Labels, SourceObject, TierName
 from cacheserver.tiers.disk import DiskTier
-from cacheserver.tiers.guard import Breaker, Deadlines, GuardedSigningTier, GuardedTier
+from cacheserver.tiers.guard import Breaker, Deadlines, GuardedObjectTier, GuardedTier
 from tests.fakes import FakeClock
 from tests.tier_contract import MAX_ENTRY_BYTES, TierContract, guarded_tier, make_entry, make_key
 
@@ -115,6 +115,10 @@ class FaultyTier:
     async def ping(self) -> None:
         await self._do("ping")
 
+    async def copy(self, key: CacheKey, entry: CachedImage, source: SourceObject) -> bool:  # noqa: ARG002 - the contract's
+        await self._do("copy")
+        return True
+
     async def signed_url(self, entry: CachedImage, expires_s: int) -> str:
         await self._do("signed_url")
         return f"https://images.test/{entry.key.variant}?{expires_s}"
@@ -148,9 +152,9 @@ async def breaker(faulty: FaultyTier, books: TierBooks, clock: FakeClock) -> Asy
 
 
 @pytest.fixture
-def guarded(faulty: FaultyTier, breaker: Breaker, books: TierBooks, clock: FakeClock) -> GuardedSigningTier:
+def guarded(faulty: FaultyTier, breaker: Breaker, books: TierBooks, clock: FakeClock) -> GuardedObjectTier:
     deadlines = Deadlines(read_s=0.01, write_s=0.02)
-    return GuardedSigningTier(faulty, deadlines=deadlines, breaker=breaker, books=cast("Books", books), clock=clock)
+    return GuardedObjectTier(faulty, deadlines=deadlines, breaker=breaker, books=cast("Books", books), clock=clock)
 
 
 async def _settle() -> None:
@@ -168,7 +172,7 @@ async def _open(guarded: GuardedTier, faulty: FaultyTier) -> None:
     assert guarded.is_open
 
 
-def _every_call(tier: GuardedSigningTier) -> list[Callable[[], Awaitable[object]]]:
+def _every_call(tier: GuardedObjectTier) -> list[Callable[[], Awaitable[object]]]:
     key, entry = make_key(), make_entry()
 
     async def scan() -> list[CacheKey]:
@@ -183,18 +187,33 @@ def _every_call(tier: GuardedSigningTier) -> list[Callable[[], Awaitable[object]
         lambda: tier.labels(key),
         tier.ping,
         lambda: tier.signed_url(entry, 60),
+        lambda: tier.page("studio", after=None, limit=1),
+        lambda: tier.head(key),
+        lambda: tier.copy(key, entry, SourceObject("bucket", "name", "etag", b"")),
     ]
 
 
-async def test_what_works_is_passed_on(guarded: GuardedSigningTier) -> None:
+async def test_what_works_is_passed_on(guarded: GuardedObjectTier) -> None:
     assert guarded.name is TierName.REDIS
     answers = [await call() for call in _every_call(guarded)]
     keys = [make_key(variant=0), make_key(variant=1)]
-    assert answers == [make_entry(), [True], True, True, keys, None, None, "https://images.test/0?60"]
+    assert answers == [
+        make_entry(),
+        [True],
+        True,
+        True,
+        keys,
+        None,
+        None,
+        "https://images.test/0?60",
+        keys[:1],
+        None,
+        True,
+    ]
 
 
-@pytest.mark.parametrize("n", range(8))
-async def test_each_kind_of_call_ends_at_its_deadline(guarded: GuardedSigningTier, faulty: FaultyTier, n: int) -> None:
+@pytest.mark.parametrize("n", range(11))
+async def test_each_kind_of_call_ends_at_its_deadline(guarded: GuardedObjectTier, faulty: FaultyTier, n: int) -> None:
     faulty.fault = faulty.hangs
     with pytest.raises(TierTimeoutError):
         await _every_call(guarded)[n]()
@@ -241,7 +260,7 @@ async def test_every_call_is_measured_once(
     assert books.seconds == [("get", 0.25), ("delete", 0.25)]
 
 
-async def test_failures_in_a_row_open_the_breaker(guarded: GuardedSigningTier, faulty: FaultyTier) -> None:
+async def test_failures_in_a_row_open_the_breaker(guarded: GuardedObjectTier, faulty: FaultyTier) -> None:
     await _open(guarded, faulty)
     faulty.calls.clear()
     for call in _every_call(guarded):

@@ -21,7 +21,7 @@ import pytest_asyncio
 from xxhash import xxh3_128_hexdigest
 
 from cacheserver.errors import CorruptEntryError, NewerEntryError, TierError, TierTimeoutError
-from cacheserver.model import CacheKey, TierName
+from cacheserver.model import CacheKey, SourceObject, TierName
 from cacheserver.tiers import codec
 from cacheserver.tiers.guard import GuardedTier
 from cacheserver.tiers.s3 import S3Tier
@@ -576,3 +576,43 @@ async def test_a_cancelled_put_goes_on_and_closing_waits_for_it(s3_server: S3Ser
         assert waiting
         go_on.set()
         await closing
+
+
+def source_in(server: S3Server, data: bytes) -> SourceObject:
+    """A picture that lies in another bucket of the same store."""
+    bucket = server.new_bucket()
+    etag = server.client.put_object(Bucket=bucket, Key="old/fox.png", Body=data)["ETag"]
+    return SourceObject(bucket, "old/fox.png", etag, data)
+
+
+async def test_a_picture_of_the_same_store_is_copied_with_its_own_metadata(tier: S3Tier, s3_server: S3Server) -> None:
+    for entry in (make_entry(), make_entry(make_key("a dog"), revised_prompt=LONG_PROMPT)):
+        source = source_in(s3_server, entry.image.data)
+        assert await tier.copy(entry.key, entry, source)
+        assert await tier.get(entry.key) == entry
+    stored = s3_server.client.head_object(Bucket=s3_server.bucket, Key=name_of(tier, make_key()))
+    assert (stored["ContentType"], stored["CacheControl"]) == ("image/png", "private, max-age=31536000, immutable")
+
+
+async def test_what_is_copied_is_not_sent(tier: S3Tier, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = make_entry()
+    source = source_in(s3_server, entry.image.data)
+    await tier.ping()
+    monkeypatch.setattr(tier, "_write", lambda *_: pytest.fail("it was sent"))
+    assert await tier.copy(entry.key, entry, source)
+
+
+async def test_a_source_that_has_changed_since_is_not_copied(tier: S3Tier, s3_server: S3Server) -> None:
+    entry = make_entry()
+    source = source_in(s3_server, entry.image.data)
+    s3_server.client.put_object(Bucket=source.bucket, Key=source.name, Body=b"another picture")
+    assert await tier.copy(entry.key, entry, source)
+    assert await tier.get(entry.key) == entry
+
+
+async def test_a_copy_never_takes_the_place_of_another_picture(tier: S3Tier, s3_server: S3Server) -> None:
+    first, second = make_entry(), with_data(make_entry(), b"another")
+    assert await tier.put(first.key, first, replace=False)
+    assert not await tier.copy(second.key, second, source_in(s3_server, second.image.data))
+    assert await tier.copy(first.key, first, source_in(s3_server, first.image.data))
+    assert await tier.get(first.key) == first

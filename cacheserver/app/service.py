@@ -417,6 +417,7 @@ def _rpc_server(  # noqa: PLR0913 - the parts that calls reach
         inspect=inspect,
         clock=clock,
         max_image_bytes=generation.max_image_bytes,
+        copier=lower.copier,
     )
     admin = AdminService(
         upstreams=miss_path.pool,

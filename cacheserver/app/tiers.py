@@ -15,11 +15,11 @@ from cacheserver.embedded.lock import DirectoryLock
 from cacheserver.embedded.seaweed import LocalS3
 from cacheserver.embedded.valkey import EmbeddedValkey
 from cacheserver.errors import ConfigError, TierError
-from cacheserver.interfaces import Books, Clock, Files, SigningTier, Tier
+from cacheserver.interfaces import Books, Clock, CopyingTier, Files, SigningTier, Tier
 from cacheserver.model import TierName
 from cacheserver.settings import Settings
 from cacheserver.tiers.disk import DiskTier
-from cacheserver.tiers.guard import Breaker, Deadlines, GuardedSigningTier, GuardedTier
+from cacheserver.tiers.guard import Breaker, Deadlines, GuardedObjectTier, GuardedTier
 from cacheserver.tiers.objects import Objects
 from cacheserver.tiers.redis import Client, RedisTier, connect, disconnect
 from cacheserver.tiers.s3 import S3Tier
@@ -34,7 +34,7 @@ _DISK_DEADLINES = Deadlines(read_s=5.0, write_s=30.0)
 
 @dataclass(slots=True)
 class Lower:
-    """The tiers under memory, guarded, fastest first; who signs URLs; and the objects that imports may read.
+    """The tiers under memory, guarded, fastest first; who signs URLs and copies; and the objects that imports may read.
 
     `client` is that of the Redis among them; `control` another one of the same Redis, for control state: a tier that
     is busy with images must not keep a budget waiting. `files` are those of object storage, if that is among them,
@@ -48,6 +48,7 @@ class Lower:
     signer: SigningTier | None = None
     files: Files | None = None
     disk: DiskTier | None = None
+    copier: CopyingTier | None = None
 
 
 async def lock_disk(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -> None:
@@ -92,7 +93,9 @@ async def build_tiers(settings: Settings, *, books: Books, clock: Clock, undo: A
                 lower.files = s3
                 times = Deadlines(read_s=settings.s3.read_timeout_s, write_s=settings.s3.write_timeout_s)
                 breaker = Breaker(tier=s3.name, probe=s3.ping, clock=clock, books=books)
-                tier = lower.signer = GuardedSigningTier(s3, deadlines=times, breaker=breaker, books=books, clock=clock)
+                tier = lower.signer = lower.copier = GuardedObjectTier(
+                    s3, deadlines=times, breaker=breaker, books=books, clock=clock
+                )
             case _:
                 continue
         undo.push_async_callback(tier.aclose)

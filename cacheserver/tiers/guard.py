@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 from cacheserver.errors import (
     CorruptEntryError,
@@ -15,8 +16,8 @@ from cacheserver.errors import (
     TierOpenError,
     TierTimeoutError,
 )
-from cacheserver.interfaces import Books, Clock, SigningTier, Tier, no_step
-from cacheserver.model import CachedImage, CacheKey, Head, Labels, TierName
+from cacheserver.interfaces import Books, Clock, CopyingTier, SigningTier, Tier, no_step
+from cacheserver.model import CachedImage, CacheKey, Head, Labels, SourceObject, TierName
 
 
 class Breaker:
@@ -127,8 +128,8 @@ class Breaker:
 class Deadlines:
     """How long a guarded tier's calls may take, in seconds.
 
-    `read_s` holds for a get, head, labels, ping, page and each step of a scan or find; `write_s` for a put, delete or
-    signing.
+    `read_s` holds for a get, head, labels, ping, page and each step of a scan or find; `write_s` for a put, copy,
+    delete or signing.
     """
 
     read_s: float
@@ -261,16 +262,25 @@ class GuardedTier:
             self._books.tier_seconds(self.name, op, self._clock.monotonic_s() - started_s)
 
 
-class GuardedSigningTier(GuardedTier):
-    """A guarded tier that hands out URLs. Itself a `SigningTier`; the arguments are GuardedTier's."""
+class _ObjectTier(SigningTier, CopyingTier, Protocol):
+    """A tier of objects."""
+
+
+class GuardedObjectTier(GuardedTier):
+    """A guarded tier of objects. Itself a `SigningTier` and a `CopyingTier`; the arguments are GuardedTier's."""
 
     def __init__(
-        self, tier: SigningTier, *, deadlines: Deadlines, breaker: Breaker, books: Books, clock: Clock
+        self, tier: _ObjectTier, *, deadlines: Deadlines, breaker: Breaker, books: Books, clock: Clock
     ) -> None:
         super().__init__(tier, deadlines=deadlines, breaker=breaker, books=books, clock=clock)
-        self._signing_tier = tier
+        self._object_tier = tier
 
     async def signed_url(self, entry: CachedImage, expires_s: int) -> str:
         """See `SigningTier.signed_url`."""
         async with self._guarded("signed_url", self._deadlines.write_s):
-            return await self._signing_tier.signed_url(entry, expires_s)
+            return await self._object_tier.signed_url(entry, expires_s)
+
+    async def copy(self, key: CacheKey, entry: CachedImage, source: SourceObject) -> bool:
+        """See `CopyingTier.copy`."""
+        async with self._guarded("copy", self._deadlines.write_s):
+            return await self._object_tier.copy(key, entry, source)

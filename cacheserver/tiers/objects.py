@@ -13,6 +13,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from cacheserver.errors import InvalidRequestError, TierError, TierTimeoutError
 from cacheserver.interfaces import Clock
+from cacheserver.model import SourceObject
 from cacheserver.tiers.s3 import is_absent, new_client, tier_error
 from cacheserver.tiers.workers import Workers
 
@@ -66,8 +67,8 @@ class Objects:
         self._lock = threading.Lock()
         self._made_client: S3Client | None = None
 
-    async def read(self, uri: str, *, max_bytes: int) -> bytes:
-        """The bytes of the object that `uri` ("s3://bucket/name") names.
+    async def read(self, uri: str, *, max_bytes: int) -> SourceObject:
+        """The object that `uri` ("s3://bucket/name") names.
 
         Raises:
             InvalidRequestError: its bucket is none of ours, there is no such object, or it is larger than `max_bytes`.
@@ -94,7 +95,7 @@ class Objects:
 
     # What follows runs in threads.
 
-    def _read(self, bucket: str, name: str, max_bytes: int) -> bytes:
+    def _read(self, bucket: str, name: str, max_bytes: int) -> SourceObject:
         deadline_s = self._clock.monotonic_s() + self._read_timeout_s
         try:
             answer = self._client.get_object(Bucket=bucket, Key=name)
@@ -105,7 +106,8 @@ class Objects:
         with closing(answer["Body"]) as body:
             if answer["ContentLength"] > max_bytes:
                 raise InvalidRequestError({_FIELD: f"the object is larger than {max_bytes} bytes"})
-            return self._body(body, answer["ContentLength"], deadline_s)
+            data = self._body(body, answer["ContentLength"], deadline_s)
+        return SourceObject(bucket, name, answer["ETag"], data)
 
     def _body(self, body: StreamingBody, size_bytes: int, deadline_s: float) -> bytes:
         chunks: list[bytes] = []

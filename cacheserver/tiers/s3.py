@@ -30,7 +30,7 @@ from xxhash import xxh3_128_hexdigest
 
 from cacheserver.errors import CorruptEntryError, EntryTooLargeError, TierError, TierTimeoutError
 from cacheserver.interfaces import Clock, no_step
-from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Head, Labels, TierName
+from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Head, Labels, SourceObject, TierName
 from cacheserver.tiers import codec
 from cacheserver.tiers.presence import Page, Presence
 from cacheserver.tiers.workers import Workers
@@ -72,7 +72,7 @@ class _Stored:
 
 
 class S3Tier:
-    """An object per entry; the metadata travels in its headers. A `SigningTier`.
+    """An object per entry; the metadata travels in its headers. A `SigningTier` and a `CopyingTier`.
 
         <prefix>v1/<partition>/<first two hex digits of the fingerprint>/<key>
         <the same>.meta.<xxh3-128>     metadata too long for headers, written before the object that names it
@@ -163,6 +163,10 @@ class S3Tier:
     async def put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:
         """See `Tier.put`."""
         return await self._run("put", self._put, key, entry, replace=replace)
+
+    async def copy(self, key: CacheKey, entry: CachedImage, source: SourceObject) -> bool:
+        """See `CopyingTier.copy`."""
+        return await self._run("copy", self._put, key, entry, replace=False, source=source)
 
     async def delete(self, key: CacheKey) -> bool:
         """See `Tier.delete`."""
@@ -274,13 +278,15 @@ class S3Tier:
         page = self._ask(self._clients.reading.list_objects_v2, Prefix=start, **begin)
         return [item["Key"] for item in page.get("Contents", [])], page.get("NextContinuationToken")
 
-    def _put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:
+    def _put(self, key: CacheKey, entry: CachedImage, *, replace: bool, source: SourceObject | None = None) -> bool:
         if entry.size_bytes > self._max_entry_bytes:
             raise EntryTooLargeError(f"the image has {entry.size_bytes} bytes; S3 takes {self._max_entry_bytes}")
         name = self._object(key)
         headers, sidecar = _headers(entry)
         if sidecar is not None:
             self._ask(self._clients.writing.put_object, Key=_sidecar(name, headers), Body=sidecar)
+        if source is not None and self._is_copied(name, entry, headers, source):
+            return True
         seen = self._head(name) if replace else None
         for _ in range(_PUT_ATTEMPTS):
             if self._write(name, entry, headers, seen):
@@ -318,6 +324,27 @@ class S3Tier:
             else:
                 return True
         raise TierError("other writers of the same object keep S3 from deciding")
+
+    def _is_copied(self, name: str, entry: CachedImage, headers: dict[str, str], source: SourceObject) -> bool:
+        """Copy the object if it is still what was read and nothing lies where it goes; False: it has to be sent.
+
+        Not every server can, nor may every user; whatever keeps it from happening shows again when it is sent.
+        """
+        try:
+            self._ask(
+                self._clients.writing.copy_object,
+                Key=name,
+                CopySource={"Bucket": source.bucket, "Key": source.name},
+                CopySourceIfMatch=source.etag,
+                IfNoneMatch="*",
+                MetadataDirective="REPLACE",
+                ContentType=entry.image.content_type,
+                CacheControl=_CACHE_CONTROL,
+                Metadata=headers,
+            )
+        except ClientError:
+            return False
+        return True
 
     def _holder(self, key: CacheKey, name: str, stored: _Stored | None) -> CachedImage | None:
         try:
