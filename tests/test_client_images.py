@@ -66,7 +66,7 @@ async def test_an_identity_comes_in_as_it_was_listed(ask: Ask, house: House) -> 
 async def test_many_pictures_go_in_several_streams_and_come_in_several_pages(
     ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cacheserver.client.admin._IMPORTS_PER_STREAM", 4)
+    monkeypatch.setattr("cacheserver.client.importing._IMPORTS_PER_STREAM", 4)
     monkeypatch.setattr("cacheserver.client.admin._PAGE_SIZE", 3)
     outcomes = await ask("import_images", (item(row, f"prompt {row}") for row in range(12)))
     assert sorted(outcome.row for outcome in outcomes) == list(range(12))

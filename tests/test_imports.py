@@ -235,6 +235,21 @@ async def test_no_more_is_taken_than_outcomes_are_read(house: House, stub: Any) 
     await until(lambda: not house.keeper._writes)
 
 
+async def test_who_hangs_up_gives_its_places_back(house: House, stub: Any) -> None:
+    large = large_png(1, 1_100_000)
+    for _ in range(4):
+        house.s3.gate.clear()
+        gets = len(house.s3.gets)
+        messages = [incoming(n, f"prompt {n}", **({"data": large} if n % 3 else {})) for n in range(40)]
+        call = stub.ImportImages(iter(messages))
+        await until(lambda gets=gets: len(house.s3.gets) > gets)  # type: ignore[misc]  # mypy knows no default here
+        call.cancel()
+        house.s3.gate.set()
+    async with asyncio.timeout(15):
+        outcomes = await taken(stub, *(incoming(n, f"prompt {n}") for n in range(70)))
+    assert reasons(outcomes) == [""] * 70
+
+
 # --- exported identities ---
 
 

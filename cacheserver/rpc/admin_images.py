@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ _WINDOW = 64
 _AT_ONCE = 64
 _LARGE_AT_ONCE = 4
 _LARGE_BYTES = 1024 * 1024
-"""Of all streams so many pictures are in hand at a time, and so many that are large or come from a bucket."""
+"""Of all streams so many pictures are in hand at a time, and so many more that are large or come from a bucket."""
 
 _SHA256_BYTES = 32
 _MAX_NAME = 256
@@ -97,8 +98,11 @@ class AdminImages:
                     while True:
                         await window.acquire()
                         message = await anext(parts)
-                        place = await self._place(message)
-                        group.create_task(self._take(message, call, place, outcomes))
+                        places = self._places_for(message)
+                        await places.acquire()
+                        task = group.create_task(self._take(message, call, outcomes))
+                        # Not in the task: one that is cancelled before it has begun would give nothing back.
+                        task.add_done_callback(partial(_give_back, places))
                 except StopAsyncIteration:
                     pass
                 except CacheServerError as error:  # what was taken before gets its outcome all the same
@@ -107,21 +111,12 @@ class AdminImages:
             outcomes.put_nowait(None)
         return failure
 
-    async def _place(self, message: pb.ImportImagesRequest) -> tuple[asyncio.Semaphore, ...]:
-        """Wait for a place: pictures in hand take memory, large ones most of it."""
+    def _places_for(self, message: pb.ImportImagesRequest) -> asyncio.Semaphore:
+        """Where it has to find a place: pictures in hand take memory, large ones most of it."""
         is_large = message.HasField("s3_uri") or len(message.data) > _LARGE_BYTES
-        places = (self._places, self._large_places) if is_large else (self._places,)
-        for place in places:
-            await place.acquire()
-        return places
+        return self._large_places if is_large else self._places
 
-    async def _take(
-        self,
-        message: pb.ImportImagesRequest,
-        call: Call,
-        places: tuple[asyncio.Semaphore, ...],
-        outcomes: asyncio.Queue[bytes | None],
-    ) -> None:
+    async def _take(self, message: pb.ImportImagesRequest, call: Call, outcomes: asyncio.Queue[bytes | None]) -> None:
         response = pb.ImportImagesResponse(row=message.row)
         try:
             item = await self._read(message)
@@ -131,9 +126,6 @@ class AdminImages:
             if not isinstance(error, CacheServerError):
                 _log.error("import_failed", exc_info=error)
             response.failure.CopyFrom(status_of(error, request_id=call.request_id).as_failure())
-        finally:
-            for place in places:
-                place.release()
         outcomes.put_nowait(response.SerializeToString())
 
     async def _read(self, message: pb.ImportImagesRequest) -> Import:
@@ -199,6 +191,10 @@ class AdminImages:
         return pb.ListImagesResponse(
             images=[_stored_image(head) for head in heads], next_page_token=page_token(last.name) if last else ""
         ).SerializeToString()
+
+
+def _give_back(places: asyncio.Semaphore, task: asyncio.Task[None]) -> None:  # noqa: ARG001 - asyncio passes it
+    places.release()
 
 
 class _Origin(NamedTuple):
