@@ -72,6 +72,8 @@ async def test_many_pictures_go_in_several_streams_and_come_in_several_pages(
     assert sorted(outcome.row for outcome in outcomes) == list(range(12))
     assert len(await ask("list_images")) == 12
     assert await ask("import_images", []) == []
+    monkeypatch.setattr("cacheserver.client.importing._BYTES_PER_STREAM", 1)
+    assert len(await ask("import_images", (item(row, f"prompt {row}") for row in range(3)))) == 3
 
 
 async def test_a_picture_that_does_not_fit_is_a_failure_and_stops_no_other(ask: Ask, house: House) -> None:

@@ -12,8 +12,10 @@ from typing import Any
 
 import grpc.aio
 import pytest
+from structlog.testing import capture_logs
 
 from cacheserver.clock import SystemClock
+from cacheserver.imports import Imports
 from cacheserver.model import CacheKey, Namespace, TierName
 from cacheserver.pb import admin_pb2 as pb
 from cacheserver.pb import promptcache_pb2 as public_pb
@@ -187,6 +189,17 @@ async def test_bytes_that_are_no_message_end_the_stream_after_what_came_before(h
         assert pb.ImportImagesResponse.FromString(await call.read()).created  # type: ignore[arg-type]  # bytes, as nothing parses them
         failed = await failure(call.read())
     assert failed.reason == "MALFORMED_MESSAGE"
+
+
+async def test_a_bug_met_by_one_picture_is_in_the_log_and_its_outcome_reveals_nothing(
+    stub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Imports, "_entry", lambda *_: 1 // 0)
+    with capture_logs() as logs:
+        [outcome] = await taken(stub, incoming(1))
+    assert outcome.failure.reason == "INTERNAL"
+    assert "division" not in outcome.failure.message
+    assert [type(line["exc_info"]) for line in logs if line["event"] == "import_failed"] == [ZeroDivisionError]
 
 
 async def test_while_the_last_tier_is_away_nothing_is_said_to_be_stored(house: House, stub: Any) -> None:

@@ -14,6 +14,7 @@ from cacheserver.pb import admin_pb2 as pb
 from cacheserver.pb.promptcache_pb2 import Image
 
 _IMPORTS_PER_STREAM: Final = 1_000
+_BYTES_PER_STREAM: Final = 256 * 1024 * 1024
 
 
 class Sending:
@@ -30,8 +31,12 @@ class Sending:
     def some(self) -> Generator[pb.ImportImagesRequest]:
         """The messages of the next stream. An error ends it: raised here, gRPC would swallow it."""
         try:
+            size_bytes = 0
             for item in islice(self._items, _IMPORTS_PER_STREAM):
                 yield import_request(item, namespace=self._namespace, dry_run=self._dry_run)
+                size_bytes += len(item.source)
+                if size_bytes > _BYTES_PER_STREAM:
+                    break
             # What is looked at here goes first into the next stream.
             first = next(self._items, None)
         except Exception as error:  # noqa: BLE001 - raised on by `check`, in the caller's thread
