@@ -109,8 +109,10 @@ def _fetched(client: Client, directory: Path, namespace: str | None, stored: Sto
 
 def _shown(rows: Iterable[dict[str, Any] | None], output: Output) -> Iterator[dict[str, Any] | None]:
     """The same rows, counted on a terminal while they come."""
-    columns = TextColumn("{task.completed:,.0f} exported")
-    with Progress(columns, console=output.err, transient=True, disable=not output.err.is_terminal) as bar:
+    if not output.err.is_terminal:
+        yield from rows
+        return
+    with Progress(TextColumn("{task.completed:,.0f} exported"), console=output.err, transient=True) as bar:
         task = bar.add_task("exporting", total=None)
         for row in rows:
             bar.advance(task)

@@ -165,8 +165,8 @@ class Admin:
         """Store pictures that were paid for elsewhere; an outcome each, in any order, as the last tier has them.
 
         `items` are taken as fast as outcomes are read, in a thread of gRPC's, so that they may read files. They go in
-        streams of at most 1,000; `timeout_s` is for each. What was interrupted can be run again: what is there already is
-        not stored again. With `dry_run` everything is checked and nothing stored. A picture that is sent has to fit
+        streams of at most 1,000; `timeout_s` is for each. What was interrupted can be run again: what is there already
+        is not stored again. With `dry_run` everything is checked and nothing stored. A picture that is sent has to fit
         one message, 24 MiB unless the service is set otherwise.
 
         Raises:
@@ -341,8 +341,8 @@ class AsyncAdmin:
         """Store pictures that were paid for elsewhere; an outcome each, in any order, as the last tier has them.
 
         `items` are taken as fast as outcomes are read, on the event loop, so they must not block. They go in streams of
-        at most 1,000; `timeout_s` is for each. What was interrupted can be run again: what is there already is not stored
-        again. With `dry_run` everything is checked and nothing stored. A picture that is sent has to fit
+        at most 1,000; `timeout_s` is for each. What was interrupted can be run again: what is there already is not
+        stored again. With `dry_run` everything is checked and nothing stored. A picture that is sent has to fit
         one message, 24 MiB unless the service is set otherwise.
 
         Raises:
