@@ -46,6 +46,7 @@ from typing import Any, NamedTuple
 
 from cachetools import TTLCache
 
+from cacheserver.alone import Alone
 from cacheserver.errors import (
     CacheServerError,
     CacheUnknownError,
@@ -55,7 +56,6 @@ from cacheserver.errors import (
     InvalidRequestError,
     KeyGoneError,
     NoSignedUrlsError,
-    RequestIdRunningError,
     RequestIdSpentError,
     TierError,
     TooSlowError,
@@ -77,16 +77,14 @@ from cacheserver.model import (
     ImageRequest,
     MatchLevel,
     Namespace,
-    Order,
     Pending,
     Priority,
-    Replay,
     Served,
     Terms,
     TierName,
     VariantPolicy,
 )
-from cacheserver.paying import Paying, UnknownPolicy, may_generate, who_bears
+from cacheserver.paying import Paying, UnknownPolicy, who_bears
 from cacheserver.purge import Purger, PurgeResult, PurgeSelector
 from cacheserver.remakes import Remakes
 from cacheserver.resent import Promise, Resent, replay_id
@@ -138,7 +136,18 @@ class PromptCache:
         self._tasks = OwnedTasks()
         self._resent = Resent(replays=replays, tasks=self._tasks)
         self._paying = Paying(generation=generation, clock=clock, unknown=unknown)
-        self._unstored: set[str] = set()
+        self._alone = Alone(
+            generation=generation,
+            resent=self._resent,
+            tasks=self._tasks,
+            last_tier=tiers[-1].name if tiers else None,
+            find=self.find,
+            find_here=self._find_here,
+            walk=self._walk,
+            entry_for=self._entry_for,
+            keep=self._keep_for,
+            keep_spare=self._keep_spare,
+        )
         self._failures: TTLCache[tuple[str, str], CacheServerError] = TTLCache(
             _REMEMBERED_FAILURES, ttl=_FAILURES_LAST_S, timer=clock.monotonic_s
         )
@@ -180,7 +189,8 @@ class PromptCache:
                 raise
             return await self._rungs.again(ask)
         is_plain = terms.cache_policy is CachePolicy.USE_CACHE and terms.variant_policy is VariantPolicy.FIRST
-        if namespace.remake_degraded and is_plain and not isinstance(answer, Pending):
+        is_served = namespace.serves(identity.key)  # a remake of what nobody is served would be paid for in vain
+        if namespace.remake_degraded and is_plain and is_served and not isinstance(answer, Pending):
             self.remakes.add(ask)
         return answer
 
@@ -192,7 +202,10 @@ class PromptCache:
         waiter.asked = ask.request, ask.identity
         call_id = replay_id(ask.caller, terms)
         if terms.cache_policy is CachePolicy.NO_STORE:
-            return await self._get_unstored(waiter, call_id)
+            return self._with_spares(await self._alone.get(waiter, call_id), waiter)
+        if terms.cache_policy is not CachePolicy.ONLY_IF_CACHED and not namespace.serves(ask.identity.key):
+            waiter.variants = await self._choose(waiter)
+            return self._with_spares(await self._alone.get(waiter, call_id, observes=True), waiter)
         if call_id:
             return await self._get(waiter, await self._resent.prepare(waiter, call_id, self._choose))
         waiter.variants = await self._choose(waiter)
@@ -399,7 +412,8 @@ class PromptCache:
     def _find_here(self, key: CacheKey) -> Found:
         if self._is_here(key):
             return Found(key, TierName.MEMORY)
-        return Found(key, in_flight=any(key.variant in flight.brings for flight in self._flights.of(key)))
+        in_flight = any(key.variant in flight.brings for flight in self._flights.of(key))
+        return Found(key, in_flight=in_flight or self._alone.is_making(key))
 
     def _waiter(
         self, key: CacheKey, variants: tuple[int, ...], namespace: Namespace, caller: Caller, terms: Terms
@@ -533,7 +547,7 @@ class PromptCache:
 
     async def _generate(self, flight: Flight, lead: Waiter, making: list[int], unknown: set[int]) -> None:
         while making:
-            order = _order(lead, flight.priority, flight.until_s, len(making))
+            order = lead.order(len(making), priority=flight.priority, deadline_s=flight.until_s)
             flight.orders.append(order)
             try:
                 images = await self._generation.generate(
@@ -636,62 +650,13 @@ class PromptCache:
         ours = {key.variant for key in excluded if key.identity_name == waiter.key.identity_name}
         return self._another_one.choose(**names, stored=stored, excluded=ours, n=n, max_variants=limit)
 
-    # ── NO_STORE ────────────────────────────────────────────────────────────────────────────────────────────
+    # ── for one caller alone ────────────────────────────────────────────────────────────────────────────────
 
-    async def _get_unstored(self, waiter: Waiter, call_id: str) -> list[Served]:
-        """Generate for this caller alone: nothing is read, joined or written, and a hang-up loses the picture."""
-        if (refusal := may_generate(waiter)) is not None:
-            raise refusal
-        if call_id in self._unstored:
-            raise RequestIdRunningError("A NO_STORE call with this request_id still runs.")
-        if call_id:
-            self._unstored.add(call_id)
-        spending = asyncio.Event()
-        making = self._tasks.own(self._make_unstored(waiter, call_id, spending.set), "unstored")
-        making.add_done_callback(lambda _: self._unstored.discard(call_id))
-        try:
-            return await asyncio.shield(making)
-        finally:
-            if not spending.is_set():
-                making.cancel()
-
-    async def _make_unstored(self, waiter: Waiter, call_id: str, on_spending: Callable[[], None]) -> list[Served]:
-        if call_id and await self._resent.is_spent(call_id):
-            raise RequestIdSpentError("This request_id was used before, and NO_STORE kept nothing of it.")
-        served: list[Served] = []
-        try:
-            await self._fill_unstored(waiter, served, on_spending)
-        finally:
-            if call_id and served:
-                # Also if it failed half way: sent again it would pay again for what it had.
-                await self._resent.remember(call_id, Replay(waiter.key.identity_name, ()))
-        return self._with_spares(served, waiter)
-
-    async def _fill_unstored(self, waiter: Waiter, served: list[Served], on_spending: Callable[[], None]) -> None:
-        while missing := waiter.variants[len(served) :]:
-            order = _order(waiter, waiter.terms.priority, waiter.until_s, len(missing))
-            images = await self._generation.generate(
-                order, missing, on_spending=on_spending, on_spare=partial(_drop_spare, waiter)
-            )
-            for variant, image in zip(missing, images, strict=False):
-                entry = self._entry(image, waiter.identity, waiter.namespace, variant=variant, ttl_s=None, tags=())
-                served.append(self._served(Loaded(entry, TierName.UPSTREAM, payer=waiter), waiter))
-
-
-def _order(waiter: Waiter, priority: Priority, deadline_s: float | None, n: int) -> Order:
-    """What to ask of the miss path for this waiter, on these terms."""
-    terms = waiter.terms
-    return Order(
-        waiter.request,
-        n,
-        namespace=waiter.namespace.name,
-        caller=waiter.caller.name,
-        priority=priority,
-        deadline_s=deadline_s,
-        tags=terms.tags,
-        candidates=terms.candidates,
-        allow_degraded=terms.allow_degraded,
-    )
+    def _keep_for(self, lead: Waiter, entry: CachedImage, replace: bool) -> Awaitable[CachedImage]:  # noqa: FBT001 - as it is lent
+        """Store what was made for `lead` alone; one that is too doubtful to be shared waits for review."""
+        if _is_doubtful(entry.image, lead):
+            return _as_made(self._reviews.hold(entry), entry)
+        return self._keeper.keep(entry, replace=replace)
 
 
 def _is_doubtful(image: GeneratedImage, waiter: Waiter) -> bool:
@@ -700,6 +665,12 @@ def _is_doubtful(image: GeneratedImage, waiter: Waiter) -> bool:
     if least is None or waiter.terms.candidates == 1:
         return False
     return image.score is None or image.score < least
+
+
+async def _as_made(held: Awaitable[CachedImage], entry: CachedImage) -> CachedImage:
+    """`entry` once it is kept in review: its caller is answered with it all the same."""
+    await held
+    return entry
 
 
 async def _once_kept_in_review(kept: Awaitable[CachedImage]) -> CachedImage:
@@ -713,11 +684,6 @@ def _leave_to_review(flight: Flight, in_review: set[int]) -> None:
     for waiter in flight.payers:
         if not waiter.refresh and not in_review.isdisjoint(waiter.lacks(flight.loaded)):
             flight.refuse(waiter, InReviewError("It waits for review."))
-
-
-def _drop_spare(waiter: Waiter, image: GeneratedImage) -> None:
-    """NO_STORE keeps nothing, but it has cost something."""
-    waiter.spare_microusd += image.paid_microusd
 
 
 class _Walked(NamedTuple):

@@ -94,6 +94,20 @@ class Waiter:
             return False
         return self.not_before_s is None or loaded.entry.create_time_s >= self.not_before_s
 
+    def order(self, n: int, *, priority: Priority, deadline_s: float | None) -> Order:
+        """What to ask of the miss path for this caller: `n` pictures, so urgently and by then."""
+        return Order(
+            self.request,
+            n,
+            namespace=self.namespace.name,
+            caller=self.caller.name,
+            priority=priority,
+            deadline_s=deadline_s,
+            tags=self.terms.tags,
+            candidates=self.terms.candidates,
+            allow_degraded=self.terms.allow_degraded,
+        )
+
     def lacks(self, loaded: dict[int, Loaded]) -> set[int]:
         """The variants still to come."""
         return {v for v in self.variants if v not in loaded or not self.accepts(loaded[v])}

@@ -566,6 +566,7 @@ class Namespace:
     catalog profile drops. Lifetimes in seconds; None is for ever. `quality_by_use` gives the quality of a request
     that says what it is for. A best candidate that scores below `min_score` waits for a person's review.
     `remake_degraded`: what was made at a lower quality is made anew, at the one asked for, off-peak.
+    `serve_percent` (0 to 100) is the share of keys that are served from the cache; the others are only observed.
     """
 
     name: str
@@ -581,6 +582,13 @@ class Namespace:
     max_candidates: int = 4
     min_score: float | None = None
     remake_degraded: bool = False
+    serve_percent: float = 100.0
+
+    def serves(self, key: CacheKey) -> bool:
+        """Whether this key is served from the cache. One that is stays so when the percentage grows."""
+        if self.serve_percent >= 100:  # noqa: PLR2004 - percent
+            return True
+        return int.from_bytes(key.fingerprint[:8]) / 2**64 * 100 < self.serve_percent
 
 
 @dataclass(frozen=True, slots=True)
@@ -632,7 +640,11 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One picture of an answer and where it came from."""
+    """One picture of an answer and where it came from.
+
+    `would_hit`: made for this caller alone, though this tier would have answered; UPSTREAM: though it would have
+    joined a load. None: the cache was used as it is.
+    """
 
     entry: CachedImage
     tier: TierName
@@ -642,6 +654,7 @@ class Served:
     degraded: bool = False
     cost_microusd: int = 0
     saved_microusd: int = 0
+    would_hit: TierName | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,8 +39,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rungs": VALUES,
     "precheck": VALUES | {"identity"},
     "resent": VALUES | {"flight"},
+    "alone": VALUES | {"flight", "paying", "resent"},
     "cache": VALUES
-    | {"tiers", "flight", "keep", "purge", "paying", "resent", "variants", "reviews", "remakes", "rungs"},
+    | {"tiers", "flight", "keep", "purge", "paying", "resent", "alone", "variants", "reviews", "remakes", "rungs"},
     "settings": VALUES | {"identity"},
     "http": VALUES,
     "rpc": VALUES | {"cache", "purge", "imports", "identity", "accounting", "generation", "precheck", "pb"},

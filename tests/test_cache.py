@@ -663,7 +663,7 @@ class TestRefreshAndNoStore:
         await until(lambda: sum(house.generator.queue_depth.values()) == 1)
         hung_up.cancel()
         await asyncio.wait({hung_up})
-        await until(lambda: not house.cache._unstored)
+        await until(lambda: not house.cache._alone.running)
         again = asyncio.create_task(house.get(**terms))
         house.upstream.release()
         await running
@@ -680,7 +680,7 @@ class TestRefreshAndNoStore:
         with pytest.raises(RequestIdRunningError):
             await house.get(**terms)
         house.upstream.release()
-        await until(lambda: not house.cache._unstored)
+        await until(lambda: not house.cache._alone.running)
         with pytest.raises(RequestIdSpentError):
             await house.get(**terms)
         assert house.upstream.calls == 1

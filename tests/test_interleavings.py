@@ -320,7 +320,7 @@ def check_nothing_is_left_over(history: History) -> None:
     assert not house.keeper._last_writes
     assert not house.keeper._outdated
     assert not house.cache._resent._promises
-    assert not house.cache._unstored
+    assert not house.cache._alone.running
     assert house.books.snapshot(None).unsaved == 0
 
 

@@ -45,6 +45,7 @@ class CounterBooks:
 
     Spent is booked where money is spent, unknown where it may have been, saved where a hit spares it, coalesced (a
     part of saved) where a call joined a load that another paid for: no dollar is in two of spent, unknown and saved.
+    What an observed call would have saved was spent: it is what its row would have cost, and nobody's saved.
     """
 
     def __init__(self, *, clock: Clock, registry: CollectorRegistry, told_apart: ToldApart | None = None) -> None:

@@ -67,7 +67,7 @@ def pending_status() -> str:
 
 
 def _way(served: Served, policy: CachePolicy) -> list[str]:
-    if policy is CachePolicy.NO_STORE:
+    if policy is CachePolicy.NO_STORE or served.would_hit is not None:
         return ["fwd=bypass"]
     if served.collapsed:
         return ["fwd=uri-miss", "collapsed"]

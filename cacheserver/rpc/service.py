@@ -493,7 +493,7 @@ class PromptCacheService:
             self._books.answered(
                 call.namespace,
                 outcome,
-                served.tier,
+                served.would_hit or served.tier,
                 seconds=self._seconds(call),
                 image_bytes=served.entry.size_bytes,
                 saved_microusd=served.saved_microusd,
@@ -535,6 +535,8 @@ def _outcome_of_failure(error: Exception) -> Outcome:
 
 
 def _outcome(served: Served) -> Outcome:
+    if served.would_hit is not None:
+        return Outcome.OBSERVED
     if served.tier is not TierName.UPSTREAM:
         return Outcome.STALE if served.stale else Outcome.HIT
     return Outcome.COLLAPSED if served.collapsed else Outcome.MISS

@@ -553,6 +553,19 @@ class NamespaceSettings(_Section):
     remake_degraded: bool = Field(
         default=False, description="Make degraded images anew, as they were asked for, in generation.off_peak_hours."
     )
+    mode: Literal["serve", "observe"] = Field(
+        default="serve",
+        description=(
+            "serve or observe: whether callers are answered from the cache. observe: each call is generated, and what "
+            "would have hit is only counted."
+        ),
+    )
+    serve_percent: float = Field(
+        default=100.0,
+        ge=0,
+        le=100,
+        description="In mode serve, percentage of the keys that are served; the others are observed.",
+    )
 
     @check(mode="after")
     def _lifetimes_agree(self) -> Self:
@@ -828,6 +841,7 @@ def _namespace(name: str, written: NamespaceSettings, settings: Settings) -> Nam
         max_candidates=settings.generation.max_candidates,
         min_score=written.min_score,
         remake_degraded=written.remake_degraded,
+        serve_percent=written.serve_percent if written.mode == "serve" else 0.0,
     )
 
 
