@@ -490,6 +490,10 @@ class Books(Protocol):
         """A prompt was refused before anything was looked up or spent."""
         ...
 
+    def client_fallbacks(self, namespace: str, pictures: int) -> None:
+        """A client had so many pictures made without us while it could not reach us."""
+        ...
+
     def paid_unknown(self) -> None:
         """A picture was paid for though the last tier could not be asked."""
         ...

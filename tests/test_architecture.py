@@ -61,7 +61,7 @@ LIBRARIES: dict[str, set[str]] = {
     "botocore": {"tiers/s3.py", "tiers/objects.py"},
     "PIL": {"generation"},
     "aiohttp": {"generation"},
-    "httpx": {"generation", "alarms", "cli", "embedded"},
+    "httpx": {"generation", "alarms", "cli", "embedded", "client/openai.py"},
     "starlette": {"http"},
     "uvicorn": {"http"},
     "prometheus_client": {"accounting", "http", "app", "cli"},

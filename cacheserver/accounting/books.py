@@ -152,6 +152,10 @@ class CounterBooks:
         """A prompt was refused before anything was looked up or spent."""
         self._metrics.refused.labels(namespace, reason).inc()
 
+    def client_fallbacks(self, namespace: str, pictures: int) -> None:
+        """A client had so many pictures made without us while it could not reach us."""
+        self._metrics.client_fallbacks.labels(namespace).inc(pictures)
+
     def paid_unknown(self) -> None:
         """A picture was paid for though the last tier could not be asked."""
         self._paid_unknown += 1
@@ -249,6 +253,7 @@ class _Metrics:
         self.budget_overrun = counter("budget_overrun_microusd", "Paid above what was set aside", "upstream")
         self.refused = counter("prompts_refused", "Prompts refused before any look-up", "namespace", "reason")
         self.degraded = counter("degraded", "Pictures answered at a lower quality than asked for", "namespace")
+        self.client_fallbacks = counter("client_fallbacks", "Pictures clients had made while we were away", "namespace")
         self.saved = counter("saved_microusd", "Not paid thanks to a hit, in micro-dollars")
         self.errors = counter("errors", "Failed calls by published reason", "reason")
         self.breaker_open = gauge("breaker_open", "1 while a tier or upstream is not asked", "tier")

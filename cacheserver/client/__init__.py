@@ -48,6 +48,7 @@ from cacheserver.client.errors import (
     UnreachableError,
     UnsupportedError,
 )
+from cacheserver.client.fallback import AsyncFallback, Fallback
 from cacheserver.client.sync import Client
 from cacheserver.client.values import (
     CacheStatus,
@@ -101,6 +102,7 @@ __all__ = [
     "AlarmState",
     "AsyncAdmin",
     "AsyncClient",
+    "AsyncFallback",
     "AttemptOutcome",
     "BatchItem",
     "BatchOptions",
@@ -123,6 +125,7 @@ __all__ = [
     "Explanation",
     "ExportedFacts",
     "ExportedIdentity",
+    "Fallback",
     "FieldDifference",
     "FindResult",
     "Found",

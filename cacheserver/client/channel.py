@@ -41,6 +41,12 @@ CHANNEL_OPTIONS: Final[Sequence[tuple[str, str | int]]] = (
     ("grpc.max_reconnect_backoff_ms", 5_000),
 )
 
+IMPATIENT_OPTIONS: Final[Sequence[tuple[str, str | int]]] = (
+    *CHANNEL_OPTIONS,
+    ("grpc.min_reconnect_backoff_ms", 3_000),  # also the time to connect, 20 s if not given
+)
+"""For a client that knows what to do while nobody answers."""
+
 
 def credentials(*, tls: bool, root_certificates: bytes | None) -> grpc.ChannelCredentials | None:
     """Credentials for a TLS connection; None for a plain one.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from itertools import chain
-from typing import Protocol, TypeVar, Unpack
+from typing import Any, Protocol, TypeVar, Unpack
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -69,14 +69,19 @@ class _WireEnum(Protocol):
 # --- requests ---
 
 
+def spec_of(prompt: str | ImageSpec, options: Mapping[str, Any]) -> ImageSpec:
+    """What decides the picture of a call: of its `options`, those of a spec go before what the prompt says."""
+    fields = SpecOptions.__optional_keys__
+    return _merged(prompt, {name: value for name, value in options.items() if name in fields})
+
+
 def spec_message(prompt: str | ImageSpec, **options: Unpack[SpecOptions]) -> pb.ImageSpec:
     """The message for a prompt; `options` that are not None go before what an ImageSpec says.
 
     Raises:
         InvalidRequestError: a text is no valid Unicode, a number too large, or `extra` no JSON.
     """
-    given = {name: value for name, value in options.items() if value is not None}
-    spec = replace(prompt if isinstance(prompt, ImageSpec) else ImageSpec(prompt), **given)  # type: ignore[arg-type] # a TypedDict loses its types in a filter
+    spec = _merged(prompt, options)
     try:
         return pb.ImageSpec(
             prompt=spec.prompt,
@@ -92,6 +97,11 @@ def spec_message(prompt: str | ImageSpec, **options: Unpack[SpecOptions]) -> pb.
         )
     except (TypeError, ValueError) as exc:
         raise unsendable("spec", exc) from None  # the cause may carry the prompt
+
+
+def _merged(prompt: str | ImageSpec, options: Mapping[str, Any]) -> ImageSpec:
+    given = {name: value for name, value in options.items() if value is not None}
+    return replace(prompt if isinstance(prompt, ImageSpec) else ImageSpec(prompt), **given)
 
 
 def image_request(  # noqa: PLR0913 - one keyword per field of the message

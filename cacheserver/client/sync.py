@@ -17,7 +17,8 @@ from cacheserver.client import channel, messages
 from cacheserver.client.admin import Admin
 from cacheserver.client.batch import Batch, BatchOptions, BatchProgress, BatchPrompt, BatchResult, run_in_threads
 from cacheserver.client.download import Download
-from cacheserver.client.errors import error_of
+from cacheserver.client.errors import UnreachableError, error_of
+from cacheserver.client.fallback import Fallback, Fallbacks, can_stand_in
 from cacheserver.client.image_file import ImageFile
 from cacheserver.client.values import (
     Delivery,
@@ -53,6 +54,7 @@ class Client:
         token: str | None = None,
         tls: bool = False,
         root_certificates: bytes | None = None,
+        fallback: Fallback | None = None,
     ) -> None:
         """Prepare a connection; nothing is sent yet.
 
@@ -61,29 +63,50 @@ class Client:
             token: The caller's bearer token.
             tls: Use TLS. Implied by `root_certificates`.
             root_certificates: PEM certificates to trust instead of the usual authorities.
+            fallback: Makes a picture without the service: what `get_image` answers with where nobody answers at the
+                address. A call that broke off when it had reached the service may then be paid for twice.
         """
         self._address = address
+        self._fallback = fallback
+        self._fallbacks = Fallbacks()
         self._metadata = channel.call_metadata(token)
+        options = channel.CHANNEL_OPTIONS if fallback is None else channel.IMPATIENT_OPTIONS
         credentials = channel.credentials(tls=tls, root_certificates=root_certificates)
         if credentials is None:
-            self._channel = grpc.insecure_channel(address, channel.CHANNEL_OPTIONS)
+            self._channel = grpc.insecure_channel(address, options)
         else:
-            self._channel = grpc.secure_channel(address, credentials, channel.CHANNEL_OPTIONS)
+            self._channel = grpc.secure_channel(address, credentials, options)
         self.admin = Admin(self._channel, self._call, self._stream)
         """For whoever runs the service: upstreams, budgets, the ledger, reviews and stored pictures."""
         self._stub = PromptCacheServiceStub(self._channel)  # type: ignore[no-untyped-call] # generated without types
+
+    @property
+    def fallbacks(self) -> int:
+        """How many pictures the fallback has made so far."""
+        return self._fallbacks.made
 
     def get_image(
         self, prompt: str | ImageSpec, *, timeout_s: float = 120.0, **options: Unpack[GetOptions]
     ) -> ImageResult:
         """The picture(s) of a prompt from the fastest tier that has them, generated if none has.
 
+        Where nobody answers at the address the client's fallback makes them, if it has one: `by_fallback` says so. An
+        error that the service answers with is raised all the same.
+
         Raises:
             ImageTooLargeError: too large for one answer; `download` and `stream_image` carry any size.
             CacheError: the call failed otherwise.
         """
         request = messages.image_request(prompt, **options)
-        return messages.read_result(self._call(self._stub.GetImage, request, timeout_s))
+        try:
+            return messages.read_result(self._call(self._stub.GetImage, request, timeout_s))
+        except UnreachableError:
+            fallback = self._fallback
+            if fallback is None or not can_stand_in(options):
+                raise
+            spec = messages.spec_of(prompt, options)
+            made = [fallback(spec) for _ in range(options.get("n", 1))]
+            return self._fallbacks.result(made)
 
     def generate_many(
         self,
@@ -277,6 +300,7 @@ class Client:
 
     def close(self) -> None:
         """Let go of the connection. Calls that still run end with CacheError."""
+        self._fallback = None
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -289,7 +313,8 @@ class Client:
 
     def _call(self, method: Any, request: Any, timeout_s: float) -> Any:
         try:
-            return method(request, timeout=timeout_s, metadata=self._metadata)
+            with self._fallbacks.telling() as told:
+                return method(request, timeout=timeout_s, metadata=(*self._metadata, *told))
         except grpc.RpcError as exc:
             raise error_of(exc, self._address) from exc
 

@@ -232,12 +232,14 @@ class ImageResult:
     """The answer to `get_image`: pictures and where they came from.
 
     `status` names the slowest tier used and sums over all pictures; `image_status` is aligned with `images`.
-    `image`, `key`, `data` and `url` are for answers of one picture and raise ValueError for several.
+    `image`, `key`, `data` and `url` are for answers of one picture and raise ValueError for several. `by_fallback`:
+    the client's fallback made the pictures, while nobody answered; they have no key, and what they cost is not known.
     """
 
     images: tuple[Image, ...]
     status: CacheStatus
     image_status: tuple[CacheStatus, ...] = ()
+    by_fallback: bool = False
 
     @property
     def pending(self) -> bool:

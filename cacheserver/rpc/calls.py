@@ -30,6 +30,7 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 M = TypeVar("M", bound=Message)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_FALLBACKS = re.compile(r"[1-9][0-9]{0,5}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 
 
@@ -200,6 +201,8 @@ class Calls:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it was, the caller gets a status that fits
                 await self._fail(call, context, error)
+            if fallbacks := _fallbacks(call.metadata):
+                self._books.client_fallbacks(call.namespace, fallbacks)
             context.set_trailing_metadata((*call.trailers, ("x-request-id", call.request_id)))
             self._log(call, grpc.StatusCode.OK)
 
@@ -261,6 +264,12 @@ def _request_id(metadata: Mapping[str, str]) -> str:
     """The caller's id of the call if it is fit for a log line, else one of ours."""
     stated = metadata.get("x-request-id", "")
     return stated if _REQUEST_ID.fullmatch(stated) else secrets.token_hex(16)
+
+
+def _fallbacks(metadata: Mapping[str, str]) -> int:
+    """How many pictures the caller says it had made without us; 0 if it says nothing fit to be counted."""
+    stated = metadata.get("x-fallbacks", "")
+    return int(stated) if _FALLBACKS.fullmatch(stated) else 0
 
 
 def _trace_id(metadata: Mapping[str, str]) -> dict[str, str]:
