@@ -26,6 +26,7 @@ from cacheserver.cli import (
     token,
     top,
     upstreams,
+    why,
 )
 from cacheserver.cli.options import flat
 
@@ -43,6 +44,7 @@ for _command in (
     put.put,
     purge.purge,
     explain.explain,
+    why.why,
     stats.stats,
     top.top,
     alarms.alarms,

@@ -9,12 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
-from cacheserver.client import CacheError, InvalidRequestError, NotCachedError, UnreachableError
+from cacheserver.client import CacheError, InvalidRequestError, NotCachedError, UnknownCallError, UnreachableError
 
 FAILED = 1
 WRONG_USE = 2
 NOT_THERE = 3
-"""Exit codes: a failure, a wrong argument, and an image that is not cached, gone, or not made yet."""
+"""Exit codes: a failure, a wrong argument, and an image or call that is not there: not cached, gone, not made yet."""
 
 _OFF_TERMINAL_WIDTH = 160
 
@@ -52,7 +52,7 @@ class Output:
         self._problem(facts, _lines(error))
         if isinstance(error, InvalidRequestError):
             return WRONG_USE
-        return NOT_THERE if isinstance(error, NotCachedError) else FAILED
+        return NOT_THERE if isinstance(error, NotCachedError | UnknownCallError) else FAILED
 
     def problem(self, message: str) -> None:
         """Print what is wrong on this side."""

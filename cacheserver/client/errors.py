@@ -5,6 +5,7 @@ CacheError                        carries code, reason, violations, retry_after_
 ├── NotCachedError                a cache-only read found nothing
 │   └── KeyGoneError              no tier has the picture of this key any more
 ├── UnknownNameError              no such upstream, budget or review; only of `admin`
+├── UnknownCallError              the service remembers no such call; only of `explain_call`
 ├── PromptRefusedError            the prompt is refused; change it
 ├── ImageTooLargeError            too large for one answer; `download` and `stream_image` carry any size
 ├── ImageChangedError             the picture a download began with is not the one stored now
@@ -79,6 +80,10 @@ class UnknownNameError(CacheError):
     """The service has no upstream or budget of this name, or no picture of this key waits for review."""
 
 
+class UnknownCallError(CacheError):
+    """The replica that answers remembers no call of this id, or it was somebody else's."""
+
+
 class PromptRefusedError(CacheError):
     """The prompt is refused by the upstream or the service; change it."""
 
@@ -128,6 +133,7 @@ _BY_REASON: Mapping[str, type[CacheError]] = {
     "KEY_GONE": KeyGoneError,
     "UPSTREAM_UNKNOWN": UnknownNameError,
     "REVIEW_GONE": UnknownNameError,
+    "CALL_UNKNOWN": UnknownCallError,
     "PROMPT_REFUSED": PromptRefusedError,
     "PROMPT_DENIED": PromptRefusedError,
     "PII_FOUND": PromptRefusedError,

@@ -18,7 +18,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from cacheserver.client.errors import InvalidRequestError
 from cacheserver.client.values import (
+    AnsweredImage,
     CacheStatus,
+    CallExplanation,
     Delivery,
     ExplainResult,
     Explanation,
@@ -29,6 +31,7 @@ from cacheserver.client.values import (
     ImageResult,
     ImageSpec,
     Live,
+    NearMiss,
     Presence,
     PurgeResult,
     PutResult,
@@ -349,6 +352,23 @@ def read_explained(response: pb.ExplainKeyResponse) -> ExplainResult:
         explanation=_explanation(response.explanation),
         other=_explanation(response.other) if response.HasField("other") else None,
         differences=tuple(FieldDifference(each.field, each.value, each.other_value) for each in response.differences),
+    )
+
+
+def read_call(response: pb.ExplainCallResponse) -> CallExplanation:
+    """The answer to ExplainCall."""
+    near = response.nearest
+    return CallExplanation(
+        rpc=response.rpc,
+        time=time_of(response, "time"),
+        caller=response.caller,
+        namespace=response.namespace,
+        latency_s=seconds_of(response.latency),
+        reason=response.reason,
+        images=tuple(AnsweredImage(each.key, read_status(each.status), each.billed) for each in response.images),
+        nearest=NearMiss(near.key, near.field, near.value, near.cached_value, near.likeness)
+        if response.HasField("nearest")
+        else None,
     )
 
 

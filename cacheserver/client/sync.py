@@ -21,6 +21,7 @@ from cacheserver.client.errors import UnreachableError, error_of
 from cacheserver.client.fallback import Fallback, Fallbacks, can_stand_in
 from cacheserver.client.image_file import ImageFile
 from cacheserver.client.values import (
+    CallExplanation,
     Delivery,
     ExplainResult,
     FindResult,
@@ -36,6 +37,7 @@ from cacheserver.client.values import (
     StreamEvent,
 )
 from cacheserver.model import MatchLevel, StatsField, StatsSpan
+from cacheserver.pb.promptcache_pb2 import ExplainCallRequest
 from cacheserver.pb.promptcache_pb2_grpc import PromptCacheServiceStub
 
 
@@ -275,6 +277,16 @@ class Client:
         """
         request = messages.explain_request(prompt, other, namespace=namespace, match_level=match_level)
         return messages.read_explained(self._call(self._stub.ExplainKey, request, timeout_s))
+
+    def explain_call(self, request_id: str, *, timeout_s: float = 30.0) -> CallExplanation:
+        """What became of an earlier call, by its x-request-id: one's own, or with the permission admin anybody's.
+
+        Raises:
+            UnknownCallError: the replica that answers remembers no such call.
+            CacheError: the call failed otherwise.
+        """
+        request = ExplainCallRequest(request_id=request_id)
+        return messages.read_call(self._call(self._stub.ExplainCall, request, timeout_s))
 
     def stats(  # noqa: PLR0913 - one keyword per field of the message
         self,

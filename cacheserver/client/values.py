@@ -388,6 +388,53 @@ class ExplainResult:
 
 
 @dataclass(frozen=True, slots=True)
+class AnsweredImage:
+    """One picture of an earlier answer. `billed`: the call was billed for it."""
+
+    key: str
+    status: CacheStatus
+    billed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NearMiss:
+    """A cached picture that another request would have found.
+
+    Attributes:
+        field: The one field in which the two requests differ; "prompt" where only the prompts do.
+        value: The field's value in the call's request; empty for a prompt or an unknown parameter.
+        cached_value: Its value in the request that the picture answers; empty as well.
+        likeness: For a prompt: how alike their words are, 0 to 1.
+    """
+
+    key: str
+    field: str
+    value: str
+    cached_value: str
+    likeness: float
+
+
+@dataclass(frozen=True, slots=True)
+class CallExplanation:
+    """The answer to `explain_call`: what became of an earlier call.
+
+    Attributes:
+        time: When it came.
+        reason: The published reason it failed for, or how it ended; empty: it did not fail.
+        nearest: For a picture that no tier had: what was nearest to it in the cache, if anything was.
+    """
+
+    rpc: str
+    time: datetime | None
+    caller: str
+    namespace: str
+    latency_s: float
+    reason: str
+    images: tuple[AnsweredImage, ...]
+    nearest: NearMiss | None
+
+
+@dataclass(frozen=True, slots=True)
 class StatsRow:
     """Counters of what the row is told apart by; of everything in a total. Money in micro-dollars.
 

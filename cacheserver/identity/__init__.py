@@ -6,7 +6,7 @@ namespace's profile (normalize.py), writes the canonical identity and hashes it 
 """
 
 from cacheserver.identity.catalog import compile_catalog_patterns
-from cacheserver.identity.explain import FieldDifference, differences
+from cacheserver.identity.explain import FieldDifference, differences, fields_of
 from cacheserver.identity.fingerprint import identify
 from cacheserver.identity.normalize import PROFILES, Profile, normalize_prompt
 from cacheserver.identity.validation import QUALITIES, validate
@@ -18,6 +18,7 @@ __all__ = [
     "Profile",
     "compile_catalog_patterns",
     "differences",
+    "fields_of",
     "identify",
     "normalize_prompt",
     "validate",

@@ -23,7 +23,7 @@ class FieldDifference(NamedTuple):
 
 def differences(identity: Identity, other: Identity) -> list[FieldDifference]:
     """The fields in which two identities differ, by name; empty if and only if they are the same."""
-    mine, theirs = _fields(identity), _fields(other)
+    mine, theirs = fields_of(identity), fields_of(other)
     return [
         FieldDifference(name, mine.get(name, ""), theirs.get(name, ""))
         for name in sorted(mine.keys() | theirs.keys())
@@ -31,7 +31,8 @@ def differences(identity: Identity, other: Identity) -> list[FieldDifference]:
     ]
 
 
-def _fields(identity: Identity) -> dict[str, str]:
+def fields_of(identity: Identity) -> dict[str, str]:
+    """Every field of a canonical identity by its name, as a difference shows it."""
     profile, values = json.loads(identity.canonical)
     extra: dict[str, JsonValue] = values.pop("extra")
     values |= {f"extra.{name}": value for name, value in extra.items()}

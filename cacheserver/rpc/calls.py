@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, NoReturn, TypeAlias, TypeVar
@@ -19,7 +19,8 @@ from google.protobuf.message import DecodeError, Message
 
 from cacheserver.errors import MalformedMessageError, NotImplementedYetError, OverloadedError
 from cacheserver.interfaces import Books, Clock
-from cacheserver.model import Caller
+from cacheserver.model import Caller, Identity, Pending, Served
+from cacheserver.recall import Recall
 from cacheserver.rpc.auth import Authenticator
 from cacheserver.rpc.status import RpcStatus, status_of
 
@@ -39,9 +40,10 @@ _NOBODY = Caller("", frozenset())
 
 @dataclass(slots=True)
 class Call:
-    """One call in progress. Rpc methods read who asks and until when, and fill in the rest once it is known.
+    """One call in progress. Rpc methods read who asks and until when, and fill in what lies below `caller`.
 
     `model` and `quality` are those asked for, empty for a call that asks by key.
+    `wanted` is the identity of the picture it asks for, `answer` what it was answered with.
     """
 
     rpc: str
@@ -54,6 +56,8 @@ class Call:
     model: str = ""
     quality: str = ""
     trailers: list[tuple[str, str]] = field(default_factory=list)
+    wanted: Identity | None = None
+    answer: Sequence[Served] | Pending | None = None
 
 
 class Parts(Generic[M]):
@@ -77,8 +81,17 @@ class Parts(Generic[M]):
 class Calls:
     """Makes grpc handlers of plain rpc methods, and knows how many calls are in progress."""
 
-    def __init__(self, *, authenticator: Authenticator, books: Books, clock: Clock, max_in_progress: int) -> None:
-        """Calls beyond `max_in_progress` are turned away before they cost anything."""
+    def __init__(
+        self,
+        *,
+        authenticator: Authenticator,
+        books: Books,
+        clock: Clock,
+        max_in_progress: int,
+        recall: Recall | None = None,
+    ) -> None:
+        """Calls beyond `max_in_progress` are turned away before they cost anything. `recall` is told of every call."""
+        self._recall = recall
         self._max_in_progress = max_in_progress
         self._authenticator = authenticator
         self._books = books
@@ -180,11 +193,11 @@ class Calls:
             try:
                 answered = await answer(call)
             except asyncio.CancelledError:
-                self._log(call, self._how_gone(call))
+                self._conclude(call, self._how_gone(call))
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it was, the caller gets a status that fits
                 return self._failed(call, error)
-            self._log(call, grpc.StatusCode.OK)
+            self._conclude(call, grpc.StatusCode.OK)
             return answered
 
     @asynccontextmanager
@@ -197,14 +210,14 @@ class Calls:
                 yield call
             except (asyncio.CancelledError, grpc.aio.BaseError):
                 # The caller has gone, or its deadline passed. BaseError: grpc cannot write to it any more.
-                self._log(call, self._how_gone(call))
+                self._conclude(call, self._how_gone(call))
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it was, the caller gets a status that fits
                 await self._fail(call, context, error)
             if fallbacks := _fallbacks(call.metadata):
                 self._books.client_fallbacks(call.namespace, fallbacks)
             context.set_trailing_metadata((*call.trailers, ("x-request-id", call.request_id)))
-            self._log(call, grpc.StatusCode.OK)
+            self._conclude(call, grpc.StatusCode.OK)
 
     def _begin(self, rpc: str, context: Context) -> Call:
         self._in_progress += 1
@@ -228,7 +241,7 @@ class Calls:
         status = status_of(error, request_id=call.request_id)
         self._books.error(status.reason)
         exc_info = error if status.code is grpc.StatusCode.INTERNAL else None
-        self._log(call, status.code, reason=status.reason, exc_info=exc_info)
+        self._conclude(call, status.code, reason=status.reason, exc_info=exc_info)
         return status
 
     async def _fail(self, call: Call, context: Context, error: Exception) -> NoReturn:
@@ -239,7 +252,23 @@ class Calls:
         is_late = call.deadline_s is not None and self._clock.monotonic_s() - call.started_s >= call.deadline_s
         return grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
 
-    def _log(self, call: Call, code: grpc.StatusCode, *, reason: str = "", exc_info: Exception | None = None) -> None:
+    def _conclude(
+        self, call: Call, code: grpc.StatusCode, *, reason: str = "", exc_info: Exception | None = None
+    ) -> None:
+        """Write the call's one line, and remember it if its caller is known."""
+        seconds = self._clock.monotonic_s() - call.started_s
+        if self._recall is not None and call.caller is not _NOBODY:
+            self._recall.note(
+                call.request_id,
+                rpc=call.rpc,
+                time_s=self._clock.now_s() - seconds,
+                caller=call.caller.name,
+                namespace=call.namespace,
+                seconds=seconds,
+                reason="" if code is grpc.StatusCode.OK else reason or code.name,
+                answer=call.answer,
+                wanted=call.wanted,
+            )
         log = _log.error if exc_info else _log.info
         log(
             "call",
@@ -248,7 +277,7 @@ class Calls:
             reason=reason,
             caller=call.caller.name,
             namespace=call.namespace,
-            seconds=round(self._clock.monotonic_s() - call.started_s, 6),
+            seconds=round(seconds, 6),
             exc_info=exc_info,
         )
 

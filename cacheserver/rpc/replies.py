@@ -24,6 +24,7 @@ from cacheserver.model import (
     Usage,
 )
 from cacheserver.pb import promptcache_pb2 as pb
+from cacheserver.recall import NearMiss, Remembered, Told
 
 TIERS = {
     TierName.MEMORY: pb.TIER_MEMORY,
@@ -93,17 +94,20 @@ def image_facts(entry: CachedImage) -> pb.Image:
 
 def status_of_image(served: Served) -> pb.CacheStatus:
     """Where one picture came from and what it cost."""
-    expire_time_s = served.entry.expire_time_s
+    return _status(served, TIERS[served.tier], served.entry.expire_time_s)
+
+
+def _status(facts: Served | Told, tier: pb.Tier, expire_time_s: float | None) -> pb.CacheStatus:
     return pb.CacheStatus(
-        tier=TIERS[served.tier],
+        tier=tier,
         state=pb.STATE_READY,
-        matched=_MATCH_LEVELS[served.matched],
-        collapsed=served.collapsed,
-        stale=served.stale,
-        degraded=served.degraded,
+        matched=_MATCH_LEVELS[facts.matched],
+        collapsed=facts.collapsed,
+        stale=facts.stale,
+        degraded=facts.degraded,
         expire_time=None if expire_time_s is None else timestamp(expire_time_s),
-        cost_microusd=served.cost_microusd,
-        saved_microusd=served.saved_microusd,
+        cost_microusd=facts.cost_microusd,
+        saved_microusd=facts.saved_microusd,
     )
 
 
@@ -163,6 +167,32 @@ def explanation(identity: Identity) -> pb.Explanation:
 def differences(found: Sequence[FieldDifference]) -> list[pb.FieldDifference]:
     """Where two identities differ."""
     return [pb.FieldDifference(field=d.field, value=d.value, other_value=d.other_value) for d in found]
+
+
+def call_explained(call: Remembered, nearest: NearMiss | None) -> pb.ExplainCallResponse:
+    """What became of a call."""
+    response = pb.ExplainCallResponse(
+        rpc=call.rpc,
+        time=timestamp(call.time_s),
+        caller=call.caller,
+        namespace=call.namespace,
+        latency=duration(call.seconds),
+        reason=call.reason,
+        images=[pb.AnsweredImage(key=e.key.name, status=_told_status(e), billed=e.billed) for e in call.images],
+    )
+    if nearest is not None:
+        response.nearest.key = nearest.key.name
+        response.nearest.field = nearest.field
+        response.nearest.value = text(nearest.value)
+        response.nearest.cached_value = text(nearest.cached_value)
+        response.nearest.likeness = nearest.likeness
+    return response
+
+
+def _told_status(told: Told) -> pb.CacheStatus:
+    if told.tier is None:
+        return pb.CacheStatus(state=pb.STATE_PENDING)
+    return _status(told, TIERS[told.tier], told.expire_time_s)
 
 
 def stats_response(stats: Stats) -> pb.GetStatsResponse:

@@ -50,6 +50,7 @@ from cacheserver.model import (
 )
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.precheck import PromptPolicy
+from cacheserver.recall import Recall
 from cacheserver.rpc import headers, messages, replies, wire
 from cacheserver.rpc.auth import Authenticator
 from cacheserver.rpc.batch import Batch
@@ -149,8 +150,13 @@ class PromptCacheService:
         self._inspect = inspect
         self._clock = clock
         self._limits = limits
+        self._recall = Recall()
         self._calls = Calls(
-            authenticator=authenticator, books=books, clock=clock, max_in_progress=limits.max_concurrent_calls
+            authenticator=authenticator,
+            books=books,
+            clock=clock,
+            max_in_progress=limits.max_concurrent_calls,
+            recall=self._recall,
         )
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -172,6 +178,7 @@ class PromptCacheService:
                 "ExplainKey": calls.unary("ExplainKey", pb.ExplainKeyRequest, self.explain_key),
                 "WarmImages": calls.not_implemented("WarmImages"),
                 "GetStats": calls.unary("GetStats", pb.GetStatsRequest, self.get_stats),
+                "ExplainCall": calls.unary("ExplainCall", pb.ExplainCallRequest, self.explain_call),
             },
         )
 
@@ -269,10 +276,11 @@ class PromptCacheService:
             )
             answer = served if isinstance(served, Pending) else [served]
         else:
-            identity = identify(asked.what, asked.namespace, asked.match_level)
+            identity = call.wanted = identify(asked.what, asked.namespace, asked.match_level)
             answer = await self._cache.get(
                 asked.what, identity, namespace=asked.namespace, caller=call.caller, terms=asked.terms
             )
+        call.answer = answer
         if isinstance(answer, Pending):
             for _ in answer.keys:
                 self._answered(call, Outcome.PENDING)
@@ -443,6 +451,11 @@ class PromptCacheService:
             response.other.CopyFrom(replies.explanation(other))
             response.differences.extend(replies.differences(differences(first, other)))
         return response.SerializeToString()
+
+    async def explain_call(self, message: pb.ExplainCallRequest, call: Call) -> bytes:
+        """What became of an earlier call, and what it missed by how little."""
+        known = self._recall.explain(message.request_id, call.caller)
+        return replies.call_explained(known, await self._recall.nearest(known, self._cache.find)).SerializeToString()
 
     async def get_stats(self, message: pb.GetStatsRequest, call: Call) -> bytes:
         """The counters of this process since it started, or the figures of all replicas for a span of time."""

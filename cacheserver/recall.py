@@ -1,0 +1,235 @@
+"""What became of the latest calls, and which cached picture a call missed by how little.
+
+In memory, of this process alone, and bounded. No text of a prompt is kept: a prompt is known by its digest and by
+hashes of its words, which are salted anew in every process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+from cacheserver.errors import UnknownCallError
+from cacheserver.identity import fields_of
+from cacheserver.model import CacheKey, Caller, Found, Identity, MatchLevel, Pending, Permission, Served, TierName
+
+Find = Callable[[Sequence[CacheKey]], Awaitable[tuple[list[Found], list[TierName]]]]
+
+_CALLS = 10_000
+_WISHES = 10_000
+_WORDS = 256
+_COMPARED = 2_000
+"""Prompts whose words are compared for one explanation, in some ten milliseconds of a thread."""
+
+_LOOKED_FOR = 20
+
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+"""A word; of a script that writes none apart, a character."""
+
+
+class Told(NamedTuple):
+    """One picture of an answer, without the picture. `tier` None: it was still being made, or reviewed."""
+
+    key: CacheKey
+    tier: TierName | None
+    matched: MatchLevel = MatchLevel.EXACT
+    collapsed: bool = False
+    stale: bool = False
+    degraded: bool = False
+    expire_time_s: float | None = None
+    cost_microusd: int = 0
+    saved_microusd: int = 0
+
+    @property
+    def billed(self) -> bool:
+        """Whether the call was billed for it."""
+        return self.tier is TierName.UPSTREAM and not self.collapsed
+
+
+class Remembered(NamedTuple):
+    """A call that has ended. `reason` is empty unless it failed; `wish` is there if a tier lacked what it asked for."""
+
+    rpc: str
+    time_s: float
+    caller: str
+    namespace: str
+    seconds: float
+    reason: str
+    images: tuple[Told, ...]
+    wish: Wish | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wish:
+    """A request as far as it is compared with others: where, its prompt's digest and words, and its other fields."""
+
+    key: CacheKey
+    prompt: int
+    words: array[int]
+    fields: tuple[tuple[str, str], ...]
+
+
+_Call = tuple[str, float, str, str, float, str, list[tuple[object, ...]], Wish | None]
+"""A Remembered before anybody asks for it, its pictures too: a plain tuple is made in a third of the time."""
+
+
+@dataclass(frozen=True, slots=True)
+class NearMiss:
+    """A cached picture that another request would have found, and the one field in which the two differ.
+
+    `likeness` is how many of both prompts' words they share, 0 to 1 (Jaccard, 1912), where the field is the prompt.
+    The values of a prompt or of a parameter nobody knows are not told.
+    """
+
+    key: CacheKey
+    field: str
+    value: str = ""
+    cached_value: str = ""
+    likeness: float = 0.0
+
+
+class Recall:
+    """The latest 10,000 calls, and the latest 10,000 different requests."""
+
+    def __init__(self, *, calls: int = _CALLS, wishes: int = _WISHES) -> None:
+        self._most_calls = calls
+        self._most_wishes = wishes
+        self._calls: dict[tuple[str, str], _Call] = {}
+        self._order: deque[tuple[str, str]] = deque()
+        self._wishes: OrderedDict[tuple[str, bytes], Wish] = OrderedDict()
+        self._by_prompt: dict[tuple[str, int], dict[Wish, None]] = {}
+        self._by_fields: dict[tuple[str, tuple[tuple[str, str], ...]], dict[Wish, None]] = {}
+
+    def note(  # noqa: PLR0913 - the facts of a call
+        self,
+        request_id: str,
+        *,
+        rpc: str,
+        time_s: float,
+        caller: str,
+        namespace: str,
+        seconds: float,
+        reason: str,
+        answer: Sequence[Served] | Pending | None,
+        wanted: Identity | None,
+    ) -> None:
+        """A call has ended, begun at `time_s` (since 1970). `wanted` is what it asked for, if it asked for a picture.
+
+        Takes one or two microseconds for a call whose request was seen before: this is on the way of every hit.
+        """
+        images: list[tuple[object, ...]] = []
+        if isinstance(answer, Pending):
+            images = [tuple(Told(key, None)) for key in answer.keys]
+        elif answer is not None:
+            images = [
+                (
+                    each.entry.key,
+                    each.tier,
+                    each.matched,
+                    each.collapsed,
+                    each.stale,
+                    each.degraded,
+                    each.entry.expire_time_s,
+                    each.cost_microusd,
+                    each.saved_microusd,
+                )
+                for each in answer
+            ]
+        wish = None
+        if wanted is not None:
+            wish = self._wishes.get((wanted.key.partition, wanted.key.digest)) or self._wished(wanted)
+        key = (caller, request_id)
+        if key not in self._calls:
+            self._order.append(key)
+        self._calls[key] = (rpc, time_s, caller, namespace, seconds, reason, images, wish)
+        if len(self._calls) > self._most_calls:
+            del self._calls[self._order.popleft()]
+
+    def explain(self, request_id: str, caller: Caller) -> Remembered:
+        """What became of a call: the caller's own, or with the permission admin anybody's, the latest of that id.
+
+        Raises UnknownCallError.
+        """
+        if (own := self._calls.get((caller.name, request_id))) is not None:
+            return _remembered(own)
+        if Permission.ADMIN in caller.permissions:
+            for (_, known), call in reversed(self._calls.items()):
+                if known == request_id:
+                    return _remembered(call)
+        raise UnknownCallError("This replica remembers no such call of yours; it may be another's, or long ago.")
+
+    async def nearest(self, call: Remembered, find: Find) -> NearMiss | None:
+        """What was nearest in the cache to a call that missed, of what some tier has now; None if nothing was."""
+        missed = call.reason or any(each.tier is TierName.UPSTREAM for each in call.images)
+        if call.wish is None or not missed:
+            return None
+        group = self._by_fields.get((call.wish.key.partition, call.wish.fields), {})
+        others = list(islice(reversed(group), _COMPARED))
+        likest = await asyncio.to_thread(_one_prompt_apart, call.wish, others)
+        near = [*islice(self._one_field_apart(call.wish), _LOOKED_FOR), *likest]
+        found, _ = await find([each.key for each in near])
+        return next((each for each, item in zip(near, found, strict=True) if item.tier is not None), None)
+
+    # ── what is near ────────────────────────────────────────────────────────────────────────────────────────
+
+    def _one_field_apart(self, wish: Wish) -> Iterator[NearMiss]:
+        """The latest requests of the same prompt that differ in one other field."""
+        mine = dict(wish.fields)
+        for other in reversed(self._by_prompt.get((wish.key.partition, wish.prompt), {})):
+            theirs = dict(other.fields)
+            differ = [name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)]
+            if len(differ) == 1:
+                [name] = differ
+                told = not name.startswith("extra.")  # its hash: it may be a text like a prompt
+                values = (mine.get(name, ""), theirs.get(name, "")) if told else ("", "")
+                yield NearMiss(other.key, name, *values)
+
+    def _wished(self, wanted: Identity) -> Wish:
+        """Remember a request that was not seen lately; the oldest is forgotten for it."""
+        fields = fields_of(wanted)
+        del fields["prompt"]
+        shown = tuple((name, str(hash(v)) if name.startswith("extra.") else v) for name, v in sorted(fields.items()))
+        alike = self._by_fields.setdefault((wanted.key.partition, shown), {})
+        if alike:
+            shown = next(iter(alike)).fields  # one tuple for all that are alike
+        hashes = {hash(word) & 0xFFFFFFFF: None for word in _WORD.findall(wanted.normalized_prompt.casefold())}
+        wish = Wish(wanted.key, hash(wanted.normalized_prompt), array("I", islice(hashes, _WORDS)), shown)
+        alike[wish] = None
+        self._by_prompt.setdefault((wanted.key.partition, wish.prompt), {})[wish] = None
+        self._wishes[wanted.key.partition, wanted.key.digest] = wish
+        if len(self._wishes) > self._most_wishes:
+            self._forget(self._wishes.popitem(last=False)[1])
+        return wish
+
+    def _forget(self, wish: Wish) -> None:
+        partition = wish.key.partition
+        del self._by_prompt[partition, wish.prompt][wish]
+        if not self._by_prompt[partition, wish.prompt]:
+            del self._by_prompt[partition, wish.prompt]
+        del self._by_fields[partition, wish.fields][wish]
+        if not self._by_fields[partition, wish.fields]:
+            del self._by_fields[partition, wish.fields]
+
+
+def _remembered(call: _Call) -> Remembered:
+    *facts, images, wish = call
+    return Remembered._make([*facts, tuple(map(Told._make, images)), wish])
+
+
+def _one_prompt_apart(wish: Wish, others: list[Wish]) -> list[NearMiss]:
+    """Those of `others`, alike but for their prompts, that share words with this one's, the likest first."""
+    words = frozenset(wish.words)
+    alike = ((_likeness(words, frozenset(other.words)), other) for other in others if other.prompt != wish.prompt)
+    near = [NearMiss(other.key, "prompt", likeness=likeness) for likeness, other in alike if likeness > 0]
+    return sorted(near, key=lambda each: -each.likeness)[:_LOOKED_FOR]
+
+
+def _likeness(words: frozenset[int], others: frozenset[int]) -> float:
+    shared = len(words & others)
+    return shared / (len(words) + len(others) - shared) if shared else 0.0
