@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from decimal import Decimal
 from typing import Protocol
 
@@ -17,11 +17,14 @@ from cacheserver.model import (
     Delivery,
     GeneratedImage,
     Head,
+    Identity,
     ImageRequest,
     Labels,
     Order,
     Outcome,
     Priority,
+    PromptKind,
+    RecordedPrompt,
     Replay,
     Slot,
     SourceObject,
@@ -423,6 +426,35 @@ class Replays(Protocol):
 
     async def remember(self, replay_id: str, replay: Replay) -> None:
         """Keep what the call of this id was given."""
+        ...
+
+
+class Prompts(Protocol):
+    """What callers of namespaces with store_prompts asked for and the cache did not have, most wanted first.
+
+    Control state, bounded for each namespace and kind: the least wanted goes.
+    """
+
+    def record(self, kind: PromptKind, request: ImageRequest, *, namespace: str, identity: Identity, n: int) -> None:
+        """A caller made this request. Never raises; a very long one is passed over."""
+        ...
+
+    async def most_wanted(
+        self, *, namespace: str | None, kinds: Collection[PromptKind], limit: int
+    ) -> list[RecordedPrompt]:
+        """At most `limit` records, most wanted first: of a namespace or of all, of these kinds or without any of all.
+
+        Raises:
+            AccountsUnavailableError: they cannot be read now.
+        """
+        ...
+
+    async def forget(self, namespace: str, key: CacheKey | None) -> None:
+        """Drop the records of the key's identity, or with None all of the namespace.
+
+        Raises:
+            AccountsUnavailableError: they may still be there.
+        """
         ...
 
 

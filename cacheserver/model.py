@@ -124,6 +124,28 @@ class StatsField(StrEnum):
     TIER = "tier"
 
 
+class PromptKind(StrEnum):
+    """Why a prompt was recorded."""
+
+    MISSED = "missed"
+    """ONLY_IF_CACHED, and no tier had it."""
+
+    TURNED_AWAY = "turned_away"
+    """A budget, a full queue or an upstream that was away kept it from being made."""
+
+    EXPIRING = "expiring"
+    """Asked for, and soon to expire."""
+
+    REROLLED = "rerolled"
+    """Another picture of it was asked for."""
+
+    DEGRADED = "degraded"
+    """Answered at a lower quality than asked for."""
+
+    GENERATED = "generated"
+    """What the cache did not have."""
+
+
 @dataclass(frozen=True, slots=True)
 class InputImage:
     """An image that an edit starts from; its bytes count by their digest."""
@@ -566,6 +588,7 @@ class Namespace:
     catalog profile drops. Lifetimes in seconds; None is for ever. `quality_by_use` gives the quality of a request
     that says what it is for. A best candidate that scores below `min_score` waits for a person's review.
     `remake_degraded`: what was made at a lower quality is made anew, at the one asked for, off-peak.
+    `store_prompts`: what its callers ask for and the cache does not have is recorded, prompts and all.
     `serve_percent` (0 to 100) is the share of keys that are served from the cache; the others are only observed.
     """
 
@@ -583,6 +606,7 @@ class Namespace:
     min_score: float | None = None
     remake_degraded: bool = False
     serve_percent: float = 100.0
+    store_prompts: bool = False
 
     def serves(self, key: CacheKey) -> bool:
         """Whether this key is served from the cache. One that is stays so when the percentage grows."""
@@ -676,6 +700,21 @@ class Found:
     key: CacheKey
     tier: TierName | None = None
     in_flight: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedPrompt:
+    """A request that callers made, and why it is of interest. `count` is how often, lately: it fades.
+
+    `last_time_s` is in seconds since 1970.
+    """
+
+    request: ImageRequest
+    namespace: str
+    n: int
+    kind: PromptKind
+    count: float
+    last_time_s: float
 
 
 @dataclass(frozen=True, slots=True)

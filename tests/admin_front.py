@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from cacheserver.accounting.books import CounterBooks
 from cacheserver.errors import UnknownReviewError, UnknownUpstreamError
+from cacheserver.interfaces import Prompts
 from cacheserver.model import (
     Alarm,
     AlarmKind,
@@ -258,7 +259,11 @@ class Sources:
 
 
 def admin_service(
-    sources: Sources, *, callers: Sequence[tuple[bytes, Caller]] = (), anonymous: Caller | None = OPERATOR
+    sources: Sources,
+    *,
+    callers: Sequence[tuple[bytes, Caller]] = (),
+    anonymous: Caller | None = OPERATOR,
+    prompts: Prompts | None = None,
 ) -> AdminService:
     clock = FakeClock()
     return AdminService(
@@ -271,6 +276,7 @@ def admin_service(
         authenticator=Authenticator(callers, anonymous=anonymous),
         books=cast("Any", CounterBooks(clock=clock, registry=CollectorRegistry())),
         clock=clock,
+        prompts=prompts,
     )
 
 

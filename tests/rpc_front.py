@@ -15,6 +15,7 @@ from google.rpc import error_details_pb2 as details
 from google.rpc.status_pb2 import Status
 
 from cacheserver.generation.images import inspect_in_thread
+from cacheserver.interfaces import Prompts
 from cacheserver.model import CachedImage, Caller, Namespace, Permission
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.pb import promptcache_pb2_grpc as pb_grpc
@@ -113,6 +114,7 @@ async def open_front(
     namespaces: Sequence[Namespace] = (),
     limits: Limits | None = None,
     listen: Listen | None = None,
+    prompts: Prompts | None = None,
 ) -> AsyncIterator[Front]:
     """Serve `house` on a free port until the block ends."""
     service = PromptCacheService(
@@ -124,6 +126,7 @@ async def open_front(
         inspect=partial(inspect_in_thread, max_pixels=50_000_000, max_bytes=50_000_000),
         clock=house.clock,
         limits=limits or Limits(),
+        prompts=prompts,
     )
     tiers = [house.redis.name, house.s3.name]
     server = RpcServer(service, listen=listen or Listen(port=0), tiers=tiers)

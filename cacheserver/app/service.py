@@ -32,6 +32,7 @@ from cacheserver.app.tiers import (
 )
 from cacheserver.cache import PromptCache
 from cacheserver.clock import SystemClock
+from cacheserver.control.prompts import LocalPrompts, RedisPrompts
 from cacheserver.control.replays import LocalReplays, RedisReplays
 from cacheserver.errors import CacheServerError
 from cacheserver.generation.images import inspect_in_thread
@@ -40,7 +41,7 @@ from cacheserver.http.operations import operations
 from cacheserver.http.server import HttpServer
 from cacheserver.identity import identify
 from cacheserver.imports import Imports
-from cacheserver.interfaces import Clock, Replays
+from cacheserver.interfaces import Clock, Prompts, Replays
 from cacheserver.keep import Keeper
 from cacheserver.log import set_up_logging
 from cacheserver.model import Caller, LiveState, Permission, Priority, TierName
@@ -177,6 +178,7 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
         alarms = build_alarms(
             settings, books=books, keeper=keeper, tiers=lower.tiers, miss_path=miss_path, clock=clock, undo=undo
         )
+        prompts = _prompts(settings, lower.control, clock=clock, undo=undo)
         rpc = _rpc_server(
             settings,
             cache=cache,
@@ -187,6 +189,7 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
             trace=trace,
             alarms=alarms,
             live=live,
+            prompts=prompts,
             books=books,
             clock=clock,
             lower=lower,
@@ -371,6 +374,21 @@ def _replays(settings: Settings, client: Client | None, *, clock: Clock) -> Repl
     return RedisReplays(client=client, here=here, prefix=settings.redis.prefix, timeout_s=CONTROL_TIMEOUT_S)
 
 
+def _prompts(settings: Settings, client: Client | None, *, clock: Clock, undo: AsyncExitStack) -> Prompts | None:
+    """Where prompts are recorded; None if no namespace stores any."""
+    names = [namespace.name for namespace in settings.namespaces.values() if namespace.store_prompts]
+    if not names:
+        return None
+    if client is None:
+        return LocalPrompts(namespaces=names, clock=clock)
+    shared = RedisPrompts(
+        client=client, namespaces=names, clock=clock, prefix=settings.redis.prefix, timeout_s=CONTROL_TIMEOUT_S
+    )
+    shared.start()
+    undo.push_async_callback(shared.aclose)
+    return shared
+
+
 def _rpc_server(  # noqa: PLR0913 - the parts that calls reach
     settings: Settings,
     *,
@@ -382,6 +400,7 @@ def _rpc_server(  # noqa: PLR0913 - the parts that calls reach
     trace: TraceRecorder | None,
     alarms: Alarms,
     live: Callable[[], LiveState],
+    prompts: Prompts | None,
     books: CounterBooks,
     clock: Clock,
     lower: Lower,
@@ -409,6 +428,7 @@ def _rpc_server(  # noqa: PLR0913 - the parts that calls reach
         figures=miss_path.figures,
         trace=trace,
         live=live,
+        prompts=prompts,
     )
     imports = Imports(
         last=lower.tiers[-1] if lower.tiers else None,
@@ -429,6 +449,7 @@ def _rpc_server(  # noqa: PLR0913 - the parts that calls reach
         authenticator=authenticator,
         books=books,
         clock=clock,
+        prompts=prompts,
     )
     listen = Listen(
         host=server.grpc_host,

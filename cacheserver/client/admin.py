@@ -21,6 +21,7 @@ from cacheserver.client.admin_values import (
     ImportItem,
     ImportOutcome,
     LedgerRow,
+    RecordedPrompt,
     Review,
     ReviewPicture,
     StoredImage,
@@ -28,8 +29,8 @@ from cacheserver.client.admin_values import (
 )
 from cacheserver.client.errors import CorruptDownloadError
 from cacheserver.client.importing import Sending, read_import_outcome, read_stored_image
-from cacheserver.client.messages import member, read_usage, seconds_of, time_of
-from cacheserver.model import AlarmState, AttemptOutcome, BudgetPeriod, BudgetScope, UpstreamHealth
+from cacheserver.client.messages import member, read_spec, read_usage, seconds_of, time_of
+from cacheserver.model import AlarmState, AttemptOutcome, BudgetPeriod, BudgetScope, PromptKind, UpstreamHealth
 from cacheserver.pb import admin_pb2 as pb
 from cacheserver.pb.admin_pb2_grpc import AdminServiceStub
 
@@ -198,6 +199,23 @@ class Admin:
         """
         page = self._call(self._stub.ListAlarms, pb.ListAlarmsRequest(), timeout_s)
         return tuple(map(read_alarm, page.alarms))
+
+    def list_prompts(
+        self,
+        *,
+        namespace: str | None = None,
+        kinds: Iterable[PromptKind] = (),
+        limit: int = 100,
+        timeout_s: float = 60.0,
+    ) -> tuple[RecordedPrompt, ...]:
+        """At most `limit` prompts that namespaces with store_prompts recorded, most wanted first; of all kinds if none.
+
+        Raises:
+            TryAgainError: the record cannot be read now.
+            CacheError: the call failed otherwise.
+        """
+        request = prompts_request(namespace, kinds, limit)
+        return read_prompts(self._call(self._stub.ListPrompts, request, timeout_s))
 
     def _pages(self, method: Any, request: Any, timeout_s: float) -> Generator[Any]:
         while True:
@@ -379,6 +397,23 @@ class AsyncAdmin:
         page = await self._call(self._stub.ListAlarms, pb.ListAlarmsRequest(), timeout_s)
         return tuple(map(read_alarm, page.alarms))
 
+    async def list_prompts(
+        self,
+        *,
+        namespace: str | None = None,
+        kinds: Iterable[PromptKind] = (),
+        limit: int = 100,
+        timeout_s: float = 60.0,
+    ) -> tuple[RecordedPrompt, ...]:
+        """At most `limit` prompts that namespaces with store_prompts recorded, most wanted first; of all kinds if none.
+
+        Raises:
+            TryAgainError: the record cannot be read now.
+            CacheError: the call failed otherwise.
+        """
+        request = prompts_request(namespace, kinds, limit)
+        return read_prompts(await self._call(self._stub.ListPrompts, request, timeout_s))
+
     async def _pages(self, method: Any, request: Any, timeout_s: float) -> AsyncGenerator[Any]:
         while True:
             page = await self._call(method, request, timeout_s)
@@ -535,3 +570,24 @@ class PictureReader:
 
 def _corrupt(what: str) -> CorruptDownloadError:
     return CorruptDownloadError(f"damaged picture: {what}", code=grpc.StatusCode.DATA_LOSS)
+
+
+def prompts_request(namespace: str | None, kinds: Iterable[PromptKind], limit: int) -> pb.ListPromptsRequest:
+    """The message that asks for recorded prompts."""
+    names = [f"PROMPT_KIND_{kind.name}" for kind in kinds]
+    return pb.ListPromptsRequest(namespace=namespace, kinds=names, page_size=limit)
+
+
+def read_prompts(response: pb.ListPromptsResponse) -> tuple[RecordedPrompt, ...]:
+    """The answer to ListPrompts."""
+    return tuple(
+        RecordedPrompt(
+            spec=read_spec(each.request.spec),
+            namespace=each.request.namespace,
+            n=each.request.n,
+            kind=member(PromptKind, pb.PromptKind, "PROMPT_KIND", each.kind),
+            count=each.count,
+            last_time=time_of(each, "last_time"),
+        )
+        for each in response.prompts
+    )

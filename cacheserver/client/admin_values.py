@@ -11,7 +11,7 @@ from datetime import datetime
 
 from cacheserver.client.errors import CacheError
 from cacheserver.client.values import Image, ImageSpec
-from cacheserver.model import AlarmState, AttemptOutcome, BudgetPeriod, BudgetScope, UpstreamHealth, Usage
+from cacheserver.model import AlarmState, AttemptOutcome, BudgetPeriod, BudgetScope, PromptKind, UpstreamHealth, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,3 +230,23 @@ class StoredImage:
     identity: ExportedIdentity
     tags: tuple[str, ...]
     expire_time: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedPrompt:
+    """A request that callers made, and why it is of interest.
+
+    Attributes:
+        spec: What decides the picture.
+        n: How many pictures were asked for.
+        kind: Why it was recorded; None for what a newer service may say.
+        count: How often, lately: it fades.
+        last_time: When last.
+    """
+
+    spec: ImageSpec = field(repr=False)
+    namespace: str
+    n: int
+    kind: PromptKind | None
+    count: float
+    last_time: datetime | None

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar, Unpack
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -439,6 +440,22 @@ def _explanation(explanation: pb.Explanation) -> Explanation:
         canonical_identity=explanation.canonical_identity,
         key=explanation.key,
         profile=explanation.profile,
+    )
+
+
+def read_spec(spec: pb.ImageSpec) -> ImageSpec:
+    """What decides a picture."""
+    return ImageSpec(
+        spec.prompt,
+        model=spec.model or None,
+        size=spec.size or None,
+        quality=spec.quality or None,
+        background=spec.background or None,
+        output_format=spec.output_format or None,
+        output_compression=spec.output_compression if spec.HasField("output_compression") else None,
+        moderation=spec.moderation or None,
+        seed=spec.seed if spec.HasField("seed") else None,
+        extra=MessageToDict(spec.extra) if spec.HasField("extra") else None,
     )
 
 

@@ -13,8 +13,17 @@ import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from cacheserver.errors import PermissionDeniedError
-from cacheserver.interfaces import Books, Budgets, Clock, Ledger
-from cacheserver.model import Alarm, BudgetState, CachedImage, CacheKey, Permission, UpstreamState
+from cacheserver.interfaces import Books, Budgets, Clock, Ledger, Prompts
+from cacheserver.model import (
+    Alarm,
+    BudgetState,
+    CachedImage,
+    CacheKey,
+    Permission,
+    PromptKind,
+    RecordedPrompt,
+    UpstreamState,
+)
 from cacheserver.pb import admin_pb2 as pb
 from cacheserver.rpc import admin_replies as replies
 from cacheserver.rpc.auth import Authenticator
@@ -30,6 +39,8 @@ MAX_PAGE_SIZE = 1_000
 DEFAULT_REVIEWS = 20
 MAX_REVIEWS = 50
 """Pictures that wait are read whole, each some megabytes."""
+
+MAX_PROMPTS = 10_000
 
 _CHUNK_BYTES = 256 * 1024
 
@@ -150,7 +161,10 @@ class AdminService:
         authenticator: Authenticator,
         books: Books,
         clock: Clock,
+        prompts: Prompts | None = None,
     ) -> None:
+        """`prompts` are the recorded ones, if a namespace stores any."""
+        self._prompts = prompts
         self._upstreams = upstreams
         self._budgets = budgets
         self._ledger = ledger
@@ -176,6 +190,7 @@ class AdminService:
                 "ImportImages": streams_both("ImportImages", pb.ImportImagesRequest, self._images.import_images),
                 "ListImages": unary("ListImages", pb.ListImagesRequest, self._images.list_images),
                 "ListAlarms": unary("ListAlarms", pb.ListAlarmsRequest, self.list_alarms),
+                "ListPrompts": unary("ListPrompts", pb.ListPromptsRequest, self.list_prompts),
             },
         )
 
@@ -275,6 +290,22 @@ class AdminService:
         _log.info("review_resolved", key=key.name, caller=call.caller.name, decision=decision)
         return response.SerializeToString()
 
+    # ── recorded prompts ────────────────────────────────────────────────────────────────────────────────────
+
+    async def list_prompts(self, message: pb.ListPromptsRequest, call: Call) -> bytes:
+        """What namespaces that store prompts have recorded, most wanted first."""
+        check_right(call)
+        problems = Problems()
+        kinds = _read_kinds(message.kinds, problems)
+        if not 0 <= message.page_size <= MAX_PROMPTS:
+            problems.add("page_size", f"must be 0 to {MAX_PROMPTS}")
+        problems.check()
+        found: list[RecordedPrompt] = []
+        if self._prompts is not None:
+            limit = message.page_size or DEFAULT_PAGE_SIZE
+            found = await self._prompts.most_wanted(namespace=message.namespace or None, kinds=kinds, limit=limit)
+        return pb.ListPromptsResponse(prompts=map(replies.recorded_prompt, found)).SerializeToString()
+
     # ── alarms ──────────────────────────────────────────────────────────────────────────────────────────────
 
     async def list_alarms(self, _: pb.ListAlarmsRequest, call: Call) -> bytes:
@@ -367,6 +398,13 @@ def _read_change(message: pb.UpdateUpstreamRequest, problems: Problems) -> _Chan
         problems.add("name", "nothing is to change: set weight, percent, clear_percent or paused")
     problems.check()
     return change
+
+
+def _read_kinds(numbers: Sequence[int], problems: Problems) -> set[PromptKind]:
+    kinds = {replies.PROMPT_KINDS.get(number) for number in numbers}
+    if None in kinds:
+        problems.add("kinds", "must be kinds of prompts, none of them unspecified")
+    return {kind for kind in kinds if kind is not None}
 
 
 def _read_limit(message: pb.UpdateBudgetRequest, problems: Problems) -> int:

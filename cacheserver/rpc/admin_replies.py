@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from cacheserver.model import (
     Alarm,
     AlarmState,
@@ -12,6 +14,8 @@ from cacheserver.model import (
     BudgetState,
     CachedImage,
     CacheKey,
+    PromptKind,
+    RecordedPrompt,
     UpstreamHealth,
     UpstreamState,
     Usage,
@@ -60,6 +64,16 @@ def alarm(state: Alarm) -> pb.Alarm:
         since=timestamp(state.since_s),
         runbook_url=rule.runbook_url,
     )
+
+
+PROMPT_KINDS: Mapping[int, PromptKind] = {
+    pb.PROMPT_KIND_MISSED: PromptKind.MISSED,
+    pb.PROMPT_KIND_TURNED_AWAY: PromptKind.TURNED_AWAY,
+    pb.PROMPT_KIND_EXPIRING: PromptKind.EXPIRING,
+    pb.PROMPT_KIND_REROLLED: PromptKind.REROLLED,
+    pb.PROMPT_KIND_DEGRADED: PromptKind.DEGRADED,
+    pb.PROMPT_KIND_GENERATED: PromptKind.GENERATED,
+}
 
 
 def upstream(state: UpstreamState) -> pb.Upstream:
@@ -145,6 +159,27 @@ def review_header(key: CacheKey, entry: CachedImage) -> pb.ReviewHeader:
         won_against=image.won_against,
         tags=entry.tags,
     )
+
+
+def recorded_prompt(record: RecordedPrompt) -> pb.RecordedPrompt:
+    """A request that callers made, as it may be sent again."""
+    request = record.request
+    message = pb.RecordedPrompt(
+        kind=f"PROMPT_KIND_{record.kind.name}",
+        count=record.count,
+        last_time=timestamp(record.last_time_s),
+    )
+    message.request.namespace = record.namespace
+    message.request.n = record.n
+    spec = message.request.spec
+    spec.prompt = text(request.prompt)
+    for name in ("model", "size", "quality", "background", "output_format", "output_compression", "moderation"):
+        setattr(spec, name, getattr(request, name))
+    if request.seed is not None:
+        spec.seed = request.seed
+    if request.extra:
+        spec.extra.update(request.extra)
+    return message
 
 
 def _usage(usage: Usage) -> pb.TokenUsage:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from cacheserver.accounting.books import CounterBooks
 from cacheserver.accounting.reading import Query, Report
 from cacheserver.cache import PromptCache
 from cacheserver.errors import (
+    CacheServerError,
     ImageChangedError,
     ImageTooLargeError,
     InvalidRequestError,
@@ -30,12 +32,13 @@ from cacheserver.errors import (
 )
 from cacheserver.generation.images import BadImageError, ImageFacts
 from cacheserver.identity import differences, identify
-from cacheserver.interfaces import Clock
+from cacheserver.interfaces import Clock, Prompts
 from cacheserver.model import (
     CachedImage,
     CacheKey,
     CachePolicy,
     GeneratedImage,
+    Identity,
     ImageRequest,
     LiveState,
     MatchLevel,
@@ -57,6 +60,7 @@ from cacheserver.rpc.batch import Batch
 from cacheserver.rpc.calls import Call, Calls, Parts
 from cacheserver.rpc.live import live_message
 from cacheserver.rpc.messages import Asked, Delivery, Problems, PutHeader, Resume
+from cacheserver.rpc.recorded import kind_of_failure, kinds_of_answer
 from cacheserver.rpc.stats import read_query
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["PromptCacheService"].full_name
@@ -131,14 +135,17 @@ class PromptCacheService:
         figures: FigureSource | None = None,
         trace: Trace | None = None,
         live: Callable[[], LiveState] | None = None,
+        prompts: Prompts | None = None,
     ) -> None:
         """`default_model` is that of namespaces that have none of their own; `policies` are by namespace.
 
         `figures` are those of all replicas; None where none are kept. `trace` is None where nothing is recorded.
         `live` tells how the process stands now.
+        `prompts` is where those of namespaces with store_prompts are recorded.
         """
         self._figures = figures
         self._trace = trace
+        self._prompts = prompts
         self._policies = policies
         self._live = live
         self._cache = cache
@@ -276,14 +283,30 @@ class PromptCacheService:
             )
             answer = served if isinstance(served, Pending) else [served]
         else:
-            identity = call.wanted = identify(asked.what, asked.namespace, asked.match_level)
-            answer = await self._cache.get(
-                asked.what, identity, namespace=asked.namespace, caller=call.caller, terms=asked.terms
-            )
+            answer = await self._answer_request(asked.what, asked, call)
         call.answer = answer
         if isinstance(answer, Pending):
             for _ in answer.keys:
                 self._answered(call, Outcome.PENDING)
+        return answer
+
+    async def _answer_request(self, request: ImageRequest, asked: Asked, call: Call) -> list[Served] | Pending:
+        identity = call.wanted = identify(request, asked.namespace, asked.match_level)
+        asking = self._cache.get(request, identity, namespace=asked.namespace, caller=call.caller, terms=asked.terms)
+        if self._prompts is None or not asked.namespace.store_prompts:
+            return await asking
+        record = partial(
+            self._prompts.record, request=request, namespace=asked.namespace.name, identity=identity, n=asked.terms.n
+        )
+        try:
+            answer = await asking
+        except CacheServerError as error:
+            if (kind := kind_of_failure(error)) is not None:
+                record(kind)
+            raise
+        if not isinstance(answer, Pending):
+            for kind in kinds_of_answer(answer, asked.terms, self._clock.now_s()):
+                record(kind)
         return answer
 
     def _check_delivery(self, asked: Asked) -> None:
@@ -431,9 +454,18 @@ class PromptCacheService:
                 problems.add("selector", "set key, spec, tag, or everything to true")
         problems.check()
         identity = None if request is None else identify(self._redacted(request, namespace), namespace)
-        result = await self._cache.purge(namespace, key=key, identity=identity, tag=tag, dry_run=message.dry_run)
+        try:
+            result = await self._cache.purge(namespace, key=key, identity=identity, tag=tag, dry_run=message.dry_run)
+        finally:
+            if key is None and tag is None and not message.dry_run:
+                await self._forget_prompts(namespace, identity)
         counts = replies.tier_counts(result.per_tier)
         return pb.PurgeImagesResponse(images=result.images, tiers=counts).SerializeToString()
+
+    async def _forget_prompts(self, namespace: Namespace, identity: Identity | None) -> None:
+        """What was asked for is not to outlive its pictures, whatever tier could not be purged."""
+        if self._prompts is not None and namespace.store_prompts:
+            await self._prompts.forget(namespace.name, None if identity is None else identity.key)
 
     # ── explaining ──────────────────────────────────────────────────────────────────────────────────────────
 

@@ -566,6 +566,10 @@ class NamespaceSettings(_Section):
         le=100,
         description="In mode serve, percentage of the keys that are served; the others are observed.",
     )
+    store_prompts: bool = Field(
+        default=False,
+        description="Record what callers ask for and the cache does not have, for warm-up: the prompts themselves.",
+    )
 
     @check(mode="after")
     def _lifetimes_agree(self) -> Self:
@@ -841,6 +845,7 @@ def _namespace(name: str, written: NamespaceSettings, settings: Settings) -> Nam
         max_candidates=settings.generation.max_candidates,
         min_score=written.min_score,
         remake_degraded=written.remake_degraded,
+        store_prompts=written.store_prompts,
         serve_percent=written.serve_percent if written.mode == "serve" else 0.0,
     )
 
