@@ -243,6 +243,10 @@ async def test_both_clients_explain_calls(house: House) -> None:
             call = await client.explain_call("one")
             with pytest.raises(UnknownCallError):
                 await client.explain_call("two")
+            made = await client.get_image("a blue fox")
+            assert [each.key for each in (await client.explain_call(made.call_id)).images] == [made.key]
+            collected = await client.get_by_key(made.key)
+            assert (await client.explain_call(collected.call_id)).images[0].status.tier is TierName.MEMORY
         assert (call.rpc, call.caller, call.reason, call.nearest) == ("GetImage", "anonymous", "", None)
         assert [(each.status.tier, each.billed) for each in call.images] == [(TierName.UPSTREAM, True)]
         assert call.time is not None

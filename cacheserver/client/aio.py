@@ -102,8 +102,10 @@ class AsyncClient:
             CacheError: the call failed otherwise.
         """
         request = messages.image_request(prompt, **options)
+        call_id = channel.call_id()
         try:
-            return messages.read_result(await self._call(self._stub.GetImage, request, timeout_s))
+            answer = await self._call(self._stub.GetImage, request, timeout_s, call_id)
+            return messages.read_result(answer, call_id)
         except UnreachableError:
             fallback = self._fallback
             if fallback is None or not can_stand_in(options):
@@ -164,7 +166,8 @@ class AsyncClient:
             max_inline_bytes=max_inline_bytes,
             max_wait_s=max_wait_s,
         )
-        return messages.read_result(await self._call(self._stub.GetImage, request, timeout_s))
+        call_id = channel.call_id()
+        return messages.read_result(await self._call(self._stub.GetImage, request, timeout_s, call_id), call_id)
 
     def stream_image(
         self,
@@ -329,10 +332,11 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    async def _call(self, method: Any, request: Any, timeout_s: float) -> Any:
+    async def _call(self, method: Any, request: Any, timeout_s: float, call_id: str = "") -> Any:
+        named = (("x-request-id", call_id),) if call_id else ()
         try:
             with self._fallbacks.telling() as told:
-                return await method(request, timeout=timeout_s, metadata=(*self._metadata, *told))
+                return await method(request, timeout=timeout_s, metadata=(*self._metadata, *told, *named))
         except grpc.RpcError as exc:
             raise error_of(exc, self._address) from exc
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Sequence
 from typing import Final
 
@@ -63,3 +64,8 @@ def credentials(*, tls: bool, root_certificates: bytes | None) -> grpc.ChannelCr
 def call_metadata(token: str | None) -> Sequence[tuple[str, str]]:
     """What every call carries beside its message."""
     return () if token is None else (("authorization", f"Bearer {token}"),)
+
+
+def call_id() -> str:
+    """A new x-request-id: the service knows the call by it."""
+    return uuid.uuid4().hex

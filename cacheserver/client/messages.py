@@ -264,12 +264,13 @@ def stats_request(
 # --- answers ---
 
 
-def read_result(response: pb.GetImageResponse) -> ImageResult:
+def read_result(response: pb.GetImageResponse, call_id: str = "") -> ImageResult:
     """The answer to GetImage."""
     return ImageResult(
         images=tuple(map(read_image, response.images)),
         status=read_status(response.status),
         image_status=tuple(map(read_status, response.image_status)),
+        call_id=call_id,
     )
 
 

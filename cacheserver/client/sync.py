@@ -100,8 +100,10 @@ class Client:
             CacheError: the call failed otherwise.
         """
         request = messages.image_request(prompt, **options)
+        call_id = channel.call_id()
         try:
-            return messages.read_result(self._call(self._stub.GetImage, request, timeout_s))
+            answer = self._call(self._stub.GetImage, request, timeout_s, call_id)
+            return messages.read_result(answer, call_id)
         except UnreachableError:
             fallback = self._fallback
             if fallback is None or not can_stand_in(options):
@@ -162,7 +164,8 @@ class Client:
             max_inline_bytes=max_inline_bytes,
             max_wait_s=max_wait_s,
         )
-        return messages.read_result(self._call(self._stub.GetImage, request, timeout_s))
+        call_id = channel.call_id()
+        return messages.read_result(self._call(self._stub.GetImage, request, timeout_s, call_id), call_id)
 
     def stream_image(
         self,
@@ -323,10 +326,11 @@ class Client:
     ) -> None:
         self.close()
 
-    def _call(self, method: Any, request: Any, timeout_s: float) -> Any:
+    def _call(self, method: Any, request: Any, timeout_s: float, call_id: str = "") -> Any:
+        named = (("x-request-id", call_id),) if call_id else ()
         try:
             with self._fallbacks.telling() as told:
-                return method(request, timeout=timeout_s, metadata=(*self._metadata, *told))
+                return method(request, timeout=timeout_s, metadata=(*self._metadata, *told, *named))
         except grpc.RpcError as exc:
             raise error_of(exc, self._address) from exc
 

@@ -234,12 +234,14 @@ class ImageResult:
     `status` names the slowest tier used and sums over all pictures; `image_status` is aligned with `images`.
     `image`, `key`, `data` and `url` are for answers of one picture and raise ValueError for several. `by_fallback`:
     the client's fallback made the pictures, while nobody answered; they have no key, and what they cost is not known.
+    `call_id` is the x-request-id under which the call was made: what `explain_call` and the service's log know it by.
     """
 
     images: tuple[Image, ...]
     status: CacheStatus
     image_status: tuple[CacheStatus, ...] = ()
     by_fallback: bool = False
+    call_id: str = ""
 
     @property
     def pending(self) -> bool:
