@@ -203,6 +203,29 @@ class TestShared:
         await until(is_written)
         await one.aclose()
 
+    @pytest.mark.parametrize("whole", [True, False])
+    async def test_what_another_replica_has_yet_to_write_does_not_come_back_when_it_was_forgotten(
+        self, opened: Open, clock: FakeClock, *, whole: bool
+    ) -> None:
+        one, other = await opened(), await opened()
+        record(other, "secret")
+        clock.advance(0.1)
+        key = identify(ImageRequest(prompt="secret", model="gpt-image-2"), SHOP).key
+        await one.forget("shop", None if whole else key)
+        await other.write()
+        assert await wanted(one) == []
+        clock.advance(0.1)
+        record(other, "secret")
+        await other.write()
+        assert await wanted(one) == ["secret"]
+
+    async def test_notes_of_what_was_forgotten_are_swept(self, opened: Open, clock: FakeClock) -> None:
+        one = await opened()
+        for number in range(3):
+            clock.advance(DAY_S)
+            await one.forget("shop", identify(ImageRequest(prompt=f"{number}", model="gpt-image-2"), SHOP).key)
+        assert await one._client.hlen(one._notes("shop")) == 2
+
     async def test_nothing_of_it_expires(self, opened: Open, valkey_server: ValkeyServer) -> None:
         one = await opened()
         record(one, "a red fox")

@@ -41,19 +41,23 @@ _WRITE_S = 1.0
 _AT_ONCE = 200
 
 _WRITE = """
-for i = 2, #ARGV, 4 do
-  local name = ARGV[i]
+local function forgotten_at(name) return tonumber(redis.call('HGET', KEYS[4], name) or '0') end
+local all_forgotten_at = forgotten_at('*')
+local function write(i)
+  local name, last = ARGV[i], tonumber(ARGV[i + 2])
+  if last <= math.max(all_forgotten_at, forgotten_at(name)) then return end
   if not redis.call('ZSCORE', KEYS[1], name) and redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[1]) then
     local gone = redis.call('ZPOPMIN', KEYS[1])[1]
     redis.call('HDEL', KEYS[2], gone)
     redis.call('HDEL', KEYS[3], gone)
   end
   redis.call('ZINCRBY', KEYS[1], ARGV[i + 1], name)
-  if tonumber(ARGV[i + 2]) >= tonumber(redis.call('HGET', KEYS[3], name) or '0') then
+  if last >= tonumber(redis.call('HGET', KEYS[3], name) or '0') then
     redis.call('HSET', KEYS[2], name, ARGV[i + 3])
     redis.call('HSET', KEYS[3], name, ARGV[i + 2])
   end
 end
+for i = 2, #ARGV, 4 do write(i) end
 return 1
 """
 
@@ -69,16 +73,27 @@ return answer
 """
 
 _FORGET = """
-if #ARGV == 0 then
-  return redis.call('DEL', unpack(KEYS))
+local now, name, kept_s = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
+for i = 2, #KEYS, 3 do
+  if name == '*' then
+    redis.call('DEL', KEYS[i], KEYS[i + 1], KEYS[i + 2])
+  else
+    redis.call('ZREM', KEYS[i], name)
+    redis.call('HDEL', KEYS[i + 1], name)
+    redis.call('HDEL', KEYS[i + 2], name)
+  end
 end
-for i = 1, #KEYS, 3 do
-  redis.call('ZREM', KEYS[i], ARGV[1])
-  redis.call('HDEL', KEYS[i + 1], ARGV[1])
-  redis.call('HDEL', KEYS[i + 2], ARGV[1])
+local notes = redis.call('HGETALL', KEYS[1])
+for i = 1, #notes, 2 do
+  if tonumber(notes[i + 1]) < now - kept_s then redis.call('HDEL', KEYS[1], notes[i]) end
 end
+redis.call('HSET', KEYS[1], name, ARGV[1])
 return 1
 """
+"""Leaves a note, so that what another replica has yet to write of it does not come back."""
+
+_EVERYTHING = "*"
+_FORGOTTEN_S = 86_400
 
 _FIELDS = tuple(field.name for field in fields(ImageRequest) if field.name != "inputs")
 
@@ -205,7 +220,8 @@ class RedisPrompts:
         async with self._turn:
             await self._waiting.forget(namespace, key)
             names = [name for kind in PromptKind for name in self._names((namespace, kind))]
-            await self._ask(_FORGET, names, *([] if key is None else [record_id(key)]))
+            which = _EVERYTHING if key is None else record_id(key)
+            await self._ask(_FORGET, [self._notes(namespace), *names], self._clock.now_s(), which, _FORGOTTEN_S)
 
     async def write(self) -> None:
         """Write what waits; what cannot be written waits on."""
@@ -215,7 +231,7 @@ class RedisPrompts:
                 while batches:
                     group, records = batches[-1]
                     args = [arg for name, each in records for arg in _encoded(name, each)]
-                    await self._run(_WRITE, self._names(group), self._most, *args)
+                    await self._run(_WRITE, [*self._names(group), self._notes(group[0])], self._most, *args)
                     batches.pop()
                 self._is_silent = False
             except UNREACHABLE as error:
@@ -230,6 +246,9 @@ class RedisPrompts:
     def _names(self, group: _Group) -> list[str]:
         namespace, kind = group
         return [f"{self._prefix}{{prompts}}:{namespace}:{kind}:{part}" for part in ("wanted", "requests", "times")]
+
+    def _notes(self, namespace: str) -> str:
+        return f"{self._prefix}{{prompts}}:{namespace}:forgotten"
 
     async def _ask(self, script: str, names: Sequence[str], *args: object) -> Any:
         try:
