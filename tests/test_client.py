@@ -215,6 +215,9 @@ class InThreads:
     def stream_image(self, *args: Any, **options: Any) -> AsyncGenerator[Any]:
         return self._events(self.inner.stream_image(*args, **options))
 
+    def batch(self, *args: Any, **options: Any) -> AsyncGenerator[Any]:
+        return self._events(self.inner.batch(*args, **options))
+
     async def _events(self, events: Any) -> AsyncGenerator[Any]:
         try:
             while (event := await asyncio.to_thread(next, events, None)) is not None:

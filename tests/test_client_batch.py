@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -26,10 +26,11 @@ from cacheserver.client import (
     TierName,
     TryAgainError,
 )
+from cacheserver.errors import UpstreamDownError
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.pb import promptcache_pb2_grpc as pb_grpc
 from tests.house import House
-from tests.rpc_front import open_front
+from tests.rpc_front import Front, open_front
 from tests.test_client import NOT_AGAIN, Fail, connected, serving
 from tests.waiting import until
 
@@ -302,3 +303,91 @@ async def test_many_prompts_of_one_picture_pay_once(kind: str, house: House) -> 
     assert house.upstream.calls == 2
     assert batch.summary.cost_microusd == 2 * 53_000
     assert batch.items[0].result.data == batch.items[2].result.data
+
+
+class TestStream:
+    """`batch`, against the real service."""
+
+    @pytest.fixture
+    async def front(self, house: House) -> AsyncIterator[Front]:
+        async with open_front(house) as front:
+            yield front
+
+    @pytest.fixture
+    async def client(self, kind: str, front: Front) -> AsyncIterator[Any]:
+        async with connected(kind, f"127.0.0.1:{front.server.port}") as client:
+            yield client
+
+    async def test_each_request_has_its_outcome_under_its_id(self, client: Any, house: House) -> None:
+        requests = [
+            ("a", "a red fox"),
+            ("b", {"prompt": "a red fox", "size": "1x1"}),
+            ("c", ImageSpec("a blue fox", quality="high")),
+            ("d", {"prompt": "a red fox", "no such": 1}),
+        ]
+        answers = dict([answer async for answer in client.batch(requests, quality="low")])
+        assert set(answers) == {"a", "b", "c", "d"}
+        assert answers["a"].status.cost_microusd == 53_000
+        assert answers["c"].image.quality == "high"
+        assert isinstance(answers["b"], InvalidRequestError)
+        assert list(answers["b"].violations) == ["spec.size"]
+        assert isinstance(answers["d"], InvalidRequestError)
+        assert house.upstream.calls == 2
+
+    async def test_a_failure_says_when_to_come_back(self, client: Any, house: House) -> None:
+        house.upstream.fail_next(UpstreamDownError("down", retry_after_s=7.0))
+        [(_, error)] = [answer async for answer in client.batch([("a", "a red fox")])]
+        assert isinstance(error, TryAgainError)
+        assert (error.reason, error.retry_after_s) == ("UPSTREAM_DOWN", 7.0)
+
+    async def test_hundreds_of_requests_are_taken_as_they_are_worked_on(self, client: Any, house: House) -> None:
+        def requests() -> Iterator[tuple[str, str]]:
+            for n in range(300):
+                yield f"{n}", f"fox {n % 50}"
+
+        answers = [answer async for answer in client.batch(requests())]
+        assert sorted(int(request_id) for request_id, _ in answers) == list(range(300))
+        assert house.upstream.calls == 50
+
+    async def test_what_making_the_requests_raises_comes_after_the_answers(self, client: Any) -> None:
+        def requests() -> Iterator[tuple[str, str]]:
+            yield "a", "a red fox"
+            raise LookupError("no more of them")
+
+        answers = client.batch(requests())
+        request_id, _ = await anext(answers)
+        assert request_id == "a"
+        with pytest.raises(LookupError, match="no more of them"):
+            await anext(answers)
+
+    @pytest.mark.parametrize("ids", [[""], ["a", "a"]])
+    async def test_an_id_must_be_the_requests_own(self, client: Any, house: House, ids: list[str]) -> None:
+        house.upstream.hold()
+        answers = client.batch([(each, "a red fox") for each in ids])
+        house.upstream.release()
+        with pytest.raises(ValueError, match="request_id"):
+            async for _ in answers:
+                pass
+
+    async def test_an_option_that_fits_no_batch_is_a_mistake_of_the_program(self, client: Any) -> None:
+        with pytest.raises(TypeError, match="max_wait_s"):
+            async for _ in client.batch([("a", "a red fox")], max_wait_s=1.0):
+                pass
+
+    async def test_a_stream_that_breaks_is_an_error(self, front: Front, house: House) -> None:
+        house.upstream.hold()
+        async with AsyncClient(f"127.0.0.1:{front.server.port}") as client:
+            waiting = asyncio.ensure_future(anext(client.batch([("a", "a red fox")])))
+            await house.upstream.arrived(1)
+            await front.server.drain(0.01)
+            with pytest.raises(TryAgainError):
+                await waiting
+
+    async def test_requests_may_come_from_an_asynchronous_source(self, front: Front) -> None:
+        async def requests() -> AsyncIterator[tuple[str, str]]:
+            for n in range(3):
+                yield f"{n}", "a red fox"
+
+        async with AsyncClient(f"127.0.0.1:{front.server.port}") as client:
+            answers = dict([answer async for answer in client.batch(requests())])
+        assert sorted(answers) == ["0", "1", "2"]

@@ -23,6 +23,7 @@ from cacheserver.client.admin_values import (
 )
 from cacheserver.client.aio import AsyncClient
 from cacheserver.client.batch import (
+    BatchAnswer,
     BatchItem,
     BatchOptions,
     BatchProgress,
@@ -111,6 +112,7 @@ __all__ = [
     "AsyncClient",
     "AsyncFallback",
     "AttemptOutcome",
+    "BatchAnswer",
     "BatchItem",
     "BatchOptions",
     "BatchProgress",

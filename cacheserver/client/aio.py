@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +17,16 @@ import grpc.aio
 
 from cacheserver.client import channel, messages
 from cacheserver.client.admin import AsyncAdmin
-from cacheserver.client.batch import Batch, BatchOptions, BatchProgress, BatchPrompt, BatchResult, run_async
+from cacheserver.client.batch import (
+    Batch,
+    BatchAnswer,
+    BatchOptions,
+    BatchProgress,
+    BatchPrompt,
+    BatchResult,
+    BatchStream,
+    run_async,
+)
 from cacheserver.client.download import Download
 from cacheserver.client.errors import UnreachableError, error_of
 from cacheserver.client.fallback import AsyncFallback, Fallbacks, can_stand_in
@@ -141,6 +150,28 @@ class AsyncClient:
         batch = Batch(prompts, options=options, timeout_s=timeout_s, on_progress=on_progress)
         get_image = functools.partial(self._call, self._stub.GetImage)
         return await run_async(batch, get_image, max_in_flight)
+
+    def batch(
+        self,
+        requests: Iterable[tuple[str, BatchPrompt]] | AsyncIterable[tuple[str, BatchPrompt]],
+        *,
+        timeout_s: float = 3_600.0,
+        **options: Unpack[BatchOptions],
+    ) -> AsyncGenerator[BatchAnswer]:
+        """The answers to many requests over one stream, in the order they become ready: pairs of an id and its outcome.
+
+        `requests` are pairs of an id of the caller's own and a prompt; they are taken from it only as fast as
+        the service works on them, so there may be any number. A prompt that fails is its own outcome, a CacheError,
+        and stops no other. For NEXT, REFRESH and NO_STORE the id keeps a request that is sent again from being paid
+        for twice. `timeout_s` is for all of it. Close the generator to end it early.
+
+        Raises:
+            CacheError: the stream failed; what has no answer yet may be sent again.
+            ValueError: an id is empty, or that of a request still unanswered.
+            TypeError: an option makes no sense for several prompts.
+            InvalidRequestError: an option cannot be sent.
+        """
+        return self._answers(BatchStream(options), requests, timeout_s)
 
     async def get_by_key(  # noqa: PLR0913 - one keyword per field that counts with a key
         self,
@@ -349,6 +380,21 @@ class AsyncClient:
             raise error_of(exc, self._address) from exc
         finally:
             call.cancel()
+
+    async def _answers(
+        self,
+        stream: BatchStream,
+        requests: Iterable[tuple[str, BatchPrompt]] | AsyncIterable[tuple[str, BatchPrompt]],
+        timeout_s: float,
+    ) -> AsyncGenerator[BatchAnswer]:
+        async with contextlib.aclosing(
+            self._stream(self._stub.BatchGetImages, stream.messages_async(requests), timeout_s)
+        ) as responses:
+            async for response in responses:
+                for answer in stream.read(response):
+                    yield answer
+        for answer in stream.finish():
+            yield answer
 
     async def _events(self, download: Download, timeout_s: float) -> AsyncGenerator[StreamEvent]:
         ends_s = time.monotonic() + timeout_s

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
@@ -13,13 +13,16 @@ from typing import Any, Final
 import grpc
 
 from cacheserver.client import messages
-from cacheserver.client.errors import CacheError, InvalidRequestError, TryAgainError
+from cacheserver.client.errors import CacheError, InvalidRequestError, TryAgainError, error_of_item
 from cacheserver.client.values import Delivery, ImageResult, ImageSpec, SpecOptions
 from cacheserver.model import CachePolicy, MatchLevel, Priority, TierName, VariantPolicy
 from cacheserver.pb import promptcache_pb2 as pb
 
 BatchPrompt = str | ImageSpec | Mapping[str, Any]
 """A prompt alone, or with parameters of its own: an ImageSpec, or a mapping that holds its fields."""
+
+BatchAnswer = tuple[str, ImageResult | CacheError]
+"""A request's id, and its pictures or how it failed."""
 
 _MAX_TRIES: Final = 5
 """How often an item is asked for in all while the service says when to come back."""
@@ -117,6 +120,102 @@ class BatchResult:
     summary: BatchSummary
 
 
+class Requests:
+    """Makes the messages of a batch.
+
+    Raises:
+        TypeError: an option nobody knows, or that makes no sense for several prompts.
+        InvalidRequestError: an option cannot be sent.
+    """
+
+    def __init__(self, options: BatchOptions) -> None:
+        if unknown := options.keys() - BatchOptions.__optional_keys__:
+            raise TypeError(f"no option of a batch: {', '.join(sorted(unknown))}")
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        self._common = {name: value for name, value in given.items() if name in _SPEC_FIELDS}
+        self._terms = {name: value for name, value in given.items() if name not in _SPEC_FIELDS}
+        self("a prompt")  # what is wrong with the options is wrong with all of them
+
+    def __call__(self, prompt: BatchPrompt, request_id: str | None = None) -> pb.GetImageRequest:
+        """The message for one prompt. One request_id, if any, is that of all its tries: none of them pays twice.
+
+        Raises:
+            InvalidRequestError: it cannot be sent.
+        """
+        spec = ImageSpec(**(self._common | _fields(prompt)))
+        return messages.image_request(spec, request_id=request_id, **self._terms)
+
+
+class BatchStream:
+    """One stream of requests and answers. What cannot be sent is answered here.
+
+    Requests are made as gRPC takes them, in a thread or task of its own, and answers read in the caller's. What
+    making them raises ends the requests; the caller hears of it after the answers to those that were sent.
+    """
+
+    def __init__(self, options: BatchOptions) -> None:
+        """`options` are those of `Requests`, which raises what is wrong with them."""
+        self._request = Requests(options)
+        self._waiting: set[str] = set()
+        self._unsent: deque[tuple[str, CacheError]] = deque()
+        self._error: Exception | None = None
+
+    def messages(self, requests: Iterable[tuple[str, BatchPrompt]]) -> Iterator[pb.BatchGetImagesRequest]:
+        """A message for each request, as it is sent."""
+        try:
+            for request_id, prompt in requests:
+                if (message := self._message(request_id, prompt)) is not None:
+                    yield message
+        except Exception as error:  # noqa: BLE001 - the caller's own, and raised to it by `finish`
+            self._error = error
+
+    async def messages_async(
+        self, requests: Iterable[tuple[str, BatchPrompt]] | AsyncIterable[tuple[str, BatchPrompt]]
+    ) -> AsyncIterator[pb.BatchGetImagesRequest]:
+        """The same for a source that may be asynchronous."""
+        if not isinstance(requests, AsyncIterable):
+            for ready in self.messages(requests):
+                yield ready
+            return
+        try:
+            async for request_id, prompt in requests:
+                if (message := self._message(request_id, prompt)) is not None:
+                    yield message
+        except Exception as error:  # noqa: BLE001 - the caller's own, and raised to it by `finish`
+            self._error = error
+
+    def read(self, response: pb.BatchGetImagesResponse) -> Iterator[BatchAnswer]:
+        """What has been answered by now."""
+        yield from self._unsendable()
+        for item in response.items:
+            self._waiting.discard(item.request_id)
+            if item.HasField("response"):
+                yield item.request_id, messages.read_result(item.response)
+            else:
+                yield item.request_id, error_of_item(item.failure)
+
+    def finish(self) -> Iterator[BatchAnswer]:
+        """What is left to be answered once the stream has ended; raises what making the requests raised."""
+        yield from self._unsendable()
+        if self._error is not None:
+            raise self._error
+
+    def _message(self, request_id: str, prompt: BatchPrompt) -> pb.BatchGetImagesRequest | None:
+        if not request_id or request_id in self._waiting:
+            raise ValueError("every request of a batch needs a request_id that none still unanswered has")
+        try:
+            request = self._request(prompt, request_id)
+        except InvalidRequestError as error:
+            self._unsent.append((request_id, error))
+            return None
+        self._waiting.add(request_id)
+        return pb.BatchGetImagesRequest(requests=[request])
+
+    def _unsendable(self) -> Iterator[BatchAnswer]:
+        while self._unsent:
+            yield self._unsent.popleft()
+
+
 class Batch:
     """A batch that runs: makes its messages, and collects what comes back. Belongs to one thread or loop."""
 
@@ -134,20 +233,15 @@ class Batch:
             TypeError: an option nobody knows, or that makes no sense for several prompts.
             InvalidRequestError: an option cannot be sent.
         """
-        if unknown := options.keys() - BatchOptions.__optional_keys__:
-            raise TypeError(f"no option of a batch: {', '.join(sorted(unknown))}")
         self.prompts = list(prompts)
         self.timeout_s = timeout_s
-        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        self._common = {name: value for name, value in given.items() if name in _SPEC_FIELDS}
-        self._terms = {name: value for name, value in given.items() if name not in _SPEC_FIELDS}
+        self._request = Requests(options)
         self._on_progress = on_progress
         self._items: list[BatchItem | None] = [None] * len(self.prompts)
         self._failed: Counter[str] = Counter()
         self._tiers: Counter[TierName] = Counter()
         self._done = self._cost_microusd = self._saved_microusd = 0
         self._begun_s = time.monotonic()
-        self._request("a prompt")  # what is wrong with the options is wrong with all of them
 
     def begin(self, index: int) -> Attempts:
         """Begin with one prompt.
@@ -198,10 +292,6 @@ class Batch:
             saved_microusd=self._saved_microusd,
             seconds=time.monotonic() - self._begun_s,
         )
-
-    def _request(self, prompt: BatchPrompt) -> pb.GetImageRequest:
-        """The message for one prompt. One request_id, if any, is that of all its tries: none of them pays twice."""
-        return messages.image_request(ImageSpec(**(self._common | _fields(prompt))), **self._terms)
 
 
 class Attempts:

@@ -178,15 +178,14 @@ def error_of(failure: grpc.RpcError, address: str) -> CacheError:
 
 
 def error_of_item(failure: pb.Failure) -> CacheError:
-    """The error that one item of a stream failed with."""
+    """The error that the failure of one item of a stream stands for."""
     code = _CODES.get(failure.code, grpc.StatusCode.UNKNOWN)
-    retry_after_s = failure.retry_delay.ToTimedelta().total_seconds() if failure.HasField("retry_delay") else None
     return _class_of(code, failure.reason)(
-        failure.message,
+        failure.message or code.name,
         code=code,
         reason=failure.reason,
         violations=failure.violations,
-        retry_after_s=retry_after_s,
+        retry_after_s=failure.retry_delay.ToTimedelta().total_seconds() if failure.HasField("retry_delay") else None,
     )
 
 

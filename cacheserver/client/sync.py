@@ -15,7 +15,16 @@ import grpc
 
 from cacheserver.client import channel, messages
 from cacheserver.client.admin import Admin
-from cacheserver.client.batch import Batch, BatchOptions, BatchProgress, BatchPrompt, BatchResult, run_in_threads
+from cacheserver.client.batch import (
+    Batch,
+    BatchAnswer,
+    BatchOptions,
+    BatchProgress,
+    BatchPrompt,
+    BatchResult,
+    BatchStream,
+    run_in_threads,
+)
 from cacheserver.client.download import Download
 from cacheserver.client.errors import UnreachableError, error_of
 from cacheserver.client.fallback import Fallback, Fallbacks, can_stand_in
@@ -139,6 +148,28 @@ class Client:
         batch = Batch(prompts, options=options, timeout_s=timeout_s, on_progress=on_progress)
         get_image = functools.partial(self._call, self._stub.GetImage)
         return run_in_threads(batch, get_image, max_in_flight)
+
+    def batch(
+        self,
+        requests: Iterable[tuple[str, BatchPrompt]],
+        *,
+        timeout_s: float = 3_600.0,
+        **options: Unpack[BatchOptions],
+    ) -> Generator[BatchAnswer]:
+        """The answers to many requests over one stream, in the order they become ready: pairs of an id and its outcome.
+
+        `requests` are pairs of an id of the caller's own and a prompt; they are taken from it only as fast as
+        the service works on them, so there may be any number. A prompt that fails is its own outcome, a CacheError,
+        and stops no other. For NEXT, REFRESH and NO_STORE the id keeps a request that is sent again from being paid
+        for twice. `timeout_s` is for all of it. Close the generator to end it early.
+
+        Raises:
+            CacheError: the stream failed; what has no answer yet may be sent again.
+            ValueError: an id is empty, or that of a request still unanswered.
+            TypeError: an option makes no sense for several prompts.
+            InvalidRequestError: an option cannot be sent.
+        """
+        return self._answers(BatchStream(options), requests, timeout_s)
 
     def get_by_key(  # noqa: PLR0913 - one keyword per field that counts with a key
         self,
@@ -342,6 +373,16 @@ class Client:
             raise error_of(exc, self._address) from exc
         finally:
             call.cancel()
+
+    def _answers(
+        self, stream: BatchStream, requests: Iterable[tuple[str, BatchPrompt]], timeout_s: float
+    ) -> Generator[BatchAnswer]:
+        with contextlib.closing(
+            self._stream(self._stub.BatchGetImages, stream.messages(requests), timeout_s)
+        ) as responses:
+            for response in responses:
+                yield from stream.read(response)
+        yield from stream.finish()
 
     def _events(self, download: Download, timeout_s: float) -> Generator[StreamEvent]:
         ends_s = time.monotonic() + timeout_s
