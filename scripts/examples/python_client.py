@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cacheserver.client import (
     DEFAULT_ADDRESS,
+    CacheError,
     CachePolicy,
     Client,
     ImageHeader,
@@ -37,6 +38,10 @@ def main(prompt: str = "a red fox in the snow") -> None:
         # "Another one" neither replaces the first nor is paid twice if the call has to be repeated.
         another = client.get_image(prompt, variant_policy=VariantPolicy.NEXT, exclude_keys=[first.key])
         print(f"another one: variant {another.image.variant}, {len(another.data)} bytes")
+
+        # Many at once, over one stream: each outcome under an id of your own, as soon as it is ready.
+        for request_id, outcome in client.batch([("one", prompt), ("other", "a blue whale")], quality="low"):
+            print(f"{request_id}: {outcome if isinstance(outcome, CacheError) else outcome.tier}")
 
         # What can go wrong has a class, a published reason, and names the field.
         try:
