@@ -21,7 +21,7 @@ from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.pb import promptcache_pb2_grpc as pb_grpc
 from cacheserver.rpc.auth import Authenticator
 from cacheserver.rpc.server import Listen, RpcServer
-from cacheserver.rpc.service import Limits, PromptCacheService
+from cacheserver.rpc.service import FigureSource, Limits, PromptCacheService
 from tests.house import MODEL, House
 
 ANYONE = Caller("anonymous", frozenset(Permission))
@@ -115,6 +115,7 @@ async def open_front(
     limits: Limits | None = None,
     listen: Listen | None = None,
     prompts: Prompts | None = None,
+    figures: FigureSource | None = None,
 ) -> AsyncIterator[Front]:
     """Serve `house` on a free port until the block ends."""
     service = PromptCacheService(
@@ -127,6 +128,7 @@ async def open_front(
         clock=house.clock,
         limits=limits or Limits(),
         prompts=prompts,
+        figures=figures,
     )
     tiers = [house.redis.name, house.s3.name]
     server = RpcServer(service, listen=listen or Listen(port=0), tiers=tiers)

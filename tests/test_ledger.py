@@ -245,3 +245,46 @@ async def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path, clock: FakeCl
     (tmp_path / "ledger.db").write_bytes(b"something else" * 500)
     with pytest.raises(ConfigError, match=r"data_dir: cannot open the ledger"):
         await SqliteLedger.at(tmp_path, clock=clock, replica_id="0123456789abcdef")
+
+
+async def test_a_ledger_of_an_earlier_release_is_taken_over(tmp_path: Path, clock: FakeClock) -> None:
+    async with opened(tmp_path, clock) as ledger:
+        await ledger.open(SENT)
+        await ledger.close(SETTLED)
+    with closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
+        connection.executescript("ALTER TABLE attempts DROP COLUMN quality; PRAGMA user_version = 1;")
+    async with opened(tmp_path, clock) as ledger:
+        fine = replace(SENT, id="two", quality="high")
+        await ledger.open(fine)
+        assert await all_rows(ledger) == [SETTLED, fine]
+
+
+async def test_what_earlier_lives_paid_is_added_up_by_time_and_by_what_was_asked_for(
+    tmp_path: Path, clock: FakeClock
+) -> None:
+    async with opened(tmp_path, clock) as ledger:
+        for id_, start_s, outcome, cost in (
+            ("a", 60.5, AttemptOutcome.SETTLED, 1),
+            ("b", 119.9, AttemptOutcome.SETTLED, 2),
+            ("c", 120.0, AttemptOutcome.SETTLED, 4),
+            ("d", 120.0, AttemptOutcome.SENT, 0),
+            ("e", 120.0, AttemptOutcome.NOT_BILLED, 0),
+            ("too old", 59.9, AttemptOutcome.SETTLED, 8),
+        ):
+            moment_s = MIDNIGHT_S + start_s
+            await ledger.open(
+                replace(SENT, id=id_, start_time_s=moment_s, outcome=outcome, cost_microusd=cost, quality="high")
+            )
+    async with opened(tmp_path, clock) as ledger:
+        await ledger.close_dead()
+        await ledger.open(replace(SENT, id="ours", start_time_s=MIDNIGHT_S + 60.0))
+        sums = await ledger.calls_before_us(span_s=60, since_s=MIDNIGHT_S + 60)
+    found = [(each.start_s - MIDNIGHT_S, each.outcome, each.calls, each.cost_microusd) for each in sums]
+    assert found == [
+        (60, AttemptOutcome.SETTLED, 2, 3),
+        (120, AttemptOutcome.SETTLED, 1, 4),
+        (120, AttemptOutcome.UNKNOWN, 1, 400_000),
+    ]
+    assert {(each.namespace, each.caller, each.model, each.quality) for each in sums} == {
+        ("shop", "web", "gpt-image-2", "high")
+    }

@@ -20,7 +20,8 @@ import pytest
 import pytest_asyncio
 from xxhash import xxh3_128_hexdigest
 
-from cacheserver.errors import CorruptEntryError, NewerEntryError, TierError, TierTimeoutError
+from cacheserver.accounting.archive import ObjectArchive, pack, unpack
+from cacheserver.errors import AccountsUnavailableError, CorruptEntryError, NewerEntryError, TierError, TierTimeoutError
 from cacheserver.model import CacheKey, SourceObject, TierName
 from cacheserver.tiers import codec
 from cacheserver.tiers.guard import GuardedTier
@@ -616,3 +617,34 @@ async def test_a_copy_never_takes_the_place_of_another_picture(tier: S3Tier, s3_
     assert not await tier.copy(second.key, second, source_in(s3_server, second.image.data))
     assert await tier.copy(first.key, first, source_in(s3_server, first.image.data))
     assert await tier.get(first.key) == first
+
+
+async def test_files_lie_beside_the_entries_and_are_none(s3_server: S3Server, clock: FakeClock) -> None:
+    async with open_tier(s3_server, clock) as tier:
+        await tier.write_file("figures/b", b"old")
+        await tier.write_file("figures/b", b"new")
+        await tier.write_file("figures/a", b"")
+        assert await tier.files("figures/") == ["figures/a", "figures/b"]
+        assert await tier.read_file("figures/b", 3) == b"new"
+        assert await tier.read_file("figures/c", 3) is None
+        with pytest.raises(CorruptEntryError, match="3 bytes"):
+            await tier.read_file("figures/b", 2)
+        assert [key async for key in tier.scan("figures")] == []
+
+
+async def test_old_figures_are_files_of_object_storage(s3_server: S3Server, clock: FakeClock) -> None:
+    async with open_tier(s3_server, clock) as tier:
+        archive = ObjectArchive(tier)
+        assert await archive.days() == []
+        await archive.write("2026-05-02", pack({0: {"one": "1"}}))
+        await archive.write("2026-05-01", b"x")
+        await tier.write_file("figures/notes.txt", b"no day")
+        assert await archive.days() == ["2026-05-01", "2026-05-02"]
+        assert unpack("2026-05-02", await archive.read("2026-05-02")) == {0: {"one": "1"}}
+        assert await archive.read("2026-05-03") is None
+
+
+async def test_old_figures_that_cannot_be_asked_for_say_so(clock: FakeClock, s3_server: S3Server) -> None:
+    async with open_tier(s3_server, clock, endpoint="http://127.0.0.1:1", connect_timeout_s=0.2) as tier:
+        with pytest.raises(AccountsUnavailableError, match="Object storage"):
+            await ObjectArchive(tier).days()

@@ -201,7 +201,7 @@ class SharedFigures:
             self._wanted.clear()
             with suppress(AccountsUnavailableError):  # said, and told the next time
                 await self._tell()
-            await self._clock.sleep(_REST_S)
+            await asyncio.sleep(_REST_S)  # as the ledger's writer rests: it bounds work, and decides nothing
 
     async def _tell(self) -> None:
         async with self._telling:
