@@ -18,6 +18,7 @@ CacheServerError                      carries the published reason that callers 
 ├── PromptDeniedError                 PROMPT_DENIED: the namespace's deny-list or moderation refuses the prompt
 ├── PiiFoundError                     PII_FOUND: the prompt holds personal data
 ├── CannotAffordError                 BUDGET_EXHAUSTED: names the budget, its end, and what would be cheaper
+├── JobBudgetError                    BUDGET_EXHAUSTED: what a job may spend in all its runs is spent
 ├── TooSlowError                      TOO_SLOW: never reaches a caller, who gets a cheaper picture instead
 ├── InReviewError                     IN_REVIEW: never reaches a caller, who is told PENDING_REVIEW
 ├── LedgerUnavailableError            LEDGER_UNAVAILABLE: a call cannot be written down, so it is not made
@@ -181,6 +182,17 @@ class CannotAffordError(CacheServerError):
         self.budget = budget
         self.reset_time_s = reset_time_s
         self.rungs = tuple(rungs)
+
+
+class JobBudgetError(CacheServerError):
+    """A job's own budget does not allow the generation. `budget` is the budget's name; no period ends."""
+
+    reason = "BUDGET_EXHAUSTED"
+
+    def __init__(self, job: str, limit_microusd: int) -> None:
+        dollars = f"${limit_microusd / 1_000_000:,.2f}"
+        super().__init__(f"Job {job} may spend {dollars} in all its runs, and not this too. Run it with more.")
+        self.budget = f"job:{job}"
 
 
 class TooSlowError(CacheServerError):

@@ -22,6 +22,7 @@ from cacheserver.model import (
     Labels,
     Order,
     Outcome,
+    Outlook,
     Priority,
     PromptKind,
     RecordedPrompt,
@@ -231,6 +232,14 @@ class Generation(Protocol):
         """
         ...
 
+    def cheapest_microusd(self, request: ImageRequest, n: int) -> int:
+        """The same where the cheapest upstream that serves the model makes them."""
+        ...
+
+    def outlook(self, request: ImageRequest) -> Outlook:
+        """How fast pictures like `request` can be made now. Raises InvalidRequestError for a model nobody serves."""
+        ...
+
 
 class Limits(Protocol):
     """The limits of every limit group, shared by all replicas: token buckets whose next moments are reserved.
@@ -332,6 +341,14 @@ class Ledger(Protocol):
 
     async def rows(self, *, since_s: float, until_s: float, after: str, limit: int) -> list[Attempt]:
         """At most `limit` rows begun between the two moments, oldest first, that come after row id `after`."""
+        ...
+
+    async def spent_microusd(self, tag: str, *, open_too: bool = False) -> int:
+        """What calls with this tag have cost, settled and unknown; with `open_too` also what those under way may.
+
+        Raises:
+            LedgerUnavailableError: it cannot be read.
+        """
         ...
 
 

@@ -156,6 +156,15 @@ class Keeper:
             for tier in tiers:
                 self._write(tier, key, entry, replace=False)
 
+    async def copy(self, tier: Tier, key: CacheKey, entry: CachedImage, *, changes: int) -> bool:
+        """Copy an entry into one faster tier, and nowhere else; whether the tier has it now.
+
+        Does nothing unless what was read when `changes` was is still current. Raises TierError.
+        """
+        if not self.is_current(changes):
+            return False
+        return await asyncio.shield(self._write(tier, key, entry, replace=False))
+
     @asynccontextmanager
     async def purging(self, match: Callable[[CachedImage], bool]) -> AsyncIterator[None]:
         """The time of a purge: nothing is promoted, what matches is held no more, and no write of it still runs."""

@@ -146,6 +146,18 @@ class PromptKind(StrEnum):
     """What the cache did not have."""
 
 
+class WarmResult(StrEnum):
+    """What became of an item of a warm-up."""
+
+    CACHED = "cached"
+    GENERATED = "generated"
+    DUPLICATE = "duplicate"
+    COLLAPSED = "collapsed"
+    FILLED = "filled"
+    ABSENT = "absent"
+    FAILED = "failed"
+
+
 @dataclass(frozen=True, slots=True)
 class InputImage:
     """An image that an edit starts from; its bytes count by their digest."""
@@ -550,6 +562,18 @@ class Order:
     tags: tuple[str, ...] = ()
     candidates: int = 1
     allow_degraded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """How fast pictures of one kind can be made now: by the limit groups of the upstreams that serve their model.
+
+    `images_per_minute` is what these groups allow together, None without a limit. `call_s` is how long a call takes.
+    """
+
+    groups: frozenset[str]
+    images_per_minute: float | None
+    call_s: float
 
 
 @dataclass(frozen=True, slots=True)

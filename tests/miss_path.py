@@ -39,6 +39,11 @@ class MemoryLedger:
         found = [each for each in self.attempts.values() if since_s <= each.start_time_s < until_s and each.id > after]
         return sorted(found, key=lambda each: each.id)[:limit]
 
+    async def spent_microusd(self, tag: str, *, open_too: bool = False) -> int:
+        ours = [each for each in self.attempts.values() if tag in each.tags]
+        under_way = [each.estimate_microusd for each in ours if each.outcome is AttemptOutcome.SENT]
+        return sum(each.cost_microusd for each in ours) + open_too * sum(under_way)
+
     @property
     def outcomes(self) -> list[AttemptOutcome]:
         return [attempt.outcome for attempt in self.attempts.values()]
@@ -70,10 +75,17 @@ def build_generator(
 ) -> Generator:
     group_limits = limits or {}
     budgets = budgets or LocalBudgets(budgets=budget, spent=(), clock=clock, books=books)
-    pool = Pool(of, clock=clock, books=books, month_spend_microusd=budgets.month_spend_microusd)
+    here = LocalLimits(limits=group_limits, monotonic_s=clock.monotonic_s)
+    pool = Pool(
+        of,
+        clock=clock,
+        books=books,
+        month_spend_microusd=budgets.month_spend_microusd,
+        images_per_minute=here.images_per_minute,
+    )
     scheduler = Scheduler(
         pool=pool,
-        limits=LocalLimits(limits=group_limits, monotonic_s=clock.monotonic_s),
+        limits=here,
         group_limits=group_limits,
         queue=JobQueue(max_jobs=queue_max, max_bytes=64 * 1024 * 1024),
         clock=clock,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,9 +19,11 @@ from cacheserver.interfaces import Prompts
 from cacheserver.model import CachedImage, Caller, Namespace, Permission
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.pb import promptcache_pb2_grpc as pb_grpc
+from cacheserver.precheck import PromptPolicy
 from cacheserver.rpc.auth import Authenticator
 from cacheserver.rpc.server import Listen, RpcServer
 from cacheserver.rpc.service import FigureSource, Limits, PromptCacheService
+from cacheserver.warming import Warming
 from tests.house import MODEL, House
 
 ANYONE = Caller("anonymous", frozenset(Permission))
@@ -113,6 +115,7 @@ async def open_front(
     anonymous: Caller | None = ANYONE,
     namespaces: Sequence[Namespace] = (),
     limits: Limits | None = None,
+    policies: Mapping[str, PromptPolicy] | None = None,
     listen: Listen | None = None,
     prompts: Prompts | None = None,
     figures: FigureSource | None = None,
@@ -129,6 +132,15 @@ async def open_front(
         limits=limits or Limits(),
         prompts=prompts,
         figures=figures,
+        warming=Warming(
+            cache=house.cache,
+            tiers=[house.redis, house.s3],
+            keeper=house.keeper,
+            generation=house.generator,
+            ledger=house.ledger,
+            clock=house.clock,
+        ),
+        policies=policies or {},
     )
     tiers = [house.redis.name, house.s3.name]
     server = RpcServer(service, listen=listen or Listen(port=0), tiers=tiers)

@@ -45,7 +45,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"tiers", "flight", "keep", "purge", "paying", "resent", "alone", "variants", "reviews", "remakes", "rungs"},
     "settings": VALUES | {"identity"},
     "http": VALUES,
-    "rpc": VALUES | {"cache", "purge", "imports", "identity", "accounting", "generation", "precheck", "recall", "pb"},
+    "warming": VALUES | {"keep", "cache"},
+    "rpc": VALUES
+    | {"cache", "purge", "imports", "warming", "identity", "accounting", "generation", "precheck", "recall", "pb"},
     "whatif": VALUES | {"identity", "generation", "tiers"},
     "client": {"pb", "model"},
     "pb": {"pb"},

@@ -616,12 +616,6 @@ class TestGetStats:
         assert stats.upstream_calls == 1
 
 
-class TestExperimental:
-    async def test_calls_of_later_releases_say_so(self, front: Front) -> None:
-        refused = await failure(front.raw("WarmImages", b""))
-        assert (refused.code, refused.reason) == ("UNIMPLEMENTED", "NOT_IMPLEMENTED")
-
-
 class TestRights:
     SHOP = Namespace("shop", "shared")
     BLOG = Namespace("blog", "shared")

@@ -85,6 +85,12 @@ WHERE start_time_s >= ? AND start_time_s < ?
 ORDER BY start_time_s, id LIMIT ?
 """  # noqa: S608 - made of constants
 
+# Tags are a JSON list of strings without quotes in them: one in its quotes is found as text.
+_BY_TAG = """
+SELECT outcome, SUM(CASE outcome WHEN 'sent' THEN estimate_microusd ELSE cost_microusd END)
+FROM attempts WHERE instr(tags, ?) > 0 GROUP BY outcome
+"""
+
 _SUMS = f"""
 SELECT CAST(start_time_s / {_DAY_S} AS INTEGER) * {_DAY_S}, namespace, caller, upstream, SUM(cost_microusd)
 FROM attempts WHERE start_time_s >= ? AND outcome IN ('settled', 'unknown') AND cost_microusd > 0
@@ -197,6 +203,15 @@ class SqliteLedger:
         """
         found = await asyncio.to_thread(self._read, _PAGE, (since_s, until_s, after, after, limit))
         return [_attempt(row) for row in found]
+
+    async def spent_microusd(self, tag: str, *, open_too: bool = False) -> int:
+        """See `Ledger.spent_microusd`.
+
+        Raises:
+            LedgerUnavailableError: the file cannot be read.
+        """
+        rows = await asyncio.to_thread(self._read, _BY_TAG, (json.dumps(tag),))
+        return sum(microusd for outcome, microusd in rows if open_too or outcome != AttemptOutcome.SENT)
 
     async def sums(self, since_s: float) -> list[DaySpending]:
         """What the calls begun at `since_s` or later have cost, settled and unknown, oldest day first.

@@ -59,6 +59,7 @@ from cacheserver.tiers.disk import DiskTier
 from cacheserver.tiers.guard import GuardedTier
 from cacheserver.tiers.memory import MemoryCache
 from cacheserver.tiers.redis import Client
+from cacheserver.warming import Warming
 from cacheserver.whatif.recording import FLUSH_S, TraceFile, TraceRecorder
 
 _log = structlog.get_logger(__name__)
@@ -179,6 +180,14 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
             settings, books=books, keeper=keeper, tiers=lower.tiers, miss_path=miss_path, clock=clock, undo=undo
         )
         prompts = _prompts(settings, lower.control, clock=clock, undo=undo)
+        warming = Warming(
+            cache=cache,
+            tiers=lower.tiers,
+            keeper=keeper,
+            generation=miss_path.generator,
+            ledger=miss_path.ledger,
+            clock=clock,
+        )
         rpc = _rpc_server(
             settings,
             cache=cache,
@@ -190,6 +199,7 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
             alarms=alarms,
             live=live,
             prompts=prompts,
+            warming=warming,
             books=books,
             clock=clock,
             lower=lower,
@@ -401,6 +411,7 @@ def _rpc_server(  # noqa: PLR0913 - the parts that calls reach
     alarms: Alarms,
     live: Callable[[], LiveState],
     prompts: Prompts | None,
+    warming: Warming,
     books: CounterBooks,
     clock: Clock,
     lower: Lower,
@@ -424,6 +435,7 @@ def _rpc_server(  # noqa: PLR0913 - the parts that calls reach
             batch_in_flight=server.batch_in_flight,
             max_image_bytes=generation.max_image_bytes,
         ),
+        warming=warming,
         policies=policies,
         figures=miss_path.figures,
         trace=trace,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from random import Random
@@ -49,6 +49,7 @@ from cacheserver.model import (
     GeneratedImage,
     ImageRequest,
     Order,
+    Outlook,
     Priority,
     Usage,
 )
@@ -172,7 +173,7 @@ class Generator:
             UpstreamError: the upstreams failed.
         """
         if not self._pool.serving(order.request.model):
-            raise InvalidRequestError({"spec.model": f"not served here; there are: {', '.join(self.models)}"})
+            raise self._not_served()
         self._refusals.check(order)
         ears = _Ears(on_spending, on_spare)
         works = [self._work(order, chunk, ears) for chunk in self._chunks(order, variants)]
@@ -210,12 +211,25 @@ class Generator:
 
     def estimate_microusd(self, request: ImageRequest, n: int) -> int:
         """What `n` pictures may cost at most, at the dearest upstream; 0 where no price is known."""
-        lanes = self._pool.priced_apart(request.model)
-        bounds = (
-            self._most_microusd(request, n, lane.terms.max_cost_microusd, self._pool.price_factor(lane))
-            for lane in lanes
+        return max(self._bounds_microusd(request, n), default=0)
+
+    def cheapest_microusd(self, request: ImageRequest, n: int) -> int:
+        """What `n` pictures may cost at most, at the cheapest upstream; 0 where no price is known."""
+        return min(self._bounds_microusd(request, n), default=0)
+
+    def outlook(self, request: ImageRequest) -> Outlook:
+        """How fast pictures like `request` can be made now. Raises InvalidRequestError for a model nobody serves."""
+        lanes = self._usable(request.model)
+        if not lanes:
+            raise self._not_served()
+        groups = frozenset(lane.group for lane in lanes)
+        rates = [self._pool.images_per_minute(group) for group in groups]
+        limits = [rate for rate in rates if rate is not None]
+        return Outlook(
+            groups,
+            images_per_minute=sum(limits) if len(limits) == len(rates) else None,
+            call_s=min(self._latency_s(lane, request) for lane in lanes),
         )
-        return max(bounds, default=0)
 
     def worth_microusd(self, image: GeneratedImage, model: str) -> int:
         """What this very picture would cost now; what it did cost where no price tells."""
@@ -491,6 +505,14 @@ class Generator:
         return [best for best, _ in scored]
 
     # ── what things cost and take ───────────────────────────────────────────────────────────────────────────
+
+    def _not_served(self) -> InvalidRequestError:
+        return InvalidRequestError({"spec.model": f"not served here; there are: {', '.join(self.models)}"})
+
+    def _bounds_microusd(self, request: ImageRequest, n: int) -> Iterator[int]:
+        """The most that `n` pictures can cost, by the prices there are for them."""
+        for lane in self._pool.priced_apart(request.model):
+            yield self._most_microusd(request, n, lane.terms.max_cost_microusd, self._pool.price_factor(lane))
 
     def _most_microusd(self, request: ImageRequest, n: int, most_each: int | None, factor: Decimal) -> int:
         return self._prices.estimate_microusd(request, n, factor) if most_each is None else most_each * n

@@ -173,7 +173,8 @@ class Pool:
         self._clock = clock
         self._books = books
         self._month_spend_microusd = month_spend_microusd
-        self._images_per_minute = images_per_minute
+        self.images_per_minute = images_per_minute
+        """What a limit group may make a minute, as learned; None without a limit."""
         self._tasks = OwnedTasks()
         self.on_change: Callable[[], None] = lambda: None
         """Called when an upstream left the pool or came back."""
@@ -338,7 +339,7 @@ class Pool:
             latency_s=lane.mean_latency_s,
             in_flight=lane.in_flight,
             calls=lane.calls,
-            images_per_minute=self._images_per_minute(lane.group),
+            images_per_minute=self.images_per_minute(lane.group),
         )
 
 

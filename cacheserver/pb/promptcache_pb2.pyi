@@ -619,7 +619,7 @@ class WarmImagesRequest(_message.Message):
     def __init__(self, options: _Optional[_Union[WarmOptions, _Mapping]] = ..., items: _Optional[_Union[WarmItems, _Mapping]] = ...) -> None: ...
 
 class WarmOptions(_message.Message):
-    __slots__ = ("plan", "job", "budget_microusd", "spent_microusd", "max_images_per_minute", "concurrency", "fill")
+    __slots__ = ("plan", "job", "budget_microusd", "spent_microusd", "max_images_per_minute", "concurrency", "fill", "namespace")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
     BUDGET_MICROUSD_FIELD_NUMBER: _ClassVar[int]
@@ -627,6 +627,7 @@ class WarmOptions(_message.Message):
     MAX_IMAGES_PER_MINUTE_FIELD_NUMBER: _ClassVar[int]
     CONCURRENCY_FIELD_NUMBER: _ClassVar[int]
     FILL_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     plan: bool
     job: str
     budget_microusd: int
@@ -634,7 +635,8 @@ class WarmOptions(_message.Message):
     max_images_per_minute: int
     concurrency: int
     fill: Tier
-    def __init__(self, plan: _Optional[bool] = ..., job: _Optional[str] = ..., budget_microusd: _Optional[int] = ..., spent_microusd: _Optional[int] = ..., max_images_per_minute: _Optional[int] = ..., concurrency: _Optional[int] = ..., fill: _Optional[_Union[Tier, str]] = ...) -> None: ...
+    namespace: str
+    def __init__(self, plan: _Optional[bool] = ..., job: _Optional[str] = ..., budget_microusd: _Optional[int] = ..., spent_microusd: _Optional[int] = ..., max_images_per_minute: _Optional[int] = ..., concurrency: _Optional[int] = ..., fill: _Optional[_Union[Tier, str]] = ..., namespace: _Optional[str] = ...) -> None: ...
 
 class WarmItems(_message.Message):
     __slots__ = ("items",)

@@ -216,8 +216,10 @@ class PromptCacheServiceServicer:
         outcome, in the order they become known; no picture's bytes are sent. A client that goes away leaves what is
         being paid for to be finished and kept, and what only waits undone.
 
-        Errors: of one item, its Failure. The stream itself fails only as every call may, and with
+        Errors: of one item, its Failure; RESOURCE_EXHAUSTED (BUDGET_EXHAUSTED) where the job's own budget is used up. The
+        stream itself fails only as every call may, and with
         INVALID_ARGUMENT (INVALID_FIELD): the options are not first, or out of their range.
+        UNAVAILABLE (TIER_UNREACHABLE): the tier to fill, or that which has everything, cannot be asked now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

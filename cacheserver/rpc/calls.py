@@ -17,7 +17,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
 
-from cacheserver.errors import MalformedMessageError, NotImplementedYetError, OverloadedError
+from cacheserver.errors import MalformedMessageError, OverloadedError
 from cacheserver.interfaces import Books, Clock
 from cacheserver.model import Caller, Identity, Pending, Served
 from cacheserver.recall import Recall
@@ -156,15 +156,6 @@ class Calls:
             ):
                 async for answer in answers:
                     await context.write(answer)
-
-        return grpc.stream_stream_rpc_method_handler(handle)
-
-    def not_implemented(self, rpc: str) -> Handler:
-        """The handler of an experimental rpc with streams both ways."""
-
-        async def handle(_: AsyncIterator[bytes], context: Context) -> None:
-            async with self._call(rpc, context):
-                raise NotImplementedYetError(f"{rpc} is experimental and not served in this release.")
 
         return grpc.stream_stream_rpc_method_handler(handle)
 

@@ -62,6 +62,8 @@ from cacheserver.rpc.live import live_message
 from cacheserver.rpc.messages import Asked, Delivery, Problems, PutHeader, Resume
 from cacheserver.rpc.recorded import kind_of_failure, kinds_of_answer
 from cacheserver.rpc.stats import read_query
+from cacheserver.rpc.warm import WarmImages
+from cacheserver.warming import Warming
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["PromptCacheService"].full_name
 
@@ -131,6 +133,7 @@ class PromptCacheService:
         inspect: Inspect,
         clock: Clock,
         limits: Limits,
+        warming: Warming,
         policies: Mapping[str, PromptPolicy] = MappingProxyType({}),
         figures: FigureSource | None = None,
         trace: Trace | None = None,
@@ -165,6 +168,7 @@ class PromptCacheService:
             max_in_progress=limits.max_concurrent_calls,
             recall=self._recall,
         )
+        self._warm = WarmImages(warming, read=self._asked, namespace_of=self._namespace, policies=policies, books=books)
 
     def handler(self) -> grpc.GenericRpcHandler:
         """What a grpc.aio server needs to serve this.
@@ -183,14 +187,15 @@ class PromptCacheService:
                 "PutImage": calls.streams_in("PutImage", pb.PutImageRequest, self.put_image),
                 "PurgeImages": calls.unary("PurgeImages", pb.PurgeImagesRequest, self.purge_images),
                 "ExplainKey": calls.unary("ExplainKey", pb.ExplainKeyRequest, self.explain_key),
-                "WarmImages": calls.not_implemented("WarmImages"),
+                "WarmImages": calls.streams_both("WarmImages", pb.WarmImagesRequest, self._warm.warm_images),
                 "GetStats": calls.unary("GetStats", pb.GetStatsRequest, self.get_stats),
                 "ExplainCall": calls.unary("ExplainCall", pb.ExplainCallRequest, self.explain_call),
             },
         )
 
     async def idle(self) -> None:
-        """Return when every call that has begun is answered."""
+        """Return when every call that has begun is answered. Warm-ups end where they stand."""
+        self._warm.stop()
         await self._calls.idle()
 
     # ── asking ──────────────────────────────────────────────────────────────────────────────────────────────
