@@ -84,6 +84,7 @@ from cacheserver.client.values import (
     StreamEvent,
     TierLive,
 )
+from cacheserver.client.warm import WarmItem, WarmOptions, WarmOutcome, WarmProgress, WarmTotals
 from cacheserver.model import (
     AlarmState,
     AttemptOutcome,
@@ -100,6 +101,7 @@ from cacheserver.model import (
     UpstreamHealth,
     Usage,
     VariantPolicy,
+    WarmResult,
 )
 
 __all__ = [
@@ -190,4 +192,10 @@ __all__ = [
     "UpstreamHealth",
     "Usage",
     "VariantPolicy",
+    "WarmItem",
+    "WarmOptions",
+    "WarmOutcome",
+    "WarmProgress",
+    "WarmResult",
+    "WarmTotals",
 ]

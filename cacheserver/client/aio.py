@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import itertools
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ from cacheserver.client.batch import (
     run_async,
 )
 from cacheserver.client.download import Download
-from cacheserver.client.errors import UnreachableError, error_of
+from cacheserver.client.errors import CacheError, UnreachableError, error_of
 from cacheserver.client.fallback import AsyncFallback, Fallbacks, can_stand_in
 from cacheserver.client.image_file import ImageFile
 from cacheserver.client.values import (
@@ -46,6 +47,16 @@ from cacheserver.client.values import (
     PutResult,
     Stats,
     StreamEvent,
+)
+from cacheserver.client.warm import (
+    DAY_S,
+    WarmItem,
+    WarmOptions,
+    WarmProgress,
+    as_broken,
+    item_messages,
+    options_message,
+    read_progress,
 )
 from cacheserver.model import MatchLevel, StatsField, StatsSpan
 from cacheserver.pb.promptcache_pb2 import ExplainCallRequest
@@ -327,6 +338,28 @@ class AsyncClient:
         """
         request = ExplainCallRequest(request_id=request_id)
         return messages.read_call(await self._call(self._stub.ExplainCall, request, timeout_s))
+
+    async def warm(
+        self, items: Iterable[WarmItem], *, timeout_s: float = DAY_S, **options: Unpack[WarmOptions]
+    ) -> AsyncGenerator[WarmProgress]:
+        """Fill the cache with what these items ask for, at low priority; see WarmOptions.
+
+        Items are taken from the iterable as the service works them off. Close the
+        generator to end it early: what is being paid for is finished and kept. It is not begun anew by itself where it
+        breaks; run again, it goes on where it was, since what is cached is not paid for.
+
+        Raises:
+            InvalidRequestError: an option or item cannot be sent, or the options are out of their range.
+            CacheError: the call failed otherwise.
+        """
+        first = options_message(options)
+        requests = itertools.chain([first], item_messages(items))
+        try:
+            async with contextlib.aclosing(self._stream(self._stub.WarmImages, requests, timeout_s)) as responses:
+                async for response in responses:
+                    yield read_progress(response)
+        except CacheError as error:
+            raise as_broken(error) from error
 
     async def stats(  # noqa: PLR0913 - one keyword per field of the message
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from datetime import datetime
@@ -44,6 +45,15 @@ from cacheserver.client.values import (
     PutResult,
     Stats,
     StreamEvent,
+)
+from cacheserver.client.warm import (
+    DAY_S,
+    WarmItem,
+    WarmOptions,
+    WarmProgress,
+    item_messages,
+    options_message,
+    read_progress,
 )
 from cacheserver.model import MatchLevel, StatsField, StatsSpan
 from cacheserver.pb.promptcache_pb2 import ExplainCallRequest
@@ -321,6 +331,25 @@ class Client:
         """
         request = ExplainCallRequest(request_id=request_id)
         return messages.read_call(self._call(self._stub.ExplainCall, request, timeout_s))
+
+    def warm(
+        self, items: Iterable[WarmItem], *, timeout_s: float = DAY_S, **options: Unpack[WarmOptions]
+    ) -> Generator[WarmProgress]:
+        """Fill the cache with what these items ask for, at low priority; see WarmOptions.
+
+        Items are taken from the iterable as the service works them off, in another thread. Close the
+        generator to end it early: what is being paid for is finished and kept. It is not begun anew by itself where it
+        breaks; run again, it goes on where it was, since what is cached is not paid for.
+
+        Raises:
+            InvalidRequestError: an option or item cannot be sent, or the options are out of their range.
+            CacheError: the call failed otherwise.
+        """
+        first = options_message(options)
+        requests = itertools.chain([first], item_messages(items))
+        with contextlib.closing(self._stream(self._stub.WarmImages, requests, timeout_s)) as responses:
+            for response in responses:
+                yield read_progress(response)
 
     def stats(  # noqa: PLR0913 - one keyword per field of the message
         self,
