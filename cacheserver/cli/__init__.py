@@ -26,6 +26,7 @@ from cacheserver.cli import (
     token,
     top,
     upstreams,
+    warm,
     why,
 )
 from cacheserver.cli.options import flat
@@ -48,6 +49,7 @@ for _command in (
     stats.stats,
     top.top,
     alarms.alarms,
+    warm.warm,
     ledger.ledger,
     export.export,
     report.report,

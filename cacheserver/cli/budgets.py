@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any
 
 import typer
@@ -12,12 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cacheserver.cli.groups import group
-from cacheserver.cli.options import Link
+from cacheserver.cli.options import Link, microusd
 from cacheserver.cli.output import dollars
 from cacheserver.cli.session import session
 from cacheserver.client import Budget
-
-_MAX_USD = 1_000_000_000
 
 
 def list_budgets(*, link: Link) -> None:
@@ -34,24 +31,13 @@ def set_budget(
     link: Link,
 ) -> None:
     """Change a budget's limit from now on, in every replica. Needs the permission admin."""
-    limit_microusd = _microusd(limit_usd)
+    limit_microusd = microusd(limit_usd, "--limit-usd")
     with session(link) as (client, output):
         budget = client.admin.update_budget(name, limit_microusd=limit_microusd)
         output.result(_facts(budget), lambda console: _draw([budget], console))
 
 
 app = group("What may be spent; alone it lists the budgets.", {"list": list_budgets, "set": set_budget})
-
-
-def _microusd(text: str) -> int:
-    """Dollars as written, in micro-dollars: exact, so that nothing is lost on the way through a float."""
-    try:
-        usd = Decimal(text)
-    except InvalidOperation:
-        usd = Decimal("NaN")
-    if not usd.is_finite() or not 0 <= usd <= _MAX_USD:
-        raise typer.BadParameter(f"must be a number from 0 to {_MAX_USD}", param_hint="--limit-usd")
-    return round(usd * 1_000_000)
 
 
 def _facts(budget: Budget) -> dict[str, Any]:

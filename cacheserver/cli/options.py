@@ -6,12 +6,15 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from cacheserver.client import DEFAULT_ADDRESS, SpecOptions
+
+_MAX_USD = 1_000_000_000
 
 Namespace = Annotated[str | None, typer.Option(help="Policy, budget and reports to use.", show_default="default")]
 
@@ -90,6 +93,21 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
     )
     run.__annotations__ = {}
     return run
+
+
+def microusd(text: str, option: str) -> int:
+    """Dollars as written, in micro-dollars: exact, so that nothing is lost on the way through a float.
+
+    Raises:
+        typer.BadParameter: it is no such amount.
+    """
+    try:
+        usd = Decimal(text)
+    except InvalidOperation:
+        usd = Decimal("NaN")
+    if not usd.is_finite() or not 0 <= usd <= _MAX_USD:
+        raise typer.BadParameter(f"must be a number from 0 to {_MAX_USD}", param_hint=option)
+    return round(usd * 1_000_000)
 
 
 def _parameters(group: Any) -> list[inspect.Parameter]:
