@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import grpc.aio
 import httpx
@@ -18,14 +19,17 @@ from structlog.testing import capture_logs
 from cacheserver.accounting.books import CounterBooks
 from cacheserver.alarms import Alarms, Counts, Figure, Value, Webhook
 from cacheserver.app import start
+from cacheserver.app.alarms import ServiceReadings
 from cacheserver.client import AlarmState as ClientState
 from cacheserver.client import AsyncClient
 from cacheserver.errors import AccountsUnavailableError, ConfigError
-from cacheserver.model import AlarmKind, AlarmRule
+from cacheserver.model import AlarmKind, AlarmRule, UpstreamHealth
 from cacheserver.settings import load_settings
+from tests.admin_front import Upstreams, upstream
 from tests.fakes import FakeClock
 from tests.provider import HttpRequest, OpenAIStandIn, Reply
 from tests.running import ask, calling, environment
+from tests.servers import ValkeyServer
 from tests.test_app_service import HastyClock
 from tests.waiting import until
 
@@ -356,6 +360,14 @@ async def test_spending_is_that_of_all_replicas_where_it_can_be_told_else_this_o
     assert len(shared.asked) == 2
 
 
+async def test_the_spending_of_all_replicas_is_asked_for_from_a_whole_minute_on(stand: Stand, clock: FakeClock) -> None:
+    shared = AllReplicas()
+    figure = Figure(rule(AlarmKind.SPEND_PER_HOUR_ABOVE, 20, window_s=600), readings=stand, clock=clock, shared=shared)
+    clock.advance(45)
+    assert await figure.value() == Value(pytest.approx(3 * 3_600 / 645), is_of_all=True)
+    assert shared.asked == [(clock.now_s() - 645, None)]
+
+
 async def test_the_spending_of_all_replicas_is_asked_for_now_and_then(stand: Stand, clock: FakeClock) -> None:
     shared = AllReplicas()
     figure = Figure(rule(AlarmKind.SPEND_PER_HOUR_ABOVE, 20), readings=stand, clock=clock, shared=shared)
@@ -591,6 +603,83 @@ kind = "error_rate_above"
 threshold = 0.2
 for_s = 0
 """
+
+
+SPENDING = """
+[alerting]
+webhook_url = "{url}"
+built_in = false
+
+[[alarms]]
+name = "dear"
+kind = "spend_per_hour_above"
+window_s = 3600
+for_s = 0
+"""
+
+
+async def test_each_replica_tells_what_all_have_spent_together(
+    tmp_path: Path, receiver: Receiver, valkey_server: ValkeyServer
+) -> None:
+    clock, services = DreamingClock(), []
+    async with OpenAIStandIn() as provider:
+        try:
+            for name in ("one", "two"):
+                (tmp_path / name).mkdir()
+                file = tmp_path / name / "cacheserver.toml"
+                file.write_text(SPENDING.format(url=receiver.url))
+                env = environment(tmp_path / name, provider=provider, redis=valkey_server)
+                env["CACHESERVER_REDIS__PREFIX"] = f"{tmp_path.name}:"
+                services.append(await start(load_settings(file, env), clock=clock))
+            async with calling(services[0]) as stub:
+                await stub.GetImage(ask("a red fox"))
+            clock.dreams = True
+            await until(lambda: len({notice["replica"] for notice in receiver.notices}) == 2)
+        finally:
+            for service in services:
+                await service.stop()
+    first, second = receiver.notices[:2]
+    assert (first["scope"], second["scope"]) == ("all replicas", "all replicas")
+    assert first["value"] == pytest.approx(second["value"], rel=0.1)
+
+
+async def test_a_redis_that_is_gone_rings_for_its_breaker(
+    tmp_path: Path, receiver: Receiver, own_valkey: Callable[[], ValkeyServer]
+) -> None:
+    redis = own_valkey()
+    file = tmp_path / "cacheserver.toml"
+    breaker = '[[alarms]]\nname = "breakers"\nkind = "breaker_open"\ntarget = "redis"\nfor_s = 0'
+    file.write_text(f'[alerting]\nwebhook_url = "{receiver.url}"\n{breaker}')
+    async with OpenAIStandIn() as provider:
+        env = environment(tmp_path, provider=provider, redis=redis)
+        service = await start(load_settings(file, env), clock=HastyClock())
+        try:
+            redis.kill()
+            async with calling(service) as stub:
+                for number in range(3):
+                    await stub.GetImage(ask(f"fox {number}"))
+            await until(lambda: len(receiver.requests) == 1)
+        finally:
+            await service.stop()
+    (notice,) = receiver.notices
+    assert (notice["alarm"], notice["state"], notice["value"]) == ("breakers", "ringing", 1.0)
+
+
+def test_an_upstream_that_an_operator_took_out_is_no_open_breaker(books: CounterBooks) -> None:
+    states = [upstream(health.value, health=health) for health in UpstreamHealth]
+    readings = ServiceReadings(
+        books=books,
+        keeper=cast("Any", None),
+        tiers=[],
+        miss_path=cast("Any", SimpleNamespace(pool=Upstreams(states))),
+    )
+    assert readings.breakers() == {
+        "well": False,
+        "paused": False,
+        "down": True,
+        "not_entitled": True,
+        "no_quota": True,
+    }
 
 
 async def test_an_alarm_of_a_running_service_rings_is_listed_and_ends(tmp_path: Path, receiver: Receiver) -> None:

@@ -245,6 +245,8 @@ async def test_once_prints_one_frame_of_a_running_service(tmp_path: Path) -> Non
         result = await command("top", "--once", "--interval", "0.1", address=service.grpc_address)
         assert result.exit_code == 0, result.output
         as_json = await command("top", "--once", "--interval", "0.1", "--json", address=service.grpc_address)
+        with Client(service.grpc_address) as client:
+            seen = traffic(None, await asyncio.to_thread(_Reader(client).read))
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert lines[0].startswith(f"cacheserver {service.grpc_address} up 0:00:")
     assert "tier breaker hits holds" in lines
@@ -255,6 +257,8 @@ async def test_once_prints_one_frame_of_a_running_service(tmp_path: Path) -> Non
     assert [alarm["name"] for alarm in shown["alarms"]] == ["breakers", "errors", "unsaved"]
     assert shown["traffic"]["requests_per_s"] == 0
     assert shown["budgets"] == []
+    assert seen.hit_rate == pytest.approx(2 / 3)
+    assert seen.p95_s is not None
 
 
 READER = f"""

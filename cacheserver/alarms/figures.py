@@ -19,6 +19,7 @@ _ASK_SHARED_S = 30.0
 """How often the figures of all replicas are asked for: they come from another machine."""
 
 _SHARED_DEADLINE_S = 3.0
+_MINUTE_S = 60
 _HOUR_S = 3_600.0
 _MICROUSD = 1_000_000
 
@@ -68,7 +69,7 @@ class SharedSpending(Protocol):
     """What all replicas together have spent."""
 
     async def spent_microusd(self, *, since_s: float, namespace: str | None) -> int:
-        """The most that was paid since then (seconds since 1970): settled, unknown and open together.
+        """The most that was paid since the beginning of a minute (seconds since 1970): settled, unknown and open.
 
         Raises:
             AccountsUnavailableError: it cannot be told now.
@@ -132,15 +133,15 @@ class Figure:
         if self._shared is None or (self._asked_s is not None and now_s < self._asked_s + _ASK_SHARED_S):
             return self._of_all
         self._asked_s = now_s
-        window_s = self._rule.window_s
+        wall_s = self._clock.now_s()
+        since_s = (wall_s - self._rule.window_s) // _MINUTE_S * _MINUTE_S
         try:
             async with asyncio.timeout(_SHARED_DEADLINE_S):
-                since_s = self._clock.now_s() - window_s
                 spent = await self._shared.spent_microusd(since_s=since_s, namespace=self._rule.namespace)
         except (TimeoutError, AccountsUnavailableError):
             self._of_all = None
         else:
-            self._of_all = _dollars_an_hour(spent, window_s)
+            self._of_all = _dollars_an_hour(spent, wall_s - since_s)
         return self._of_all
 
 

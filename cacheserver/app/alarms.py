@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 
 from cacheserver.accounting.books import CounterBooks
-from cacheserver.alarms import Alarms, Counts, SharedSpending, Webhook
+from cacheserver.accounting.reading import Query
+from cacheserver.accounting.shared import SharedFigures
+from cacheserver.alarms import Alarms, Counts, Webhook
 from cacheserver.app.miss_path import MissPath
 from cacheserver.interfaces import Clock
 from cacheserver.keep import Keeper
@@ -16,7 +18,7 @@ from cacheserver.settings import Settings
 from cacheserver.tiers.guard import GuardedTier
 
 _HITS = frozenset({Outcome.HIT, Outcome.STALE})
-_JUDGED = _HITS | {Outcome.MISS, Outcome.COLLAPSED}
+_JUDGED = _HITS | {Outcome.MISS, Outcome.COLLAPSED, Outcome.OBSERVED}
 _FAILED = frozenset({UpstreamHealth.DOWN, UpstreamHealth.NOT_ENTITLED, UpstreamHealth.NO_QUOTA})
 """What takes an upstream out of the pool other than an operator."""
 
@@ -54,6 +56,19 @@ class ServiceReadings:
         return upstreams | {tier.name: tier.is_open for tier in self._tiers}
 
 
+class AllReplicas:
+    """The `SharedSpending` of all replicas, from the figures that they tell one another."""
+
+    def __init__(self, figures: SharedFigures) -> None:
+        self._figures = figures
+
+    async def spent_microusd(self, *, since_s: float, namespace: str | None) -> int:
+        """See `SharedSpending.spent_microusd`."""
+        namespaces = None if namespace is None else (namespace,)
+        report = await self._figures.report(Query(since_s=since_s, by=(), namespaces=namespaces))
+        return sum(row.spent_microusd + row.unknown_microusd + row.open_microusd for row in report.rows)
+
+
 def build_alarms(  # noqa: PLR0913 - the parts they look at
     settings: Settings,
     *,
@@ -63,11 +78,11 @@ def build_alarms(  # noqa: PLR0913 - the parts they look at
     miss_path: MissPath,
     clock: Clock,
     undo: AsyncExitStack,
-    shared: SharedSpending | None = None,
+    has_redis: bool,
 ) -> Alarms:
     """The alarms that the settings name. Whoever builds them has them `look` from time to time.
 
-    With `shared`, spending is that of all replicas. Raises ConfigError.
+    Spending is that of all replicas only where they have a Redis to tell one another of it. Raises ConfigError.
     """
     alerting = settings.alerting
     webhook = None
@@ -88,6 +103,6 @@ def build_alarms(  # noqa: PLR0913 - the parts they look at
         clock=clock,
         replica=miss_path.replica_id,
         host=platform.node(),
-        shared=shared,
+        shared=AllReplicas(miss_path.figures) if has_redis and miss_path.figures is not None else None,
         notices=webhook,
     )

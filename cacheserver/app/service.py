@@ -177,7 +177,14 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
         trace = await _trace(settings, registry=registry, clock=clock, undo=undo)
         live = live_view(cache=cache, memory=memory, lower=lower, keeper=keeper, miss_path=miss_path, clock=clock)
         alarms = build_alarms(
-            settings, books=books, keeper=keeper, tiers=lower.tiers, miss_path=miss_path, clock=clock, undo=undo
+            settings,
+            books=books,
+            keeper=keeper,
+            tiers=lower.tiers,
+            miss_path=miss_path,
+            clock=clock,
+            undo=undo,
+            has_redis=lower.control is not None,
         )
         prompts = _prompts(settings, lower.control, clock=clock, undo=undo)
         warming = Warming(

@@ -28,7 +28,7 @@ from cacheserver.client import (
 )
 
 _HITS = frozenset({Outcome.HIT, Outcome.STALE})
-_JUDGED = _HITS | {Outcome.MISS, Outcome.COLLAPSED}
+_JUDGED = _HITS | {Outcome.MISS, Outcome.COLLAPSED, Outcome.OBSERVED}
 _NEARLY_USED_UP = 0.9
 
 
