@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import csv
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from cacheserver.cli.moments import MOMENT_HELP, moment_of
 from cacheserver.cli.options import Link
 from cacheserver.cli.output import dollars
 from cacheserver.cli.session import session
 from cacheserver.client import AttemptOutcome, LedgerRow
-
-_SPAN = re.compile(r"(\d{1,6})([mhdw])")
-_UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-_MOMENT_HELP = "30d (days; also m, h, w) ago, or 2026-05-04, or 2026-05-04T12:30, in UTC."
 
 _COLUMNS = (
     "id",
@@ -48,7 +44,7 @@ _COLUMNS = (
 
 def ledger(  # noqa: PLR0913 - one parameter per option
     *,
-    since: Annotated[str, typer.Option(help=f"Calls from then on: {_MOMENT_HELP}")] = "30d",
+    since: Annotated[str, typer.Option(help=f"Calls from then on: {MOMENT_HELP}")] = "30d",
     until: Annotated[
         str | None, typer.Option(help="Calls before then, written the same way.", show_default="now")
     ] = None,
@@ -64,8 +60,8 @@ def ledger(  # noqa: PLR0913 - one parameter per option
     if as_csv and link.as_json:
         raise typer.BadParameter("pass either --csv or --json")
     now = datetime.now(UTC)
-    begin = _moment(since, now, "--since")
-    end = None if until is None else _moment(until, now, "--until")
+    begin = moment_of(since, now, "--since")
+    end = None if until is None else moment_of(until, now, "--until")
     with session(link) as (client, output):
         rows = _of(client.admin.list_ledger(since=begin, until=end), namespace, upstream)
         if as_csv:
@@ -74,16 +70,6 @@ def ledger(  # noqa: PLR0913 - one parameter per option
         shown = list(rows)
         facts = {"rows": [_facts(row) for row in shown], "total": _total(shown)}
         output.result(facts, lambda console: _draw(shown, console))
-
-
-def _moment(text: str, now: datetime, option: str) -> datetime:
-    try:
-        if span := _SPAN.fullmatch(text):
-            return now - timedelta(**{_UNITS[span[2]]: int(span[1])})
-        moment = datetime.fromisoformat(text)
-    except (ValueError, OverflowError) as error:
-        raise typer.BadParameter(f"not a moment: {_MOMENT_HELP}", param_hint=option) from error
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _of(rows: Iterable[LedgerRow], namespace: str | None, upstream: str | None) -> Iterator[LedgerRow]:
