@@ -1,0 +1,113 @@
+"""A report in sentences: what a reader wants to know first, each as a name and what there is to say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cacheserver.reports.numbers import ENOUGH_ANSWERED, Figures, Group, Report, worst
+from cacheserver.reports.sizes import Sizes
+from cacheserver.reports.tables import bill, count, mib, percent, usd
+
+Headline = tuple[str, str]
+
+
+def headlines(report: Report, sizes: Sizes | None = None) -> list[Headline]:
+    """The sentences, the most asked for first."""
+    total = report.total
+    return [
+        _spent_line(total),
+        _saved_line(total),
+        _hit_line(total),
+        *_observed_line(total),
+        _worst_line(report.by_namespace),
+        doubling_line(sizes),
+        _estimated_line(total),
+    ]
+
+
+def _spent_line(total: Figures) -> Headline:
+    text = f"{usd(total.spent_microusd)} for {count(total.settled_calls)} calls to upstreams whose cost is known."
+    if total.unknown_calls:
+        text += f" {count(total.unknown_calls)} more, at most {usd(total.unknown_microusd)}, have an unknown outcome."
+    if total.open_calls:
+        text += f" {count(total.open_calls)}, at most {usd(total.open_microusd)}, have not ended."
+    if total.most_microusd != total.spent_microusd:
+        text += f" So the provider's bill is {bill(total)}."
+    return "Spent:", text
+
+
+def _saved_line(total: Figures) -> Headline:
+    text = (
+        f"about {usd(total.saved_microusd)} of the {usd(total.would_cost_microusd)} that all pictures would have cost "
+        f"({percent(total.spared_rate)}). "
+    )
+    hits_microusd = total.saved_microusd - total.coalesced_microusd
+    return "Saved:", text + (
+        f"Hits saved {usd(hits_microusd)}; requests that joined a load under way (collapsed) saved "
+        f"{usd(total.coalesced_microusd)}."
+    )
+
+
+def _hit_line(total: Figures) -> Headline:
+    tiers = ", ".join(f"{tier} {percent(total.tier_rate(tier))}" for tier in total.hits_by_tier) or "no tier had any"
+    return "Hit rate:", (
+        f"{percent(total.hit_rate)} of {count(total.answered)} pictures answered. By tier: {tiers}. "
+        f"{count(total.collapsed)} more were collapsed, so {percent(total.unpaid_rate)} were not paid for."
+    )
+
+
+def _observed_line(total: Figures) -> list[Headline]:
+    if not total.observed:
+        return []
+    text = (
+        f"{count(total.observed)} pictures were in a tier but generated all the same, as their namespace only observes."
+    )
+    return [("Observed:", text)]
+
+
+def _worst_line(namespaces: Sequence[Group]) -> Headline:
+    found = worst(namespaces)
+    if found is None:
+        return "Worst namespace:", "none: no picture was answered."
+    figures = found.figures
+    enough = [group for group in namespaces if group.figures.answered >= ENOUGH_ANSWERED]
+    among = (
+        f"of the {len(enough)} with at least {ENOUGH_ANSWERED} pictures" if enough else "though all have few pictures"
+    )
+    text = (
+        f"{found.name}, by hit rate, {among}: {percent(figures.hit_rate)} of {count(figures.answered)} pictures; "
+        f"it spent {usd(figures.spent_microusd)}."
+    )
+    dearest = max(namespaces, key=lambda group: group.figures.spent_microusd)
+    if dearest.name != found.name:
+        text += f" The one that spent most is {dearest.name}: {usd(dearest.figures.spent_microusd)}."
+    return "Worst namespace:", text
+
+
+def doubling_line(sizes: Sizes | None) -> Headline:
+    """What a memory level of twice the size would do."""
+    name = "Twice the memory level (L1):"
+    if sizes is None:
+        return name, "not known, as this report was made without the replay of a trace (--what-if)."
+    found = sizes.doublings
+    if not found:
+        return name, "not known, as the replay tried no two sizes of which one is twice the other."
+    parts = [
+        f"from {mib(pair.single.l1_bytes)} to {mib(pair.double.l1_bytes)} its hit rate goes from "
+        f"{percent(pair.single.hit_rate)} to {percent(pair.double.hit_rate)} "
+        f"({(pair.double.hit_rate - pair.single.hit_rate) * 100:+.1f} points), which saves "
+        f"{usd(pair.double.saved_microusd - pair.single.saved_microusd)} more if no slower tier has the pictures"
+        for pair in found[:3]
+    ]
+    return name, f"{'; '.join(parts)}. Estimated by replaying {count(sizes.requests)} requests of a trace."
+
+
+def _estimated_line(total: Figures) -> Headline:
+    has_bounds = total.unknown_calls or total.open_calls
+    bounds = " Unknown and open calls are given with the most they can cost." if has_bounds else ""
+    return "Measured and estimated:", (
+        "counted are all pictures, hits and misses; spent is what the calls to upstreams cost by the provider's own "
+        "token counts, or by the price table where it gave none. Estimated are saved and would have cost (what the "
+        "same pictures cost by price table, had each been generated), the times to answer (upper bounds from a "
+        f"histogram), the calculator, and other sizes of the memory level.{bounds}"
+    )
