@@ -13,7 +13,7 @@ import pytest
 import typer.testing
 from structlog.testing import capture_logs
 
-from cacheserver.cli import ledger
+from cacheserver.cli.moments import moment_of
 from cacheserver.model import AlarmState, AttemptOutcome, BudgetScope, Caller, UpstreamHealth
 from tests.admin_front import Sources, admin_service, alarm, attempt, budget, review, serving, upstream
 from tests.test_cli import command, printed
@@ -154,7 +154,7 @@ async def test_ledger_reads_every_page_of_the_span(run: Run, sources: Sources, m
     ],
 )
 def test_a_moment_is_a_span_ago_or_a_date(text: str, moment: datetime) -> None:
-    assert ledger._moment(text, datetime(2027, 1, 15, 8, tzinfo=UTC), "--since") == moment
+    assert moment_of(text, datetime(2027, 1, 15, 8, tzinfo=UTC), "--since") == moment
 
 
 async def test_ledger_looks_back_thirty_days_unless_told(run: Run, sources: Sources) -> None:

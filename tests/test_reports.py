@@ -245,9 +245,10 @@ def test_the_headlines_of_nothing_are_sentences_too() -> None:
 
 
 def test_what_was_only_observed_is_told_apart() -> None:
-    rows = [row(Outcome.OBSERVED, TierName.REDIS, 9)]
+    rows = [row(Outcome.OBSERVED, TierName.REDIS, 9, saved_microusd=9_000_000, would_cost_microusd=9_000_000)]
     observed = numbers.report(rows, BOUNDS_S, period=some_period(), by=[StatsField.NAMESPACE])
-    assert "9 pictures were in a tier" in dict(headlines.headlines(observed))["Observed:"]
+    assert "to serve them would have saved about $9.00" in dict(headlines.headlines(observed))["Observed:"]
+    assert (observed.total.saved_microusd, observed.total.hit_rate) == (0, 0.0)
     assert "observed" in tables.hit_table(("namespace",), observed.groups, observed.total).columns
 
 
@@ -380,6 +381,14 @@ def test_the_calculator_begins_with_what_was_measured_and_gives_it_back() -> Non
     assert without == pytest.approx(report.total.would_cost_microusd / 1e6)
     assert saved == pytest.approx(report.total.saved_microusd / 1e6)
     assert monthly_pictures(report) == 10 * volume
+
+
+def test_the_pace_is_that_since_the_first_figures() -> None:
+    rows = [hits(TierName.S3, 100, 1, 0, start_time=SINCE + timedelta(days=2))]
+    young = numbers.report(rows, BOUNDS_S, period=some_period(), by=[StatsField.NAMESPACE])
+    assert monthly_pictures(young) == 3_000
+    assert "first figures from 2026-05-03 00:00" in headlines.period_line(young)
+    assert "first figures" not in headlines.period_line(some_report())
 
 
 def test_a_quality_nobody_asked_for_begins_with_its_list_price() -> None:

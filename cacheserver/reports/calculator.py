@@ -52,5 +52,6 @@ def seeds(report: Report, prices_microusd: Mapping[str, int]) -> list[Seed]:
 
 
 def monthly_pictures(report: Report) -> int:
-    """How many pictures a month of 30 days has at the measured pace."""
-    return round(report.total.answered * (_MONTH / report.period.length)) if report.period.length else 0
+    """How many pictures a month of 30 days has at the pace measured since the first figures."""
+    measured = report.period.since_first(report.first_time)
+    return round(report.total.answered * (_MONTH / measured)) if measured else 0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cacheserver.reports.numbers import ENOUGH_ANSWERED, Figures, Group, Report, worst
 from cacheserver.reports.sizes import Sizes
-from cacheserver.reports.tables import bill, count, mib, percent, usd
+from cacheserver.reports.tables import bill, count, mib, moment, percent, stretch, usd
 
 Headline = tuple[str, str]
 
@@ -60,7 +60,8 @@ def _observed_line(total: Figures) -> list[Headline]:
     if not total.observed:
         return []
     text = (
-        f"{count(total.observed)} pictures were in a tier but generated all the same, as their namespace only observes."
+        f"{count(total.observed)} pictures were in a tier, but generated, as their namespace only observes; to serve "
+        f"them would have saved about {usd(total.observed_microusd)}."
     )
     return [("Observed:", text)]
 
@@ -82,6 +83,14 @@ def _worst_line(namespaces: Sequence[Group]) -> Headline:
     if dearest.name != found.name:
         text += f" The one that spent most is {dearest.name}: {usd(dearest.figures.spent_microusd)}."
     return "Worst namespace:", text
+
+
+def period_line(report: Report) -> str:
+    """What the report is about."""
+    about = f"namespace {report.namespace}" if report.namespace else f"all namespaces ({len(report.by_namespace)})"
+    first = report.first_time
+    late = first is not None and first - report.period.since >= report.period.step
+    return f"{stretch(report.period)}, {about}" + (f"; first figures from {moment(first)}" if first and late else "")
 
 
 def doubling_line(sizes: Sizes | None) -> Headline:

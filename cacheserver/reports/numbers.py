@@ -101,6 +101,7 @@ class Figures:
         outcomes: Pictures (calls, for errors) by what became of them; None is a word this client does not know.
         hits_by_tier: Fastest tier first; only tiers that had any.
         latency: By tier for hits, then "collapsed" and "upstream".
+        observed_microusd: What hits would have saved that were only observed. It was spent, and is in no other sum.
     """
 
     outcomes: Mapping[Outcome | None, int] = field(default_factory=dict)
@@ -117,6 +118,7 @@ class Figures:
     saved_microusd: int = 0
     coalesced_microusd: int = 0
     would_cost_microusd: int = 0
+    observed_microusd: int = 0
 
     @property
     def requests(self) -> int:
@@ -220,17 +222,21 @@ _SUMMED = (
     "saved_microusd",
     "coalesced_microusd",
     "would_cost_microusd",
+    "observed_microusd",
 )
 
 
 def _figures(row: StatsRow, bounds_s: Sequence[float]) -> Figures:
     way = _way(row) if row.requests else None
     latency = Latency(tuple(bounds_s), row.latency_counts, row.latency_sum_s, row.requests)
+    sums = {name: getattr(row, name) for name in _SUMMED if name != "observed_microusd"}
+    if row.outcome is Outcome.OBSERVED:
+        sums |= {"observed_microusd": row.saved_microusd, "saved_microusd": 0}
     return Figures(
         outcomes={row.outcome: row.requests} if row.requests else {},
         hits_by_tier={row.tier: row.requests} if row.outcome in _HITS and row.tier else {},
         latency={way: latency} if way else {},
-        **{name: getattr(row, name) for name in _SUMMED},
+        **sums,
     )
 
 
@@ -280,6 +286,10 @@ class Period:
     def length(self) -> timedelta:
         """How long it is."""
         return self.until - self.since
+
+    def since_first(self, first_time: datetime | None) -> timedelta:
+        """How long it is without the time before the first figures, when the service may not have run yet."""
+        return self.until - max(self.since, first_time or self.since)
 
     @property
     def step(self) -> timedelta:
@@ -350,12 +360,14 @@ class Report:
 
     Attributes:
         namespace: The only one it is about; None for all that the caller may read.
+        first_time: When the first figures begin that there are in the period; None if there are none.
         by: What `groups` are told apart by.
         by_namespace: Also `by_model` and `by_quality`: the same sums told apart by one field.
     """
 
     period: Period
     namespace: str | None
+    first_time: datetime | None
     total: Figures
     by: tuple[StatsField, ...]
     groups: tuple[Group, ...]
@@ -383,6 +395,7 @@ def report(
     return Report(
         period=period,
         namespace=namespace,
+        first_time=min((row.start_time for row in rows if row.start_time), default=None),
         total=add_up(rows, bounds_s),
         by=tuple(by),
         groups=tuple(groups(rows, by, bounds_s)),
@@ -401,6 +414,7 @@ def facts(report: Report) -> dict[str, Any]:
     return {
         "since": report.period.since.isoformat(),
         "until": report.period.until.isoformat(),
+        "first_time": report.first_time.isoformat() if report.first_time else None,
         "span": str(report.period.span),
         "namespace": report.namespace,
         "definitions": dict(DEFINITIONS),

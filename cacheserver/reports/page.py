@@ -13,7 +13,7 @@ from importlib import resources
 from typing import Final
 
 from cacheserver.reports.calculator import monthly_pictures, seeds
-from cacheserver.reports.headlines import doubling_line, headlines
+from cacheserver.reports.headlines import doubling_line, headlines, period_line
 from cacheserver.reports.numbers import DEFINITIONS, Report
 from cacheserver.reports.sizes import Sizes
 from cacheserver.reports.tables import (
@@ -147,7 +147,6 @@ def _data(chart: Chart) -> str:
 
 def _summary(report: Report, contents: Contents) -> str:
     total = report.total
-    about = f"namespace {report.namespace}" if report.namespace else f"{len(report.by_namespace)} namespaces"
     cards = [
         (usd(total.spent_microusd), "spent on generating"),
         (f"about {usd(total.saved_microusd)}", "saved by the cache (estimated)"),
@@ -155,8 +154,8 @@ def _summary(report: Report, contents: Contents) -> str:
         (percent(total.spared_rate), "of what it would have cost was saved (estimated)"),
     ]
     return (
-        f"<header><h1>Prompt cache report</h1><p class=faint>{_text(stretch(report.period))}, {_text(about)}; "
-        f"made {moment(contents.made_at)} UTC</p></header>"
+        f"<header><h1>Prompt cache report</h1><p class=faint>{_text(period_line(report))}; made "
+        f"{moment(contents.made_at)} UTC</p></header>"
         f"<section><h2>In short</h2><div class=cards>"
         + "".join(f"<div class=card><b>{_text(figure)}</b><span>{_text(text)}</span></div>" for figure, text in cards)
         + "</div><ul>"

@@ -2,8 +2,8 @@
 
 Three services run side by side, each with a Redis of its own and one picture in memory: two count for themselves
 alone, one for all replicas. In each round every one of them answers the same number of calls, by turns and in a random
-order, and the processor time of its threads (user and system) is divided by it. Of each round two ratios are taken: of the two
-that are alike (A/A), and of the one that counts to the mean of those two. Against, by the medians of the ratios:
+order, and the processor time of its threads (user and system) is divided by it. Of each round two ratios are taken: of
+the two that are alike (A/A), and of the one that counts to the mean of those two. Against, by the medians of the ratios:
 
     A/A is 1 ± 0.01: else the machine was too restless to tell, and further rounds are run
     counting costs at most 2 %

@@ -75,11 +75,6 @@ class ServiceProcess:
             raise
 
     @property
-    def pid(self) -> int:
-        """The process's id."""
-        return self._process.pid
-
-    @property
     def log_file(self) -> Path:
         """What it logs."""
         return self._directory / "service.log"
