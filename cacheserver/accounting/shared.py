@@ -32,7 +32,7 @@ from cacheserver.tasks import OwnedTasks, every
 _log = structlog.get_logger(__name__)
 
 _BEAT_S = 0.5
-_REST_S = 0.02
+_REST_S = 0.05
 _TIDY_S = 60.0
 _ROLL_OFF_S = 600.0
 _SPANS = (MINUTE_S, HOUR_S)

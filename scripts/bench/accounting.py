@@ -13,7 +13,7 @@ Against what the callers were answered and what the provider billed:
                  open are no more calls than were in flight
     restarted    it is started again: the same, and no call is open any more
 
-In flight counts every call of a caller that had not been answered 50 ms before the kill: so long may pass until what
+In flight counts every call of a caller that had not been answered 100 ms before the kill: so long may pass until what
 has ended is told.
 """
 
@@ -51,7 +51,7 @@ _CALLERS = 12
 _DEADLINE_S = 120.0
 _TOLD_S = 2.0
 """So long after the last answer everything is told."""
-_UNTOLD_S = 0.05
+_UNTOLD_S = 0.1
 
 Sums = Counter[str]
 """What there was of what: "hit memory", "miss", "saved" and the like."""

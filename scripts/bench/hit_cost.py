@@ -3,15 +3,19 @@
 Three services run side by side, each with a Redis of its own and one picture in memory: two count for themselves
 alone, one for all replicas. In each round every one of them answers the same number of calls, by turns and in a random
 order, and the processor time of its threads (user and system) is divided by it. Of each round two ratios are taken: of
-the two that are alike (A/A), and of the one that counts to the mean of those two. Against, by the medians of the ratios:
+the two that are alike (A/A), and of the one that counts to the mean of those two. Against, by the medians of the
+ratios:
 
     A/A is 1 ± 0.01: else the machine was too restless to tell, and further rounds are run
     counting costs at most 2 %
+
+With --misses every call is for a new picture: what it costs to tell of each paid call before it is sent.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import statistics
 import sys
@@ -34,11 +38,13 @@ _PROC = Path("/proc")
 _AT_A_TIME = 8
 _TURNS = 10
 """Of each service in a round: what else the machine does meanwhile then meets all of them."""
+_PROMPT = "a red fox"
 _ALIKE = 0.01
 _GOAL = 1.02
 _WARM_UP_CALLS = 1_000
 _SERVICES = {"off 1": False, "off 2": False, "on": True}
-_REQUEST = pb.GetImageRequest(spec=pb.ImageSpec(prompt="a red fox", size="1024x1024", quality="high"))
+_TIER = {False: pb.TIER_MEMORY, True: pb.TIER_UPSTREAM}
+_NUMBERS = itertools.count(1)
 
 
 @dataclass(slots=True)
@@ -70,25 +76,29 @@ class Rounds:
         return [f"counting costs {self.ratio - 1:.1%}, not {_GOAL - 1:.0%}"] if self.ratio > _GOAL else []
 
 
+def _request(prompt: str) -> pb.GetImageRequest:
+    return pb.GetImageRequest(spec=pb.ImageSpec(prompt=prompt, size="1024x1024", quality="high"))
+
+
 def cpu_s(pid: int) -> float:
     """Processor time of a process's threads so far, user and system, in seconds."""
     stats = [(task / "schedstat").read_text() for task in (_PROC / str(pid) / "task").iterdir()]
     return sum(int(stat.split()[0]) for stat in stats) / 1e9
 
 
-async def _answer(stub: Stub, calls: int) -> None:
-    """Ask so many times for the picture, which memory has."""
+async def _answer(stub: Stub, calls: int, *, misses: bool) -> None:
+    """Ask so many times for the picture that memory has, or for so many new ones."""
 
     async def caller(count: int) -> None:
         for _ in range(count):
-            response = await stub.GetImage(_REQUEST, timeout=30)
-            if response.status.tier != pb.TIER_MEMORY:
-                raise RuntimeError("not a hit from memory")
+            response = await stub.GetImage(_request(f"new {next(_NUMBERS)}" if misses else _PROMPT), timeout=60)
+            if response.status.tier != _TIER[misses]:
+                raise RuntimeError("answered by another tier than is measured")
 
     await asyncio.gather(*(caller(calls // _AT_A_TIME) for _ in range(_AT_A_TIME)))
 
 
-async def measure(*, rounds: int, most_rounds: int, calls: int) -> Rounds:
+async def measure(*, rounds: int, most_rounds: int, calls: int, misses: bool = False) -> Rounds:
     """Rounds until the two that are alike are, `rounds` at least and `most_rounds` at most."""
     measured = Rounds()
     async with AsyncExitStack() as stack:
@@ -96,25 +106,25 @@ async def measure(*, rounds: int, most_rounds: int, calls: int) -> Rounds:
         services: dict[str, tuple[ServiceProcess, Stub]] = {}
         config = ProviderConfig(keys=(KeyConfig(key="sk-x", group="org-x"),))
         provider = await stack.enter_async_context(ProviderProcess(config, directory))
-        upstream = f'[[upstreams]]\nname = "x"\nbase_url = "{provider.base_url}"\napi_key = "sk-x"\n'
+        rest = f'[disk]\nfsync = false\n[[upstreams]]\nname = "x"\nbase_url = "{provider.base_url}"\napi_key = "sk-x"\n'
         for name, is_on in _SERVICES.items():
             own = directory / name.replace(" ", "")
             (own / "valkey").mkdir(parents=True)
             valkey = ValkeyServer(own / "valkey")
             stack.push_async_callback(asyncio.to_thread, valkey.kill)
             await asyncio.to_thread(valkey.start)
-            text = f'[redis]\nurl = "{valkey.url}"\n[accounting]\nenabled = {str(is_on).lower()}\n{upstream}'
+            text = f'[redis]\nurl = "{valkey.url}"\n[accounting]\nenabled = {str(is_on).lower()}\n{rest}'
             service = await stack.enter_async_context(ServiceProcess(own, text))
             [stub] = await stack.enter_async_context(callers(service.address, 1))
-            await stub.GetImage(_REQUEST, timeout=60)
-            await _answer(stub, _WARM_UP_CALLS)
+            await stub.GetImage(_request(_PROMPT), timeout=60)
+            await _answer(stub, _WARM_UP_CALLS, misses=False)
             services[name] = service, stub
         while len(measured.us["on"]) < rounds or (not measured.can_tell and len(measured.us["on"]) < most_rounds):
             spent_s = dict.fromkeys(services, 0.0)
             for name in (name for _ in range(_TURNS) for name in random.sample([*services], len(services))):
                 service, stub = services[name]
                 before_s = cpu_s(service.pid)
-                await _answer(stub, calls // _TURNS)
+                await _answer(stub, calls // _TURNS, misses=misses)
                 spent_s[name] += cpu_s(service.pid) - before_s
             for name, seconds in spent_s.items():
                 measured.us[name].append(seconds / calls * 1e6)
@@ -127,12 +137,13 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds at least.")] = 11,
     most_rounds: Annotated[int, typer.Option(help="And at most, until A/A is within its bounds.")] = 31,
     calls: Annotated[int, typer.Option(help="Hits of each service in a round.")] = 4_000,
+    misses: Annotated[bool, typer.Option("--misses", help="New pictures in place of hits.")] = False,
     json: Annotated[Path | None, typer.Option(help="File for the figures.")] = None,
 ) -> None:
     """Processor time per hit from memory, accounting on against off."""
-    measured = asyncio.run(measure(rounds=rounds, most_rounds=most_rounds, calls=calls))
+    measured = asyncio.run(measure(rounds=rounds, most_rounds=most_rounds, calls=calls, misses=misses))
     print_table(
-        f"Processor time per hit from memory, {len(measured.us['on'])} rounds of {calls:,} hits",
+        f"Processor time per {'miss' if misses else 'hit from memory'}, {len(measured.us['on'])} rounds of {calls:,}",
         ("service", "median", "least", "most"),
         [
             (name, *(f"{each:.1f} us" for each in (statistics.median(us), min(us), max(us))))
@@ -143,7 +154,7 @@ def main(
     shortfalls = measured.shortfalls()
     print_verdict(shortfalls)
     result = {**asdict(measured), "alike": measured.alike, "ratio": measured.ratio, "shortfalls": shortfalls}
-    write_json(json, "hit_cost", {"calls": calls, **result})
+    write_json(json, "hit_cost", {"calls": calls, "misses": misses, **result})
     raise typer.Exit(bool(shortfalls))
 
 
