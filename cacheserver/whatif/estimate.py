@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from cacheserver.errors import UnreadableFileError
-from cacheserver.model import TierName
 from cacheserver.whatif.advice import NearMisses, NearPrompt, near_misses
 from cacheserver.whatif.lines import LineFile
 from cacheserver.whatif.logs import HASH_SPAN, NO_CALLER, NO_PRICE, BadLine, LogPlan, Rows, prompt_of, read_log
@@ -193,7 +192,6 @@ class _Tiers:
     l1_bytes: int
     ttl_s: float | None
     tiers: TiersReplay
-    hits: Counter[TierName] = field(default_factory=Counter)
     saved_microusd: int = 0
     reroll_microusd: int = 0
 
@@ -300,9 +298,7 @@ class _Forecast:
 
     def _ask_tiers(self, key: int, number: int, cost: int, *, is_reroll: bool) -> None:
         for each in self._tiers:
-            tier = each.tiers.asked(key, number, self._assumed.image_bytes, self._now_s)
-            if tier is not TierName.UPSTREAM:
-                each.hits[tier] += 1
+            if each.tiers.asked(key, number, self._assumed.image_bytes, self._now_s):
                 each.saved_microusd += cost
                 if is_reroll:
                     each.reroll_microusd += cost
@@ -346,8 +342,9 @@ class _Forecast:
         )
 
     def _tier_figures(self, each: _Tiers) -> TierFigures:
-        hit_rate = self._share(each.hits.total())
-        redis, last = (each.hits[tier] / self._seen if self._seen else 0.0 for tier in (TierName.REDIS, TierName.S3))
+        tiers = each.tiers
+        hit_rate = self._share(tiers.memory_hits + tiers.redis_hits + tiers.s3_hits)
+        redis, last = (hits / self._seen if self._seen else 0.0 for hits in (tiers.redis_hits, tiers.s3_hits))
         return TierFigures(
             l1_bytes=each.l1_bytes,
             ttl_s=each.ttl_s,

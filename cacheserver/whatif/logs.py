@@ -162,6 +162,7 @@ class _Reader:
     def __init__(self, plan: LogPlan) -> None:
         self._plan = plan
         self._paths = {ours: tuple(theirs.split(".")) for ours, theirs in plan.names}
+        self._columns = [(theirs, tuple(theirs.split(".")) if "." in theirs else None) for _, theirs in plan.names]
         self._prices = PriceTable.load()
         self._memo: dict[tuple[str, str | None, str | None, str | None], _Known] = {}
         self._costs: dict[tuple[str, str, str], int] = {}
@@ -169,14 +170,13 @@ class _Reader:
     def add(self, line: bytes, number: int, rows: Rows, texts_below: int) -> None:
         """Add a line's request to the columns. Raises _BadRowError."""
         try:
-            row = json.loads(line)
+            # As text: of bytes json finds out the encoding first, each time.
+            row = json.loads(line.decode() if number > 1 else line.decode("utf-8-sig"))
         except (ValueError, RecursionError):
             raise _BadRowError("is no JSON, or longer than a line may be") from None
         if not isinstance(row, dict):
             raise _BadRowError("is no JSON object")
-        time, *picture, caller = (
-            row.get(path[0]) if len(path) == 1 else _inside(row, path) for path in self._paths.values()
-        )
+        time, *picture, caller = [row.get(name) if path is None else _inside(row, path) for name, path in self._columns]
         time_s = self._time_s(time)
         known = self._known(*picture)
         rows.lines.append(number)

@@ -10,7 +10,6 @@ import math
 from array import array
 from collections import OrderedDict
 
-from cacheserver.model import TierName
 from cacheserver.tiers.memory import OVERHEAD_BYTES
 
 ENTRY_SHARE = 8
@@ -66,28 +65,32 @@ class TiersReplay:
         self._ttl_s = ttl_s
         self._expire_s = array("d")
         self._redis_until_s = array("d")
+        self.memory_hits = 0
+        self.redis_hits = 0
+        self.s3_hits = 0
 
-    def asked(self, key: int, index: int, size_bytes: int, now_s: float) -> TierName:
-        """Which tier answers; UPSTREAM where none does.
+    def asked(self, key: int, index: int, size_bytes: int, now_s: float) -> bool:
+        """Whether some tier answers; counts which.
 
         `index` is the key's number: 0 for the first key ever asked for, and one more for each further one.
         """
         if self._memory.get(key, now_s):
-            return TierName.MEMORY
+            self.memory_hits += 1
+            return True
         if index == len(self._expire_s):
-            self._expire_s.append(0.0)
-            self._redis_until_s.append(0.0)
-        tier = TierName.UPSTREAM
-        if now_s >= self._expire_s[index]:
+            self._expire_s.append(-math.inf)
+            self._redis_until_s.append(-math.inf)
+        is_hit = now_s < self._expire_s[index]
+        if not is_hit:
             self._expire_s[index] = now_s + self._ttl_s
             self._redis_until_s[index] = now_s + self._redis_ttl_s
         elif now_s < self._redis_until_s[index]:
-            tier = TierName.REDIS
+            self.redis_hits += 1
         else:
-            tier = TierName.S3
+            self.s3_hits += 1
             self._redis_until_s[index] = now_s + self._redis_ttl_s
         self._memory.put(key, size_bytes, self._expire_s[index])
-        return tier
+        return is_hit
 
 
 def adjusted_share(hit: float, seen: float, expected: float) -> float:
