@@ -327,6 +327,7 @@ def test_the_page_needs_nothing_from_elsewhere(path: Path) -> None:
         ["--catalog-pattern", "("],
         ["--quality", "best"],
         ["--l1", "much"],
+        ["--l1", ","],
         ["--ttl", "never"],
     ],
 )

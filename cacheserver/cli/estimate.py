@@ -2,261 +2,62 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-
-from cacheserver.cli.amounts import binary_size, bytes_of, listed, span_s, span_text
-from cacheserver.cli.output import FAILED, Output, dollars, size
-from cacheserver.errors import UnreadableFileError
-from cacheserver.generation.prices import PriceTable
-from cacheserver.identity import PROFILES, QUALITIES, compile_catalog_patterns
-from cacheserver.whatif import estimate as forecast
-from cacheserver.whatif.estimate import Assumed, Estimate
-from cacheserver.whatif.lines import LineFile
-from cacheserver.whatif.logs import FIELDS, LogPlan
-from cacheserver.whatif.page import estimate_page
-
-_SMALL_BYTES = 4_000_000
-"""A file below this is read before another process would have started."""
-
-_MAX_WORKERS = 8
 
 
-def estimate(  # noqa: PLR0913 - one parameter per option
-    log: Annotated[Path, typer.Argument(help="Request log: a JSON object a line, plain or gzip.")],
-    *,
+@dataclass(frozen=True, kw_only=True)
+class EstimateOptions:
+    """How the log is to be read, and what cache to forecast."""
+
     fields: Annotated[
         list[str] | None,
-        typer.Option("--field", help=f"Name of a field in the log, as prompt=request.text; of {', '.join(FIELDS)}."),
-    ] = None,
+        typer.Option(
+            "--field",
+            help="A field's name in the log, as prompt=request.text; of time, prompt, model, size, quality, caller.",
+        ),
+    ] = None
     profile: Annotated[
         str | None,
-        typer.Option(help=f"Profile of the tiers' figures: {', '.join(PROFILES)}.", show_default="standard"),
-    ] = None,
+        typer.Option(help="Profile of the tiers' figures: exact, standard, catalog.", show_default="standard"),
+    ] = None
     catalog_pattern: Annotated[
         list[str] | None,
         typer.Option(help="What the profile catalog drops, as in catalog_patterns; several by repeating it."),
-    ] = None,
-    l1: Annotated[str, typer.Option(help="Memory sizes, with commas.")] = "256MiB,1GiB,4GiB",
-    ttl: Annotated[str | None, typer.Option(help="Lifetimes of images, as 1d,7d.", show_default="for ever")] = None,
-    redis_ttl: Annotated[str, typer.Option(help="How long Redis keeps an image.")] = "24h",
-    reroll_within: Annotated[
-        str, typer.Option(help="A repeat by the same caller within this time is a re-roll.")
-    ] = "15m",
-    image_bytes: Annotated[str, typer.Option(help="Size of an image, for the memory's figures.")] = "1.5MB",
-    model: Annotated[str, typer.Option(help="Model of rows that name none.")] = "gpt-image-2",
+    ] = None
+    l1: Annotated[str, typer.Option(help="Memory sizes, with commas.")] = "256MiB,1GiB,4GiB"
+    ttl: Annotated[str | None, typer.Option(help="Lifetimes of images, as 1d,7d.", show_default="for ever")] = None
+    redis_ttl: Annotated[str, typer.Option(help="How long Redis keeps an image.")] = "24h"
+    reroll_within: Annotated[str, typer.Option(help="A repeat by the same caller within this time is a re-roll.")] = (
+        "15m"
+    )
+    image_bytes: Annotated[str, typer.Option(help="Size of an image, for the memory's figures.")] = "1.5MB"
+    model: Annotated[str, typer.Option(help="Model of rows that name none.")] = "gpt-image-2"
     image_size: Annotated[
         str, typer.Option("--size", help="Size that rows are priced as which leave it to the provider.")
-    ] = "1024x1024",
-    quality: Annotated[
-        str, typer.Option(help="Quality that rows are priced as which leave it to the provider.")
-    ] = "medium",
-    html: Annotated[Path | None, typer.Option(help="Write the forecast as one HTML page.")] = None,
-    no_prompts: Annotated[bool, typer.Option("--no-prompts", help="Show no prompt and no part of one.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first line that is no request.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
+    ] = "1024x1024"
+    quality: Annotated[str, typer.Option(help="Quality that rows are priced as which leave it to the provider.")] = (
+        "medium"
+    )
+    html: Annotated[Path | None, typer.Option(help="Write the forecast as one HTML page.")] = None
+    no_prompts: Annotated[bool, typer.Option("--no-prompts", help="Show no prompt and no part of one.")] = False
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first line that is no request.")] = False
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False
+
+
+def estimate(
+    log: Annotated[Path, typer.Argument(help="Request log: a JSON object a line, plain or gzip.")],
+    *,
+    options: EstimateOptions,
 ) -> None:
     """Forecast hit rates and savings from a request log, by the code that the service makes its keys with.
 
     A log has a picture asked for in each line: time (seconds since 1970, or ISO 8601), prompt, and if it is known
     model, size, quality and caller. Nothing leaves this machine.
     """
-    patterns = _patterns(catalog_pattern)
-    if profile == "catalog" and not patterns:
-        raise typer.BadParameter("the profile catalog needs --catalog-pattern", param_hint="--profile")
-    if profile is not None and profile not in PROFILES:
-        raise typer.BadParameter(f"pass one of {', '.join(PROFILES)}", param_hint="--profile")
-    if quality not in QUALITIES:
-        raise typer.BadParameter(f"pass one of {', '.join(QUALITIES)}", param_hint="--quality")
-    plan = LogPlan(
-        names=_names(fields or []),
-        model=model,
-        size=image_size,
-        quality=quality,
-        profiles=tuple(PROFILES) if patterns else ("exact", "standard"),
-        catalog_patterns=patterns,
-    )
-    assumed = Assumed(
-        profile=profile or "standard",
-        l1_bytes=tuple(bytes_of(text, "--l1") for text in listed(l1)),
-        ttls_s=tuple(span_s(text, "--ttl") for text in listed(ttl)) or (None,),
-        redis_ttl_s=span_s(redis_ttl, "--redis-ttl"),
-        reroll_s=span_s(reroll_within, "--reroll-within"),
-        image_bytes=bytes_of(image_bytes, "--image-bytes"),
-    )
-    output = Output(as_json=as_json)
-    try:
-        workers = _workers(log)
-        result = forecast.estimate(LineFile(log), plan, assumed, workers=workers, is_strict=strict)
-        if no_prompts:
-            result = _without_prompts(result)
-        notes = _notes(result, plan, assumed)
-        if html is not None:
-            html.write_text(estimate_page(result, notes), encoding="utf-8")
-    except UnreadableFileError as error:
-        output.problem(str(error))
-        raise typer.Exit(FAILED) from error
-    except OSError as error:
-        output.problem(f"{error.filename}: {error.strerror}")
-        raise typer.Exit(FAILED) from error
-    output.result(asdict(result) | {"notes": notes}, lambda console: _draw(result, notes, console))
+    from cacheserver.cli.forecasting import run  # noqa: PLC0415 - takes long to import, and no other command needs it
 
-
-def _patterns(written: list[str] | None) -> tuple[str, ...]:
-    patterns = tuple(written or ())
-    try:
-        compile_catalog_patterns(patterns)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--catalog-pattern") from error
-    return patterns
-
-
-def _names(written: list[str]) -> tuple[tuple[str, str], ...]:
-    names = {name: name for name in FIELDS}
-    for each in written:
-        ours, _, theirs = each.partition("=")
-        if ours not in names or not theirs:
-            raise typer.BadParameter(f"write OURS=THEIRS, with one of {', '.join(FIELDS)}", param_hint="--field")
-        names[ours] = theirs
-    return tuple(names.items())
-
-
-def _workers(log: Path) -> int:
-    try:
-        is_small = log.stat().st_size < _SMALL_BYTES
-    except OSError as error:
-        raise UnreadableFileError(f"{log}: {error.strerror}") from error
-    return 0 if is_small else min(_MAX_WORKERS, os.cpu_count() or 1)
-
-
-def _without_prompts(result: Estimate) -> Estimate:
-    return replace(
-        result,
-        groups=tuple(replace(group, prompt="") for group in result.groups),
-        near_misses=tuple(replace(each, template="", values=(), pattern="") for each in result.near_misses),
-    )
-
-
-def _notes(result: Estimate, plan: LogPlan, assumed: Assumed) -> list[str]:
-    """What the figures rest on, and what is not in them."""
-    notes = [
-        f"costs are by the price list as of {PriceTable.load().as_of}, the picture alone, without its text tokens",
-        f"every picture is taken to have {size(assumed.image_bytes)}",
-        f"Redis keeps an image for {span_text(assumed.redis_ttl_s)} and has room for all of them; S3 keeps everything",
-        f"a re-roll is the same caller's same prompt within {span_text(assumed.reroll_s)}",
-        "what a namespace adds is not in it: quality_by_use, redaction and deny-lists, several variants",
-    ]
-    said = {
-        "model": f"they are taken for {plan.model}",
-        "size": f"it is left to the provider, and priced as {plan.size}",
-        "quality": f"it is left to the provider, and priced as {plan.quality}",
-        "caller": "which of their repeats are re-rolls cannot be told",
-    }
-    notes += [f"{count:,} rows have no {name}: {said[name]}" for name, count in result.missing.items()]
-    if result.unpriced_rows:
-        notes.append(f"{result.unpriced_rows:,} rows have a model, size or quality without a price: they count as $0")
-    if result.disordered_rows:
-        notes.append(
-            f"{result.disordered_rows:,} rows are more than a minute earlier than one before them: sort the log by time"
-        )
-    if result.sample < 1:
-        notes.append(f"estimated from {100 * result.sample:.3g} % of the keys")
-    if result.is_cut:
-        notes.append("the gzip stream ends early: rows may be missing")
-    return notes
-
-
-def _draw(result: Estimate, notes: list[str], console: Console) -> None:
-    days = f"{result.span_s / 86_400:,.1f} days"
-    console.print(f"{result.rows:,} pictures in {days}, {dollars(result.cost_microusd)} without a cache")
-    _draw_bad(result, console)
-    _draw_profiles(result, console)
-    _draw_tiers(result, console)
-    _draw_groups(result, console)
-    _draw_near_misses(result, console)
-    for note in notes:
-        console.print(note, style="dim")
-
-
-def _draw_bad(result: Estimate, console: Console) -> None:
-    if result.bad_lines:
-        console.print(f"{result.bad_lines:,} lines are no requests and were left out:", style="yellow")
-        for bad in result.first_bad_lines:
-            console.print(f"  line {bad.line:,}: {bad.problem}", style="yellow")
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column(first)
-    for name in others:
-        table.add_column(name, justify="right")
-    return table
-
-
-def _draw_profiles(result: Estimate, console: Console) -> None:
-    table = _table(
-        "\nprofile", "\ndistinct", "\nrepeats", "", "re-rolls\namong them", "saved if all\nis kept", "without\nre-rolls"
-    )
-    for each in result.profiles:
-        table.add_row(
-            each.profile,
-            f"{each.distinct:,}",
-            f"{each.repeats:,}",
-            f"{100 * each.repeat_rate:.1f} %",
-            f"{each.rerolls:,} ({100 * each.reroll_rate:.1f} %)",
-            dollars(each.saved_microusd),
-            dollars(each.saved_without_rerolls_microusd),
-        )
-    console.print(table)
-
-
-def _draw_tiers(result: Estimate, console: Console) -> None:
-    table = _table(
-        "\nmemory", "\nlifetime", "hits\nin all", "in\nmemory", "in\nRedis", "in\nS3", "\nsaved", "without\nre-rolls"
-    )
-    for each in result.tiers:
-        table.add_row(
-            binary_size(each.l1_bytes),
-            span_text(each.ttl_s),
-            *(f"{100 * rate:.1f} %" for rate in (each.hit_rate, each.memory_rate, each.redis_rate, each.s3_rate)),
-            dollars(each.saved_microusd),
-            dollars(each.saved_without_rerolls_microusd),
-        )
-    console.print(table)
-
-
-def _draw_groups(result: Estimate, console: Console) -> None:
-    if not result.groups:
-        return
-    console.print("\nasked for most often", style="bold")
-    for group in result.groups:
-        told = _shortened(group.prompt) or f"the prompt of line {group.line:,}"
-        console.print(f"{group.asks:>9,} x  saves {dollars(group.saved_microusd)}  {told}")
-
-
-def _draw_near_misses(result: Estimate, console: Console) -> None:
-    if not result.near_misses:
-        return
-    console.print(
-        "\nprompts that differ in one word, in groups, and what one picture for each group would save", style="bold"
-    )
-    for each in result.near_misses:
-        told = f"  {_shortened(each.template)}" if each.template else ""
-        counts = f"{each.prompts:>9,} prompts in {each.groups:,}, {each.asks:,} asks"
-        console.print(f"{counts}  saves {dollars(each.saved_microusd)}{told}")
-        if each.values:
-            console.print(f"{'':>12}as {', '.join(each.values)}", style="dim")
-        if each.pattern:
-            share = f"makes one of {100 * each.merged:.0f} % of them"
-            console.print(f"{'':>12}profile catalog with catalog_patterns = ['{each.pattern}'] {share}", style="dim")
-
-
-def _shortened(text: str, chars: int = 110) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= chars else text[: chars - 1] + "…"
+    run(log, options)

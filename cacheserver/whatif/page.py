@@ -71,7 +71,7 @@ def _tiers(result: Estimate) -> Iterable[str]:
         (
             (
                 _binary(each.l1_bytes),
-                "for ever" if each.ttl_s is None else f"{each.ttl_s / 86_400:g} days",
+                _lifetime(each.ttl_s),
                 *(_percent(rate) for rate in (each.hit_rate, each.memory_rate, each.redis_rate, each.s3_rate)),
                 _dollars(each.saved_microusd),
                 _dollars(each.saved_without_rerolls_microusd),
@@ -86,8 +86,8 @@ def _bars(tiers: Sequence[TierFigures]) -> str:
     parts = [f'<svg viewBox="0 0 {_LABEL_WIDTH + _BAR_WIDTH} {height}" role="img" aria-label="Share of each tier">']
     for row, each in enumerate(tiers):
         y = row * _ROW_HEIGHT
-        lifetime = "" if each.ttl_s is None else f", {each.ttl_s / 86_400:g} days"
-        parts.append(f'<text x="0" y="{y + 17}">{escape(_binary(each.l1_bytes) + lifetime)}</text>')
+        label = f"{_binary(each.l1_bytes)}, {_lifetime(each.ttl_s)}"
+        parts.append(f'<text x="0" y="{y + 17}">{escape(label)}</text>')
         x = float(_LABEL_WIDTH)
         rates = (each.memory_rate, each.redis_rate, each.s3_rate, 1 - each.hit_rate)
         for (name, said), rate in zip(_PARTS, rates, strict=True):
@@ -195,5 +195,11 @@ def _percent(rate: float) -> str:
     return f"{100 * rate:.1f} %"
 
 
+def _lifetime(ttl_s: float | None) -> str:
+    return "for ever" if ttl_s is None else f"{ttl_s / 3_600:,g} h"
+
+
 def _binary(size_bytes: int) -> str:
-    return f"{size_bytes / 1024**2:,.0f} MiB"
+    if size_bytes >= 1024**3:
+        return f"{size_bytes / 1024**3:,.3g} GiB"
+    return f"{size_bytes / 1024**2:,.3g} MiB"
