@@ -160,7 +160,7 @@ def _foreign(at: Mapping[str, int], price: Price) -> Callable[[list[str]], Asked
         return Asked(
             _seconds(values[time]),
             xxhash.xxh3_64_intdigest(f"{values[prompt]}\0{values[quality]}".encode()),
-            xxhash.xxh3_64_intdigest(values[prompt].encode()) / (_HASH_SPAN * _HASH_SPAN),
+            (xxhash.xxh3_64_intdigest(values[prompt].encode()) >> 32) / _HASH_SPAN,
             _count("size_bytes", values[size]),
             price(values[quality]),
             1.0,
