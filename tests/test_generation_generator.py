@@ -458,6 +458,27 @@ async def test_the_estimate_is_that_of_the_dearest_upstream(clock: FakeClock) ->
     assert path.generator.estimate_microusd(ImageRequest("a cat", "nobodys"), 3) == 0
 
 
+async def test_what_it_may_cost_where_the_cheapest_upstream_makes_it_is_known_too(clock: FakeClock) -> None:
+    path = MissPath(clock, "dear", "cheap")
+    path.lanes[1].terms = replace(path.lanes[1].terms, price_factor=Decimal("0.5"))
+    list_price = PriceTable.load().estimate_microusd(CAT, 1)
+    generator = build_generator(path.lanes, clock=clock, books=path.books)
+    assert generator.estimate_microusd(CAT, 1) == list_price
+    assert generator.cheapest_microusd(CAT, 1) == pytest.approx(list_price / 2, abs=1)
+    assert generator.cheapest_microusd(ImageRequest("a cat", "nobodys"), 3) == 0
+
+
+async def test_the_outlook_is_what_the_models_groups_allow_together(clock: FakeClock) -> None:
+    limits = {name: GroupLimits(images_per_minute=50) for name in ("one", "two")}
+    bounded = MissPath(clock, "one", "two", limits=limits).generator.outlook(CAT)
+    assert bounded.groups == {"one", "two"}
+    assert bounded.images_per_minute == pytest.approx(100, rel=0.05)
+    unbounded = MissPath(clock, "one", "two", limits={"one": limits["one"]}).generator.outlook(CAT)
+    assert (unbounded.images_per_minute, unbounded.call_s) == (None, 20.0)
+    with pytest.raises(InvalidRequestError):
+        MissPath(clock).generator.outlook(ImageRequest("a cat", "nobodys"))
+
+
 # ── the best of several, and two for one ────────────────────────────────────────────────────────────────────
 
 

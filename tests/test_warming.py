@@ -12,7 +12,7 @@ import pytest
 from google.rpc.code_pb2 import RESOURCE_EXHAUSTED, UNAVAILABLE
 
 from cacheserver.accounting.ledger import SqliteLedger
-from cacheserver.errors import PromptRefusedError, UpstreamDownError
+from cacheserver.errors import PromptDeniedError, PromptRefusedError, UpstreamDownError
 from cacheserver.model import Attempt, AttemptOutcome, Caller, Namespace, Permission, Priority
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.precheck import PromptPolicy
@@ -276,6 +276,21 @@ async def _all(front: Front, *messages: pb.WarmImagesRequest, **call: Any) -> li
     return [response async for response in front.stub.WarmImages(iter(messages), **call)]
 
 
+class Moderation:
+    """Refuses the prompt "bad", and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def passed(self, prompt: str) -> bool:
+        return prompt in self.asked
+
+    async def check(self, prompt: str) -> None:
+        self.asked.append(prompt)
+        if prompt == "bad":
+            raise PromptDeniedError("Moderation refuses this prompt.")
+
+
 class TestRights:
     async def test_who_may_only_read_warms_nothing_and_plans_nothing_and_fills(self, house: House) -> None:
         await _only_in_s3(house, "one")
@@ -294,6 +309,18 @@ class TestRights:
             run = await warm(front, options(), items("a letter to jane.doe@example.com", "a red fox"))
         assert run.results == {1: "FAILED", 2: "GENERATED"}
         assert run.failure(1).reason == "PII_FOUND"
+
+    async def test_moderation_is_asked_of_what_is_to_be_made_and_of_nothing_else(self, house: House) -> None:
+        moderation = Moderation()
+        await house.get("cached")
+        policies = {"default": PromptPolicy(name="default", moderation=moderation)}
+        async with open_front(house, policies=policies) as front:
+            await warm(front, options(plan=True), items("cached", "new", "bad"))
+            assert moderation.asked == []
+            run = await warm(front, options(), items("cached", "new", "bad"))
+        assert run.results == {1: "CACHED", 2: "GENERATED", 3: "FAILED"}
+        assert run.failure(3).reason == "PROMPT_DENIED"
+        assert sorted(moderation.asked) == ["bad", "new"]
 
     async def test_a_prompt_is_keyed_and_made_as_its_namespace_redacts_it(self, house: House) -> None:
         policies = {"default": PromptPolicy(name="default", pii="redact")}
@@ -407,7 +434,20 @@ async def test_the_ledger_adds_up_what_a_tag_has_cost(clock: FakeClock, tmp_path
         ("5", ("job:a",), AttemptOutcome.NOT_BILLED, 0),
     ]
     for number, tags, outcome, cost in rows:
-        await ledger.close(Attempt(number, "n", "c", "u", "m", 1, 30, clock.now_s(), tags, outcome, cost_microusd=cost))
+        attempt = Attempt(
+            id=number,
+            namespace="shop",
+            caller="ann",
+            upstream="u",
+            model="m",
+            images=1,
+            estimate_microusd=30,
+            start_time_s=clock.now_s(),
+            tags=tags,
+            outcome=outcome,
+            cost_microusd=cost,
+        )
+        await ledger.close(attempt)
     assert await ledger.spent_microusd("job:a") == 12
     assert await ledger.spent_microusd("job:a", open_too=True) == 42
     assert await ledger.spent_microusd("job:none") == 0

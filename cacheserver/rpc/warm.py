@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -148,7 +148,7 @@ class WarmImages:
             if (policy := self._policies.get(namespace.name)) is not None:
                 prompt = self._screened(policy, request.prompt, namespace) if makes else None
                 if makes and prompt is None:
-                    moderate = partial(policy.screen, request.prompt)
+                    moderate = partial(self._moderate, policy, request.prompt, namespace)
                 request = replace(request, prompt=policy.redacted(request.prompt) if prompt is None else prompt)
             identity = identify(request, namespace, asked.match_level)
         except CacheServerError as error:
@@ -157,8 +157,19 @@ class WarmImages:
 
     def _screened(self, policy: PromptPolicy, prompt: str, namespace: Namespace) -> str | None:
         """The prompt that its namespace lets pass; None if moderation has to be asked."""
-        try:
+        with self._booked(namespace):
             return policy.screened(prompt)
+
+    async def _moderate(self, policy: PromptPolicy, prompt: str, namespace: Namespace) -> None:
+        """Ask moderation. Raises what refuses the prompt."""
+        with self._booked(namespace):
+            await policy.screen(prompt)
+
+    @contextmanager
+    def _booked(self, namespace: Namespace) -> Iterator[None]:
+        """Books a prompt that is refused."""
+        try:
+            yield
         except (PromptDeniedError, PiiFoundError) as error:
             self._books.refused(namespace.name, error.reason)
             raise
