@@ -159,6 +159,26 @@ async def test_the_result_of_another_manifest_or_namespace_is_refused(run: Run, 
     assert (refused.exit_code, "line 1: is no JSON object" in refused.stderr) == (2, True)
 
 
+async def test_what_was_away_for_a_while_is_sent_again(
+    run: Run, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "data/images/tmp"
+    waits: list[float] = []
+
+    def mend(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            temporary.unlink()
+            temporary.mkdir()
+
+    monkeypatch.setattr("cacheserver.cli.imports._wait", mend)
+    temporary.rmdir()
+    temporary.write_text("a file where the directory should be")
+    result = await run("import", str(write(row(0), row(1))), "--json")
+    assert (result.exit_code, printed(result)["created"], printed(result)["failed"]) == (0, 2, 0)
+    assert waits == [5.0, 5.0]
+
+
 async def test_a_dry_run_writes_nothing(run: Run, write: Write, tmp_path: Path) -> None:
     file = write(row(0), row(1))
     result = await run("import", str(file), "--dry-run")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,10 +21,12 @@ from cacheserver.cli.manifest import Manifest, Row, RowError
 from cacheserver.cli.options import Link, Namespace
 from cacheserver.cli.output import FAILED, WRONG_USE, Output
 from cacheserver.cli.session import session
-from cacheserver.client import CacheError, ImportItem, ImportOutcome
+from cacheserver.client import CacheError, ImportItem, ImportOutcome, TryAgainError
 
 _DEFAULT_NAMESPACE = "default"
 _BATCH_ROWS = 32
+_PAUSE_S = 5.0
+_wait = time.sleep
 _BATCH_BYTES = 256 * 1024
 _SHOWN = 20
 """Complaints and failures that are shown; the result file has all of them."""
@@ -92,9 +95,10 @@ def import_images(  # noqa: PLR0913 - one parameter per option
             )
         count.before = len(done)
         began_s = time.monotonic()
-        items = _loaded((row for row in source.rows() if row.item.row not in done), concurrency)
-        outcomes = client.admin.import_images(items, namespace=namespace, dry_run=dry_run)
+        rows = partial(_rows_but, source, done)
+        send = partial(client.admin.import_images, namespace=namespace, dry_run=dry_run)
         try:
+            outcomes = _patiently(rows, lambda some: send(_loaded(some, concurrency)))
             for outcome in _shown(outcomes, count.rows - count.before, output):
                 entry = count.add(outcome)
                 if journal is not None:
@@ -136,6 +140,29 @@ def _done(journal: Journal, head: dict[str, Any], file: Path, output: Output) ->
         output.problem(f"{file}: is the result of another manifest or namespace; name another file with --result")
         raise typer.Exit(WRONG_USE)
     return done
+
+
+def _rows_but(manifest: Manifest, done: set[int], only: set[int] | None = None) -> Iterator[Row]:
+    """The rows that are not done, or `only` some of them."""
+    return (row for row in manifest.rows() if row.item.row not in done and (only is None or row.item.row in only))
+
+
+def _patiently(
+    rows: Callable[..., Iterable[Row]], send: Callable[[Iterable[Row]], Iterable[ImportOutcome]]
+) -> Iterator[ImportOutcome]:
+    """The outcome of every row; what failed because something was away is sent again after a while, twice."""
+    only: set[int] | None = None
+    for is_last in (False, False, True):
+        again: set[int] = set()
+        for outcome in send(rows(only=only)):
+            if isinstance(outcome.failure, TryAgainError) and not is_last:
+                again.add(outcome.row)
+            else:
+                yield outcome
+        if not again:
+            return
+        only = again
+        _wait(_PAUSE_S)
 
 
 def _loaded(rows: Iterable[Row], concurrency: int) -> Iterator[ImportItem]:
