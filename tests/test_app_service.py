@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import structlog
 
-from cacheserver.app import service as service_module
-from cacheserver.app import start
+from cacheserver.app import start, watching
 from cacheserver.clock import SystemClock
 from cacheserver.control.budgets import LocalBudgets
 from cacheserver.generation.generator import Generator
@@ -54,7 +53,7 @@ class HastyClock(SystemClock):
 @pytest.mark.parametrize(
     ("method", "loop"),
     [
-        ((service_module, "tier_states"), "watch tiers"),
+        ((watching, "tier_states"), "watch tiers"),
         ((LocalBudgets, "states"), "watch budgets"),
         ((DenyList, "reload"), "reload deny-lists"),
     ],

@@ -1,6 +1,7 @@
 """The composition root: settings become objects, objects become a service. The only room that imports them all.
 
-service.py starts and stops it; tiers.py builds what lies under memory, miss_path.py what makes pictures.
+service.py starts and stops it; core.py builds the cache with what lies under it (tiers.py) and behind it
+(miss_path.py), front.py the rpcs, watching.py what a service watches about itself.
 """
 
 from cacheserver.app.miss_path import build_upstream

@@ -10,11 +10,10 @@ from cacheserver.accounting.books import CounterBooks
 from cacheserver.accounting.reading import Query
 from cacheserver.accounting.shared import SharedFigures
 from cacheserver.alarms import Alarms, Counts, Webhook
+from cacheserver.app.core import Core
 from cacheserver.app.miss_path import MissPath
-from cacheserver.interfaces import Clock
 from cacheserver.keep import Keeper
 from cacheserver.model import Outcome, UpstreamHealth
-from cacheserver.settings import Settings
 from cacheserver.tiers.guard import GuardedTier
 
 _HITS = frozenset({Outcome.HIT, Outcome.STALE})
@@ -69,21 +68,12 @@ class AllReplicas:
         return sum(row.spent_microusd + row.unknown_microusd + row.open_microusd for row in report.rows)
 
 
-def build_alarms(  # noqa: PLR0913 - the parts they look at
-    settings: Settings,
-    *,
-    books: CounterBooks,
-    keeper: Keeper,
-    tiers: Sequence[GuardedTier],
-    miss_path: MissPath,
-    clock: Clock,
-    undo: AsyncExitStack,
-    has_redis: bool,
-) -> Alarms:
+def build_alarms(core: Core, *, undo: AsyncExitStack) -> Alarms:
     """The alarms that the settings name. Whoever builds them has them `look` from time to time.
 
     Spending is that of all replicas only where they have a Redis to tell one another of it. Raises ConfigError.
     """
+    settings, books, clock, miss_path = core.settings, core.books, core.clock, core.miss_path
     alerting = settings.alerting
     webhook = None
     if alerting.webhook_url is not None:
@@ -98,11 +88,11 @@ def build_alarms(  # noqa: PLR0913 - the parts they look at
         undo.push_async_callback(webhook.aclose)
     return Alarms(
         settings.alarm_rules,
-        readings=ServiceReadings(books=books, keeper=keeper, tiers=tiers, miss_path=miss_path),
+        readings=ServiceReadings(books=books, keeper=core.keeper, tiers=core.lower.tiers, miss_path=miss_path),
         books=books,
         clock=clock,
         replica=miss_path.replica_id,
         host=platform.node(),
-        shared=AllReplicas(miss_path.figures) if has_redis and miss_path.figures is not None else None,
+        shared=AllReplicas(miss_path.figures) if core.lower.control and miss_path.figures else None,
         notices=webhook,
     )

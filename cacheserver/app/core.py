@@ -1,0 +1,109 @@
+"""The core of a service: the cache, the tiers under it, and the miss path behind it."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry
+
+from cacheserver.accounting.books import CounterBooks, ToldApart
+from cacheserver.app.miss_path import MissPath, build_miss_path
+from cacheserver.app.patience import Patience
+from cacheserver.app.tiers import CONTROL_TIMEOUT_S, Lower, build_tiers, lock_disk, look_at_tiers
+from cacheserver.cache import PromptCache
+from cacheserver.control.replays import LocalReplays, RedisReplays
+from cacheserver.identity import identify
+from cacheserver.interfaces import Clock, Replays
+from cacheserver.keep import Keeper
+from cacheserver.paying import UnknownPolicy
+from cacheserver.reviews import Reviews
+from cacheserver.settings import Settings
+from cacheserver.tiers.memory import MemoryCache
+from cacheserver.tiers.redis import Client
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """What all that is built around it works with. `registry` has the metrics."""
+
+    settings: Settings
+    clock: Clock
+    registry: CollectorRegistry
+    books: CounterBooks
+    lower: Lower
+    memory: MemoryCache
+    keeper: Keeper
+    miss_path: MissPath
+    reviews: Reviews
+    cache: PromptCache
+
+
+async def build_core(settings: Settings, *, patience: Patience, clock: Clock, undo: AsyncExitStack) -> Core:
+    """The core as the settings want it.
+
+    Raises:
+        ConfigError: one line saying which setting keeps it from being built.
+    """
+    registry = CollectorRegistry()
+    books = CounterBooks(clock=clock, registry=registry, told_apart=_told_apart(settings))
+    await lock_disk(settings, clock=clock, undo=undo)
+    lower = await build_tiers(settings, books=books, clock=clock, undo=undo)
+    for tier in lower.tiers:
+        books.breaker(tier.name, is_open=False)  # a series that alerts can find before anything happens
+    await look_at_tiers(lower, settings)
+    memory = MemoryCache(
+        clock=clock, max_bytes=settings.memory.max_bytes, max_entry_bytes=settings.memory.entry_limit_bytes
+    )
+    keeper = Keeper(memory=memory, tiers=lower.tiers, books=books, clock=clock)
+    undo.push_async_callback(lambda: keeper.aclose(patience.for_writes_s()))
+    miss_path = await build_miss_path(settings, lower=lower, books=books, clock=clock, undo=undo)
+    undo.push_async_callback(lambda: miss_path.generator.aclose(patience.for_calls_s()))
+    namespaces = settings.namespaces.values()
+    reviews = Reviews(memory=memory, tiers=lower.tiers, keeper=keeper, namespaces=namespaces)
+    cache = PromptCache(
+        memory=memory,
+        tiers=lower.tiers,
+        keeper=keeper,
+        generation=miss_path.generator,
+        reviews=reviews,
+        replays=_replays(settings, lower.control, clock=clock),
+        identify=identify,
+        books=books,
+        clock=clock,
+        unknown=UnknownPolicy(
+            pay=settings.generation.when_unknown == "pay",
+            budget_microusd_per_hour=settings.generation.unknown_budget_microusd_per_hour,
+        ),
+        signer=lower.signer,
+        url_expires_s=settings.s3.url_expires_s,
+    )
+    undo.push_async_callback(lambda: cache.aclose(patience.for_calls_s()))
+    cache.remakes.start(settings.generation.off_peak_hours)
+    return Core(
+        settings=settings,
+        clock=clock,
+        registry=registry,
+        books=books,
+        lower=lower,
+        memory=memory,
+        keeper=keeper,
+        miss_path=miss_path,
+        reviews=reviews,
+        cache=cache,
+    )
+
+
+def _told_apart(settings: Settings) -> ToldApart | None:
+    if not settings.accounting.enabled:
+        return None
+    namespaces = settings.namespaces.values()
+    models = {*settings.model_names, *(namespace.default_model for namespace in namespaces)}
+    return ToldApart(frozenset(models), settings.accounting.max_callers)
+
+
+def _replays(settings: Settings, client: Client | None, *, clock: Clock) -> Replays:
+    here = LocalReplays(monotonic_s=clock.monotonic_s)
+    if client is None:
+        return here
+    return RedisReplays(client=client, here=here, prefix=settings.redis.prefix, timeout_s=CONTROL_TIMEOUT_S)

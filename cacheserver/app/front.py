@@ -1,0 +1,148 @@
+"""The gRPC front: the rpcs, and what only they work with."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from contextlib import AsyncExitStack
+
+from prometheus_client import Gauge
+
+from cacheserver.alarms import Alarms
+from cacheserver.app.background import keep_doing
+from cacheserver.app.core import Core
+from cacheserver.app.live import live_view
+from cacheserver.app.policies import build_policies
+from cacheserver.app.tiers import CONTROL_TIMEOUT_S
+from cacheserver.control.prompts import LocalPrompts, RedisPrompts
+from cacheserver.generation.images import inspect_in_thread
+from cacheserver.imports import Imports, Inspect
+from cacheserver.interfaces import Prompts
+from cacheserver.model import Caller, Permission
+from cacheserver.rpc.admin import AdminService
+from cacheserver.rpc.admin_images import AdminImages
+from cacheserver.rpc.auth import Authenticator
+from cacheserver.rpc.server import Listen, RpcServer
+from cacheserver.rpc.service import Limits, PromptCacheService
+from cacheserver.warming import Warming
+from cacheserver.whatif.recording import FLUSH_S, TraceFile, TraceRecorder
+
+_ANYBODY = Caller("anonymous", frozenset(Permission))
+
+
+async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack) -> RpcServer:
+    """The server of both APIs, not started yet. Raises ConfigError."""
+    settings, clock, books, lower = core.settings, core.clock, core.books, core.lower
+    generation, server = settings.generation, settings.server
+    prompts = _prompts(core, undo=undo)
+    policies = await build_policies(settings, clock=clock, undo=undo)
+    callers = settings.caller_tokens
+    authenticator = Authenticator(callers, anonymous=None if callers else _ANYBODY)
+    inspect = functools.partial(
+        inspect_in_thread, max_pixels=generation.max_image_pixels, max_bytes=generation.max_image_bytes
+    )
+    service = PromptCacheService(
+        cache=core.cache,
+        namespaces=settings.namespaces.values(),
+        default_model=settings.model,
+        authenticator=authenticator,
+        books=books,
+        inspect=inspect,
+        clock=clock,
+        limits=Limits(
+            max_concurrent_calls=server.max_concurrent_calls,
+            batch_in_flight=server.batch_in_flight,
+            max_image_bytes=generation.max_image_bytes,
+        ),
+        warming=_warming(core),
+        policies=policies,
+        figures=core.miss_path.figures,
+        trace=await _trace(core, undo=undo),
+        live=live_view(core),
+        prompts=prompts,
+    )
+    admin = AdminService(
+        upstreams=core.miss_path.pool,
+        budgets=core.miss_path.budgets,
+        ledger=core.miss_path.ledger,
+        reviews=core.reviews,
+        images=AdminImages(
+            _imports(core, inspect), namespaces=settings.namespaces.values(), clock=clock, policies=policies
+        ),
+        alarms=alarms,
+        authenticator=authenticator,
+        books=books,
+        clock=clock,
+        prompts=prompts,
+    )
+    listen = Listen(
+        host=server.grpc_host,
+        port=server.grpc_port,
+        unix_socket=server.grpc_unix_socket,
+        tls_cert_file=server.tls_cert_file,
+        tls_key_file=server.tls_key_file,
+    )
+    return RpcServer(
+        service,
+        listen=listen,
+        tiers=[tier.name for tier in lower.tiers],
+        further=[admin],
+        max_receive_bytes=server.max_receive_bytes,
+    )
+
+
+def _warming(core: Core) -> Warming:
+    return Warming(
+        cache=core.cache,
+        tiers=core.lower.tiers,
+        keeper=core.keeper,
+        generation=core.miss_path.generator,
+        ledger=core.miss_path.ledger,
+        clock=core.clock,
+    )
+
+
+def _imports(core: Core, inspect: Inspect) -> Imports:
+    lower = core.lower
+    return Imports(
+        last=lower.tiers[-1] if lower.tiers else None,
+        keeper=core.keeper,
+        objects=lower.objects,
+        inspect=inspect,
+        clock=core.clock,
+        max_image_bytes=core.settings.generation.max_image_bytes,
+        copier=lower.copier,
+    )
+
+
+def _prompts(core: Core, *, undo: AsyncExitStack) -> Prompts | None:
+    """Where prompts are recorded; None if no namespace stores any."""
+    names = [namespace.name for namespace in core.settings.namespaces.values() if namespace.store_prompts]
+    if not names:
+        return None
+    if core.lower.control is None:
+        return LocalPrompts(namespaces=names, clock=core.clock)
+    shared = RedisPrompts(
+        client=core.lower.control,
+        namespaces=names,
+        clock=core.clock,
+        prefix=core.settings.redis.prefix,
+        timeout_s=CONTROL_TIMEOUT_S,
+    )
+    shared.start()
+    undo.push_async_callback(shared.aclose)
+    return shared
+
+
+async def _trace(core: Core, *, undo: AsyncExitStack) -> TraceRecorder | None:
+    """The record of what is answered, if there is to be one. Raises ConfigError for a file that cannot be used."""
+    written = core.settings.trace
+    if written.path is None:
+        return None
+    file = await asyncio.to_thread(TraceFile.open, written.path, max_bytes=written.max_bytes)
+    recorder = TraceRecorder(file, sample=written.sample, clock=core.clock)
+    undo.push_async_callback(recorder.aclose)
+    keep_doing(recorder.flush, FLUSH_S, clock=core.clock, name="record trace", undo=undo)
+    dropped = Gauge("cacheserver_trace_dropped", "Answers that the trace could not take", registry=core.registry)
+    dropped.set_function(lambda: recorder.dropped)
+    return recorder

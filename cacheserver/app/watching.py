@@ -1,0 +1,96 @@
+"""What a service watches about itself while it serves: health, budgets, alarms, and figures read where they stand."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, suppress
+
+from prometheus_client import Gauge, Histogram
+
+from cacheserver.alarms import Alarms
+from cacheserver.app.background import keep_doing
+from cacheserver.app.core import Core
+from cacheserver.app.miss_path import MissPath
+from cacheserver.app.tiers import tier_states
+from cacheserver.errors import CacheServerError
+from cacheserver.interfaces import Clock
+from cacheserver.model import Priority, TierName
+from cacheserver.rpc.server import RpcServer
+from cacheserver.tiers.guard import GuardedTier
+
+_TIERS_S = 1.0
+_BUDGETS_S = 5.0
+_ALARMS_S = 5.0
+_LAG_S = 0.5
+
+
+def watch(core: Core, *, rpc: RpcServer, alarms: Alarms, undo: AsyncExitStack) -> None:
+    """Begin to watch; `undo` ends it."""
+    clock, registry = core.clock, core.registry
+    _add_gauges(core)
+    show = functools.partial(_show_tiers, rpc, core.lower.tiers)
+    keep_doing(show, _TIERS_S, clock=clock, name="watch tiers", at_once=True, undo=undo)
+    left = Gauge("cacheserver_budget_remaining_microusd", "What a budget has left", ["scope"], registry=registry)
+    limit = Gauge("cacheserver_budget_limit_microusd", "The most a budget allows", ["scope"], registry=registry)
+    count = functools.partial(_count_budgets, left, limit, core.miss_path)
+    keep_doing(count, _BUDGETS_S, clock=clock, name="watch budgets", at_once=True, undo=undo)
+    keep_doing(alarms.look, _ALARMS_S, clock=clock, name="alarms", at_once=True, undo=undo)
+    lag = Histogram("cacheserver_loop_lag_seconds", "How late the event loop wakes", registry=registry)
+    keep_doing(functools.partial(_measure_lag, lag, clock), 0.0, clock=clock, name="loop lag", undo=undo)
+
+
+async def _show_tiers(rpc: RpcServer, tiers: Sequence[GuardedTier]) -> None:
+    """Set each tier's health name as its breaker is."""
+    for name, is_well in tier_states(tiers).items():
+        await rpc.set_tier_health(name, is_well=is_well)
+
+
+async def _count_budgets(left: Gauge, limit: Gauge, miss_path: MissPath) -> None:
+    """Set the metrics of what each budget allows and has left."""
+    with suppress(CacheServerError):  # they cannot be asked now: the last figures stand
+        for state in await miss_path.budgets.states():
+            taken = state.spent_microusd + state.reserved_microusd
+            left.labels(state.budget.name).set(state.budget.limit_microusd - taken)
+            limit.labels(state.budget.name).set(state.budget.limit_microusd)
+
+
+async def _measure_lag(lag: Histogram, clock: Clock) -> None:
+    """Sleep a while, and note by how much too long: so late is everything else that waits for its turn."""
+    began_s = clock.monotonic_s()
+    await clock.sleep(_LAG_S)
+    lag.observe(max(0.0, clock.monotonic_s() - began_s - _LAG_S))
+
+
+def _add_gauges(core: Core) -> None:
+    """Metrics that are read where they stand, when somebody asks."""
+    registry = core.registry
+    in_flight = Gauge("cacheserver_in_flight", "Loads in progress", registry=registry)
+    in_flight.set_function(lambda: core.cache.in_flight)
+    held = Gauge("cacheserver_held_images", "Images the last tier has yet to take", registry=registry)
+    held.set_function(lambda: core.keeper.held_images)
+    oldest = Gauge("cacheserver_held_oldest_seconds", "How long the oldest of them has been held", registry=registry)
+    oldest.set_function(lambda: core.keeper.oldest_held_s)
+    depth = Gauge("cacheserver_queue_depth", "Generations that wait", ["priority"], registry=registry)
+    for priority in Priority:
+        depth.labels(priority.name.lower()).set_function(functools.partial(_waiting, core.miss_path, priority))
+    tier_bytes = Gauge("cacheserver_tier_bytes", "Bytes a tier holds", ["tier"], registry=registry)
+    tier_bytes.labels(TierName.MEMORY).set_function(lambda: core.memory.size_bytes)
+    if (disk := core.lower.disk) is not None:
+        tier_bytes.labels(TierName.DISK).set_function(lambda: disk.size_bytes)
+    rates = Gauge(
+        "cacheserver_limit_images_per_minute",
+        "Pictures a minute a group may make",
+        ["limit_group"],
+        registry=registry,
+    )
+    for group in core.miss_path.groups:
+        rates.labels(group).set_function(functools.partial(_images_per_minute, core.miss_path, group))
+
+
+def _images_per_minute(miss_path: MissPath, group: str) -> float:
+    return 60 * miss_path.limits.images_per_s(group)
+
+
+def _waiting(miss_path: MissPath, priority: Priority) -> int:
+    return miss_path.generator.queue_depth.get(priority, 0)
