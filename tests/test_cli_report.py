@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import io
 import json
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,10 @@ import typer.testing
 from structlog.testing import capture_logs
 
 from cacheserver.client import StatsRow
+from cacheserver.pb import admin_pb2 as admin_pb
 from cacheserver.pb import promptcache_pb2 as pb
+from cacheserver.pb import promptcache_pb2_grpc as pb_grpc
+from cacheserver.pb.admin_pb2_grpc import AdminServiceServicer, add_AdminServiceServicer_to_server
 from tests.report_rows import BOUNDS_S, DAYS, SINCE, some_report, some_rows
 from tests.running import ask, calling, environment, running
 from tests.test_cli import command, printed
@@ -180,6 +185,71 @@ async def test_report_without_the_extra_says_what_to_install_and_the_rest_works(
     assert (result.exit_code, result.stderr) == (1, "charts need more packages: pip install 'cacheserver[report]'\n")
     assert (await run(*PERIOD, "--csv", str(tmp_path / "report.csv"))).exit_code == 0
     assert (await run(*PERIOD, "--json")).exit_code == 0
+
+
+@dataclass
+class Recorded(AdminServiceServicer):
+    """Tells recorded prompts, or fails."""
+
+    answer: admin_pb.ListPromptsResponse | Fail
+    asked: list[admin_pb.ListPromptsRequest] = field(default_factory=list)
+
+    async def ListPrompts(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: N802 - gRPC's name
+        self.asked.append(request)
+        if isinstance(self.answer, Fail):
+            await self.answer.abort(context)
+        return self.answer
+
+
+async def page_of(service: Service, admin: Recorded | None, file: Path, *options: str) -> str:
+    """The page that the command writes with both services behind one port."""
+    server = grpc.aio.server()
+    pb_grpc.add_PromptCacheServiceServicer_to_server(service, server)  # type: ignore[no-untyped-call] # generated
+    if admin is not None:
+        add_AdminServiceServicer_to_server(admin, server)  # type: ignore[no-untyped-call] # generated
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        result = await command("report", *PERIOD, "--html", str(file), *options, address=f"127.0.0.1:{port}")
+    finally:
+        await server.stop(grace=0)
+    assert result.exit_code == 0, result.output
+    return await asyncio.to_thread(file.read_text, encoding="utf-8")
+
+
+async def test_the_page_shows_what_the_cache_did_not_have(service: Service, tmp_path: Path) -> None:
+    wish = admin_pb.RecordedPrompt(
+        request=ask("a <b>red</b> fox", namespace="shop"), kind="PROMPT_KIND_MISSED", count=7.5, last_time=SINCE
+    )
+    wish.request.spec.quality = "high"
+    admin = Recorded(admin_pb.ListPromptsResponse(prompts=[wish]))
+    text = await page_of(service, admin, tmp_path / "report.html")
+    assert "a &lt;b&gt;red&lt;/b&gt; fox" in text
+    assert "<td class=word>high</td><td class=word>missed</td><td>7.5</td><td>2026-05-01 00:00</td>" in text
+    [asked] = admin.asked
+    assert list(asked.kinds) == [admin_pb.PROMPT_KIND_MISSED, admin_pb.PROMPT_KIND_GENERATED]
+
+
+@pytest.mark.parametrize(
+    ("admin", "reason"),
+    [
+        (None, "this service records no prompts."),
+        (Recorded(Fail(grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED")), "need the permission admin."),
+        (Recorded(Fail(grpc.StatusCode.UNAVAILABLE, "ACCOUNTS_UNAVAILABLE")), "cannot be read now"),
+    ],
+)
+async def test_the_page_says_why_it_has_no_prompts(
+    service: Service, tmp_path: Path, admin: Recorded | None, reason: str
+) -> None:
+    text = await page_of(service, admin, tmp_path / "report.html")
+    assert "Left out: " in text
+    assert reason in text
+
+
+async def test_the_page_leaves_prompts_out_where_they_are_not_wanted(service: Service, tmp_path: Path) -> None:
+    admin = Recorded(admin_pb.ListPromptsResponse())
+    assert "--no-prompts" in await page_of(service, admin, tmp_path / "report.html", "--no-prompts")
+    assert not admin.asked
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,13 @@ def test_a_sparkline_has_a_character_for_every_point() -> None:
     assert tables.sparkline([None]) == " "
 
 
+def test_a_long_series_is_a_short_line() -> None:
+    period = numbers.Period(SINCE, SINCE + timedelta(days=60), StatsSpan.DAY)
+    rows = [hits(TierName.S3, 1, 1_000_000, 0, start_time=SINCE + timedelta(days=day)) for day in range(60)]
+    _rate, _spent, saved = tables.sparklines(numbers.report(rows, BOUNDS_S, period=period, by=[StatsField.MODEL]))
+    assert saved == ("saved", "█" * 30, "$2.00 to $2.00, each 2 days")
+
+
 def test_every_row_of_a_table_has_a_cell_for_every_column() -> None:
     for by in ([StatsField.NAMESPACE], [StatsField.QUALITY, StatsField.CALLER], [StatsField.OUTCOME, StatsField.TIER]):
         for table in tables.tables(some_report(by)):
@@ -245,7 +252,7 @@ def test_the_headlines_of_nothing_are_sentences_too() -> None:
 
 
 def test_what_was_only_observed_is_told_apart() -> None:
-    rows = [row(Outcome.OBSERVED, TierName.REDIS, 9, saved_microusd=9_000_000, would_cost_microusd=9_000_000)]
+    rows = [row(Outcome.OBSERVED, TierName.REDIS, 9, would_cost_microusd=9_000_000)]
     observed = numbers.report(rows, BOUNDS_S, period=some_period(), by=[StatsField.NAMESPACE])
     assert "to serve them would have saved about $9.00" in dict(headlines.headlines(observed))["Observed:"]
     assert (observed.total.saved_microusd, observed.total.hit_rate) == (0, 0.0)

@@ -18,7 +18,15 @@ from cacheserver.cli.options import Link
 from cacheserver.cli.output import FAILED, Output
 from cacheserver.cli.replay import ReplayOptions, print_replay
 from cacheserver.cli.session import session
-from cacheserver.client import Client, StatsField, StatsSpan
+from cacheserver.client import (
+    CacheError,
+    Client,
+    PermissionDeniedError,
+    PromptKind,
+    StatsField,
+    StatsSpan,
+    UnsupportedError,
+)
 from cacheserver.generation.prices import PriceTable
 from cacheserver.reports import numbers, page, tables
 from cacheserver.reports.headlines import period_line
@@ -27,7 +35,9 @@ from cacheserver.reports.sizes import MAX_BYTES, Sizes, read_sizes
 _FIELDS = ", ".join(StatsField)
 _TO_STANDARD_OUTPUT = "-"
 _PROMPTS = 50
+_KINDS = (PromptKind.MISSED, PromptKind.GENERATED)
 _SIZE = "1024x1024"
+_WITHOUT_PROMPTS = "it was asked for without them (--no-prompts)."
 _NEED_CHARTS = "charts need more packages: pip install 'cacheserver[report]'"
 
 
@@ -68,8 +78,7 @@ def report(  # noqa: PLR0913 - one parameter per option
 ) -> None:
     """Report hit rates, money and times, of all replicas, from restart to restart; or replay a trace.
 
-    By caller it needs the permission admin, and so do the prompts on the page. With --replay no service is asked: a
-    recorded trace goes through caches of other sizes.
+    By caller it needs the permission admin, and so do the prompts on the page.
     """
     if replay.trace is not None:
         print_replay(replay, replay.trace, as_json=link.as_json)
@@ -172,11 +181,12 @@ def _write(  # noqa: PLR0913, PLR0917 - all there is to write, and where
         files.png_file.write_bytes(charts.png(drawn))
     if files.html_file is not None:
         prices, source = _list_prices(found)
+        prompts = _WITHOUT_PROMPTS if files.no_prompts else _prompts(client, found.namespace)
         contents = page.Contents(
             made_at=datetime.now(UTC),
             charts=drawn,
             script=charts.script(),
-            prompts="it was asked for without them (--no-prompts)." if files.no_prompts else _prompts(client, found),
+            prompts=prompts,
             prices_microusd=prices,
             price_source=source,
             other=other,
@@ -210,8 +220,27 @@ def _list_prices(report: numbers.Report) -> tuple[dict[str, int], str]:
     return prices, f"the price table of {table.as_of}, {model} at {_SIZE}"
 
 
-def _prompts(_client: Client, _report: numbers.Report) -> list[page.Prompt] | str:
-    return "x"
+def _prompts(client: Client, namespace: str | None) -> list[page.Prompt] | str:
+    """What the cache did not have; or why that cannot be told, which the page then says."""
+    try:
+        recorded = client.admin.list_prompts(namespace=namespace, kinds=_KINDS, limit=_PROMPTS)
+    except PermissionDeniedError:
+        return "recorded prompts need the permission admin."
+    except UnsupportedError:
+        return "this service records no prompts."
+    except CacheError as error:
+        return f"recorded prompts cannot be read now: {error}"
+    return [
+        page.Prompt(
+            namespace=each.namespace,
+            text=each.spec.prompt,
+            spec=" ".join(filter(None, (each.spec.model, each.spec.size, each.spec.quality))),
+            kind=each.kind or "",
+            count=each.count,
+            last_time=each.last_time,
+        )
+        for each in recorded
+    ]
 
 
 # ── the terminal ────────────────────────────────────────────────────────────────────────────────────────────────

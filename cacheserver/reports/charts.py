@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import timedelta
 from typing import Any, Final
 
 import altair as alt
@@ -34,6 +33,10 @@ _COLORS: Final = {
 
 _QUANTILES: Final = {"p50": "#009e73", "p95": "#e69f00", "p99": "#d55e00"}
 _TENFOLD_S: Final = (0.001, 0.01, 0.1, 1, 10, 100)
+_SYMBOL_SIZES: Final = {50: 240, 95: 130, 99: 50}
+"""By per cent: where bounds are equal, the smaller symbol lies on the larger one."""
+
+_TICKS: Final = 8
 _MOST_BARS: Final = 12
 _HEIGHT: Final = 240
 _BAR_STEP: Final = 30
@@ -224,13 +227,13 @@ def _latency(total: Figures) -> _Drawn:
     """From p50 to p99 by where an answer came from, on a scale on which a millisecond and a minute are both seen."""
     data = []
     for way, latency in total.latency.items():
-        for percent in (50, 95, 99):
+        for percent, size in _SYMBOL_SIZES.items():
             bound = latency.at_most_s(percent / 100)
             if bound is None:
                 continue
             beyond = bound == math.inf
             at_most_s = latency.bounds_s[-1] if beyond else bound
-            data.append({"way": way, "quantile": f"p{percent}", "at_most_s": at_most_s, "beyond": beyond})
+            data.append({"way": way, "quantile": f"p{percent}", "at_most_s": at_most_s, "beyond": beyond, "size": size})
     base = _chart(data).encode(
         y=alt.Y("way:N", title=None, sort=list(total.latency), axis=alt.Axis(labelLimit=200)),
     )
@@ -239,10 +242,11 @@ def _latency(total: Figures) -> _Drawn:
         x=alt.X("min(at_most_s):Q", title="seconds, at most", scale=scale), x2="max(at_most_s):Q"
     )
     names, colors = list(_QUANTILES), list(_QUANTILES.values())
-    points = base.mark_point(filled=True, size=110, opacity=1).encode(
+    points = base.mark_point(filled=True, opacity=1).encode(
         x=alt.X("at_most_s:Q", scale=scale, axis=alt.Axis(format="~g", values=list(_TENFOLD_S))),
         shape=alt.Shape("quantile:N", title=None, scale=alt.Scale(domain=names)),
         color=alt.Color("quantile:N", title=None, scale=alt.Scale(domain=names, range=colors)),
+        size=alt.Size("size:Q", scale=None, legend=None),
         tooltip=["way:N", "quantile:N", alt.Tooltip("at_most_s:Q", format="~g")],
     )
     return alt.layer(lines, points).properties(width="container", height=(_BAR_STEP + 10) * max(1, len(total.latency)))
@@ -310,6 +314,7 @@ def _when(report: Report, point: Point) -> _Datum:
 
 
 def _time(report: Report) -> alt.X:
-    by_day = report.period.step >= timedelta(days=1)
-    axis = alt.Axis(format="%d %b" if by_day else "%d %b %H:%M", labelOverlap=True, tickCount=8, grid=False)
+    days = report.period.length.days
+    ticks: Any = {"interval": "day", "step": math.ceil(days / _TICKS)} if days > 1 else _TICKS
+    axis = alt.Axis(format="%d %b" if days > 1 else "%H:%M", labelOverlap=True, tickCount=ticks, grid=False)
     return alt.X("time:T", title="UTC", axis=axis, scale=alt.Scale(type="utc"))

@@ -44,7 +44,9 @@ OTHER: Final = "other"
 ENOUGH_ANSWERED: Final = 100
 """From how many answered pictures on a namespace is compared with others: the rate of a few says nothing."""
 
-_MOST_POINTS: Final = 120
+_MOST_POINTS: Final = 121
+"""Two hours of minutes, and the one that has begun."""
+
 _SPAN_LENGTH: Final = {
     StatsSpan.MINUTE: timedelta(minutes=1),
     StatsSpan.HOUR: timedelta(hours=1),
@@ -231,7 +233,7 @@ def _figures(row: StatsRow, bounds_s: Sequence[float]) -> Figures:
     latency = Latency(tuple(bounds_s), row.latency_counts, row.latency_sum_s, row.requests)
     sums = {name: getattr(row, name) for name in _SUMMED if name != "observed_microusd"}
     if row.outcome is Outcome.OBSERVED:
-        sums |= {"observed_microusd": row.saved_microusd, "saved_microusd": 0}
+        sums["observed_microusd"] = row.would_cost_microusd
     return Figures(
         outcomes={row.outcome: row.requests} if row.requests else {},
         hits_by_tier={row.tier: row.requests} if row.outcome in _HITS and row.tier else {},

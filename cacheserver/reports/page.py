@@ -286,7 +286,7 @@ def _figures(report: Report) -> str:
 def _compared(report: Report, other: Report | None) -> str:
     if other is None:
         return ""
-    return f"<section><h2>Compared</h2>{_table(comparison(report, other))}</section>"
+    return f"<section><h2>Another period</h2>{_table(comparison(report, other))}</section>"
 
 
 def _prompts(prompts: Sequence[Prompt] | str) -> str:
@@ -376,7 +376,8 @@ def _calculator(report: Report, contents: Contents) -> str:
         "<form class=calculator>"
         "<label>Pictures a month <input type=number name=volume min=0 step=any "
         f"value={monthly_pictures(report)}></label>"
-        "<label>Saved by the cache, in every quality <input type=range name=spared min=0 max=100 step=0.1></label> "
+        "<label>Saved by hits and collapsed requests, in every quality: "
+        "<input type=range name=spared min=0 max=100 step=0.1></label> "
         "<button type=reset>As measured</button>"
         "<div class=scroll><table><thead><tr><th scope=col class=word>quality</th><th scope=col>share, %</th>"
         "<th scope=col>price, $</th><th scope=col>saved, %</th><th scope=col class=word>price from</th>"

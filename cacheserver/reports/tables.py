@@ -12,13 +12,14 @@ from typing import Any, Final
 
 from cacheserver.client import StatsSpan
 from cacheserver.model import Outcome, TierName
-from cacheserver.reports.numbers import DEFINITIONS, Figures, Group, Latency, Period, Report, flat_facts
+from cacheserver.reports.numbers import DEFINITIONS, Figures, Group, Latency, Period, Report, add_figures, flat_facts
 
 NONE: Final = "-"
 """Where there is no figure: a rate of nothing."""
 
 _BLOCKS: Final = "▁▂▃▄▅▆▇█"
 _PENNIES_BELOW_MICROUSD: Final = 1_000_000
+_SPARKLINE: Final = 31
 _MOST_GROUPS: Final = 30
 _PERCENTS: Final = (50, 95, 99)
 
@@ -102,14 +103,14 @@ def stretch(period: Period) -> str:
     return f"{moment(period.since)} to {moment(period.until)} UTC"
 
 
-def step_name(period: Period) -> str:
-    """What one point of the period's series is, as "day" or "3 hours"."""
+def step_name(period: Period, points: int = 1) -> str:
+    """What so many points of the period's series are together, as "day" or "3 hours"."""
     unit = {
         StatsSpan.MINUTE: timedelta(minutes=1),
         StatsSpan.HOUR: timedelta(hours=1),
         StatsSpan.DAY: timedelta(days=1),
     }[period.span]
-    many = period.step // unit
+    many = points * period.step // unit
     return str(period.span) if many == 1 else f"{many} {period.span}s"
 
 
@@ -287,11 +288,14 @@ def csv_text(report: Report) -> str:
 
 def sparklines(report: Report) -> list[tuple[str, str, str]]:
     """Hit rate and money over time: a name, a line of blocks, and between which figures it moves."""
-    rates = [point.figures.hit_rate for point in report.series]
+    together = math.ceil(len(report.series) / _SPARKLINE)
+    starts = range(0, len(report.series), together)
+    parts = [add_figures(point.figures for point in report.series[at : at + together]) for at in starts]
+    rates = [part.hit_rate for part in parts]
     known = [rate for rate in rates if rate is not None]
-    spent = [point.figures.spent_microusd for point in report.series]
-    saved = [point.figures.saved_microusd for point in report.series]
-    each = f"each {step_name(report.period)}"
+    spent = [part.spent_microusd for part in parts]
+    saved = [part.saved_microusd for part in parts]
+    each = f"each {step_name(report.period, together)}"
     lowest_to_highest = f"{percent(min(known))} to {percent(max(known))}" if known else NONE
     return [
         ("hit rate", sparkline(rates), f"{lowest_to_highest}, {each}"),
