@@ -85,6 +85,7 @@ def attempt(number: int = 0, **facts: Any) -> Attempt:
         caller="catalog",
         upstream="north",
         model="gpt-image-2",
+        quality="high",
         images=2,
         estimate_microusd=120_000,
         start_time_s=NOW_S + number,

@@ -65,7 +65,7 @@ async def test_ledger_shows_the_calls_and_their_total(run: Run, sources: Sources
     result = await run("ledger", *FROM_THEN)
     assert result.exit_code == 0, result.output
     *_, last, total = result.stdout.splitlines()
-    assert spaced(last) == "2027-01-15 08:00:03 blog catalog south gpt-image-2 2 settled $0.0000 ok"
+    assert spaced(last) == "2027-01-15 08:00:03 blog catalog south gpt-image-2 high 2 settled $0.0000 ok"
     assert total == "total  settled $0.1060 (2), unknown $0.1200 (1), not billed (1)"
 
 
@@ -89,6 +89,7 @@ async def test_ledger_as_csv_has_exact_money_and_a_header(run: Run, sources: Sou
         "caller": "catalog",
         "upstream": "north",
         "model": "gpt-image-2",
+        "quality": "high",
         "images": "2",
         "outcome": "settled",
         "cost_usd": "0.106001",
