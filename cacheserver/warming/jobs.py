@@ -17,7 +17,11 @@ from cacheserver.warming.pipeline import check_open, work_off
 from cacheserver.warming.planning import Plan
 from cacheserver.warming.purse import Pace, Purse
 from cacheserver.warming.running import Run
-from cacheserver.warming.values import Batch, JobOptions, Progress, WarmTotals
+from cacheserver.warming.values import Batch, JobOptions, Progress, WarmItem, WarmOutcome, WarmTotals
+
+_GATHERED_ITEMS = 10_000
+_GATHERED_CHARACTERS = 8_000_000
+"""What a plan looks up at once, at most: so many items, and their prompts."""
 
 
 class Warming:
@@ -54,7 +58,7 @@ class Warming:
         """What a run would find and make: the items that would fail, and the sums. Spends and promotes nothing."""
         totals = WarmTotals()
         looking, plan = Looking(self._cache, totals), Plan(self._generation, totals)
-        async for batch in batches:
+        async for batch in _gathered(batches):
             check_open(self._closing)
             done, sights = await looking.look(batch)
             done += [failed for sight in sights if (failed := plan.add(sight)) is not None]
@@ -137,3 +141,17 @@ class Warming:
             looking=Looking(self._cache, totals),
             totals=totals,
         )
+
+
+async def _gathered(batches: AsyncIterator[Batch]) -> AsyncIterator[Batch]:
+    """Several batches as one: the more keys a tier is asked for at once, the fewer pages of it have to be listed."""
+    gathered: list[WarmItem | WarmOutcome] = []
+    characters = 0
+    async for batch in batches:
+        gathered += batch
+        characters += sum(len(each.ask.request.prompt) for each in batch if isinstance(each, WarmItem))
+        if len(gathered) >= _GATHERED_ITEMS or characters >= _GATHERED_CHARACTERS:
+            yield gathered
+            gathered, characters = [], 0
+    if gathered:
+        yield gathered
