@@ -20,9 +20,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from cacheserver.cli.warm_history import row_lines
 from cacheserver.cli.warm_result import ResultError, ResultFile, Rows
 from cacheserver.cli.warm_rows import BadRow, Defaults, InputError, InputFormat, Source, Template, format_of
-from cacheserver.client import AsyncClient, AttemptOutcome, ImageSpec, TierName, WarmItem, WarmOutcome, WarmResult
+from cacheserver.client import (
+    AsyncClient,
+    AttemptOutcome,
+    CachePolicy,
+    ImageSpec,
+    NotCachedError,
+    PromptKind,
+    RecordedPrompt,
+    TierName,
+    WarmItem,
+    WarmOutcome,
+    WarmResult,
+)
 from cacheserver.errors import PromptRefusedError
 from cacheserver.rpc.server import Listen
 from tests.house import House
@@ -430,6 +443,7 @@ class TestCommand:
             ("--vars", "p.csv"),
             ("p.csv", "--template", "{a}", "--vars", "v.csv"),
             ("p.csv", "--tier", "redis", "--plan"),
+            ("p.csv", "--from-history"),
             ("p.csv", "--budget", "a lot"),
             ("--template", "{}", "--vars", "p.csv"),
             ("p.parquet",),
@@ -456,6 +470,41 @@ class TestCommand:
             result = await job
         assert (result.exit_code, printed(result)["done"]) == (0, 3)
         assert house.upstream.images == 3
+
+
+class TestHistory:
+    def test_each_kind_becomes_the_row_that_betters_it(self, tmp_path: Path) -> None:
+        spec = ImageSpec("a fox", size="64x64", extra={"steps": 20})
+        kinds = [PromptKind.MISSED, PromptKind.EXPIRING, PromptKind.REROLLED, PromptKind.TURNED_AWAY]
+        lines = "".join(row_lines(RecordedPrompt(spec, "shop", 2, kind, 1.0, None) for kind in kinds))
+        found = rows(tmp_path, lines, InputFormat.JSONL)
+        assert [(row.n, row.refresh) for row in found if isinstance(row, WarmItem)] == [
+            (2, False),
+            (2, True),
+            (3, False),
+            (2, False),
+        ]
+        assert {row.namespace for row in found if isinstance(row, WarmItem)} == {"shop"}
+        assert spec_of(found[0]) == spec
+
+    async def test_what_callers_missed_is_made(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        config = "[namespaces.default]\nstore_prompts = true\n"
+        async with (
+            running(environment(tmp_path, redis__embedded="false"), config) as service,
+            AsyncClient(service.grpc_address) as client,
+        ):
+            nothing = await command("warm", "--from-history", address=service.grpc_address)
+            assert (nothing.exit_code, nothing.stdout) == (0, "nothing is recorded that could be warmed\n")
+            with pytest.raises(NotCachedError):
+                await client.get_image("a red fox", size="64x64", cache_policy=CachePolicy.ONLY_IF_CACHED)
+            args = ("warm", "--from-history", "--kind", "missed", "--yes", "--json")
+            made = await command(*args, address=service.grpc_address)
+            facts = printed(made)
+            assert (made.exit_code, facts["statuses"]) == (0, {"generated": 1})
+            assert facts["job"].startswith("history-20")
+            hit = await client.get_image("a red fox", size="64x64", cache_policy=CachePolicy.ONLY_IF_CACHED)
+            assert hit.tier is TierName.MEMORY
 
 
 @pytest.mark.timeout(180)

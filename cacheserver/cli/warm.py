@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -16,10 +17,11 @@ import typer
 from cacheserver.cli.options import Link, Namespace, Spec, microusd
 from cacheserver.cli.output import FAILED, WRONG_USE, Output
 from cacheserver.cli.session import session
+from cacheserver.cli.warm_history import KINDS, row_lines
 from cacheserver.cli.warm_job import PARTLY, Job, Pace, PlanFailedError
 from cacheserver.cli.warm_result import ResultError, ResultFile
 from cacheserver.cli.warm_rows import Defaults, InputError, InputFormat, Source, Template, format_of
-from cacheserver.client import Client, TierName
+from cacheserver.client import Client, PromptKind, TierName
 
 _STDIN = Path("-")
 _JOB_DIGITS = 12
@@ -40,6 +42,17 @@ def warm(  # noqa: PLR0913 - one parameter per option
     variables: Annotated[
         Path | None, typer.Option("--vars", help="File with a column for each {variable} of the template.")
     ] = None,
+    from_history: Annotated[
+        bool,
+        typer.Option("--from-history", help="What callers asked for, of namespaces that store prompts. Needs admin."),
+    ] = False,
+    kind: Annotated[
+        list[PromptKind] | None,
+        typer.Option(help="With --from-history, only these; repeatable.", show_default=", ".join(KINDS)),
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(min=1, max=10_000, help="With --from-history, at most so many, the most wanted.")
+    ] = 1_000,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what it would make, cost and take.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Spend without asking.")] = False,
     budget: Annotated[
@@ -80,6 +93,7 @@ def warm(  # noqa: PLR0913 - one parameter per option
         file=_STDIN if file == _STDIN else variables or file,
         form=input_format,
         template=template,
+        history=History(tuple(kind or KINDS), limit) if from_history else None,
         defaults=Defaults(
             spec={name: value for name, value in spec.options().items() if value is not None},
             namespace=namespace,
@@ -95,10 +109,10 @@ def warm(  # noqa: PLR0913 - one parameter per option
         concurrency=concurrency,
     )
     with session(link) as (client, output):
-        if given.file is None:
+        if given.file is None and given.history is None:
             raise typer.Exit(_fill_all(client, output, namespace, tier, pace))
         try:
-            with _source(given) as source:
+            with _source(given, client, output) as source:
                 work = Job(client, output, source, pace=pace, tier=tier, skips_bad_rows=skip_bad_rows)
                 code = _work(work, given, name=job, result=result, plan=plan, yes=yes)
         except (InputError, ResultError, PlanFailedError) as error:
@@ -108,12 +122,21 @@ def warm(  # noqa: PLR0913 - one parameter per option
 
 
 @dataclass(frozen=True)
+class History:
+    """Recorded prompts as the input: of these kinds, at most so many."""
+
+    kinds: tuple[PromptKind, ...]
+    limit: int
+
+
+@dataclass(frozen=True)
 class Given:
-    """The input as it was named; `file` None: nothing but a tier to fill."""
+    """The input as it was named; neither `file` nor `history`: nothing but a tier to fill."""
 
     file: Path | None
     form: InputFormat | None
     template: str | None
+    history: History | None
     defaults: Defaults
 
 
@@ -122,25 +145,35 @@ def _check(given: Given, *, file: Path | None, variables: Path | None, plan: boo
         raise typer.BadParameter("--template and --vars go together")
     if variables is not None and file is not None:
         raise typer.BadParameter("pass either FILE or --template with --vars")
-    if given.file is None and tier is None:
-        raise typer.BadParameter("pass FILE, or --template with --vars, or --tier to fill")
+    if given.file is not None and given.history is not None:
+        raise typer.BadParameter("pass either a file or --from-history")
+    if given.file is None and given.history is None and tier is None:
+        raise typer.BadParameter("pass FILE, or --template with --vars, or --from-history, or --tier to fill")
     if plan and tier is not None:
         raise typer.BadParameter("to fill a tier spends nothing: there is nothing to plan")
 
 
 @contextmanager
-def _source(given: Given) -> Iterator[Source]:
-    """The rows. Standard input can be read once and is needed more often: it is kept in a file meanwhile."""
+def _source(given: Given, client: Client, output: Output) -> Iterator[Source]:
+    """The rows. What can be read once and is needed more often is kept in a file meanwhile."""
     template = None if given.template is None else Template(given.template)
-    if given.file is None:
-        raise AssertionError("nothing to read")
-    if given.file != _STDIN:
+    if given.file is not None and given.file != _STDIN:
         yield Source(given.file, given.form or format_of(given.file), given.defaults, template)
         return
     with tempfile.NamedTemporaryFile(prefix="warm-", suffix=".rows") as spool:
-        shutil.copyfileobj(sys.stdin.buffer, spool)
+        form = given.form or InputFormat.TEXT
+        if given.history is None:
+            shutil.copyfileobj(sys.stdin.buffer, spool)
+        else:
+            form = InputFormat.JSONL
+            kinds, limit = given.history.kinds, given.history.limit
+            prompts = client.admin.list_prompts(namespace=given.defaults.namespace, kinds=kinds, limit=limit)
+            if not prompts:
+                output.result({"rows": 0}, lambda console: console.print("nothing is recorded that could be warmed"))
+                raise typer.Exit
+            spool.writelines(line.encode() for line in row_lines(prompts))
         spool.flush()
-        yield Source(Path(spool.name), given.form or InputFormat.TEXT, given.defaults, template)
+        yield Source(Path(spool.name), form, given.defaults, template)
 
 
 def _work(  # noqa: PLR0913 - what was asked for, by keyword
@@ -153,8 +186,10 @@ def _work(  # noqa: PLR0913 - what was asked for, by keyword
         return work.tell_plan()
     digest = work.source.digest(work.tier or "")
     short = digest[:_JOB_DIGITS]
-    with ResultFile(result or _beside(given.file, short), digest=digest, job=name or f"warm-{short}") as file:
-        work.go_on(file, name or f"warm-{short}")
+    # Of recorded prompts there are others tomorrow; what is to be made anew is so once a day all the same.
+    name = name or (f"warm-{short}" if given.history is None else f"history-{datetime.now(UTC):%Y-%m-%d}")
+    with ResultFile(result or _beside(given.file, short), digest=digest, job=name) as file:
+        work.go_on(file, name)
         if work.tier is None:
             work.plan()
             work.draw_plan()
