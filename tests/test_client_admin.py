@@ -148,6 +148,7 @@ async def test_the_rows_of_the_ledger_are_values(ask: Ask, sources: Sources) -> 
             caller="catalog",
             upstream="north",
             model="gpt-image-2",
+            quality="high",
             images=2,
             estimate_microusd=120_000,
             start_time=NOW + timedelta(seconds=1),

@@ -60,7 +60,8 @@ async def stub(sources: Sources) -> AsyncIterator[Any]:
 
 async def answered(call: Any) -> Any:
     """The answer to `call`, or all its answers."""
-    return [each async for each in call] if isinstance(call, grpc.aio.UnaryStreamCall) else await call
+    streams = grpc.aio.UnaryStreamCall | grpc.aio.StreamStreamCall
+    return [each async for each in call] if isinstance(call, streams) else await call
 
 
 def moment(seconds: float) -> Timestamp:
@@ -185,6 +186,7 @@ async def test_a_row_of_the_ledger_has_all_that_is_known(stub: Any, sources: Sou
         caller="catalog",
         upstream="north",
         model="gpt-image-2",
+        quality="high",
         images=2,
         estimate_microusd=120_000,
         start_time=moment(NOW_S + 1),

@@ -71,6 +71,8 @@ def made(error_type: type[CacheServerError]) -> CacheServerError:
         return errors.InvalidRequestError({"n": "must be 1 to 10"})
     if error_type is errors.CannotAffordError:
         return errors.CannotAffordError("global/day", reset_time_s=1_800_000_000.0)
+    if error_type is errors.JobBudgetError:
+        return errors.JobBudgetError("spring", 5_000_000)
     if error_type is errors.TierUnreachableError:
         return errors.TierUnreachableError([TierName.S3])
     return error_type("what happened")
