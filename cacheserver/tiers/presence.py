@@ -29,7 +29,10 @@ _WORTH_A_TRY = 10 * _PAGE_PAYS
 _PAGES_A_RUN = 4
 """A run ends in the midst of a page: with fewer pages to a run, more of them would be read in vain."""
 
-_RUNS, _HEADS_A_STEP = 8, 12
+_LISTS_AT_ONCE = 3
+"""A server of one's own works on pages, not waits: of eight side by side each took longer than a read may."""
+
+_HEADS_AT_ONCE, _HEADS_A_STEP = 8, 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ class Presence:
         if answered < _PAGE_PAYS:
             await self._ask(rest)
         elif rest:
-            runs = max(1, min(_RUNS, len(rest) // (_PAGES_A_RUN * answered)))
+            runs = max(1, min(_LISTS_AT_ONCE, len(rest) // (_PAGES_A_RUN * answered)))
             size = -(-len(rest) // runs)
             await _all(self._run(rest[start : start + size]) for start in range(0, len(rest), size))
         return self._present
@@ -101,7 +104,7 @@ class Presence:
         return answered
 
     async def _ask(self, names: Sequence[str]) -> None:
-        await _all(self._ask_in_turn(names[i::_RUNS]) for i in range(min(_RUNS, len(names))))
+        await _all(self._ask_in_turn(names[i::_HEADS_AT_ONCE]) for i in range(min(_HEADS_AT_ONCE, len(names))))
 
     async def _ask_in_turn(self, names: Sequence[str]) -> None:
         for start in range(0, len(names), _HEADS_A_STEP):
