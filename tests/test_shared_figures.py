@@ -573,3 +573,57 @@ class TestWithoutRedis:
         await first.figures._tidy()
         second: Sequence[Row] = await Replica(LocalFigures(), tmp_path, clock).rows()
         assert total_of(second).requests == 3
+
+    async def test_calls_are_counted_once_though_other_callers_are_told_apart_than_before(
+        self, tmp_path: Path, clock: FakeClock
+    ) -> None:
+        first = Replica(LocalFigures(), tmp_path, clock, keeps_copy=True)
+        await first.figures.start(Calls())
+        for caller in ("a", "b", "c"):  # the third is counted as "other"
+            attempt = replace(call(clock, caller), caller=caller)
+            first.figures.sent(attempt)
+            first.figures.ended(settled(attempt, 10))
+        await first.figures.aclose()
+        clock.advance(3 * HOUR_S)
+        in_ledger = replace(before(clock, AttemptOutcome.SETTLED, 10), start_s=int(clock.now_s()) - 3 * HOUR_S)
+        second = Replica(LocalFigures(), tmp_path, clock, keeps_copy=True)
+        await second.figures.start(Calls(*(replace(in_ledger, caller=caller) for caller in ("c", "b", "a"))))
+        total = await second.total()
+        assert (total.settled_calls, total.spent_microusd) == (3, 30)
+        assert {row.caller for row in await second.rows(by=[StatsField.CALLER])} == {"c", "b", "other"}
+        await second.figures.aclose()
+
+    async def test_a_call_that_was_open_when_it_died_is_what_the_ledger_says(
+        self, tmp_path: Path, clock: FakeClock
+    ) -> None:
+        first = Replica(LocalFigures(), tmp_path, clock, keeps_copy=True)
+        await first.figures.start(Calls())
+        first.hit(3)
+        first.figures.sent(call(clock))
+        await first.figures.flush()
+        await first.figures._tidy()  # and then it is killed, just after the call turned out not to be billed
+        second = Replica(LocalFigures(), tmp_path, clock, keeps_copy=True)
+        await second.figures.start(Calls())
+        total = await second.total()
+        assert (total.requests, total.open_calls, total.open_microusd) == (3, 0, 0)
+        await second.figures.aclose()
+        await first.figures.aclose()
+
+    async def test_what_an_archive_that_is_away_still_says_is_mended_once_it_is_back(
+        self, tmp_path: Path, clock: FakeClock
+    ) -> None:
+        first = Replica(LocalFigures(), tmp_path, clock, keeps_copy=True)
+        await first.figures.start(Calls())
+        first.figures.sent(call(clock))
+        await first.figures.flush()
+        await first.figures._tidy()
+        [file] = tmp_path.iterdir()
+        intact = file.read_bytes()
+        file.write_bytes(b"no file of ours")
+        second = Replica(LocalFigures(), tmp_path, clock, keeps_copy=True)
+        await second.figures.start(Calls())
+        file.write_bytes(intact)
+        await second.figures._tidy()
+        assert (await second.total()).open_calls == 0
+        await second.figures.aclose()
+        await first.figures.aclose()

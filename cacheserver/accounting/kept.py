@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
 import structlog
 
-from cacheserver.accounting.archive import day_of, pack, unpack
+from cacheserver.accounting.archive import Hours, day_of, pack, start_of, unpack
 from cacheserver.errors import AccountsUnavailableError
-from cacheserver.figures import DAY_S, HOUR_S, MINUTE_S, Bucket
+from cacheserver.figures import DAY_S, HOUR_S, MINUTE_S, Bucket, cell_prefix
 from cacheserver.interfaces import Clock, FigureArchive, FigureStore
 
 _log = structlog.get_logger(__name__)
@@ -65,19 +66,47 @@ class RollOff:
         except AccountsUnavailableError as error:
             _log.warning("figures_not_copied", error=str(error))
 
-    async def copy(self, day: str, hours: Iterable[Bucket]) -> None:
+    async def correct(self, owner: str) -> bool:
+        """Have the archive's copies of hours that are kept say of an owner what the store says; False if they cannot.
+
+        What an earlier life told under this name may not be under any name now, and would be counted beside it.
+        """
+        since_s = self._kept.since_s(HOUR_S, self._clock.now_s())
+        try:
+            told = await self._store.buckets(HOUR_S)
+            for day in await self._archive.days():
+                if start_of(day) >= since_s:
+                    await self.copy(day, [bucket for bucket in told if day_of(bucket.start_s) == day], replaces=owner)
+        except AccountsUnavailableError as error:
+            _log.warning("figures_not_copied", error=str(error))
+            return False
+        return True
+
+    async def copy(self, day: str, hours: Iterable[Bucket], *, replaces: str = "") -> None:
         """Put hours of one day into its file, beside what is there; a cell that is in both is taken from the store.
 
         The store is read before the file: what another replica has just taken out of the one is then in the other.
+        Of the owner that is named, nothing stays in the file that is not in these hours.
         """
         buckets = [*hours]
         told = await self._store.read(buckets)
-        found = unpack(day, before := await self._archive.read(day))
+        before = await self._archive.read(day)
+        # In a thread: a day of many cells takes longer than others should wait for their turn.
+        found = await asyncio.to_thread(unpack, day, before)
+        if replaces:
+            found = _without(found, cell_prefix(replaces))
         for bucket, cells in zip(buckets, told, strict=True):
             found.setdefault(bucket.start_s, {}).update(cells)
-        if (after := pack(found)) != before:
+        if (after := await asyncio.to_thread(pack, found)) != before:
             await self._archive.write(day, after)
 
     async def _old(self, span_s: int) -> list[Bucket]:
         now_s = self._clock.now_s()
         return [bucket for bucket in await self._store.buckets(span_s) if not self._kept.has(bucket, now_s)]
+
+
+def _without(hours: Hours, prefix: str) -> Hours:
+    return {
+        start_s: {name: cell for name, cell in cells.items() if not name.startswith(prefix)}
+        for start_s, cells in hours.items()
+    }

@@ -77,6 +77,8 @@ class SharedFigures:
         self._told: asyncio.Future[None] | None = None
         self._must_forget = True
         """What an earlier life of ours told of calls is still in the store."""
+        self._must_correct = keeps_copy
+        """And in the archive."""
         self._contents = ""
         self._doubts = 0
         """So many more times everything is told twice: a write nobody answered may still be on its way."""
@@ -101,6 +103,8 @@ class SharedFigures:
                 )
         with suppress(AccountsUnavailableError):  # said, and told later
             await self._tell()
+        if self._keeps_copy:
+            await self._copy()
         self._tasks.own(self._beat(), "count figures")
         self._tasks.own(self._tell_what_is_wanted(), "tell figures")
         self._tasks.own(every(_TIDY_S, self._tidy, clock=self._clock, name="tidy figures"), "tidy figures")
@@ -190,7 +194,13 @@ class SharedFigures:
             pages.tidy(now_s, lambda bucket: self._kept.has(bucket, now_s))  # noqa: B023 - called at once
             pages.put_back(pages.latest())
         if self._keeps_copy:
-            await self._roll_off.copy_latest()
+            await self._copy()
+
+    async def _copy(self) -> None:
+        """Put into the archive what ends with us."""
+        if self._must_correct:
+            self._must_correct = not await self._roll_off.correct(self._calls.owner)
+        await self._roll_off.copy_latest()
 
     # ── telling ─────────────────────────────────────────────────────────────────────────────────────────────
 
