@@ -195,6 +195,9 @@ class Sums:
             row = self._rows[start_s, narrow] = Row(**narrow._asdict(), start_s=start_s)
         row.add(figures)
 
+    def __len__(self) -> int:
+        return len(self._rows)
+
     @property
     def rows(self) -> list[Row]:
         """The rows, by time and then by what tells them apart."""

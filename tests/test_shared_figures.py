@@ -17,10 +17,10 @@ from cacheserver.accounting.archive import DirectoryArchive, day_of, pack, unpac
 from cacheserver.accounting.books import CounterBooks, ToldApart
 from cacheserver.accounting.kept import Kept, RollOff
 from cacheserver.accounting.ledger import CallSums
-from cacheserver.accounting.reading import Query
+from cacheserver.accounting.reading import FigureReader, Query
 from cacheserver.accounting.shared import SharedFigures
 from cacheserver.control.figures import LocalFigures, RedisFigures
-from cacheserver.errors import AccountsUnavailableError
+from cacheserver.errors import AccountsUnavailableError, InvalidRequestError
 from cacheserver.figures import DAY_S, HOUR_S, MINUTE_S, Bucket, Figures, Row, cell_name, total_of
 from cacheserver.interfaces import FigureStore
 from cacheserver.model import Attempt, AttemptOutcome, Outcome, StatsField, StatsSpan, TierName
@@ -476,6 +476,34 @@ class TestReading:
         await shared.tell({hour: {"not a name": "1", cell_name("x", HIT): "not a cell"}})
         assert (await one.total()).requests == 3
 
+    async def test_what_is_recent_is_told_while_the_archive_is_away(
+        self, shared: RedisFigures, tmp_path: Path, clock: FakeClock
+    ) -> None:
+        class Away(DirectoryArchive):
+            async def days(self) -> list[str]:
+                raise AccountsUnavailableError("away")
+
+        one = Replica(shared, tmp_path, clock)
+        one.hit(3)
+        reader = FigureReader(store=shared, archive=Away(tmp_path), clock=clock, kept=KEPT)
+        await one.figures.flush()
+        assert total_of((await reader.report(Query(clock.now_s() - DAY_S))).rows).requests == 3
+        with pytest.raises(AccountsUnavailableError):
+            await reader.report(Query(clock.now_s() - 2 * DAY_S))
+
+    async def test_more_rows_than_anybody_reads_are_refused_with_what_to_do(
+        self, shared: RedisFigures, tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("cacheserver.accounting.reading._MOST_ROWS", 2)
+        one = Replica(shared, tmp_path, clock)
+        for _ in range(4):
+            one.hit()
+            await one.figures.flush()  # what the beat takes is the minute's that it began in: three of them
+            clock.advance(MINUTE_S)
+        assert len(await one.rows(span=StatsSpan.HOUR)) == 1
+        with pytest.raises(InvalidRequestError, match=r"span: makes more than 2 rows: ask for less time"):
+            await one.rows(span=StatsSpan.MINUTE)
+
 
 class TestRollOff:
     @pytest.fixture
@@ -617,7 +645,7 @@ class TestWithoutRedis:
         first.figures.sent(call(clock))
         await first.figures.flush()
         await first.figures._tidy()
-        [file] = tmp_path.iterdir()
+        file = tmp_path / f"{day_of(clock.now_s())}.json.gz"
         intact = file.read_bytes()
         file.write_bytes(b"no file of ours")
         second = Replica(LocalFigures(), tmp_path, clock, keeps_copy=True)
@@ -627,3 +655,22 @@ class TestWithoutRedis:
         assert (await second.total()).open_calls == 0
         await second.figures.aclose()
         await first.figures.aclose()
+
+    async def test_an_hour_of_which_a_part_is_wanted_has_what_an_earlier_life_counted(
+        self, tmp_path: Path, clock: FakeClock
+    ) -> None:
+        start_s = clock.now_s()
+        first = Replica(LocalFigures(), tmp_path, clock, keeps_copy=True)
+        await first.figures.start(Calls())
+        first.hit(3)
+        await first.figures.aclose()
+        clock.advance(10 * MINUTE_S)
+        second = Replica(LocalFigures(), tmp_path, clock, keeps_copy=True)
+        await second.figures.start(Calls())
+        second.hit(10)
+        await second.figures._tidy()
+        await second.figures.flush()
+        await second.figures._tidy()  # the archive has these ten, too
+        assert (await second.total(start_s + MINUTE_S)).requests == 13
+        assert (await second.total(start_s + 20 * MINUTE_S)).requests == 3  # of an earlier life only the hour is known
+        await second.figures.aclose()

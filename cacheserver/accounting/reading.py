@@ -12,6 +12,7 @@ import structlog
 
 from cacheserver.accounting.archive import start_of, unpack
 from cacheserver.accounting.kept import Kept
+from cacheserver.errors import InvalidRequestError
 from cacheserver.figures import (
     BY_DEFAULT,
     DAY_S,
@@ -30,6 +31,12 @@ from cacheserver.model import StatsField, StatsSpan
 _log = structlog.get_logger(__name__)
 
 _BUCKETS_AT_ONCE = 20
+
+_MOST_ROWS = 100_000
+"""Of a report: more than anybody reads, and some 70 MB."""
+
+_IN_STORE_S = DAY_S + HOUR_S
+"""For so long at least an hour stays in the store, whatever any replica's settings and clock say."""
 
 _read_cell_name = lru_cache(10_000)(read_cell_name)
 
@@ -72,9 +79,13 @@ class FigureReader:
     counts if a part of it is wanted. A span of time is as exact as a minute.
     """
 
-    def __init__(self, *, store: FigureStore, archive: FigureArchive, clock: Clock, kept: Kept) -> None:
+    def __init__(
+        self, *, store: FigureStore, archive: FigureArchive, clock: Clock, kept: Kept, has_copies: bool = False
+    ) -> None:
+        """With `has_copies` the archive has recent hours, too, of a store that ended."""
         self._store = store
         self._archive = archive
+        self._has_copies = has_copies
         self._clock = clock
         self._kept = kept
 
@@ -83,6 +94,7 @@ class FigureReader:
 
         Raises:
             AccountsUnavailableError: they cannot be read now.
+            InvalidRequestError: they are too many rows.
         """
         sums = _Adding(query)
         minutes_since_s = self._kept.since_s(MINUTE_S, self._clock.now_s())
@@ -90,8 +102,8 @@ class FigureReader:
         hours = [each for each in await self._store.buckets(HOUR_S) if query.touches(each.start_s, each.end_s)]
         # The store before the archive: what is taken out of the one meanwhile is then in the other.
         whole = [each for each in hours if not by_minutes and (query.covers(each) or each.start_s < minutes_since_s)]
-        read = await self._add(sums, whole)
-        cut = {each.start_s for each in hours} - {each.start_s for each in whole}
+        names = await self._add(sums, whole)
+        cut = {each.start_s: each for each in hours if each not in whole}
         minutes = await self._store.buckets(MINUTE_S) if cut else []
         await self._add(
             sums,
@@ -101,9 +113,15 @@ class FigureReader:
                 if each.start_s // HOUR_S * HOUR_S in cut and query.touches(each.start_s, each.end_s)
             ],
         )
-        if not by_minutes:
-            await self._add_archived(sums, query, read, cut)
-        return Report(sums.rows, sums.start_s)
+        if not by_minutes and self._may_be_archived(query):
+            told = await self._store.read([*cut.values()])
+            names |= {start_s: set(cells) for start_s, cells in zip(cut, told, strict=True)}
+            await self._add_archived(sums, query, names)
+        return Report(await asyncio.to_thread(sums.in_order), sums.start_s)
+
+    def _may_be_archived(self, query: Query) -> bool:
+        """Whether something of it may be in the archive alone: what is recent is told though the archive is away."""
+        return self._has_copies or query.since_s is None or query.since_s < self._clock.now_s() - _IN_STORE_S
 
     async def _add(self, sums: _Adding, buckets: Sequence[Bucket]) -> dict[int, set[str]]:
         """Add these buckets of the store; returns the names of their cells by when they begin."""
@@ -116,19 +134,17 @@ class FigureReader:
             names |= {bucket.start_s: set(cells) for bucket, cells in zip(some, found, strict=True)}
         return names
 
-    async def _add_archived(
-        self, sums: _Adding, query: Query, read: Mapping[int, set[str]], cut: Collection[int]
-    ) -> None:
-        """Add what is in the archive alone."""
+    async def _add_archived(self, sums: _Adding, query: Query, told: Mapping[int, set[str]]) -> None:
+        """Add what is in the archive alone: of each hour the cells that the store has not told."""
         for day in await self._archive.days():
             start_s = start_of(day)
             if not query.touches(start_s, start_s + DAY_S):
                 continue
             hours = await asyncio.to_thread(unpack, day, await self._archive.read(day))
             fresh = [
-                (hour, {name: cell for name, cell in cells.items() if name not in read.get(hour, ())})
+                (hour, {name: cell for name, cell in cells.items() if name not in told.get(hour, ())})
                 for hour, cells in hours.items()
-                if query.touches(hour, hour + HOUR_S) and hour not in cut
+                if query.touches(hour, hour + HOUR_S)
             ]
             await asyncio.to_thread(sums.add, fresh)
 
@@ -141,8 +157,7 @@ class _Adding:
         self._sums = Sums(query.by, query.span)
         self.start_s: int | None = None
 
-    @property
-    def rows(self) -> list[Row]:
+    def in_order(self) -> list[Row]:
         return self._sums.rows
 
     def add(self, buckets: Iterable[tuple[int, Mapping[str, str]]]) -> None:
@@ -153,6 +168,9 @@ class _Adding:
                 key, figures = found
                 if self._namespaces is None or key.namespace in self._namespaces:
                     self._sums.add(key, figures, start_s)
+                    if len(self._sums) > _MOST_ROWS:
+                        text = f"makes more than {_MOST_ROWS:,} rows: ask for less time, a longer span or fewer fields"
+                        raise InvalidRequestError({"span": text})
                     self.start_s = start_s if self.start_s is None else min(start_s, self.start_s)
 
 

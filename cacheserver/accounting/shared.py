@@ -63,7 +63,7 @@ class SharedFigures:
         """What `books` count from now on is told to `store`; a store that ends with us needs a copy in the archive."""
         self._store = store
         self._roll_off = RollOff(store=store, archive=archive, clock=clock, kept=kept)
-        self._reader = FigureReader(store=store, archive=archive, clock=clock, kept=kept)
+        self._reader = FigureReader(store=store, archive=archive, clock=clock, kept=kept, has_copies=keeps_copy)
         self._books = books
         self._clock = clock
         self._kept = kept
@@ -143,6 +143,7 @@ class SharedFigures:
 
         Raises:
             AccountsUnavailableError: they cannot be read now.
+            InvalidRequestError: they are too many rows.
         """
         await self.flush()
         return await self._reader.report(query)

@@ -85,7 +85,12 @@ class FigureSource(Protocol):
     """Where the figures of all replicas are read."""
 
     async def report(self, query: Query) -> Report:
-        """The figures that `query` wants, our own up to this moment; raises AccountsUnavailableError."""
+        """The figures that `query` wants, our own up to this moment.
+
+        Raises:
+            AccountsUnavailableError: they cannot be read now.
+            InvalidRequestError: they are too many rows.
+        """
         ...
 
 
@@ -512,7 +517,8 @@ class PromptCacheService:
         elif self._figures is None:
             raise InvalidRequestError({"since": "no figures are kept here: accounting.enabled is false"})
         else:
-            response = replies.report_response(await self._figures.report(query), query)
+            # In a thread: many rows take longer than others should wait for their turn.
+            response = await asyncio.to_thread(replies.report_response, await self._figures.report(query), query)
         if self._live is not None:
             response.live.CopyFrom(live_message(self._live()))
         return response.SerializeToString()
