@@ -23,7 +23,7 @@ LATENCY_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 
 """Upper bounds of the latency buckets; one more counts what took longer."""
 
 OTHER = "other"
-"""A model or caller beyond what is told apart."""
+"""A model, quality or caller beyond what is told apart."""
 
 _MICRO = 1_000_000
 _LATENCIES = len(LATENCY_BOUNDS_S) + 1

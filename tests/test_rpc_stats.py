@@ -33,7 +33,7 @@ LONG_AGO = Timestamp(seconds=1)
 
 @pytest.fixture
 async def front(house: House, tmp_path: Path, clock: FakeClock) -> AsyncIterator[Front]:
-    told_apart = ToldApart(frozenset({MODEL}))
+    told_apart = ToldApart(frozenset({MODEL}), frozenset({"auto", "medium"}))
     house.books = CounterBooks(clock=clock, registry=CollectorRegistry(), told_apart=told_apart)
     house.restart()
     figures = SharedFigures(
@@ -88,6 +88,22 @@ async def test_since_the_start_and_since_ever_say_the_same_of_one_process(front:
     assert list(since_start.rows) == list(since_ever.rows)
     assert since_start.total == since_ever.total
     assert since_start.upstream_calls == 2
+
+
+async def test_rows_are_of_the_same_sum_whatever_tells_them_apart(front: Front) -> None:
+    for prompt, quality in (("a red fox", "auto"), ("a red fox", "medium"), ("a red fox", "auto"), ("a", "auto")):
+        await front.stub.GetImage(ask(prompt, of={"quality": quality}), metadata=BY_ADMIN)
+        await stats(front, since=LONG_AGO)  # takes what was counted, but for the last
+    await front.stub.GetImage(ask("a red fox"), metadata=BY_ADMIN)
+    coarse = await stats(front)
+    fine = await stats(
+        front, by=["STATS_FIELD_NAMESPACE", "STATS_FIELD_OUTCOME", "STATS_FIELD_TIER", "STATS_FIELD_QUALITY"]
+    )
+    assert coarse.total == fine.total
+    assert coarse.total.requests == 5
+    for row in coarse.rows:
+        parts = [part for part in fine.rows if (part.outcome, part.tier) == (row.outcome, row.tier)]
+        assert sum(part.requests for part in parts) == row.requests
 
 
 async def test_what_is_refused_from_memory_is_told_apart_from_what_failed(front: Front) -> None:

@@ -53,7 +53,7 @@ class Replica:
     def __init__(
         self, store: FigureStore, directory: Path, clock: FakeClock, *, name: str = REPLICA, **options: Any
     ) -> None:
-        told_apart = ToldApart(frozenset({"gpt-image-2"}), max_callers=2)
+        told_apart = ToldApart(frozenset({"gpt-image-2"}), frozenset({"high"}), max_callers=2)
         self.books = CounterBooks(clock=clock, registry=CollectorRegistry(), told_apart=told_apart)
         self.figures = SharedFigures(
             store=store,
@@ -65,7 +65,7 @@ class Replica:
             **options,
         )
 
-    def hit(self, times: int = 1, *, model: str = "gpt-image-2", caller: str = "web") -> None:
+    def hit(self, times: int = 1, *, model: str = "gpt-image-2", quality: str = "high", caller: str = "web") -> None:
         for _ in range(times):
             self.books.answered(
                 "shop",
@@ -76,7 +76,7 @@ class Replica:
                 saved_microusd=53_000,
                 would_cost_microusd=53_000,
                 model=model,
-                quality="high",
+                quality=quality,
                 caller=caller,
             )
 
@@ -303,7 +303,7 @@ class TestTelling:
         await one.figures.aclose()
         assert (await Replica(store, tmp_path, clock).total()).requests == 4
 
-    async def test_callers_and_models_beyond_what_is_told_apart_are_other(
+    async def test_callers_models_and_qualities_beyond_what_is_told_apart_are_other(
         self, shared: RedisFigures, tmp_path: Path, clock: FakeClock
     ) -> None:
         one = Replica(shared, tmp_path, clock)
@@ -314,6 +314,9 @@ class TestTelling:
         assert [(row.caller, row.requests) for row in by_caller] == [("a", 2), ("b", 1), ("other", 2)]
         by_model = await one.rows(by=[StatsField.MODEL])
         assert [(row.model, row.requests) for row in by_model] == [("gpt-image-2", 4), ("other", 1)]
+        one.hit(quality="as an import said", caller="a")
+        by_quality = await one.rows(by=[StatsField.QUALITY])
+        assert [(row.quality, row.requests) for row in by_quality] == [("high", 5), ("other", 1)]
 
 
 class TestCalls:

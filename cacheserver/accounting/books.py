@@ -31,12 +31,13 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class ToldApart:
-    """What the books tell apart beside namespaces, outcomes, tiers and qualities: these models, and so many callers.
+    """What the books tell apart beside namespaces, outcomes and tiers: these models and qualities, so many callers.
 
     Whatever is beyond is counted as "other", so that no caller decides how much there is to count.
     """
 
     models: frozenset[str]
+    qualities: frozenset[str]
     max_callers: int = 100
 
 
@@ -57,6 +58,8 @@ class CounterBooks:
         """What was counted since somebody took it."""
         self._taken: dict[Key, Figures] = {}
         """What was taken, since the start."""
+        self._summed: dict[Key, Figures] = {}
+        """The same by namespace, outcome and tier: alarms look at it every few seconds, and nobody waits for that."""
         self._money: dict[str, Figures] = {}
         """What was paid since the start, by namespace."""
         self._paid_unknown = 0
@@ -180,6 +183,7 @@ class CounterBooks:
         taken = {Key(*key): figures for key, figures in cells.items()}
         for key, figures in taken.items():
             self._taken.setdefault(key, Figures()).add(figures)
+            self._summed.setdefault(key.narrowed(BY_DEFAULT), Figures()).add(figures)
         return taken
 
     def snapshot(self, namespaces: Collection[str] | None, by: Sequence[StatsField] = BY_DEFAULT) -> Stats:
@@ -190,7 +194,8 @@ class CounterBooks:
         sums = Sums(by)
         counted = ((Key(*key), figures) for key, figures in self._cells.items())
         paid = ((Key(name, "", "", "", Outcome.MISS, TierName.UPSTREAM), each) for name, each in self._money.items())
-        for key, figures in chain(self._taken.items(), counted, paid):
+        taken = self._summed if set(by) <= set(BY_DEFAULT) else self._taken
+        for key, figures in chain(taken.items(), counted, paid):
             if namespaces is None or key.namespace in namespaces:
                 sums.add(key, figures)
         return Stats(
@@ -204,11 +209,13 @@ class CounterBooks:
         )
 
     def told_apart(self, key: Key) -> Key:
-        """What `key` is counted as: "other" where its model or caller is not told apart."""
+        """What `key` is counted as: "other" where its model, quality or caller is not told apart."""
         if (told := self._told_apart) is None:
             return key._replace(model="", quality="", caller="")
         model = key.model if key.model in told.models or not key.model else OTHER
-        return key._replace(model=model, caller=self._known_caller(key.caller, told.max_callers))
+        # Of a picture that is asked for by its key, it is what a provider or an import said: anything.
+        quality = key.quality if key.quality in told.qualities or not key.quality else OTHER
+        return key._replace(model=model, quality=quality, caller=self._known_caller(key.caller, told.max_callers))
 
     def _cell(self, key: Key) -> Figures:
         return self._cells.setdefault(self.told_apart(key), Figures())

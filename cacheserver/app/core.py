@@ -13,7 +13,7 @@ from cacheserver.app.patience import Patience
 from cacheserver.app.tiers import CONTROL_TIMEOUT_S, Lower, build_tiers, lock_disk, look_at_tiers
 from cacheserver.cache import PromptCache
 from cacheserver.control.replays import LocalReplays, RedisReplays
-from cacheserver.identity import identify
+from cacheserver.identity import QUALITIES, identify
 from cacheserver.interfaces import Clock, Replays
 from cacheserver.keep import Keeper
 from cacheserver.paying import UnknownPolicy
@@ -99,7 +99,7 @@ def _told_apart(settings: Settings) -> ToldApart | None:
         return None
     namespaces = settings.namespaces.values()
     models = {*settings.model_names, *(namespace.default_model for namespace in namespaces)}
-    return ToldApart(frozenset(models), settings.accounting.max_callers)
+    return ToldApart(frozenset(models), frozenset(QUALITIES), settings.accounting.max_callers)
 
 
 def _replays(settings: Settings, client: Client | None, *, clock: Clock) -> Replays:
