@@ -10,15 +10,24 @@ from typing import Any
 import pytest
 import structlog
 
+from cacheserver.accounting.archive import DirectoryArchive
+from cacheserver.accounting.kept import Kept
+from cacheserver.accounting.ledger import CallSums, SqliteLedger
+from cacheserver.accounting.reading import FigureReader, Query
 from cacheserver.app import start, watching
 from cacheserver.clock import SystemClock
 from cacheserver.control.budgets import LocalBudgets
+from cacheserver.control.figures import RedisFigures
+from cacheserver.errors import LedgerUnavailableError
 from cacheserver.generation.generator import Generator
 from cacheserver.model import CachePolicy
 from cacheserver.precheck import DenyList
 from cacheserver.settings import load_settings
+from cacheserver.tiers.redis import connect, disconnect
 from tests.house import House
-from tests.running import environment, running
+from tests.provider import OpenAIStandIn
+from tests.running import ask, calling, environment, running
+from tests.servers import ValkeyServer
 from tests.waiting import until
 
 CONFIG = """
@@ -107,3 +116,28 @@ async def test_calls_that_lost_a_race_have_what_is_left_of_the_drain_time(
     async with running(environment(tmp_path, server__drain_timeout_s=300)):
         pass
     assert [250 < grace_s <= 300 for grace_s in given] == [True]
+
+
+async def test_a_start_that_fails_half_way_leaves_the_figures_of_its_calls_as_they_are(
+    tmp_path: Path, valkey_server: ValkeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unreadable(self: SqliteLedger, **values: object) -> list[CallSums]:  # noqa: ARG001 - as the real one
+        raise LedgerUnavailableError("unreadable")
+
+    async with OpenAIStandIn() as provider:
+        settings = load_settings(None, environment(tmp_path, provider=provider, redis=valkey_server))
+        service = await start(settings)
+        async with calling(service) as stub:
+            await stub.GetImage(ask("a red fox"))
+        await service.stop()
+        with monkeypatch.context() as patch:
+            patch.setattr(SqliteLedger, "calls_before_us", unreadable)
+            with pytest.raises(LedgerUnavailableError):
+                await start(settings)
+    client = connect(valkey_server.url, timeout_s=5.0, connect_timeout_s=5.0)
+    store = RedisFigures(client=client, prefix=settings.redis.prefix)
+    report = await FigureReader(
+        store=store, archive=DirectoryArchive(tmp_path), clock=SystemClock(), kept=Kept()
+    ).report(Query(since_s=0))
+    await disconnect(client)
+    assert sum(row.settled_calls for row in report.rows) == 1

@@ -371,6 +371,57 @@ class TestCalls:
         assert store.tells == before_that + 1
         await one.figures.aclose()
 
+    async def test_a_bug_in_telling_keeps_no_later_call_waiting(self, tmp_path: Path, clock: FakeClock) -> None:
+        class Odd(LocalFigures):
+            odd = False
+
+            async def tell(self, cells: Any) -> str:
+                if self.odd:
+                    raise RuntimeError("a bug")
+                return await super().tell(cells)
+
+        store = Odd()
+        one = Replica(store, tmp_path, clock)
+        await one.figures.start(Calls())
+        store.odd = True
+        async with asyncio.timeout(5):
+            for name in ("a", "b"):
+                told = one.figures.sent(call(clock, name))
+                assert told is not None
+                await told
+        store.odd = False
+        assert (await one.total()).open_calls == 2
+        await one.figures.aclose()
+
+    async def test_what_the_store_no_more_keeps_by_the_time_it_fails_is_forgotten(
+        self, tmp_path: Path, clock: FakeClock
+    ) -> None:
+        class Away(LocalFigures):
+            is_away = True
+            asked = asyncio.Event()
+            fails = asyncio.Event()
+
+            async def tell(self, cells: Any) -> str:
+                if cells and self.is_away:
+                    self.asked.set()
+                    await self.fails.wait()
+                    raise AccountsUnavailableError("away")
+                return await super().tell(cells)
+
+        store = Away()
+        one = Replica(store, tmp_path, clock)
+        one.hit()
+        telling = asyncio.create_task(one.figures.flush())
+        await store.asked.wait()
+        clock.advance(KEPT.minutes_for_s + 2 * HOUR_S)
+        await one.figures._tidy()
+        store.fails.set()
+        with pytest.raises(AccountsUnavailableError):
+            await telling
+        store.is_away = False
+        assert (await one.total()).requests == 1
+        await one.figures.aclose()
+
     async def test_a_caller_that_goes_away_does_not_keep_others_from_hearing(
         self, shared: RedisFigures, tmp_path: Path, clock: FakeClock
     ) -> None:

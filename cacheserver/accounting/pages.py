@@ -62,9 +62,10 @@ class Pages:
         return cells
 
     def put_back(self, cells: Cells) -> None:
-        """These are still to be told, as they stand by then."""
+        """These are still to be told, as they stand by then; but for those forgotten meanwhile."""
         for bucket, told in cells.items():
-            self._page(bucket).changed.update(read_cell_name(name) for name in told)
+            if bucket in self._open or bucket in self._packed:
+                self._page(bucket).changed.update(read_cell_name(name) for name in told)
 
     def latest(self) -> Cells:
         """All cells of the buckets that are open."""

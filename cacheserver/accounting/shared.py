@@ -210,8 +210,12 @@ class SharedFigures:
         while True:
             await self._wanted.wait()
             self._wanted.clear()
-            with suppress(AccountsUnavailableError):  # said, and told the next time
+            try:
                 await self._tell()
+            except AccountsUnavailableError:
+                pass  # said, and told the next time
+            except Exception as error:  # noqa: BLE001 - whatever it was, calls wait to be told of: the next round may work
+                _log.error("figures_not_told", exc_info=error)
             await asyncio.sleep(_REST_S)  # as the ledger's writer rests: it bounds work, and decides nothing
 
     async def _tell(self) -> None:

@@ -220,8 +220,9 @@ async def _start_figures(  # noqa: PLR0913 - the parts they stand on
         kept=Kept(written.minutes_kept_hours * HOUR_S, written.hours_kept_days * DAY_S),
         keeps_copy=client is None,
     )
-    undo.push_async_callback(figures.aclose)
+    # Only then: one that has not read all of the ledger would, to end, tell a part of it in the place of all.
     await figures.start(ledger)
+    undo.push_async_callback(figures.aclose)
     return figures
 
 
