@@ -67,9 +67,10 @@ class Pages:
             if bucket in self._open or bucket in self._packed:
                 self._page(bucket).changed.update(read_cell_name(name) for name in told)
 
-    def latest(self) -> Cells:
-        """All cells of the buckets that are open."""
-        return {bucket: page.cells(self.owner, set(page.figures)) for bucket, page in self._open.items()}
+    def put_back_latest(self) -> None:
+        """All cells of the buckets that are open are to be told once more."""
+        for page in self._open.values():
+            page.changed.update(page.figures)
 
     def all(self) -> Iterator[Cells]:
         """All cells, a bucket at a time."""

@@ -193,7 +193,7 @@ class SharedFigures:
         for pages in (self._answers, self._calls):
             now_s = self._clock.now_s()
             pages.tidy(now_s, lambda bucket: self._kept.has(bucket, now_s))  # noqa: B023 - called at once
-            pages.put_back(pages.latest())
+            pages.put_back_latest()
         if self._keeps_copy:
             await self._copy()
 
