@@ -64,10 +64,16 @@ def test_a_failure_counts_unless_nobody_answered(code: grpc.StatusCode, kind: st
     assert _sums_of_failure(error) == (Sums({kind: 1, "requests": 1}) if kind else Sums())
 
 
-def test_calls_are_in_flight_until_shortly_after_their_answer() -> None:
+def test_calls_are_in_flight_until_shortly_after_their_answer_unless_they_were_hits() -> None:
     load = Load({}, seed=1)
-    for begin_s, end_s in ((0, 9.8), (0, 9.95), (0, 11), (10.1, 11)):
-        load.answers.append(Answer("a", begin_s, end_s, Sums({"hit redis": 1})))
+    for begin_s, end_s, sums in (
+        (0, 9.8, Sums({"miss": 1})),
+        (0, 9.95, Sums({"miss": 1})),
+        (0, 9.95, Sums({"hit redis": 1})),
+        (0, 10.5, Sums()),
+        (10.1, 11, Sums({"miss": 1})),
+    ):
+        load.answers.append(Answer("a", begin_s, end_s, sums))
     assert load.in_flight("a", 10.0) == 2
     assert load.in_flight("b", 10.0) == 0
     assert load.hits_of("a", 9.9, 10.9) == 1

@@ -13,8 +13,8 @@ Against what the callers were answered and what the provider billed:
                  open are no more calls than were in flight
     restarted    it is started again: the same, and no call is open any more
 
-In flight counts every call of a caller that had not been answered 100 ms before the kill: so long may pass until what
-has ended is told.
+In flight counts every call of a caller that had not been answered 100 ms before the kill, so long may pass until what
+has ended is told, but for those that a tier answered: they were no calls to the provider.
 """
 
 from __future__ import annotations
@@ -164,9 +164,12 @@ class Load:
         )
 
     def in_flight(self, service: str, moment_s: float) -> int:
-        """How many calls a service had not answered shortly before a moment."""
+        """How many calls a service had not answered shortly before a moment, but for hits."""
         return sum(
-            each.service == service and each.begin_s <= moment_s and each.end_s > moment_s - _UNTOLD_S
+            each.service == service
+            and each.begin_s <= moment_s
+            and each.end_s > moment_s - _UNTOLD_S
+            and not any(name.startswith("hit") for name in each.sums)
             for each in self.answers
         )
 
