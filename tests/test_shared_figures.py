@@ -238,6 +238,56 @@ class TestTelling:
             server.start()
             assert (await one.total()).requests == 2
 
+    async def test_what_nobody_hears_for_hours_is_packed_and_told_when_somebody_does(
+        self, own_valkey: Callable[[], ValkeyServer], tmp_path: Path, clock: FakeClock
+    ) -> None:
+        server = own_valkey()
+        async with connected(server.url, timeout_s=0.5) as client:
+            one = Replica(RedisFigures(client=client, prefix="", timeout_s=0.5), tmp_path, clock)
+            one.hit()
+            await one.figures.flush()
+            server.kill()
+            for _ in range(120):
+                one.hit()
+                clock.advance(MINUTE_S)
+                one.figures._take()
+                await one.figures._tidy()
+            assert len(one.figures._answers._open) < 12
+            server.start()
+            assert (await one.total()).requests == 121
+            assert [*one.figures._answers.untold()] == []
+            minutes = await one.rows(span=StatsSpan.MINUTE, by=[])
+            assert [row.requests for row in minutes] == [2] + [1] * 119
+
+    async def test_what_was_packed_untold_and_changes_is_told_with_what_was_there(
+        self, shared: RedisFigures, tmp_path: Path, clock: FakeClock
+    ) -> None:
+        one = Replica(shared, tmp_path, clock)
+        late = replace(call(clock, "late"), caller="app")
+        one.figures.sent(call(clock))
+        one.figures.sent(late)
+        clock.advance(2 * HOUR_S)
+        await one.figures._tidy()
+        one.figures.ended(settled(late))
+        total = await one.total()
+        assert (total.open_calls, total.settled_calls) == (1, 1)
+
+    async def test_what_changes_while_it_is_told_from_a_pack_is_told_as_it_stands(
+        self, tmp_path: Path, clock: FakeClock
+    ) -> None:
+        store, attempt = LocalFigures(), call(clock)
+        one = Replica(store, tmp_path, clock)
+        one.figures.sent(attempt)
+        clock.advance(2 * HOUR_S)
+        await one.figures._tidy()
+        for cells in one.figures._calls.untold():
+            if not store._cells:
+                one.figures.ended(settled(attempt))
+                await one.figures._tidy()
+            await store.tell(cells)
+        total = await Replica(store, tmp_path, clock, name="1" * 16).total()
+        assert (total.open_calls, total.spent_microusd) == (0, 53_000)
+
     async def test_a_redis_that_comes_back_empty_is_told_everything(
         self, own_valkey: Callable[[], ValkeyServer], tmp_path: Path, clock: FakeClock
     ) -> None:

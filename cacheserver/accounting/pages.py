@@ -43,6 +43,8 @@ class Pages:
         self.owner = owner
         self._open: dict[Bucket, _Page] = {}
         self._packed: dict[Bucket, bytes] = {}
+        self._untold: set[Bucket] = set()
+        """Of the packed: those with something that was not told by then."""
 
     def figures(self, bucket: Bucket, key: Key) -> Figures:
         """The figures of a cell, to be changed: it will be told anew."""
@@ -76,26 +78,49 @@ class Pages:
         """All cells, a bucket at a time."""
         for bucket in [*self._packed, *self._open]:
             if bucket in self._packed:
-                yield {bucket: json.loads(zlib.decompress(self._packed[bucket]))}
+                yield {bucket: self._unpacked(bucket)}
             elif (page := self._open.get(bucket)) is not None:
                 yield {bucket: page.cells(self.owner, set(page.figures))}
 
+    def untold(self) -> Iterator[Cells]:
+        """What was packed before it was told, a bucket at a time: whoever takes the next one has told the last."""
+        while self._untold:
+            bucket = next(iter(self._untold))
+            packed = self._packed[bucket]
+            yield {bucket: self._unpacked(bucket)}
+            if self._packed.get(bucket) is packed:  # else it has changed meanwhile
+                self._untold.discard(bucket)
+
     def tidy(self, now_s: float, is_kept: Callable[[Bucket], bool]) -> None:
-        """Pack what is over and told, and forget what the store does not keep either."""
+        """Pack what is over, and forget what the store does not keep either.
+
+        Told or not: while nobody hears it, it is not to take more and more memory.
+        """
         for bucket, page in [*self._open.items()]:
-            if bucket.end_s + _OPEN_FOR_S < now_s and not page.changed:
-                told = page.cells(self.owner, set(page.figures))
-                self._packed[bucket] = zlib.compress(json.dumps(told, ensure_ascii=False).encode(), 1)
+            if bucket.end_s + _OPEN_FOR_S < now_s:
+                cells = page.cells(self.owner, set(page.figures))
+                self._packed[bucket] = zlib.compress(json.dumps(cells, ensure_ascii=False).encode(), 1)
+                if page.changed:
+                    self._untold.add(bucket)
                 del self._open[bucket]
         for kind in (self._packed, self._open):
             for bucket in [each for each in kind if not is_kept(each)]:
                 del kind[bucket]
+        self._untold &= self._packed.keys()
 
     def _page(self, bucket: Bucket) -> _Page:
         page = self._open.get(bucket)
         if page is None:
             page = self._open[bucket] = _Page()
-            if (packed := self._packed.pop(bucket, None)) is not None:
-                for name, cell in json.loads(zlib.decompress(packed)).items():
+            if bucket in self._packed:
+                for name, cell in self._unpacked(bucket).items():
                     page.figures[read_cell_name(name)] = Figures.decoded(cell)
+                del self._packed[bucket]
+            if bucket in self._untold:
+                self._untold.discard(bucket)
+                page.changed.update(page.figures)
         return page
+
+    def _unpacked(self, bucket: Bucket) -> dict[str, str]:
+        cells: dict[str, str] = json.loads(zlib.decompress(self._packed[bucket]))
+        return cells

@@ -245,6 +245,9 @@ class SharedFigures:
         if self._must_forget:
             await self._forget_earlier_lives()
             self._must_forget = False
+        for pages in (self._answers, self._calls):
+            for each in pages.untold():
+                await self._store.tell(each)
         if not cells:
             return
         contents = await self._store.tell(cells)
