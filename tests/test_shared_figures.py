@@ -665,7 +665,8 @@ class TestRollOff:
         start_s = await self.old_hours(store, clock)
         await archive.write(day_of(start_s), b"no file of ours")
         await RollOff(store=store, archive=archive, clock=clock, kept=KEPT).run()
-        assert len(await store.buckets(HOUR_S)) == 4
+        assert len(await store.buckets(HOUR_S)) == 3  # of the other day, one is in its file
+        assert await archive.days() == [day_of(start_s), day_of(start_s + 2 * HOUR_S)]
         assert await archive.read(day_of(start_s)) == b"no file of ours"
         with pytest.raises(AccountsUnavailableError, match=rf"old figures of {day_of(start_s)} is damaged"):
             await Replica(store, tmp_path, clock).rows()

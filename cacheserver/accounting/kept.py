@@ -49,12 +49,16 @@ class RollOff:
         try:
             await self._store.drop(await self._old(MINUTE_S))
             old = await self._old(HOUR_S)
-            for day, buckets in groupby(old, lambda bucket: day_of(bucket.start_s)):
-                hours = [*buckets]
-                await self.copy(day, hours)
-                await self._store.drop(hours)
         except AccountsUnavailableError as error:
             _log.warning("figures_not_rolled_off", error=str(error))
+            return
+        for day, buckets in groupby(old, lambda bucket: day_of(bucket.start_s)):
+            hours = [*buckets]
+            try:
+                await self.copy(day, hours)
+                await self._store.drop(hours)
+            except AccountsUnavailableError as error:  # the other days' files may be well
+                _log.warning("figures_not_rolled_off", day=day, error=str(error))
 
     async def copy_latest(self) -> None:
         """Put a copy of the last hours into the archive, and leave them in the store."""
