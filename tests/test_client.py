@@ -914,6 +914,33 @@ async def test_a_connection_that_breaks_while_waiting_is_made_again(client: Any,
     assert service.asked[0] == service.asked[1]
 
 
+async def test_a_stream_that_is_declined_before_it_begins_is_asked_for_again(client: Any, service: Service) -> None:
+    soon = error_details_pb2.RetryInfo(retry_delay=timedelta(seconds=0.01))
+    busy = Fail(grpc.StatusCode.UNAVAILABLE, "OVERLOADED", details=(soon,))
+    service.script = [[busy], [busy], [header(), chunk()]]
+    assert bytes_of(await collected(client, "a red fox")) == PNG
+    assert service.asked[0] == service.asked[1] == service.asked[2]
+
+
+async def test_a_stream_declined_for_longer_than_it_has_time_ends_at_once(client: Any, service: Service) -> None:
+    late = error_details_pb2.RetryInfo(retry_delay=timedelta(seconds=1_000))
+    service.script = [[Fail(grpc.StatusCode.UNAVAILABLE, "OVERLOADED", details=(late,))], [header(), chunk()]]
+    with pytest.raises(TryAgainError):
+        await collected(client, "a red fox", timeout_s=30)
+    assert len(service.asked) == 1
+
+
+async def test_a_stream_whose_service_goes_away_before_its_first_answer_ends(kind: str, tmp_path: Path) -> None:
+    service = Service(script=[["hang"]])
+    async with connected(kind, address := f"unix:{tmp_path}/s") as client:
+        async with serving(service, address):
+            asking = asyncio.create_task(collected(client, "a red fox", timeout_s=20))
+            await service.hanging.wait()
+        async with asyncio.timeout(15):
+            with pytest.raises(UnreachableError):
+                await asking
+
+
 async def test_several_pictures_do_not_resume(client: Any, service: Service) -> None:
     service.script = [[header(), chunk(), UNAVAILABLE], [header(), chunk()]]
     with pytest.raises(TryAgainError):

@@ -67,8 +67,8 @@ class AsyncClient:
     """A connection to the cache service, for use from any number of tasks of one event loop.
 
     Connects on the first call and again whenever it must. Calls answered UNAVAILABLE are repeated, three times
-    at most, as the service's pushback says. Every call ends within its `timeout_s` seconds and raises
-    CacheError if it fails.
+    at most, as the service's pushback says; `batch` and `warm` are not. Every call ends within its `timeout_s`
+    seconds and raises CacheError if it fails.
     """
 
     def __init__(
@@ -445,8 +445,11 @@ class AsyncClient:
                         yield event
             except grpc.RpcError as exc:
                 error = error_of(exc, self._address)
-                if not download.may_resume(error):
+                pause_s = download.pause_s(error)
+                if pause_s is None or (pause_s and pause_s >= ends_s - time.monotonic()):
                     raise error from exc
+                if pause_s:
+                    await asyncio.sleep(pause_s)
             else:
                 break
             finally:

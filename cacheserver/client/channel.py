@@ -17,12 +17,17 @@ MAX_ATTEMPTS: Final = 4
 MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 """Largest answer accepted in one message: ten inline images of the default limit, and room to raise it."""
 
+_SERVICE: Final = "promptcache.v1.PromptCacheService"
+_REPEATED: Final = ("GetImage", "FindCached", "PutImage", "PurgeImages", "ExplainKey", "GetStats", "ExplainCall")
+"""Those that answer one message. A stream that a retry policy covers and whose connection breaks before its first
+answer never ends where nobody can be connected to then, not even at its deadline (grpcio 1.85, sync calls alone)."""
+
 # UNAVAILABLE is the one code that says "try again"; pushback from the service replaces the backoff. The
 # throttle stops retries of a client most of whose calls fail, so that a sick service is not kept sick.
 _SERVICE_CONFIG: Final = {
     "methodConfig": [
         {
-            "name": [{"service": "promptcache.v1.PromptCacheService"}],
+            "name": [{"service": _SERVICE, "method": method} for method in _REPEATED],
             "retryPolicy": {
                 "maxAttempts": MAX_ATTEMPTS,
                 "initialBackoff": "0.2s",

@@ -12,6 +12,9 @@ from cacheserver.client.messages import read_image, read_status
 from cacheserver.client.values import Chunk, ImageHeader, Progress, State, StreamEvent
 from cacheserver.pb import promptcache_pb2 as pb
 
+_FIRST_PAUSE_S = 0.2
+"""Before the second call where the service did not say when; twice as long before each further one."""
+
 
 class Download:
     """One download over as many StreamImage calls as it takes.
@@ -32,8 +35,11 @@ class Download:
 
     @property
     def resumed(self) -> bool:
-        """Whether a call has broken since bytes last arrived; the next one should wait for the connection."""
-        return self._fruitless > 0
+        """Whether a call has broken since bytes last arrived; the next one should wait for the connection.
+
+        Not where nothing was heard ever: the caller should know that nobody is there.
+        """
+        return self._heard and self._fruitless > 0
 
     @property
     def complete(self) -> bool:
@@ -72,19 +78,19 @@ class Download:
             case _:
                 return None  # an event of a newer service, which an older client may leave aside
 
-    def may_resume(self, error: CacheError) -> bool:
-        """Whether to make another call after one that ended with `error`.
+    def pause_s(self, error: CacheError) -> float | None:
+        """Seconds to wait before another call after one that ended with `error`; None: there is to be none.
 
-        Calls that bring no bytes are bounded; gRPC itself has retried each of them where it could.
+        Calls that bring no bytes are bounded.
         """
         self._fruitless += 1
         if self._fruitless >= MAX_ATTEMPTS:
-            return False
-        if self._header is None:
-            # Nothing heard: gRPC has tried again, and the caller should know that nobody is there. A reason: the
-            # service itself declined, and asking again could start a second generation.
-            return self._heard and isinstance(error, UnreachableError)
-        return isinstance(error, TryAgainError) and self._single
+            return None
+        if not self._heard:
+            return _pause_s(error, _FIRST_PAUSE_S * 2 ** (self._fruitless - 1))
+        if self._header is None and not isinstance(error, UnreachableError):
+            return None  # the service itself declined, and asking again could start a second generation
+        return _pause_s(error, 0.0) if self._header is None or self._single else None
 
     def finish(self) -> None:
         """Check the last picture once no more will come.
@@ -122,6 +128,13 @@ class Download:
         self._received += len(chunk)
         self._sha256.update(chunk)
         return Chunk(chunk)
+
+
+def _pause_s(error: CacheError, otherwise_s: float) -> float | None:
+    """How long the service says to wait, or else `otherwise_s`; None where trying again does not help."""
+    if not isinstance(error, TryAgainError):
+        return None
+    return otherwise_s if error.retry_after_s is None else error.retry_after_s
 
 
 def _corrupt(what: str) -> CorruptDownloadError:
