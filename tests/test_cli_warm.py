@@ -129,6 +129,7 @@ class TestRows:
         ("text", "form", "line", "says"),
         [
             ("prompt,n\na,two\n", "csv", 2, "n: must be a whole number"),
+            ("prompt,n\na,3000000000\n", "csv", 2, "n: must be at most 2147483647"),
             ("prompt,n\na,1,2\n", "csv", 2, "has 3 columns, and the header has 2"),
             ('prompt\na\n"b" c\n', "csv", 3, "is no CSV"),
             ("prompt,n\n,1\n", "csv", 2, "prompt: is empty"),

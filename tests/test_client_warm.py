@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -33,6 +33,10 @@ async def client(request: pytest.FixtureRequest, house: House) -> AsyncIterator[
 
 
 async def warmed(client: Any, *items: WarmItem, **options: Any) -> list[WarmProgress]:
+    return await warmed_from(client, items, **options)
+
+
+async def warmed_from(client: Any, items: Iterable[WarmItem], **options: Any) -> list[WarmProgress]:
     if hasattr(client, "inner"):
         return await asyncio.to_thread(lambda: list(client.inner.warm(items, **options)))
     return [progress async for progress in client.warm(items, **options)]
@@ -70,6 +74,24 @@ async def test_options_out_of_their_range_end_the_stream(client: Any) -> None:
     assert set(raised.value.violations) == {"options.job"}
     with pytest.raises(InvalidRequestError, match="options: a value has the wrong type or range"):
         await warmed(client, job="x", budget_microusd=2**70)
+
+
+async def test_an_item_that_cannot_be_sent_is_an_error_after_those_before_it(
+    client: Any, house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cacheserver.client.warm.MAX_ITEMS", 2)
+    with pytest.raises(InvalidRequestError):
+        await warmed(client, WarmItem(1, "a"), WarmItem(2, "b"), WarmItem(3, "c", n=2**40), WarmItem(4, "d"), job="x")
+    assert house.upstream.images == 2
+
+
+async def test_what_making_the_items_raises_is_raised(client: Any) -> None:
+    def items() -> Iterator[WarmItem]:
+        yield WarmItem(1, "a red fox")
+        raise LookupError("no more of them")
+
+    with pytest.raises(LookupError, match="no more of them"):
+        await warmed_from(client, items(), plan=True)
 
 
 async def test_a_tier_is_filled(client: Any, house: House) -> None:

@@ -23,6 +23,8 @@ _TAGS = re.compile(r"[\s,]+")
 
 _SPEC_TEXTS = ("model", "size", "quality", "background", "output_format", "moderation")
 _SPEC_NUMBERS = ("output_compression", "seed")
+_LARGEST = {"seed": 2**63 - 1}
+_LARGEST_OTHERWISE = 2**31 - 1
 FIELDS = ("prompt", "namespace", "n", "use", "tags", "candidates", "ttl_s", "refresh")
 """What a row may say beside what an ImageSpec has."""
 
@@ -268,9 +270,13 @@ def _number(values: Mapping[str, Any], name: str) -> int | None:
     try:
         if isinstance(value, bool) or not isinstance(value, str | int):
             raise ValueError  # noqa: TRY301, TRY004 - told below, as for a text that is none
-        return int(value)
+        number = int(value)
     except ValueError:
         raise ValueError(f"{name}: must be a whole number") from None
+    largest = _LARGEST.get(name, _LARGEST_OTHERWISE)
+    if abs(number) > largest:
+        raise ValueError(f"{name}: must be at most {largest}")
+    return number
 
 
 def _truth(values: Mapping[str, Any], name: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import itertools
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -53,9 +52,8 @@ from cacheserver.client.warm import (
     WarmItem,
     WarmOptions,
     WarmProgress,
+    WarmStream,
     as_broken,
-    item_messages,
-    options_message,
     read_progress,
 )
 from cacheserver.model import MatchLevel, StatsField, StatsSpan
@@ -349,17 +347,19 @@ class AsyncClient:
         breaks; run again, it goes on where it was, since what is cached is not paid for.
 
         Raises:
-            InvalidRequestError: an option or item cannot be sent, or the options are out of their range.
+            InvalidRequestError: an option or item cannot be sent, or the options are out of their range. What was
+                sent before such an item is done by then, as it is where the iterable itself raises.
             CacheError: the call failed otherwise.
         """
-        first = options_message(options)
-        requests = itertools.chain([first], item_messages(items))
+        stream = WarmStream(items, options)
+        answers = self._stream(self._stub.WarmImages, stream.messages(), timeout_s)
         try:
-            async with contextlib.aclosing(self._stream(self._stub.WarmImages, requests, timeout_s)) as responses:
+            async with contextlib.aclosing(answers) as responses:
                 async for response in responses:
                     yield read_progress(response)
         except CacheError as error:
             raise as_broken(error) from error
+        stream.finish()
 
     async def stats(  # noqa: PLR0913 - one keyword per field of the message
         self,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from datetime import datetime
@@ -51,8 +50,7 @@ from cacheserver.client.warm import (
     WarmItem,
     WarmOptions,
     WarmProgress,
-    item_messages,
-    options_message,
+    WarmStream,
     read_progress,
 )
 from cacheserver.model import MatchLevel, StatsField, StatsSpan
@@ -342,14 +340,15 @@ class Client:
         breaks; run again, it goes on where it was, since what is cached is not paid for.
 
         Raises:
-            InvalidRequestError: an option or item cannot be sent, or the options are out of their range.
+            InvalidRequestError: an option or item cannot be sent, or the options are out of their range. What was
+                sent before such an item is done by then, as it is where the iterable itself raises.
             CacheError: the call failed otherwise.
         """
-        first = options_message(options)
-        requests = itertools.chain([first], item_messages(items))
-        with contextlib.closing(self._stream(self._stub.WarmImages, requests, timeout_s)) as responses:
+        stream = WarmStream(items, options)
+        with contextlib.closing(self._stream(self._stub.WarmImages, stream.messages(), timeout_s)) as responses:
             for response in responses:
                 yield read_progress(response)
+        stream.finish()
 
     def stats(  # noqa: PLR0913 - one keyword per field of the message
         self,

@@ -127,6 +127,32 @@ class WarmProgress:
     totals: WarmTotals
 
 
+class WarmStream:
+    """The messages of a warm-up, made as they are asked for, and what kept an item from being sent.
+
+    An error ends the items: raised where gRPC takes them, in a thread or task of its own, it would be lost.
+    """
+
+    def __init__(self, items: Iterable[WarmItem], options: WarmOptions) -> None:
+        """Raises InvalidRequestError where an option cannot be sent."""
+        self._first = options_message(options)
+        self._items = items
+        self._error: Exception | None = None
+
+    def messages(self) -> Iterator[pb.WarmImagesRequest]:
+        """The options, then the items."""
+        yield self._first
+        try:
+            yield from item_messages(self._items)
+        except Exception as error:  # noqa: BLE001 - the caller's own, and raised to it by `finish`
+            self._error = error
+
+    def finish(self) -> None:
+        """Raise what kept an item from being sent; what was sent before it is done by then."""
+        if self._error is not None:
+            raise self._error
+
+
 def options_message(options: WarmOptions) -> pb.WarmImagesRequest:
     """The first message of a warm-up.
 
