@@ -12,7 +12,7 @@ import pytest
 from google.rpc.code_pb2 import RESOURCE_EXHAUSTED, UNAVAILABLE
 
 from cacheserver.accounting.ledger import SqliteLedger
-from cacheserver.errors import PromptDeniedError, PromptRefusedError, UpstreamDownError
+from cacheserver.errors import LedgerUnavailableError, PromptDeniedError, PromptRefusedError, UpstreamDownError
 from cacheserver.model import Attempt, AttemptOutcome, Caller, Namespace, Permission, Priority
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.precheck import PromptPolicy
@@ -160,6 +160,24 @@ class TestRun:
         assert sorted(again.results.values()) == ["CACHED"] * 3 + ["FAILED"] * 6  # the ledger knows what is spent
         told = await warm(front, options(job="other", budget_microusd=most, spent_microusd=1), items(prompts[-1]))
         assert told.failure(1).reason == "BUDGET_EXHAUSTED"
+
+    async def test_a_ledger_that_cannot_be_read_meanwhile_loses_no_outcome_and_no_budget(
+        self, front: Front, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        readings = iter([0])
+
+        async def spent_microusd(*_: object, **__: object) -> int:
+            for spent in readings:
+                return spent
+            raise LedgerUnavailableError("gone")
+
+        monkeypatch.setattr("cacheserver.warming.purse._SETTLED_BETWEEN_READS", 1)
+        monkeypatch.setattr(front.house.ledger, "spent_microusd", spent_microusd)
+        most = front.house.generator.estimate_microusd(front.house.identity("prompt 0")[0], 1)
+        job = options(budget_microusd=53_000 + most, concurrency=1)
+        run = await warm(front, job, items("prompt 0", "prompt 1"))
+        assert run.results == {1: "GENERATED", 2: "GENERATED"}
+        assert run.totals.spent_microusd == 106_000
 
     async def test_the_pace_is_kept(self, front: Front) -> None:
         running = asyncio.create_task(warm(front, options(max_images_per_minute=6), items("one", "two", "three")))

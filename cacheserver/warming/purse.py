@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
-from cacheserver.errors import JobBudgetError
+from cacheserver.errors import JobBudgetError, LedgerUnavailableError
 from cacheserver.interfaces import Clock, Ledger
 from cacheserver.warming.values import JobOptions
 
@@ -52,14 +53,17 @@ class Purse:
             self._aside += microusd
 
     async def settle(self, aside: int, spent: int) -> None:
-        """Replace what was set aside by what was spent."""
+        """Replace what was set aside by what was spent. A ledger that cannot be read counts as it last was."""
         self._settled += 1
-        if self._options.budget_microusd is not None and self._settled % _SETTLED_BETWEEN_READS == 0:
-            self._in_ledger = await self._ledger.spent_microusd(self._options.tag)
-        async with self._change:
-            self._aside -= aside
-            self._spent += spent
-            self._change.notify_all()
+        try:
+            if self._options.budget_microusd is not None and self._settled % _SETTLED_BETWEEN_READS == 0:
+                with suppress(LedgerUnavailableError):
+                    self._in_ledger = await self._ledger.spent_microusd(self._options.tag)
+        finally:
+            async with self._change:
+                self._aside -= aside
+                self._spent += spent
+                self._change.notify_all()
 
     @property
     def _taken(self) -> int:
