@@ -149,14 +149,24 @@ async def test_the_result_of_another_manifest_or_namespace_is_refused(run: Run, 
     file = write(row(0))
     result = file.with_name("result")
     assert (await run("import", str(file), "--result", str(result))).exit_code == 0
-    for number, namespace in ((1, "default"), (0, "other")):
+    for number, namespace, what in ((1, "default", "manifest"), (0, "other", "namespace")):
         write(row(number))
         refused = await run("import", str(file), "--result", str(result), "--namespace", namespace)
-        assert (refused.exit_code, "another manifest or namespace" in refused.stderr) == (2, True)
+        assert (refused.exit_code, f"is of another {what}" in " ".join(refused.stderr.split())) == (2, True)
     assert (await run("import", str(file), "--result", str(result), "--namespace", "default")).exit_code == 0
     result.write_text("half of something\nelse\n")
     refused = await run("import", str(file), "--result", str(result))
     assert (refused.exit_code, "line 1: is no JSON object" in refused.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n"])
+async def test_a_file_that_is_no_result_is_left_as_it_is(run: Run, write: Write, end: str) -> None:
+    file = write(row(0), row(1))
+    text = file.read_text().rstrip("\n") + end
+    file.write_text(text)
+    refused = await run("import", str(file), "--result", str(file))
+    assert (refused.exit_code, "name another file" in " ".join(refused.stderr.split())) == (2, True)
+    assert file.read_text() == text
 
 
 async def test_what_was_away_for_a_while_is_sent_again(

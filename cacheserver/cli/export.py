@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from cacheserver.cli.journal import DamagedJournalError, Journal
+from cacheserver.cli.journal import Journal, JournalError
 from cacheserver.cli.manifest import row_of
 from cacheserver.cli.options import Link, Namespace
 from cacheserver.cli.output import WRONG_USE, Output
@@ -51,7 +51,7 @@ def export(
     with session(link) as (client, output):
         directory.mkdir(parents=True, exist_ok=True)
         count = _Count()
-        with Journal(directory / _MANIFEST) as manifest:
+        with _manifest(directory / _MANIFEST, output) as manifest:
             done = _done(manifest, output, has_images=not no_images)
             count.before = len(done)
             stored = (each for each in client.admin.list_images(namespace=namespace) if each.identity.key not in done)
@@ -67,16 +67,24 @@ def export(
         output.result(facts, lambda console: _draw(facts, directory, console))
 
 
+def _manifest(file: Path, output: Output) -> Journal:
+    try:
+        return Journal(file)
+    except JournalError as error:
+        output.problem(str(error))
+        raise typer.Exit(WRONG_USE) from error
+
+
 def _done(manifest: Journal, output: Output, *, has_images: bool) -> set[str]:
     """The keys that an earlier run has written, if it was of the same kind; else ends the command."""
     done: set[str] = set()
     try:
-        for row in manifest.entries():
+        for _, row in manifest.entries():
             if ("source" in row) != has_images or not isinstance(row.get("key"), str):
                 output.problem("The directory has a manifest of another kind; name another directory.")
                 raise typer.Exit(WRONG_USE)
             done.add(row["key"])
-    except DamagedJournalError as error:
+    except JournalError as error:
         output.problem(str(error))
         raise typer.Exit(WRONG_USE) from error
     return done

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from cacheserver.cli.journal import DamagedJournalError, Journal
+from cacheserver.cli.journal import Journal, JournalError
 from cacheserver.cli.manifest import Manifest, Row, RowError
 from cacheserver.cli.options import Link, Namespace
 from cacheserver.cli.output import FAILED, WRONG_USE, Output
@@ -89,10 +89,13 @@ def import_images(  # noqa: PLR0913 - one parameter per option
         done: set[int] = set()
         if not dry_run:
             file = result or manifest.with_name(f"{manifest.name}.result")
-            journal = stack.enter_context(Journal(file))
-            done = _done(
-                journal, {"manifest_sha256": digest, "namespace": namespace or _DEFAULT_NAMESPACE}, file, output
-            )
+            head = {"manifest": digest, "namespace": namespace or _DEFAULT_NAMESPACE}
+            try:
+                journal = stack.enter_context(Journal(file, head))
+                done = {entry["line"] for _, entry in journal.entries() if "key" in entry and "line" in entry}
+            except JournalError as error:
+                output.problem(str(error))
+                raise typer.Exit(WRONG_USE) from error
         count.before = len(done)
         began_s = time.monotonic()
         rows = partial(_rows_but, source, done)
@@ -119,27 +122,6 @@ def _checked(manifest: Manifest, output: Output) -> tuple[_Count, str]:
         output.problem("\n".join(complaints))
         raise typer.Exit(WRONG_USE)
     return _Count(rows), digest
-
-
-def _done(journal: Journal, head: dict[str, Any], file: Path, output: Output) -> set[int]:
-    """The lines that an earlier run of the same import has stored; begins the file if it is new."""
-    done: set[int] = set()
-    found: dict[str, Any] | None = None
-    try:
-        for entry in journal.entries():
-            if found is None:
-                found = entry
-            elif "key" in entry:
-                done.add(entry["line"])
-    except DamagedJournalError as error:
-        output.problem(str(error))
-        raise typer.Exit(WRONG_USE) from error
-    if found is None:
-        journal.add(head)
-    elif found != head:
-        output.problem(f"{file}: is the result of another manifest or namespace; name another file with --result")
-        raise typer.Exit(WRONG_USE)
-    return done
 
 
 def _rows_but(manifest: Manifest, done: set[int], only: set[int] | None = None) -> Iterator[Row]:

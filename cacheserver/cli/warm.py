@@ -14,12 +14,13 @@ from typing import Annotated
 
 import typer
 
+from cacheserver.cli.journal import JournalError
 from cacheserver.cli.options import Link, Namespace, Spec, microusd
 from cacheserver.cli.output import FAILED, WRONG_USE, Output
 from cacheserver.cli.session import session
 from cacheserver.cli.warm_history import KINDS, row_lines
 from cacheserver.cli.warm_job import PARTLY, Job, Pace, PlanFailedError
-from cacheserver.cli.warm_result import ResultError, ResultFile
+from cacheserver.cli.warm_result import ResultFile
 from cacheserver.cli.warm_rows import Defaults, InputError, InputFormat, Source, Template, format_of
 from cacheserver.client import Client, PromptKind, TierName
 
@@ -115,7 +116,7 @@ def warm(  # noqa: PLR0913 - one parameter per option
             with _source(given, client, output) as source:
                 work = Job(client, output, source, pace=pace, tier=tier, skips_bad_rows=skip_bad_rows)
                 code = _work(work, given, name=job, result=result, plan=plan, yes=yes)
-        except (InputError, ResultError, PlanFailedError) as error:
+        except (InputError, JournalError, PlanFailedError) as error:
             output.problem(str(error))
             raise typer.Exit(WRONG_USE) from error
     raise typer.Exit(code)
