@@ -334,6 +334,16 @@ class TestStream:
         assert isinstance(answers["d"], InvalidRequestError)
         assert house.upstream.calls == 2
 
+    async def test_each_answer_is_remembered_under_an_id_of_its_own(self, client: Any) -> None:
+        requests = [("a", "a red fox"), ("no id for a log", "a red fox"), ("nor this", "a blue fox")]
+        answers = dict([answer async for answer in client.batch(requests)])
+        stream_id = answers["a"].call_id.removesuffix("/a")
+        assert {answers[name].call_id for name, _ in requests} == {f"{stream_id}/{each}" for each in ("a", "?2", "?3")}
+        for answer in answers.values():
+            told = await client.explain_call(answer.call_id)
+            assert told.rpc == "BatchGetImages"
+            assert tuple(each.key for each in told.images) == answer.keys
+
     async def test_a_failure_says_when_to_come_back(self, client: Any, house: House) -> None:
         house.upstream.fail_next(UpstreamDownError("down", retry_after_s=7.0))
         [(_, error)] = [answer async for answer in client.batch([("a", "a red fox")])]

@@ -242,10 +242,10 @@ class TestBooks:
         with structlog.testing.capture_logs([structlog.contextvars.merge_contextvars]) as lines:
             await answers(front.stub.BatchGetImages(iter(sent), metadata=(("x-request-id", "r1"),)))
         calls = {line["request_id"]: line for line in lines if line["event"] == "call"}
-        assert set(calls) == {"r1", "r1/a", "r1/?"}
+        assert set(calls) == {"r1", "r1/a", "r1/?2"}
         assert all(line["rpc"] == "BatchGetImages" for line in calls.values())
         assert (calls["r1/a"]["code"], calls["r1/a"]["namespace"]) == ("OK", "default")
-        assert (calls["r1/?"]["code"], calls["r1/?"]["reason"]) == ("INVALID_ARGUMENT", "INVALID_FIELD")
+        assert (calls["r1/?2"]["code"], calls["r1/?2"]["reason"]) == ("INVALID_ARGUMENT", "INVALID_FIELD")
         assert "purple" not in repr(lines)
         assert "not fit" not in repr(lines)
 

@@ -404,8 +404,9 @@ class AsyncClient:
         except grpc.RpcError as exc:
             raise error_of(exc, self._address) from exc
 
-    async def _stream(self, method: Any, request: Any, timeout_s: float) -> AsyncGenerator[Any]:
-        call = method(request, timeout=timeout_s, metadata=self._metadata)
+    async def _stream(self, method: Any, request: Any, timeout_s: float, call_id: str = "") -> AsyncGenerator[Any]:
+        named = (("x-request-id", call_id),) if call_id else ()
+        call = method(request, timeout=timeout_s, metadata=(*self._metadata, *named))
         try:
             async for response in call:
                 yield response
@@ -421,7 +422,7 @@ class AsyncClient:
         timeout_s: float,
     ) -> AsyncGenerator[BatchAnswer]:
         async with contextlib.aclosing(
-            self._stream(self._stub.BatchGetImages, stream.messages_async(requests), timeout_s)
+            self._stream(self._stub.BatchGetImages, stream.messages_async(requests), timeout_s, stream.call_id)
         ) as responses:
             async for response in responses:
                 for answer in stream.read(response):

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import grpc
 
-from cacheserver.client import messages
+from cacheserver.client import channel, messages
 from cacheserver.client.errors import CacheError, InvalidRequestError, TryAgainError, error_of_item
 from cacheserver.client.values import Delivery, ImageResult, ImageSpec, SpecOptions
 from cacheserver.model import CachePolicy, MatchLevel, Priority, TierName, VariantPolicy
@@ -155,8 +155,11 @@ class BatchStream:
 
     def __init__(self, options: BatchOptions) -> None:
         """`options` are those of `Requests`, which raises what is wrong with them."""
+        self.call_id = channel.call_id()
+        """The x-request-id of the stream."""
         self._request = Requests(options)
-        self._waiting: set[str] = set()
+        self._sent = 0
+        self._waiting: dict[str, str] = {}  # the x-request-ids of those without an answer
         self._unsent: deque[tuple[str, CacheError]] = deque()
         self._error: Exception | None = None
 
@@ -188,9 +191,9 @@ class BatchStream:
         """What has been answered by now."""
         yield from self._unsendable()
         for item in response.items:
-            self._waiting.discard(item.request_id)
+            call_id = self._waiting.pop(item.request_id, "")
             if item.HasField("response"):
-                yield item.request_id, messages.read_result(item.response)
+                yield item.request_id, messages.read_result(item.response, call_id)
             else:
                 yield item.request_id, error_of_item(item.failure)
 
@@ -208,7 +211,8 @@ class BatchStream:
         except InvalidRequestError as error:
             self._unsent.append((request_id, error))
             return None
-        self._waiting.add(request_id)
+        self._sent += 1
+        self._waiting[request_id] = channel.item_id(self.call_id, request_id, self._sent)
         return pb.BatchGetImagesRequest(requests=[request])
 
     def _unsendable(self) -> Iterator[BatchAnswer]:

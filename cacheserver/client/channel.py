@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Sequence
 from typing import Final
@@ -40,6 +41,8 @@ _SERVICE_CONFIG: Final = {
     "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
 }
 
+_FIT_FOR_A_LOG: Final = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+
 CHANNEL_OPTIONS: Final[Sequence[tuple[str, str | int]]] = (
     ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
     ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
@@ -74,3 +77,8 @@ def call_metadata(token: str | None) -> Sequence[tuple[str, str]]:
 def call_id() -> str:
     """A new x-request-id: the service knows the call by it."""
     return uuid.uuid4().hex
+
+
+def item_id(stream_id: str, request_id: str, number: int) -> str:
+    """The x-request-id by which the service knows the item of this number, from 1, of a stream."""
+    return f"{stream_id}/{request_id if _FIT_FOR_A_LOG.fullmatch(request_id) else f'?{number}'}"

@@ -393,8 +393,9 @@ class Client:
         except grpc.RpcError as exc:
             raise error_of(exc, self._address) from exc
 
-    def _stream(self, method: Any, request: Any, timeout_s: float) -> Generator[Any]:
-        call = method(request, timeout=timeout_s, metadata=self._metadata)
+    def _stream(self, method: Any, request: Any, timeout_s: float, call_id: str = "") -> Generator[Any]:
+        named = (("x-request-id", call_id),) if call_id else ()
+        call = method(request, timeout=timeout_s, metadata=(*self._metadata, *named))
         try:
             yield from call
         except grpc.RpcError as exc:
@@ -406,7 +407,7 @@ class Client:
         self, stream: BatchStream, requests: Iterable[tuple[str, BatchPrompt]], timeout_s: float
     ) -> Generator[BatchAnswer]:
         with contextlib.closing(
-            self._stream(self._stub.BatchGetImages, stream.messages(requests), timeout_s)
+            self._stream(self._stub.BatchGetImages, stream.messages(requests), timeout_s, stream.call_id)
         ) as responses:
             for response in responses:
                 yield from stream.read(response)

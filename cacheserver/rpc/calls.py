@@ -43,7 +43,8 @@ class Call:
     """One call in progress. Rpc methods read who asks and until when, and fill in what lies below `caller`.
 
     `model` and `quality` are those asked for, empty for a call that asks by key.
-    `wanted` is the identity of the picture it asks for, `answer` what it was answered with.
+    `wanted` is the identity of the picture it asks for, `answer` what it was answered with. `items` counts those of a
+    stream.
     """
 
     rpc: str
@@ -58,6 +59,7 @@ class Call:
     trailers: list[tuple[str, str]] = field(default_factory=list)
     wanted: Identity | None = None
     answer: Sequence[Served] | Pending | None = None
+    items: int = 0
 
 
 class Parts(Generic[M]):
@@ -164,12 +166,14 @@ class Calls:
     ) -> asyncio.Task[bytes | RpcStatus]:
         """Begin one item of a stream, as a call of its own: what `answer` returns, or the status it fails with.
 
-        It is counted, booked and logged as a call, under the stream's request id and its own, and has the stream's
-        caller, metadata and deadline. The task is the stream's to await or cancel.
+        It is counted, booked, logged and remembered as a call, under the stream's request id and its own (or its number
+        in the stream, where that is not fit for a log), and has the stream's caller, metadata and deadline. The task is
+        the stream's to await or cancel.
         """
+        stream.items += 1
         now_s = self._clock.monotonic_s()
         left_s = None if stream.deadline_s is None else max(0.0, stream.started_s + stream.deadline_s - now_s)
-        request_id = f"{stream.request_id}/{item_id if _REQUEST_ID.fullmatch(item_id) else '?'}"
+        request_id = f"{stream.request_id}/{item_id if _REQUEST_ID.fullmatch(item_id) else f'?{stream.items}'}"
         call = Call(stream.rpc, stream.metadata, request_id, left_s, now_s, stream.caller)
         task = asyncio.create_task(self._answer_item(call, answer), name="item")
         self._in_progress += 1
