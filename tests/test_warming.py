@@ -13,7 +13,7 @@ from google.rpc.code_pb2 import RESOURCE_EXHAUSTED, UNAVAILABLE
 
 from cacheserver.accounting.ledger import SqliteLedger
 from cacheserver.errors import LedgerUnavailableError, PromptDeniedError, PromptRefusedError, UpstreamDownError
-from cacheserver.model import Attempt, AttemptOutcome, Caller, Namespace, Permission, Priority
+from cacheserver.model import Attempt, AttemptOutcome, CachedImage, CacheKey, Caller, Namespace, Permission, Priority
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.precheck import PromptPolicy
 from tests.fakes import FakeClock
@@ -328,6 +328,17 @@ class TestRights:
         assert run.results == {1: "FAILED", 2: "GENERATED"}
         assert run.failure(1).reason == "PII_FOUND"
 
+    async def test_a_refused_prompt_is_booked_when_it_is_run_and_not_when_it_is_planned(
+        self, house: House, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        booked: list[str] = []
+        monkeypatch.setattr(house.books, "refused", lambda _, reason: booked.append(reason))
+        async with open_front(house, policies={"default": PromptPolicy(name="default", pii="refuse")}) as front:
+            plan = await warm(front, options(plan=True), items("a letter to jane.doe@example.com"))
+            assert (plan.results, booked) == ({1: "FAILED"}, [])
+            await warm(front, options(), items("a letter to jane.doe@example.com"))
+        assert booked == ["PII_FOUND"]
+
     async def test_moderation_is_asked_of_what_is_to_be_made_and_of_nothing_else(self, house: House) -> None:
         moderation = Moderation()
         await house.get("cached")
@@ -359,6 +370,30 @@ class TestFill:
         assert front.house.upstream.calls == 2
         again = await warm(front, options(fill=pb.TIER_REDIS), items("one", "two"))
         assert (again.results, again.cached) == ({1: "CACHED", 2: "CACHED"}, {"TIER_REDIS": 2})
+
+    async def test_what_changes_meanwhile_is_read_again_and_no_absence(
+        self, front: Front, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        house = front.house
+        await house.get("a red fox")
+        await house.settle()
+        key = house.identity("a red fox")[1].key
+        await house.redis.delete(key)
+        read, reads = house.s3.get, 0
+
+        async def get(key: CacheKey) -> CachedImage | None:
+            nonlocal reads
+            reads += 1
+            entry = await read(key)
+            if reads == 1:
+                async with house.keeper.purging(lambda _: False):
+                    pass
+            return entry
+
+        monkeypatch.setattr(house.s3, "get", get)
+        filled = await warm(front, options(fill=pb.TIER_REDIS), items("a red fox"))
+        assert (filled.results, reads) == ({1: "FILLED"}, 2)
+        assert await house.redis.get(key) is not None
 
     async def test_without_items_it_is_everything_of_the_namespace(self, front: Front) -> None:
         await _only_in_s3(front.house, *(f"prompt {i}" for i in range(7)))

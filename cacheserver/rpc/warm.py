@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -110,7 +110,7 @@ class WarmImages:
     async def _progress(
         self, options: _Options, parts: Parts[pb.WarmImagesRequest], call: Call
     ) -> AsyncGenerator[Progress, None]:
-        batches = self._batches(parts, call, makes=options.fill is None)
+        batches = self._batches(parts, call, options)
         if options.fill is None:
             begin = self._warming.plan if options.plan else self._warming.run
             return begin(batches, options.job)
@@ -123,7 +123,7 @@ class WarmImages:
                 raise InvalidRequestError({"options.namespace": "fills with everything: send items, or set it"})
         return self._warming.fill_from(namespace.partition, options.fill, concurrency=concurrency)
 
-    async def _batches(self, parts: Parts[pb.WarmImagesRequest], call: Call, *, makes: bool) -> AsyncIterator[Batch]:
+    async def _batches(self, parts: Parts[pb.WarmImagesRequest], call: Call, options: _Options) -> AsyncIterator[Batch]:
         async for part in parts:
             if part.WhichOneof("part") != "items":
                 raise InvalidRequestError({"items": "every message after the options must be items"})
@@ -133,11 +133,12 @@ class WarmImages:
             for i, item in enumerate(part.items.items):
                 if i % _ITEMS_PER_TURN == _ITEMS_PER_TURN - 1:
                     await asyncio.sleep(0)
-                batch.append(self._item(item, call, makes=makes))
+                batch.append(self._item(item, call, options))
             yield batch
 
-    def _item(self, item: pb.WarmItem, call: Call, *, makes: bool) -> WarmItem | WarmOutcome:
+    def _item(self, item: pb.WarmItem, call: Call, options: _Options) -> WarmItem | WarmOutcome:
         """An item, or why it can be none."""
+        makes = options.fill is None
         try:
             asked = self._read(item.request, call)
             request = _checked(asked)
@@ -146,7 +147,7 @@ class WarmImages:
                 raise PermissionDeniedError("This caller may not generate in this namespace.")
             moderate = None
             if (policy := self._policies.get(namespace.name)) is not None:
-                prompt = self._screened(policy, request.prompt, namespace) if makes else None
+                prompt = self._screened(policy, request.prompt, namespace, options) if makes else None
                 if makes and prompt is None:
                     moderate = partial(self._moderate, policy, request.prompt, namespace)
                 request = replace(request, prompt=policy.redacted(request.prompt) if prompt is None else prompt)
@@ -155,9 +156,9 @@ class WarmImages:
             return WarmOutcome(item.row, WarmResult.FAILED, error=error)
         return WarmItem(item.row, Ask(request, identity, namespace, call.caller, asked.terms), moderate)
 
-    def _screened(self, policy: PromptPolicy, prompt: str, namespace: Namespace) -> str | None:
-        """The prompt that its namespace lets pass; None if moderation has to be asked."""
-        with self._booked(namespace):
+    def _screened(self, policy: PromptPolicy, prompt: str, namespace: Namespace, options: _Options) -> str | None:
+        """The prompt that its namespace lets pass; None if moderation has to be asked. A plan books nothing."""
+        with nullcontext() if options.plan else self._booked(namespace):
             return policy.screened(prompt)
 
     async def _moderate(self, policy: PromptPolicy, prompt: str, namespace: Namespace) -> None:

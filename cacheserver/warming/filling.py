@@ -14,6 +14,8 @@ from cacheserver.warming.values import Batch, WarmOutcome, WarmTotals
 
 _KEYS_PER_BATCH = 500
 _NO_ROW = 0
+_TRIES = 4
+"""Of a copy: what is read before a change to any picture may not be written after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +100,18 @@ class Filling:
 
     async def _copy(self, key: CacheKey) -> bool:
         """Copy one picture; whether a slower tier had it. Raises TierError where none could say, or the copy failed."""
-        changes = self.keeper.changes
-        entry, silence = await self._read(key)
-        if entry is None:
-            if silence is not None:
-                raise silence
-            return False
-        return await self.keeper.copy(self.tier, key, entry, changes=changes)
+        for _ in range(_TRIES):
+            changes = self.keeper.changes
+            entry, silence = await self._read(key)
+            if entry is None:
+                if silence is not None:
+                    raise silence
+                return False
+            if await self.keeper.copy(self.tier, key, entry, changes=changes):
+                return True
+            if self.keeper.is_current(changes):
+                return False  # the tier has taken another picture under this key meanwhile
+        raise TierError("pictures were replaced or purged each time this one was to be copied")
 
     async def _read(self, key: CacheKey) -> tuple[CachedImage | None, TierError | None]:
         """The intact entry from the fastest of the slower tiers that has it; without one, what the last one said."""
