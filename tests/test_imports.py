@@ -386,7 +386,7 @@ async def bucket(s3_server: S3Server) -> str:
 @pytest.fixture
 async def objects(s3_server: S3Server, bucket: str) -> AsyncIterator[Objects]:
     objects = Objects(
-        [bucket],
+        [bucket, "gone"],
         clock=SystemClock(),
         region=s3_server.region,
         endpoint=s3_server.endpoint,
@@ -425,6 +425,13 @@ async def test_an_object_that_may_not_be_had_is_told_apart(
         outcomes = await taken(stub, *(incoming(row, s3_uri=uri) for row, uri in enumerate(uris)))
     for outcome, words in zip(outcomes, uris.values(), strict=True):
         assert words in outcome.failure.violations["s3_uri"]
+
+
+async def test_a_bucket_that_is_open_and_not_there_is_told_by_its_setting(house: House, objects: Objects) -> None:
+    async with connected(house, objects=objects) as stub:
+        [outcome] = await taken(stub, incoming(1, s3_uri="s3://gone/x.png"))
+    assert outcome.failure.reason == "TIER_UNREACHABLE"
+    assert "no such bucket; see imports.buckets" in outcome.failure.message
 
 
 async def test_a_store_that_is_away_is_told_as_such(house: House, own_s3: Callable[[], S3Server]) -> None:

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-import boto3
 from botocore.exceptions import BotoCoreError, ClientError
 
 from cacheserver.errors import InvalidRequestError, TierError, TierTimeoutError
 from cacheserver.interfaces import Clock
 from cacheserver.model import SourceObject
-from cacheserver.tiers.s3 import is_absent, new_client, tier_error
+from cacheserver.tiers.s3_client import is_absent, new_client, new_session, tier_error
 from cacheserver.tiers.workers import Workers
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ class Objects:
         try:
             return await self._workers.run(self._read, bucket, name, max_bytes)
         except (BotoCoreError, ClientError) as exc:
-            raise tier_error("import", exc) from exc
+            raise tier_error("import", exc, setting="imports.buckets", rights="s3:GetObject") from exc
 
     async def aclose(self) -> None:
         """Let go of connections and threads. Nothing else may be called afterwards."""
@@ -125,7 +124,7 @@ class Objects:
         """Made on first use, in a thread: it takes boto3 a while, and a look for credentials."""
         with self._lock:
             if self._made_client is None:
-                session = boto3.Session(aws_access_key_id=self._access_key, aws_secret_access_key=self._secret_key)
+                session = new_session(self._access_key, self._secret_key)
                 self._made_client = new_client(
                     session,
                     endpoint=self._endpoint,

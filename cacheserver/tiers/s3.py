@@ -10,22 +10,9 @@ import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-import boto3
-import botocore.session
-from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConnectionClosedError,
-    ConnectTimeoutError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    ReadTimeoutError,
-)
-from botocore.utils import parse_timestamp
+from botocore.exceptions import BotoCoreError, ClientError, ConnectionClosedError
 from xxhash import xxh3_128_hexdigest
 
 from cacheserver.errors import CorruptEntryError, EntryTooLargeError, TierError, TierTimeoutError
@@ -33,6 +20,7 @@ from cacheserver.interfaces import Clock, no_step
 from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Head, Labels, SourceObject, TierName
 from cacheserver.tiers import codec
 from cacheserver.tiers.presence import Page, Presence
+from cacheserver.tiers.s3_client import code_of, is_absent, new_client, new_session, tier_error
 from cacheserver.tiers.workers import Workers
 
 if TYPE_CHECKING:
@@ -317,9 +305,9 @@ class S3Tier:
                     **condition,
                 )
             except ClientError as exc:
-                if _code(exc) in _CHANGED or is_absent(exc):
+                if code_of(exc) in _CHANGED or is_absent(exc):
                     return False
-                if _code(exc) != "ConditionalRequestConflict":
+                if code_of(exc) != "ConditionalRequestConflict":
                     raise
             else:
                 return True
@@ -457,7 +445,7 @@ class S3Tier:
         """Made on first use, in a thread: it takes boto3 a while, and a look for credentials."""
         with self._lock:
             if self._made_clients is None:
-                session = _session(self._access_key, self._secret_key)
+                session = new_session(self._access_key, self._secret_key)
                 make = functools.partial(
                     new_client,
                     session,
@@ -474,67 +462,12 @@ class S3Tier:
             return self._made_clients
 
 
-def new_client(  # noqa: PLR0913 - settings
-    session: boto3.Session,
-    *,
-    endpoint: str | None,
-    region: str | None,
-    connect_timeout_s: float,
-    timeout_s: float,
-    connections: int,
-) -> S3Client:
-    """A client that tries once, and waits `timeout_s` for each byte; for S3 itself, or a server that speaks like it."""
-    config = Config(
-        connect_timeout=connect_timeout_s,
-        read_timeout=timeout_s,
-        # Another tier or the next request is a better second attempt.
-        retries={"total_max_attempts": 1},
-        max_pool_connections=connections,
-        signature_version="s3v4",
-        # We give S3 a CRC32 to check and check an xxh3 ourselves; boto3's own checksums would come on top.
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-        s3={
-            # Other servers seldom have a host name per bucket.
-            "addressing_style": "auto" if endpoint is None else "path",
-            # TLS and the CRC32 in a signed header protect the body; without TLS it is signed whole.
-            "payload_signing_enabled": endpoint is not None and endpoint.startswith("http:"),
-        },
-    )
-    return session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
-
-
-def _session(access_key: str | None, secret_key: str | None) -> boto3.Session:
-    """A session whose clients do not take most of the time that a listing costs for the dates in it."""
-    core = botocore.session.get_session()
-    core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_time)
-    return boto3.Session(aws_access_key_id=access_key, aws_secret_access_key=secret_key, botocore_session=core)
-
-
-def _time(value: Any) -> datetime:
-    try:
-        return datetime.fromisoformat(value)
-    except (TypeError, ValueError):
-        return parse_timestamp(value)  # in one of the other forms that AWS knows
-
-
 def _keys(names: Iterable[str]) -> list[CacheKey]:
     """The keys among the names of objects."""
     return [key for name in names if (key := _key(name.rpartition("/")[2])) is not None]
 
 
 _CHANGED = {"PreconditionFailed", "412"}
-_ABSENT = {"NoSuchKey", "404"}
-
-
-def _code(exc: ClientError) -> str:
-    return str(exc.response.get("Error", {}).get("Code", ""))
-
-
-def is_absent(exc: ClientError) -> bool:
-    """Whether there is no such object."""
-    # A missing bucket says NoSuchBucket to a GET, which is not absence; to a HEAD it can only say 404.
-    return _code(exc) in _ABSENT
 
 
 def _headers(entry: CachedImage) -> tuple[dict[str, str], bytes | None]:
@@ -582,22 +515,3 @@ def _key(name: str) -> CacheKey | None:
         return CacheKey.parse(name)
     except ValueError:
         return None  # a sidecar, or somebody else's object
-
-
-def tier_error(op: str, exc: BotoCoreError | ClientError) -> TierError:
-    """What `exc` means for a tier. boto3's messages quote URLs, which hold keys, so they stay out of ours."""
-    if isinstance(exc, ReadTimeoutError | ConnectTimeoutError):
-        return TierTimeoutError(f"S3 did not answer {op} in time")
-    if isinstance(exc, NoCredentialsError | PartialCredentialsError):
-        return TierError(f"no credentials for S3 {op}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile")
-    if isinstance(exc, BotoCoreError):
-        return TierError(f"S3 cannot be reached for {op}: {type(exc).__name__}")
-    status = exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    if _code(exc) == "NoSuchBucket":
-        return TierError(f"S3 has no such bucket; see s3.bucket (at {op}: {status} NoSuchBucket)")
-    if status == 403:  # noqa: PLR2004 - forbidden
-        return TierError(
-            f"S3 refuses {op} ({status} {_code(exc)}): see the credentials, and that they allow s3:GetObject, "
-            "s3:PutObject, s3:DeleteObject and s3:ListBucket on s3.bucket"
-        )
-    return TierError(f"S3 failed at {op}: {status} {_code(exc)}")
