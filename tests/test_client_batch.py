@@ -393,6 +393,25 @@ class TestStream:
             with pytest.raises(TryAgainError):
                 await waiting
 
+    async def test_a_stream_that_breaks_while_more_is_sent_is_one_to_try_again(self, kind: str, house: House) -> None:
+        def requests() -> Iterator[tuple[str, str]]:
+            for n in range(100_000):
+                yield f"{n}", "a red fox" + "x" * 3_000
+
+        async def broken(after: int) -> None:
+            async with open_front(house) as front, connected(kind, f"127.0.0.1:{front.server.port}") as client:
+                answers = client.batch(requests())
+                for _ in range(after):
+                    await anext(answers)
+                draining = asyncio.create_task(front.server.drain(0.0))
+                with pytest.raises(TryAgainError):
+                    async for _ in answers:
+                        pass
+                await draining
+
+        for after in range(1, 80, 7):
+            await broken(after)
+
     async def test_requests_may_come_from_an_asynchronous_source(self, front: Front) -> None:
         async def requests() -> AsyncIterator[tuple[str, str]]:
             for n in range(3):

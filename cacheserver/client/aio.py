@@ -28,7 +28,7 @@ from cacheserver.client.batch import (
     run_async,
 )
 from cacheserver.client.download import Download
-from cacheserver.client.errors import CacheError, UnreachableError, error_of
+from cacheserver.client.errors import UnreachableError, as_broken, error_of
 from cacheserver.client.fallback import AsyncFallback, Fallbacks, can_stand_in
 from cacheserver.client.image_file import ImageFile
 from cacheserver.client.values import (
@@ -53,7 +53,6 @@ from cacheserver.client.warm import (
     WarmOptions,
     WarmProgress,
     WarmStream,
-    as_broken,
     read_progress,
 )
 from cacheserver.model import MatchLevel, StatsField, StatsSpan
@@ -353,12 +352,9 @@ class AsyncClient:
         """
         stream = WarmStream(items, options)
         answers = self._stream(self._stub.WarmImages, stream.messages(), timeout_s)
-        try:
-            async with contextlib.aclosing(answers) as responses:
-                async for response in responses:
-                    yield read_progress(response)
-        except CacheError as error:
-            raise as_broken(error) from error
+        async with contextlib.aclosing(answers) as responses:
+            async for response in responses:
+                yield read_progress(response)
         stream.finish()
 
     async def stats(  # noqa: PLR0913 - one keyword per field of the message
@@ -411,7 +407,7 @@ class AsyncClient:
             async for response in call:
                 yield response
         except grpc.RpcError as exc:
-            raise error_of(exc, self._address) from exc
+            raise as_broken(error_of(exc, self._address)) from exc
         finally:
             call.cancel()
 

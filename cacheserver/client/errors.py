@@ -177,6 +177,16 @@ def error_of(failure: grpc.RpcError, address: str) -> CacheError:
     )
 
 
+def as_broken(error: CacheError) -> CacheError:
+    """The error of a stream that broke while we still sent, where gRPC says only that it failed within itself.
+
+    The service gives every failure of its own a reason.
+    """
+    if error.code is grpc.StatusCode.INTERNAL and not error.reason:
+        return UnreachableError("the connection broke off while the stream ran", code=grpc.StatusCode.UNAVAILABLE)
+    return error
+
+
 def error_of_item(failure: pb.Failure) -> CacheError:
     """The error that the failure of one item of a stream stands for."""
     code = _CODES.get(failure.code, grpc.StatusCode.UNKNOWN)

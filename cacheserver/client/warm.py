@@ -6,10 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypedDict
 
-import grpc
-
 from cacheserver.client import messages
-from cacheserver.client.errors import CacheError, UnreachableError, error_of_item
+from cacheserver.client.errors import CacheError, error_of_item
 from cacheserver.client.values import ImageSpec
 from cacheserver.model import CachePolicy, MatchLevel, TierName, WarmResult
 from cacheserver.pb import promptcache_pb2 as pb
@@ -238,13 +236,3 @@ def _totals(totals: pb.WarmTotals) -> WarmTotals:
 def _tiers(numbers: Iterable[int]) -> Iterator[TierName]:
     named = (messages.member(TierName, pb.Tier, "TIER", number) for number in numbers)
     return (tier for tier in named if tier is not None)
-
-
-def as_broken(error: CacheError) -> CacheError:
-    """The error of a stream that broke while we still sent, where gRPC says only that it failed within itself.
-
-    The service gives every failure of its own a reason.
-    """
-    if error.code is grpc.StatusCode.INTERNAL and not error.reason:
-        return UnreachableError("the connection broke off while items were sent", code=grpc.StatusCode.UNAVAILABLE)
-    return error
