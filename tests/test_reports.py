@@ -259,6 +259,31 @@ def test_what_was_only_observed_is_told_apart() -> None:
     assert "observed" in tables.hit_table(("namespace",), observed.groups, observed.total).columns
 
 
+def test_what_warm_ups_spent_is_told_and_taken_from_what_was_saved() -> None:
+    rows = [
+        hits(TierName.MEMORY, 200, 1_000_000, 0),
+        row(Outcome.MISS, TierName.UPSTREAM, 2, spent_microusd=52_000_000, would_cost_microusd=2_000_000),
+    ]
+    warmed = numbers.report(rows, BOUNDS_S, period=some_period(), by=[StatsField.NAMESPACE])
+    said = dict(headlines.headlines(warmed))
+    assert "$50.00 of it made pictures that no request was answered with" in said["Spent:"]
+    assert said["Saved:"].endswith("Less the $50.00 for pictures that no request was answered with: $150.00.")
+    assert "$50.00 of spent made pictures" in tables.money_table(("namespace",), warmed.groups, warmed.total).note
+    assert "no request was answered with" not in str(headlines.headlines(some_report()))
+
+
+def test_a_namespace_that_only_observes_is_not_the_worst() -> None:
+    seen = row(Outcome.OBSERVED, TierName.REDIS, 200, namespace="trial", would_cost_microusd=9)
+    both = numbers.report([*some_rows(), seen], BOUNDS_S, period=some_period(), by=[StatsField.NAMESPACE])
+    said = dict(headlines.headlines(both))["Worst namespace:"]
+    assert said.startswith("blog, by hit rate, of the 2 with at least 100 pictures")
+    assert said.endswith("Not compared, as calls are only observed there: trial.")
+    alone = numbers.report([seen], BOUNDS_S, period=some_period(), by=[StatsField.NAMESPACE])
+    said = dict(headlines.headlines(alone))["Worst namespace:"]
+    assert said.startswith("trial, by hit rate, the only one with at least 100 pictures")
+    assert "Not compared" not in said
+
+
 # --- what a replay says ---
 
 
@@ -291,6 +316,16 @@ def test_sizes_of_which_one_is_twice_the_other_are_found_and_others_are_not() ->
     assert (pair.single.l1_bytes, pair.double.l1_bytes) == (2**30, 2**31)
     alone = sizes.read_sizes(json.dumps(REPLAY | {"rows": REPLAY["rows"][1:]}).encode())  # type: ignore[index] # a list
     assert "no two sizes" in headlines.doubling_line(alone)[1]
+
+
+def test_of_several_kinds_the_one_that_was_replayed_first_is_told_and_named() -> None:
+    rows: list[dict[str, Any]] = REPLAY["rows"]  # type: ignore[assignment] # a list
+    lower = [each | {"profile": "exact", "hit_rate": each["hit_rate"] / 2} for each in rows]
+    several = sizes.read_sizes(json.dumps(REPLAY | {"rows": [*rows, *lower]}).encode())
+    line = headlines.doubling_line(several)[1]
+    assert line.startswith("kept until evicted, profile standard: from 1.00 GiB to 2.00 GiB")
+    assert "31.7 % to 37.3 %" in line
+    assert "15.8 %" not in line
 
 
 # --- charts ---
@@ -372,6 +407,12 @@ def test_all_charts_are_one_png() -> None:
         colors = picture.convert("RGB").getcolors(picture.width * picture.height)
     assert colors is not None
     assert (0, 114, 178) in {color for _count, color in colors}, "the memory level is drawn in its blue"
+
+
+def test_a_chart_of_one_bar_is_as_high_as_its_legend() -> None:
+    rows = [hits(tier, 1, 1, 0) for tier in charts.WAYS[:4]]
+    few = drawn(numbers.report(rows, BOUNDS_S, period=some_period(), by=[StatsField.NAMESPACE]))
+    assert all(few[name].spec["height"] >= 110 for name in ("namespaces", "models", "money-models"))
 
 
 # --- the calculator ---

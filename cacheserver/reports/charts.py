@@ -40,9 +40,14 @@ _TICKS: Final = 8
 _MOST_BARS: Final = 12
 _HEIGHT: Final = 240
 _BAR_STEP: Final = 30
+_BAR_TICKS: Final = 5
+_LEAST_BARS: Final = 4
+"""So high is a chart of fewer bars, too: a legend below which it ends is cut off."""
+
 _PNG_WIDTH: Final = 560
 _PNG_SCALE: Final = 2.0
 _MICRO: Final = 1_000_000
+_LEGEND_BELOW: Final = alt.Legend(orient="bottom", columns=1, labelLimit=300)
 _OWN_LEGENDS: Final = {"scale": {"color": "independent", "shape": "independent"}}
 
 _Datum = dict[str, Any]
@@ -178,15 +183,17 @@ def _answers_by(field: str, groups: Sequence[Group]) -> _Drawn:
     data = [{field: group.name, **datum} for group in shown for datum in _ways(group.figures)]
     return (
         _chart(data)
-        .mark_bar()
+        .mark_bar(size=_BAR_STEP - 4)
         .encode(
             y=_names(field, shown),
-            x=alt.X("pictures:Q", title="pictures answered", axis=alt.Axis(format="~s", tickMinStep=1)),
+            x=alt.X(
+                "pictures:Q", title="pictures answered", axis=alt.Axis(format="~s", tickMinStep=1, tickCount=_BAR_TICKS)
+            ),
             color=_color("answered by", "way", _present(data, "way", WAYS)),
             order=alt.Order("rank:Q"),
             tooltip=[f"{field}:N", "way:N", "pictures:Q", alt.Tooltip("share:Q", format=".1%")],
         )
-        .properties(height=_BAR_STEP * max(1, len(shown)))
+        .properties(height=_BAR_STEP * max(_LEAST_BARS, len(shown)))
     )
 
 
@@ -199,14 +206,18 @@ def _money_by(field: str, groups: Sequence[Group]) -> _Drawn:
     ]
     return (
         _chart(data)
-        .mark_bar()
+        .mark_bar(size=_BAR_STEP - 4)
         .encode(
             y=_names(field, shown),
-            x=alt.X("usd:Q", title="dollars: together about what it would have cost", axis=alt.Axis(format="$,.2~f")),
+            x=alt.X(
+                "usd:Q",
+                title="dollars",
+                axis=alt.Axis(format="$,.2~f", labelOverlap=True, labelSeparation=6, tickCount=_BAR_TICKS),
+            ),
             color=_color("", "kind", (*_spent(Figures()), "saved")),
             tooltip=[f"{field}:N", "kind:N", alt.Tooltip("usd:Q", format="$,.2f")],
         )
-        .properties(height=_BAR_STEP * max(1, len(shown)))
+        .properties(height=_BAR_STEP * max(_LEAST_BARS, len(shown)))
     )
 
 
@@ -270,7 +281,7 @@ def _hit_rate_by_size(sizes: Sizes) -> _Drawn:
         .encode(
             x=alt.X("MiB:Q", title="size of the memory level, in MiB", scale=alt.Scale(type="log", nice=False)),
             y=alt.Y("hit_rate:Q", title="hit rate", axis=alt.Axis(format="%"), scale=alt.Scale(zero=True)),
-            color=alt.Color("kind:N", title="kept for, and profile"),
+            color=alt.Color("kind:N", title="kept for, and profile", sort=None, legend=_LEGEND_BELOW),
             tooltip=["MiB:Q", alt.Tooltip("hit_rate:Q", format=".1%"), "kind:N"],
         )
         .properties(height=_HEIGHT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cacheserver.reports.numbers import ENOUGH_ANSWERED, Figures, Group, Report, worst
+from cacheserver.reports.numbers import ENOUGH_ANSWERED, Figures, Group, Report, judged, worst
 from cacheserver.reports.sizes import Sizes
 from cacheserver.reports.tables import bill, count, mib, moment, percent, stretch, usd
 
@@ -27,6 +27,8 @@ def headlines(report: Report, sizes: Sizes | None = None) -> list[Headline]:
 
 def _spent_line(total: Figures) -> Headline:
     text = f"{usd(total.spent_microusd)} for {count(total.settled_calls)} calls to upstreams whose cost is known."
+    if total.unasked_microusd:
+        text += f" {usd(total.unasked_microusd)} of it made pictures that no request was answered with, as warm-ups do."
     if total.unknown_calls:
         text += f" {count(total.unknown_calls)} more, at most {usd(total.unknown_microusd)}, have an unknown outcome."
     if total.open_calls:
@@ -42,10 +44,14 @@ def _saved_line(total: Figures) -> Headline:
         f"({percent(total.spared_rate)}). "
     )
     hits_microusd = total.saved_microusd - total.coalesced_microusd
-    return "Saved:", text + (
+    text += (
         f"Hits saved {usd(hits_microusd)}; requests that joined a load under way (collapsed) saved "
         f"{usd(total.coalesced_microusd)}."
     )
+    if total.unasked_microusd:
+        left = total.saved_microusd - total.unasked_microusd
+        text += f" Less the {usd(total.unasked_microusd)} for pictures that no request was answered with: {usd(left)}."
+    return "Saved:", text
 
 
 def _hit_line(total: Figures) -> Headline:
@@ -71,10 +77,13 @@ def _worst_line(namespaces: Sequence[Group]) -> Headline:
     if found is None:
         return "Worst namespace:", "none: no picture was answered."
     figures = found.figures
-    enough = [group for group in namespaces if group.figures.answered >= ENOUGH_ANSWERED]
-    among = (
-        f"of the {len(enough)} with at least {ENOUGH_ANSWERED} pictures" if enough else "though all have few pictures"
-    )
+    enough = [group for group in judged(namespaces) if group.figures.answered >= ENOUGH_ANSWERED]
+    if not enough:
+        among = "though all have few pictures"
+    elif len(enough) == 1:
+        among = f"the only one with at least {ENOUGH_ANSWERED} pictures"
+    else:
+        among = f"of the {len(enough)} with at least {ENOUGH_ANSWERED} pictures"
     text = (
         f"{found.name}, by hit rate, {among}: {percent(figures.hit_rate)} of {count(figures.answered)} pictures; "
         f"it spent {usd(figures.spent_microusd)}."
@@ -82,6 +91,9 @@ def _worst_line(namespaces: Sequence[Group]) -> Headline:
     dearest = max(namespaces, key=lambda group: group.figures.spent_microusd)
     if dearest.name != found.name:
         text += f" The one that spent most is {dearest.name}: {usd(dearest.figures.spent_microusd)}."
+    observing = [group.name for group in namespaces if group.figures.observed and not found.figures.observed]
+    if observing:
+        text += f" Not compared, as calls are only observed there: {', '.join(observing)}."
     return "Worst namespace:", text
 
 
@@ -101,14 +113,16 @@ def doubling_line(sizes: Sizes | None) -> Headline:
     found = sizes.doublings
     if not found:
         return name, "not known, as the replay tried no two sizes of which one is twice the other."
+    first, others = found[0].single.kind, {row.kind for row in sizes.rows} - {found[0].single.kind}
     parts = [
         f"from {mib(pair.single.l1_bytes)} to {mib(pair.double.l1_bytes)} its hit rate goes from "
         f"{percent(pair.single.hit_rate)} to {percent(pair.double.hit_rate)} "
         f"({(pair.double.hit_rate - pair.single.hit_rate) * 100:+.1f} points), which saves "
         f"{usd(pair.double.saved_microusd - pair.single.saved_microusd)} more if no slower tier has the pictures"
-        for pair in found[:3]
+        for pair in [pair for pair in found if pair.single.kind == first][:3]
     ]
-    return name, f"{'; '.join(parts)}. Estimated by replaying {count(sizes.requests)} requests of a trace."
+    where = f"{first}: " if others else ""
+    return name, f"{where}{'; '.join(parts)}. Estimated by replaying {count(sizes.requests)} requests of a trace."
 
 
 def _estimated_line(total: Figures) -> Headline:

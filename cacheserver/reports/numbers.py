@@ -32,7 +32,8 @@ DEFINITIONS: Final = {
     "open": "The most that calls may cost that have not ended. Neither in spent nor in unknown.",
     "saved": "An estimate: what hits and collapsed requests would have cost at the prices of their time.",
     "coalesced": "The part of saved that is due to collapsed requests.",
-    "would have cost": "An estimate: saved, and what was paid for the misses.",
+    "would have cost": "An estimate: saved, and what was paid for misses and observed ones. What made pictures that no "
+    "request was answered with, as warm-ups do, is in spent alone.",
     "latency": "From a histogram: so many per cent of the answers took at most this long. Bounds, not exact times.",
 }
 """Every word of a report, said once: the terminal, the JSON and the page show these sentences."""
@@ -103,7 +104,8 @@ class Figures:
         outcomes: Pictures (calls, for errors) by what became of them; None is a word this client does not know.
         hits_by_tier: Fastest tier first; only tiers that had any.
         latency: By tier for hits, then "collapsed" and "upstream".
-        observed_microusd: What hits would have saved that were only observed. It was spent, and is in no other sum.
+        observed_microusd: What hits would have saved that were only observed. It is a part of what all would have cost,
+            and of nothing saved.
     """
 
     outcomes: Mapping[Outcome | None, int] = field(default_factory=dict)
@@ -166,6 +168,11 @@ class Figures:
     def spared_rate(self) -> float | None:
         """Saved of what it would have cost, 0 to 1; None if that is nothing."""
         return ratio(self.saved_microusd, self.would_cost_microusd)
+
+    @property
+    def unasked_microusd(self) -> int:
+        """Of spent: what made pictures that no request was answered with, as warm-ups do."""
+        return max(0, self.spent_microusd + self.saved_microusd - self.would_cost_microusd)
 
     @property
     def most_microusd(self) -> int:
@@ -346,11 +353,19 @@ def series(rows: Iterable[StatsRow], period: Period, bounds_s: Sequence[float]) 
     return [Point(first + step * index, add_up(parts[index], bounds_s)) for index in range(last + 1)]
 
 
-def worst(found: Sequence[Group]) -> Group | None:
-    """The group with the lowest hit rate among those with ENOUGH_ANSWERED pictures; if none has, among all."""
+def judged(found: Sequence[Group]) -> list[Group]:
+    """The groups whose hit rates can be compared: those with ENOUGH_ANSWERED pictures; if none has, all with any.
+
+    What only observes serves no hits, so it is left out, unless everything observes.
+    """
     answered = [group for group in found if group.figures.answered]
-    enough = [group for group in answered if group.figures.answered >= ENOUGH_ANSWERED]
-    return min(enough or answered, key=lambda group: group.figures.hit_rate or 0.0, default=None)
+    serving = [group for group in answered if not group.figures.observed] or answered
+    return [group for group in serving if group.figures.answered >= ENOUGH_ANSWERED] or serving
+
+
+def worst(found: Sequence[Group]) -> Group | None:
+    """The group with the lowest hit rate of those that are judged."""
+    return min(judged(found), key=lambda group: group.figures.hit_rate or 0.0, default=None)
 
 
 # ── the whole ───────────────────────────────────────────────────────────────────────────────────────────────────

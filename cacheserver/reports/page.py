@@ -369,10 +369,12 @@ def _calculator(report: Report, contents: Contents) -> str:
         for seed in begin
     )
     lists = "" if all(seed.is_measured for seed in begin) else f" List prices are from {contents.price_source}."
+    beside = " What made pictures that no request was answered with, as warm-ups do, is not in it."
+    beside = beside if report.total.unasked_microusd else ""
     return (
         "<section><h2>What a month costs</h2><p>An estimate. It begins with this report's own figures: its pace over "
         "30 days, its mix of qualities, what a picture of each would have cost on average, and the part of that which "
-        f"hits and collapsed requests saved.{_text(lists)}</p>"
+        f"hits and collapsed requests saved.{_text(beside + lists)}</p>"
         "<form class=calculator>"
         "<label>Pictures a month <input type=number name=volume min=0 step=any "
         f"value={monthly_pictures(report)}></label>"

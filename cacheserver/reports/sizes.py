@@ -53,7 +53,7 @@ class Doubling:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The figures of all sizes that were tried, the smallest first.
+    """The figures of all sizes that were tried: one kind after the other as the replay has them, the smallest first.
 
     Attributes:
         footprint_bytes: Bytes of all distinct pictures of the trace.
@@ -96,10 +96,11 @@ def read_sizes(data: bytes) -> Sizes:
     if len(document["rows"]) > _MAX_ROWS:
         raise ValueError(f"rows: more than {_MAX_ROWS}")
     rows = [_sized(row, f"rows[{index}]") for index, row in enumerate(document["rows"])]
+    kinds = {kind: number for number, kind in enumerate(dict.fromkeys(row.kind for row in rows))}
     return Sizes(
         footprint_bytes=_whole(document, "footprint_bytes", ""),
         requests=_whole(document, "requests", ""),
-        rows=tuple(sorted(rows, key=lambda row: (row.kind, math.inf if row.l1_bytes is None else row.l1_bytes))),
+        rows=tuple(sorted(rows, key=lambda row: (kinds[row.kind], row.l1_bytes or math.inf))),
     )
 
 

@@ -204,6 +204,8 @@ def money_table(by: tuple[str, ...], groups: Sequence[Group], total: Figures) ->
     calls = (
         f"{count(total.settled_calls)} calls settled, {count(total.unknown_calls)} unknown, {total.open_calls:,} open."
     )
+    if total.unasked_microusd:
+        calls += f" {usd(total.unasked_microusd)} of spent made pictures that no request was answered with."
     return Table(
         title="Money",
         columns=(
