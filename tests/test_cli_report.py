@@ -94,6 +94,10 @@ def spaced(text: str) -> list[str]:
     return [" ".join(line.split()) for line in text.splitlines()]
 
 
+async def test_the_help_of_a_replay_names_what_records_a_trace(run: Run) -> None:
+    assert "what trace.path recorded" in " ".join((await run("report", "--help")).stdout.replace("│", "").split())
+
+
 async def test_report_prints_hit_rates_money_and_times(run: Run) -> None:
     result = await run(*PERIOD)
     assert result.exit_code == 0, result.output

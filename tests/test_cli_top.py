@@ -119,7 +119,7 @@ def test_figures_are_what_happened_between_two_readings() -> None:
     assert (seen.requests_per_s, seen.errors_per_s) == (52.0, 2.0)
     assert seen.hit_rate == 0.7
     assert seen.tier_rates == {TierName.MEMORY: 0.6, TierName.S3: 0.1}
-    assert seen.joined_rate == 0.1
+    assert seen.collapsed_rate == 0.1
     assert (seen.spent_microusd, seen.saved_microusd) == (500_000, 3_000_000)
 
 
@@ -151,7 +151,7 @@ def test_another_life_of_the_process_is_counted_from_its_own_start() -> None:
 
 def test_where_nothing_was_asked_for_no_rate_is_made_up() -> None:
     seen = traffic(reading(1, HIT), reading(2, HIT))
-    assert (seen.requests_per_s, seen.hit_rate, seen.joined_rate, seen.tier_rates) == (0.0, None, None, {})
+    assert (seen.requests_per_s, seen.hit_rate, seen.collapsed_rate, seen.tier_rates) == (0.0, None, None, {})
 
 
 counts = st.integers(0, 1_000)
@@ -171,9 +171,9 @@ def test_the_shares_of_what_was_answered_never_pass_one(before: list[int], more:
     assert seen.requests_per_s == sum(more)
     if sum(more):
         assert seen.hit_rate is not None
-        assert seen.joined_rate is not None
+        assert seen.collapsed_rate is not None
         assert seen.hit_rate == pytest.approx(sum(seen.tier_rates.values()))
-        assert 0 <= seen.hit_rate + seen.joined_rate <= 1 + 1e-9
+        assert 0 <= seen.hit_rate + seen.collapsed_rate <= 1 + 1e-9
 
 
 # --- frames ---
@@ -182,8 +182,8 @@ def test_the_shares_of_what_was_answered_never_pass_one(before: list[int], more:
 def test_a_frame_shows_traffic_queue_tiers_and_what_is_held() -> None:
     lines = words(frame(reading(10, HIT, MISS), reading(12, LATER_HIT, LATER_MISS, FROM_S3, JOINED), address="a:1"))
     assert lines[0] == "cacheserver a:1 up 0:01:00 12:01:00 UTC"
-    assert "requests/s 50.0 hit rate 70.0% joined 10.0% p95 beyond all bounds errors/s 0.0 in 2.0 s" in lines
-    money = "spent $2.5000, unknown $0.0000, saved $8.0000 since the start (now $0.5000 and $3.0000)"
+    assert "requests/s 50.0 hit rate 70.0% collapsed 10.0% p95 beyond all bounds errors/s 0.0 in 2.0 s" in lines
+    money = "spent $2.5000, unknown $0.0000, saved $8.0000 since the start spent $0.5000, saved $3.0000 in 2.0 s"
     assert money in lines
     waiting = "in flight 7 queue interactive 1, standard 20, batch 300, warm_up 0"
     assert f"{waiting} 2 images wait for the last tier, the oldest for 95 s" in lines

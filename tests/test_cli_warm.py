@@ -355,6 +355,7 @@ class TestCommand:
         assert {line["row"]: line["status"] for line in lines} == {2: "generated", 3: "duplicate", 4: "generated"}
         again = await run("warm", str(prompts), "--yes")
         assert (again.exit_code, front.house.upstream.images) == (0, 3)
+        assert "cost          at most $0.0000\n" in again.stderr
         assert "3 of 3 rows are done, 0 failed; spent $0.0000" in again.stdout
         elsewhere = prompts.parent / "elsewhere.jsonl"
         anew = printed(await run("warm", str(prompts), "--result", str(elsewhere), "--json"))  # nothing to agree to
@@ -453,12 +454,18 @@ class TestCommand:
             ("p.parquet",),
         ],
     )
-    async def test_wrong_use_is_told(self, run: Run, args: tuple[str, ...]) -> None:
-        assert (await run("warm", *args)).exit_code == 2
+    async def test_wrong_use_is_told(
+        self, run: Run, args: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        for name in ("p.csv", "v.csv", "p.parquet"):
+            (tmp_path / name).write_text("prompt,a\na fox,1\n", encoding="utf-8")
+        wrong = await run("warm", *args)
+        assert (wrong.exit_code, "no such file" in wrong.stderr) == (2, False)
 
     async def test_a_file_that_is_not_there_is_named(self, run: Run) -> None:
         missing = await run("warm", "/nowhere/p.csv")
-        assert (missing.exit_code, "/nowhere/p.csv" in missing.stderr) == (1, True)
+        assert (missing.exit_code, "/nowhere/p.csv" in missing.stderr) == (2, True)
 
     async def test_it_goes_on_when_the_service_is_back(
         self, house: House, prompts: Path, monkeypatch: pytest.MonkeyPatch

@@ -31,6 +31,8 @@ from cacheserver.cli import (
 )
 from cacheserver.cli.options import flat
 
+_ADMIN = "Upstreams, money and review"
+
 app = typer.Typer(
     help="A multi-level prompt cache in front of image models.",
     no_args_is_help=True,
@@ -38,32 +40,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for _command in (
-    serve.serve,
-    get.get,
-    find.find,
-    put.put,
-    purge.purge,
-    explain.explain,
-    why.why,
-    stats.stats,
-    top.top,
-    alarms.alarms,
-    warm.warm,
-    ledger.ledger,
-    export.export,
-    report.report,
-    estimate.estimate,
-    token.token,
-    doctor.doctor,
-):
-    app.command(_command.__name__)(flat(_command))
+_PANELS = {
+    "The service": (serve.serve, doctor.doctor, token.token),
+    "Pictures": (get.get, find.find, put.put, purge.purge, explain.explain, why.why),
+    "Warm-up and adoption": (estimate.estimate, imports.import_images, export.export, warm.warm),
+    "Figures and alarms": (report.report, stats.stats, top.top, alarms.alarms),
+    _ADMIN: (ledger.ledger,),
+}
+_NAMES = {imports.import_images: "import"}  # a word of Python's own
 
-app.command("import")(flat(imports.import_images))  # a word of Python's own
+for _panel, _commands in _PANELS.items():
+    for _command in _commands:
+        app.command(_NAMES.get(_command, _command.__name__), rich_help_panel=_panel)(flat(_command))
 
-app.add_typer(upstreams.app, name="upstreams")
-app.add_typer(budgets.app, name="budgets")
-app.add_typer(review.app, name="review")
+for _group in (upstreams, budgets, review):
+    app.add_typer(_group.app, name=_group.__name__.rpartition(".")[2], rich_help_panel=_ADMIN)
 
 
 def main() -> None:

@@ -154,7 +154,7 @@ def _draw(result: Estimate, notes: list[str], console: Console) -> None:
 
 def _draw_bad(result: Estimate, console: Console) -> None:
     if result.bad_lines:
-        console.print(f"{result.bad_lines:,} lines are no requests and were left out:", style="yellow")
+        console.print(f"left out, as they are no requests: {result.bad_lines:,} lines", style="yellow")
         for bad in result.first_bad_lines:
             console.print(f"  line {bad.line:,}: {bad.problem}", style="yellow")
 

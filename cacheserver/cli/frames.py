@@ -60,7 +60,7 @@ class Traffic:
         errors_per_s: Of these, failed.
         hit_rate: Answered by a tier, as a share of all that was answered with a picture.
         tier_rates: The same for each tier.
-        joined_rate: Of these, answered by a load that another caller paid for.
+        collapsed_rate: Of these, answered by a load that another caller paid for.
         p95_s: The bound that 95 of 100 answers did not exceed; None where the service does not tell.
         spent_microusd: Paid upstream meanwhile.
         saved_microusd: Not paid thanks to hits.
@@ -71,7 +71,7 @@ class Traffic:
     errors_per_s: float
     hit_rate: float | None
     tier_rates: dict[TierName, float]
-    joined_rate: float | None
+    collapsed_rate: float | None
     p95_s: float | None
     spent_microusd: int
     saved_microusd: int
@@ -97,7 +97,7 @@ def traffic(previous: Reading | None, current: Reading) -> Traffic:
         tier_rates={
             tier: _requests([row for row in rows if row.tier is tier], _HITS) / judged for tier in in_order if judged
         },
-        joined_rate=_requests(rows, {Outcome.COLLAPSED}) / judged if judged else None,
+        collapsed_rate=_requests(rows, {Outcome.COLLAPSED}) / judged if judged else None,
         p95_s=current.stats.latency_s(_of_all(rows, total), 0.95),
         spent_microusd=total.spent_microusd,
         saved_microusd=total.saved_microusd,
@@ -213,7 +213,7 @@ def _traffic_lines(seen: Traffic, previous: Reading | None, current: Reading) ->
     for what, figure in (
         ("requests/s", f"{seen.requests_per_s:,.1f}"),
         ("hit rate", _percent(seen.hit_rate)),
-        ("joined", _percent(seen.joined_rate)),
+        ("collapsed", _percent(seen.collapsed_rate)),
         ("p95", _within(seen.p95_s)),
         ("errors/s", f"{seen.errors_per_s:,.1f}"),
     ):
@@ -223,7 +223,8 @@ def _traffic_lines(seen: Traffic, previous: Reading | None, current: Reading) ->
     money = Text(f"spent {dollars(total.spent_microusd)}, unknown {dollars(total.unknown_microusd)}")
     money.append(f", saved {dollars(total.saved_microusd)} since the start")
     if not is_new:
-        money.append(f"  (now {dollars(seen.spent_microusd)} and {dollars(seen.saved_microusd)})", style="dim")
+        lately = f"spent {dollars(seen.spent_microusd)}, saved {dollars(seen.saved_microusd)} in {seen.span_s:.1f} s"
+        money.append(f"   {lately}", style="dim")
     return Group(line, money)
 
 

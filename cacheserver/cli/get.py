@@ -246,7 +246,7 @@ def _draw(got: list[Got], console: Console) -> None:
 
 def _draw_image(got: Got, console: Console) -> None:
     image, status = got.header.image, got.header.status
-    source = f"{status.tier or 'unknown'}{' (joined)' if status.collapsed else ''}"
+    source = f"{status.tier or 'unknown'}{' (collapsed)' if status.collapsed else ''}"
     console.print(source, style="bold green", end="  ")
     if status.degraded:
         console.print("degraded", style="bold yellow", end="  ")

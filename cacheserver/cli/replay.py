@@ -20,7 +20,7 @@ class ReplayOptions:
         Path | None,
         typer.Option(
             "--replay",
-            help="Replay this trace (what [trace] recorded) through caches of other sizes; asks no service.",
+            help="Replay this trace (what trace.path recorded) through caches of other sizes; asks no service.",
         ),
     ] = None
     l1: Annotated[

@@ -76,7 +76,7 @@ def report(  # noqa: PLR0913 - one parameter per option
     replay: ReplayOptions,
     link: Link,
 ) -> None:
-    """Report hit rates, money and times, of all replicas, from restart to restart; or replay a trace.
+    """Report hit rates, money and times of all replicas, over restarts too; or replay a trace.
 
     By caller it needs the permission admin, and so do the prompts on the page.
     """

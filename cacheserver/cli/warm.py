@@ -152,6 +152,8 @@ def _check(given: Given, *, file: Path | None, variables: Path | None, plan: boo
         raise typer.BadParameter("pass FILE, or --template with --vars, or --from-history, or --tier to fill")
     if plan and tier is not None:
         raise typer.BadParameter("to fill a tier spends nothing: there is nothing to plan")
+    if given.file is not None and given.file != _STDIN and not given.file.exists():
+        raise typer.BadParameter(f"{given.file}: no such file")
 
 
 @contextmanager

@@ -290,14 +290,12 @@ class Job:
             f"duplicates    {totals.duplicates:,}, once they are normalized",
             f"cached        {cached}",
             f"to generate   {totals.to_generate:,} pictures",
-            f"cost          at most {dollars(totals.estimated_microusd)}, time about {_minutes(totals.estimated_s)}",
+            f"cost          at most {dollars(totals.estimated_microusd)}{_time(totals.estimated_s)}",
         ]
         if totals.in_flight:
             lines.append(f"in flight     {totals.in_flight:,}, for somebody else")
         if totals.unpriced:
-            lines.append(
-                f"unpriced      {totals.unpriced:,} rows, which are not in the cost: their model has no known price"
-            )
+            lines.append(f"unpriced      {totals.unpriced:,} rows, which are not in the cost: their model has no price")
         if totals.failed:
             lines.append(f"would fail    {totals.failed:,} rows")
         for line in lines:
@@ -323,8 +321,11 @@ def _why(error: InvalidRequestError) -> str:
     return "; ".join(f"{name}: {text}" for name, text in error.violations.items()) or str(error)
 
 
-def _minutes(seconds: float | None) -> str:
+def _time(seconds: float | None) -> str:
+    """How long it takes, in the unit that suits it; nothing where nothing is to be made."""
     if seconds is None:
-        return "none"
+        return ""
     minutes = seconds / 60
-    return f"{minutes:,.1f} minutes" if minutes < 120 else f"{minutes / 60:,.1f} hours"  # noqa: PLR2004 - then hours read better
+    if minutes < 1:
+        return f", time about {max(1, round(seconds))} s"
+    return f", time about {f'{minutes:,.1f} minutes' if minutes < 120 else f'{minutes / 60:,.1f} hours'}"  # noqa: PLR2004 - then hours read better
