@@ -47,11 +47,11 @@ _PANELS = {
     "Figures and alarms": (report.report, stats.stats, top.top, alarms.alarms),
     _ADMIN: (ledger.ledger,),
 }
-_NAMES = {imports.import_images: "import"}  # a word of Python's own
+_NAMES = {"import_images": "import"}  # a word of Python's own
 
 for _panel, _commands in _PANELS.items():
     for _command in _commands:
-        app.command(_NAMES.get(_command, _command.__name__), rich_help_panel=_panel)(flat(_command))
+        app.command(_NAMES.get(_command.__name__, _command.__name__), rich_help_panel=_panel)(flat(_command))
 
 for _group in (upstreams, budgets, review):
     app.add_typer(_group.app, name=_group.__name__.rpartition(".")[2], rich_help_panel=_ADMIN)
