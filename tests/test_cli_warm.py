@@ -350,6 +350,7 @@ class TestCommand:
         facts = printed(await run("warm", str(prompts), "--yes", "--json"))
         assert (facts["done"], facts["failed"], facts["spent_microusd"]) == (3, 0, 3 * 53_000)
         assert facts["statuses"] == {"generated": 2, "duplicate": 1}
+        assert [facts["plan"][name] for name in ("rows", "done", "duplicates", "to_generate")] == [3, 0, 1, 3]
         result = prompts.with_name("prompts.csv.warm.jsonl")
         lines = [json.loads(line) for line in result.read_text().splitlines()[1:]]
         assert {line["row"]: line["status"] for line in lines} == {2: "generated", 3: "duplicate", 4: "generated"}

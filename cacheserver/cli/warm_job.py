@@ -90,6 +90,7 @@ class Job:
         self._planned = WarmTotals()
         self._file: ResultFile | None = None
         self._name = ""
+        self._done_before = 0
         self._ended = Rows()
         self._statuses: Counter[str] = Counter()
         self._spent_microusd = 0
@@ -112,6 +113,7 @@ class Job:
         """Leave out what the result file has, and write into it from now on."""
         self._file = file
         self._name = name
+        self._done_before = len(file.done)
 
     def plan(self) -> None:
         """Ask what the rows left would cost. Raises PlanFailedError for rows that the service cannot use."""
@@ -269,7 +271,7 @@ class Job:
         return {
             "rows": self._rows,
             "bad_rows": self._bad.count,
-            "done": len(self._file.done) if self._file is not None else 0,
+            "done": self._done_before,
             "duplicates": totals.duplicates,
             "cached": dict(totals.cached),
             "in_flight": totals.in_flight,
@@ -284,9 +286,9 @@ class Job:
     def _draw_plan(self, console: Console) -> None:
         totals = self._planned
         cached = ", ".join(f"{count:,} in {tier}" for tier, count in totals.cached.items()) or "none"
-        done = len(self._file.done) if self._file is not None else 0
+        before = f", {self._done_before:,} done before" if self._done_before else ""
         lines = [
-            f"rows          {self._rows:,}" + (f", {done:,} done before" if done else ""),
+            f"rows          {self._rows:,}{before}",
             f"duplicates    {totals.duplicates:,}, once they are normalized",
             f"cached        {cached}",
             f"to generate   {totals.to_generate:,} pictures",
