@@ -278,10 +278,23 @@ def test_a_namespace_that_only_observes_is_not_the_worst() -> None:
     said = dict(headlines.headlines(both))["Worst namespace:"]
     assert said.startswith("blog, by hit rate, of the 2 with at least 100 pictures")
     assert said.endswith("Not compared, as calls are only observed there: trial.")
+    assert "spent most is shop" in said
     alone = numbers.report([seen], BOUNDS_S, period=some_period(), by=[StatsField.NAMESPACE])
     said = dict(headlines.headlines(alone))["Worst namespace:"]
     assert said.startswith("trial, by hit rate, the only one with at least 100 pictures")
     assert "Not compared" not in said
+    free = [row(Outcome.MISS, requests=1), row(Outcome.MISS, requests=2, namespace="blog")]
+    unpaid = numbers.report(free, BOUNDS_S, period=some_period(), by=[StatsField.NAMESPACE])
+    assert "spent most" not in dict(headlines.headlines(unpaid))["Worst namespace:"]
+
+
+def test_charts_over_time_show_all_of_the_period() -> None:
+    rows = [hits(TierName.S3, 1, 1, 0, start_time=SINCE + timedelta(days=1))]
+    one_day = drawn(numbers.report(rows, BOUNDS_S, period=some_period(), by=[StatsField.NAMESPACE]))
+    for name in ("hit-rate", "spent"):
+        data = data_of(one_day[name])
+        assert min(datum["time"] for datum in data) == SINCE.isoformat()
+        assert max(datum["end"] for datum in data) == (SINCE + timedelta(days=DAYS)).isoformat()
 
 
 # --- what a replay says ---
@@ -435,7 +448,7 @@ def test_the_pace_is_that_since_the_first_figures() -> None:
     rows = [hits(TierName.S3, 100, 1, 0, start_time=SINCE + timedelta(days=2))]
     young = numbers.report(rows, BOUNDS_S, period=some_period(), by=[StatsField.NAMESPACE])
     assert monthly_pictures(young) == 3_000
-    assert "first figures from 2026-05-03 00:00" in headlines.period_line(young)
+    assert "; first figures on 2026-05-03" in headlines.period_line(young)
     assert "first figures" not in headlines.period_line(some_report())
 
 

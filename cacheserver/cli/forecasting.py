@@ -202,7 +202,7 @@ def _draw_tiers(result: Estimate, console: Console) -> None:
 def _draw_groups(result: Estimate, console: Console) -> None:
     if not result.groups:
         return
-    console.print("\nasked for most often", style="bold")
+    console.print("\nasked for most often, with the same model, size and quality", style="bold")
     for group in result.groups:
         told = _shortened(group.prompt) or f"the prompt of line {group.line:,}"
         console.print(f"{group.asks:>9,} x  saves {dollars(group.saved_microusd)}  {told}")

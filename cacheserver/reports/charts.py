@@ -102,7 +102,8 @@ def _view(chart: Chart) -> Spec:
 
 
 def _answers_over_time(report: Report) -> _Drawn:
-    data = [{**_when(report, point), **datum} for point in report.series for datum in _ways(point.figures)]
+    nothing: _Datum = {"way": UPSTREAM, "pictures": 0, "share": 0.0, "rank": 0}  # the time is on the axis all the same
+    data = [{**_when(report, point), **datum} for point in report.series for datum in _ways(point.figures) or [nothing]]
     return (
         _chart(data)
         .mark_bar(orient="vertical", x2Offset=-1)
@@ -327,5 +328,7 @@ def _when(report: Report, point: Point) -> _Datum:
 def _time(report: Report) -> alt.X:
     days = report.period.length.days
     ticks: Any = {"interval": "day", "step": math.ceil(days / _TICKS)} if days > 1 else _TICKS
-    axis = alt.Axis(format="%d %b" if days > 1 else "%H:%M", labelOverlap=True, tickCount=ticks, grid=False)
+    axis = alt.Axis(
+        format="%d %b" if days > 1 else "%H:%M", labelOverlap=True, labelSeparation=6, tickCount=ticks, grid=False
+    )
     return alt.X("time:T", title="UTC", axis=axis, scale=alt.Scale(type="utc"))

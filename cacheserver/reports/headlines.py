@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 
+from cacheserver.client import StatsSpan
 from cacheserver.reports.numbers import ENOUGH_ANSWERED, Figures, Group, Report, judged, worst
 from cacheserver.reports.sizes import Sizes
 from cacheserver.reports.tables import bill, count, mib, moment, percent, stretch, usd
@@ -89,7 +91,7 @@ def _worst_line(namespaces: Sequence[Group]) -> Headline:
         f"it spent {usd(figures.spent_microusd)}."
     )
     dearest = max(namespaces, key=lambda group: group.figures.spent_microusd)
-    if dearest.name != found.name:
+    if dearest.name != found.name and dearest.figures.spent_microusd > figures.spent_microusd:
         text += f" The one that spent most is {dearest.name}: {usd(dearest.figures.spent_microusd)}."
     observing = [group.name for group in namespaces if group.figures.observed and not found.figures.observed]
     if observing:
@@ -102,7 +104,13 @@ def period_line(report: Report) -> str:
     about = f"namespace {report.namespace}" if report.namespace else f"all namespaces ({len(report.by_namespace)})"
     first = report.first_time
     late = first is not None and first - report.period.since >= report.period.step
-    return f"{stretch(report.period)}, {about}" + (f"; first figures from {moment(first)}" if first and late else "")
+    since = f"; first figures {_from(first, report.period.span)}" if first and late else ""
+    return f"{stretch(report.period)}, {about}{since}"
+
+
+def _from(first: datetime, span: StatsSpan) -> str:
+    """Since when, as exactly as the buckets tell it."""
+    return f"on {first:%Y-%m-%d}" if span is StatsSpan.DAY else f"from {moment(first)}"
 
 
 def doubling_line(sizes: Sizes | None) -> Headline:

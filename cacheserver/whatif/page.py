@@ -126,7 +126,7 @@ def _profiles(result: Estimate) -> Iterable[str]:
 
 def _groups(result: Estimate) -> Iterable[str]:
     if result.groups:
-        yield "<h2>Asked for most often</h2>"
+        yield "<h2>Asked for most often, with the same model, size and quality</h2>"
         yield _table(
             ("Prompt", "Asked for", "Saves"),
             (
