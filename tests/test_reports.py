@@ -318,7 +318,7 @@ def test_a_result_of_a_replay_that_is_none_names_the_field(change: dict[str, Any
         sizes.read_sizes(json.dumps(REPLAY | change).encode())
 
 
-@pytest.mark.parametrize("data", [b"{", b"\xff", b"[]", b" " * (sizes.MAX_BYTES + 1)])
+@pytest.mark.parametrize("data", [b"{", b"\xff", b"[]", b"[" * 200_000, b" " * (sizes.MAX_BYTES + 1)])
 def test_a_file_that_is_no_result_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match=r".+"):
         sizes.read_sizes(data)

@@ -91,6 +91,8 @@ def read_sizes(data: bytes) -> Sizes:
         document = json.loads(data.decode())
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} in line {error.lineno}") from None
+    except RecursionError:
+        raise ValueError("not the result of a replay: nested too deeply") from None
     if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
         raise ValueError("no result of a replay: rows is missing")  # noqa: TRY004 - wrong is the file, not a program
     if len(document["rows"]) > _MAX_ROWS:
