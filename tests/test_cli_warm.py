@@ -137,6 +137,8 @@ class TestRows:
             (b"prompt\nfine\n\xff\xfe\n", "csv", 3, "is not UTF-8"),
             (b"fine\n\xff\n", "text", 2, "is not UTF-8"),
             ('"fine"\n{', "jsonl", 2, "is no JSON"),
+            ('"fine"\n' + "[" * 100_000, "jsonl", 2, "is no JSON"),
+            ('{"prompt": "a", "extra": "' + "[" * 100_000 + '"}', "jsonl", 1, "extra: must be a JSON object"),
             ('"fine"\n[1]', "jsonl", 2, "must be a JSON object"),
             ('{"prompt": "a", "qualty": "low"}', "jsonl", 1, "qualty: is no column of a warm-up"),
             ('{"prompt": 7}', "jsonl", 1, "prompt: must be text"),

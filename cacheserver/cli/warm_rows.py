@@ -207,7 +207,7 @@ def _read_jsonl(file: io.TextIOBase, _: _Check) -> _Read:
             continue
         try:
             values = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):  # nested without end
             yield line, "is no JSON"
             continue
         if isinstance(values, str):
@@ -300,7 +300,7 @@ def _extra(values: Mapping[str, Any]) -> dict[str, Any] | None:
     value = values.get("extra")
     try:
         value = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):  # nested without end
         value = ()
     if value is not None and not isinstance(value, dict):
         raise ValueError("extra: must be a JSON object")
