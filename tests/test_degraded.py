@@ -28,8 +28,11 @@ from cacheserver.model import (
     Terms,
     TierName,
 )
+from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.remakes import is_between
 from tests.house import EVERYTHING, House
+from tests.rpc_front import ask as request
+from tests.rpc_front import open_front
 from tests.waiting import until
 
 HIGH_COSTS, MEDIUM_COSTS, LOW_COSTS = 211_000, 53_000, 6_000
@@ -68,6 +71,17 @@ class TestOverBudget:
         house.restart(budget=[day(100_000)])
         served = await get(house)
         assert (served.degraded, served.entry.image.quality, made(house)) == (True, "medium", ["medium"])
+
+    async def test_each_answer_with_less_is_counted_as_one_made_or_cached(self, house: House) -> None:
+        house.restart(budget=[day(100_000)])
+        wanted = {"quality": "high", "size": "1024x1024"}
+        async with open_front(house) as front:
+            for quality in ("high", "high", "medium"):
+                await front.stub.GetImage(request(of=wanted | {"quality": quality}, allow_degraded=True))
+            stats = await front.stub.GetStats(pb.GetStatsRequest())
+        counts = {row.outcome: (row.requests, row.degraded) for row in stats.rows}
+        assert counts == {pb.OUTCOME_MISS: (1, 1), pb.OUTCOME_HIT: (2, 1)}
+        assert house.books.snapshot(None).total.degraded == 2
 
     async def test_who_does_not_accept_less_is_told_which_budget_and_until_when(self, house: House) -> None:
         house.restart(budget=[day(100_000)])
