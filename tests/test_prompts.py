@@ -224,7 +224,21 @@ class TestShared:
         for number in range(3):
             clock.advance(DAY_S)
             await one.forget("shop", identify(ImageRequest(prompt=f"{number}", model="gpt-image-2"), SHOP).key)
-        assert await one._client.hlen(one._notes("shop")) == 2
+        assert await one._client.zcard(one._notes("shop")) == 2
+
+    async def test_notes_of_what_was_forgotten_have_a_bound_and_none_is_unsaid_by_it(
+        self, opened: Open, clock: FakeClock
+    ) -> None:
+        one, other = await opened(most=10), await opened(most=10)
+        record(other, "secret")
+        await one.forget("shop", identify(ImageRequest(prompt="secret", model="gpt-image-2"), SHOP).key)
+        for number in range(30):
+            clock.advance(0.1)
+            await one.forget("shop", identify(ImageRequest(prompt=f"{number}", model="gpt-image-2"), SHOP).key)
+        assert await one._client.zcard(one._notes("shop")) <= 11
+        await other.write()
+        record(other, "of now")
+        assert await wanted(other) == ["of now"]
 
     async def test_nothing_of_it_expires(self, opened: Open, valkey_server: ValkeyServer) -> None:
         one = await opened()

@@ -41,7 +41,7 @@ _WRITE_S = 1.0
 _AT_ONCE = 200
 
 _WRITE = """
-local function forgotten_at(name) return tonumber(redis.call('HGET', KEYS[4], name) or '0') end
+local function forgotten_at(name) return tonumber(redis.call('ZSCORE', KEYS[4], name) or '0') end
 local all_forgotten_at = forgotten_at('*')
 local function write(i)
   local name, last = ARGV[i], tonumber(ARGV[i + 2])
@@ -73,7 +73,7 @@ return answer
 """
 
 _FORGET = """
-local now, name, kept_s = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
+local now, name, kept_s, most = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 for i = 2, #KEYS, 3 do
   if name == '*' then
     redis.call('DEL', KEYS[i], KEYS[i + 1], KEYS[i + 2])
@@ -83,17 +83,24 @@ for i = 2, #KEYS, 3 do
     redis.call('HDEL', KEYS[i + 2], name)
   end
 end
-local notes = redis.call('HGETALL', KEYS[1])
-for i = 1, #notes, 2 do
-  if tonumber(notes[i + 1]) < now - kept_s then redis.call('HDEL', KEYS[1], notes[i]) end
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', '(' .. (now - kept_s))
+redis.call('ZADD', KEYS[1], now, name)
+local oldest = redis.call('ZRANGE', KEYS[1], 0, -most - 1, 'WITHSCORES')
+if #oldest > 0 then
+  redis.call('ZREMRANGEBYRANK', KEYS[1], 0, -most - 1)
+  if not redis.call('ZSCORE', KEYS[1], '*') then redis.call('ZADD', KEYS[1], oldest[#oldest], '*') end
 end
-redis.call('HSET', KEYS[1], name, ARGV[1])
 return 1
 """
-"""Leaves a note, so that what another replica has yet to write of it does not come back."""
+"""Leaves a note, so that what another replica has yet to write of it does not come back.
+
+Of more than `most` notes the oldest become one for everything: what was asked for before it, and is not written yet,
+never will be.
+"""
 
 _EVERYTHING = "*"
 _FORGOTTEN_S = 86_400
+"""How long a note of what was forgotten is kept; at most as many of them as of records of a kind."""
 
 _FIELDS = tuple(field.name for field in fields(ImageRequest) if field.name != "inputs")
 
@@ -221,7 +228,8 @@ class RedisPrompts:
             await self._waiting.forget(namespace, key)
             names = [name for kind in PromptKind for name in self._names((namespace, kind))]
             which = _EVERYTHING if key is None else record_id(key)
-            await self._ask(_FORGET, [self._notes(namespace), *names], self._clock.now_s(), which, _FORGOTTEN_S)
+            given = (self._clock.now_s(), which, _FORGOTTEN_S, self._most)
+            await self._ask(_FORGET, [self._notes(namespace), *names], *given)
 
     async def write(self) -> None:
         """Write what waits; what cannot be written waits on."""
