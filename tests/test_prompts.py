@@ -240,6 +240,19 @@ class TestShared:
         record(other, "of now")
         assert await wanted(other) == ["of now"]
 
+    async def test_what_a_later_version_recorded_is_passed_over_and_kept(self, opened: Open) -> None:
+        one = await opened()
+        for prompt in ("of today", "of tomorrow"):
+            record(one, prompt)
+        await one.write()
+        client: Any = one._client
+        requests = one._names(("shop", MISSED))[1]
+        for name, stored in (await client.hgetall(requests)).items():
+            if b"tomorrow" in stored:
+                await client.hset(requests, name, stored.replace(b'"seed"', b'"style": "oil", "seed"'))
+        assert await wanted(one) == ["of today"]
+        assert await client.hlen(requests) == 2
+
     async def test_nothing_of_it_expires(self, opened: Open, valkey_server: ValkeyServer) -> None:
         one = await opened()
         record(one, "a red fox")

@@ -318,5 +318,7 @@ def _decoded(answer: Sequence[bytes | None]) -> Iterator[_Record]:
         if weight is None or last_time_s is None or stored is None:
             continue
         n, request = json.loads(stored)
+        if request.keys() - _FIELDS:
+            continue  # a later version's, with a field that decides the picture and that we do not know
         extra: Mapping[str, Any] = MappingProxyType(request.pop("extra"))
         yield _Record(ImageRequest(**request, extra=extra), n, float(weight), float(last_time_s))
