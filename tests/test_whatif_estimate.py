@@ -21,6 +21,7 @@ from cacheserver.identity import identify
 from cacheserver.model import ImageRequest, Namespace
 from cacheserver.tiers.memory import OVERHEAD_BYTES
 from cacheserver.whatif import estimate as forecast
+from cacheserver.whatif import logs
 from cacheserver.whatif.advice import NearPrompt, near_misses
 from cacheserver.whatif.estimate import Assumed, Estimate, estimate
 from cacheserver.whatif.lines import Block, LineFile
@@ -257,6 +258,15 @@ def test_what_is_remembered_of_rerolls_has_a_bound(path: Path, monkeypatch: pyte
     monkeypatch.setattr(forecast, "_MAX_RECENT", 10)
     rows = [row(i, f"fox {i // 2} and owl", "ann") for i in range(100)]
     assert forecast_of(log(path, rows)).profiles[1].rerolls == 50
+
+
+def test_what_is_remembered_of_requests_has_a_bound_in_characters(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_MAX_MEMO_CHARS", 20_000)
+    plan = LogPlan(model="of-a-bounded-reader")
+    rows = [row(i, f"fox {i % 50} " + "in snow " * 100) for i in range(200)]
+    assert forecast_of(log(path, rows), plan=plan).profiles[1].repeats == 150
+    kept = logs._reader(plan)._memo
+    assert 0 < sum(len(known.text) for known in kept.values()) < 12_000
 
 
 # ---- What to read, and advice

@@ -279,6 +279,16 @@ async def test_rows_that_cannot_be_written_are_counted_and_said_once(house: Hous
     file.close()
 
 
+async def test_no_prompt_stays_in_memory_once_its_row_is_written(house: House, tmp_path: Path) -> None:
+    recorder = TraceRecorder(TraceFile.open(tmp_path / "t.gz", max_bytes=PLENTY), sample=1.0, clock=FakeClock())
+    answer, request = await served(house, "unmistakable vermilion")
+    note(recorder, answer, request)
+    await recorder.flush()
+    assert "vermilion" not in repr(vars(recorder))
+    await recorder.aclose()
+    assert len(rows_of(tmp_path / "t.gz")) == 1
+
+
 async def test_more_than_the_queue_takes_is_dropped_and_counted(house: House, tmp_path: Path) -> None:
     recorder = TraceRecorder(TraceFile.open(tmp_path / "t.gz", max_bytes=PLENTY), sample=1.0, clock=FakeClock())
     answer, _ = await served(house, "a red fox")

@@ -35,6 +35,7 @@ HASH_SPAN = 1 << 64
 
 _AUTO = "auto"
 _MAX_MEMO = 50_000
+_MAX_MEMO_CHARS = 16_000_000
 _MAX_TEXT_CHARS = 2_000
 _MAX_BAD_TOLD = 5
 _EPOCH_UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
@@ -165,6 +166,7 @@ class _Reader:
         self._columns = [(theirs, tuple(theirs.split(".")) if "." in theirs else None) for _, theirs in plan.names]
         self._prices = PriceTable.load()
         self._memo: dict[tuple[str, str | None, str | None, str | None], _Known] = {}
+        self._memo_chars = 0
         self._costs: dict[tuple[str, str, str], int] = {}
 
     def add(self, line: bytes, number: int, rows: Rows, texts_below: int) -> None:
@@ -205,9 +207,11 @@ class _Reader:
             known = None
         if known is None:
             known = self._found_out(self._request(prompt, model, size, quality))
-            if len(self._memo) >= _MAX_MEMO:
+            if len(self._memo) >= _MAX_MEMO or self._memo_chars >= _MAX_MEMO_CHARS:
                 self._memo.clear()
+                self._memo_chars = 0
             self._memo[prompt, model, size, quality] = known
+            self._memo_chars += len(prompt) + len(known.text)
         return known
 
     def _request(self, prompt: Any, model: Any, size: Any, quality: Any) -> ImageRequest:

@@ -164,8 +164,9 @@ class TraceRecorder:
         what = note.what
         if isinstance(what, CacheKey):
             return (what.fingerprint.hex(), *("" for _ in PROFILES))
-        # What is stored at a lower quality than asked for has the fingerprint of that one.
-        name = (note.namespace.name, note.level, note.fingerprint, what.prompt, what.model, what.quality)
+        # What is stored at a lower quality than asked for has the fingerprint of that one. The prompt itself would be
+        # up to 32,000 characters.
+        name = (note.namespace.name, note.level, note.fingerprint, hash(what.prompt), what.model, what.quality)
         keys = self._memo.get(name)
         if keys is None:
             if len(self._memo) >= _MAX_MEMO:
