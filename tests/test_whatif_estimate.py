@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import multiprocessing
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,18 @@ def test_processes_find_what_one_finds(path: Path) -> None:
     assert estimate(LineFile(packed), LogPlan(), Assumed(), workers=0) == alone
 
 
+def test_a_process_that_is_killed_ends_it_in_words(path: Path) -> None:
+    write_log(path, Mix(rows=2_000, span_s=DAY_S, products=300), seed=3)
+
+    def kill_who_reads() -> int:
+        for process in multiprocessing.active_children():
+            process.kill()
+        return 0
+
+    with pytest.raises(UnreadableFileError, match="a process to read it was killed"):
+        list(logs.read_log(LineFile(path, block_bytes=20_000), LogPlan(), workers=1, texts_below=kill_who_reads))
+
+
 def test_of_a_very_long_log_a_share_of_the_keys_tells_the_rest(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_log(path, Mix(rows=12_000, span_s=3 * DAY_S, products=2_000), seed=4)
     whole = forecast_of(LineFile(path))
@@ -316,6 +329,16 @@ def test_the_largest_groups_are_shown_with_their_prompts_unless_they_are_not_to_
     hidden = run(str(path), "--html", str(page), "--no-prompts", "--json")
     assert "snow" not in page.read_text() + hidden.stdout
     assert json.loads(hidden.stdout)["groups"][0] == {"asks": 8, "line": 1, "saved_microusd": 7 * MEDIUM, "prompt": ""}
+
+
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_a_page_that_cannot_be_written_costs_nobody_the_forecast(path: Path, as_json: list[str]) -> None:
+    log(path, [row(i, f"fox number {i % 7}") for i in range(50)])
+    result = run(str(path), "--html", str(path / "page.html"), *as_json)
+    assert result.exit_code == 1
+    assert "page.html: Not a directory" in result.stderr
+    assert "Not a directory" not in result.stdout
+    assert "fox number 0" in result.stdout
 
 
 def test_the_page_needs_nothing_from_elsewhere(path: Path) -> None:

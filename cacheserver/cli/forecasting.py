@@ -64,16 +64,17 @@ def run(log: Path, options: EstimateOptions) -> None:
         result = estimate(LineFile(log), plan, assumed, workers=workers, is_strict=options.strict)
         if options.no_prompts:
             result = _without_prompts(result)
-        notes = _notes(result, plan, assumed)
-        if options.html is not None:
-            options.html.write_text(estimate_page(result, notes), encoding="utf-8")
     except UnreadableFileError as error:
         output.problem(str(error))
         raise typer.Exit(FAILED) from error
-    except OSError as error:
-        output.problem(f"{error.filename}: {error.strerror}")
-        raise typer.Exit(FAILED) from error
+    notes = _notes(result, plan, assumed)
     output.result(asdict(result) | {"notes": notes}, lambda console: _draw(result, notes, console))
+    if options.html is not None:
+        try:
+            options.html.write_text(estimate_page(result, notes), encoding="utf-8")
+        except OSError as error:
+            output.err.print(f"{options.html}: {error.strerror}", style="red")  # the result stands, also as JSON
+            raise typer.Exit(FAILED) from error
 
 
 def _patterns(written: list[str] | None) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -20,6 +21,7 @@ from typing import Any
 
 import xxhash
 
+from cacheserver.errors import UnreadableFileError
 from cacheserver.generation.prices import PriceTable
 from cacheserver.identity import normalize_prompt, validate
 from cacheserver.model import ImageRequest
@@ -96,12 +98,22 @@ def read_log(
         texts_below: asked for each block: prompts whose loosest key lies below come along as text.
 
     Raises:
-        UnreadableFileError: the file cannot be read.
+        UnreadableFileError: the file cannot be read, or a process that reads it was killed.
     """
     if not workers:
         for block in file.blocks():
             yield read_block(block, plan, texts_below())
         return
+    try:
+        yield from _read_by_processes(file, plan, workers, texts_below)
+    except (BrokenProcessPool, OSError) as error:
+        raise UnreadableFileError(
+            f"{file.path}: a process to read it was killed or cannot be started, as happens where memory runs out; "
+            "free some and try again"
+        ) from error
+
+
+def _read_by_processes(file: LineFile, plan: LogPlan, workers: int, texts_below: Callable[[], int]) -> Iterator[Rows]:
     waiting: deque[Future[Rows]] = deque()
     # Spawned, not forked: a fork of a process with threads may inherit a lock that nobody will release.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
