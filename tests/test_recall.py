@@ -75,13 +75,22 @@ class TestCalls:
         assert (recall.explain("one", ANN).reason, recall.explain("one", BOB).reason) == ("", "NOT_CACHED")
         assert recall.explain("one", ADMIN).caller == "bob"
 
+    def test_a_call_under_an_id_used_before_is_as_new_as_any(self) -> None:
+        recall = Recall(calls=3)
+        for request_id, caller in (("one", "ann"), ("one", "bob"), ("one", "ann")):
+            note(recall, request_id, None, caller=caller)
+        assert recall.explain("one", ADMIN).caller == "ann"
+        for request_id in ("two", "three"):
+            note(recall, request_id, None)
+        assert recall.explain("one", ANN).caller == "ann"
+
     @given(ids=st.lists(st.integers(0, 30), max_size=200))
     def test_however_ids_repeat_it_never_holds_more_than_its_bound_and_always_the_last(self, ids: list[int]) -> None:
         recall = Recall(calls=10, wishes=5)
         for each in ids:
             note(recall, str(each), wanted(f"fox {each}", quality=("low", "high")[each % 2]))
             assert recall.explain(str(each), ANN).rpc == "GetImage"
-            assert len(recall._calls) == len(recall._order) <= 10
+            assert len(recall._calls) <= 10
             assert len(recall._wishes) <= 5
             kept = set(recall._wishes.values())
             assert {wish for group in recall._by_fields.values() for wish in group} == kept
@@ -154,7 +163,7 @@ class TestNearest:
         recall = Recall()
         note(recall, "one", wanted("unmistakable vermilion", extra={"negative_prompt": "unmistakable"}))
         assert "unmistakable" not in repr(list(recall._wishes.values()))
-        assert "vermilion" not in repr(list(recall._calls.values()))
+        assert "vermilion" not in repr(recall._calls)
 
 
 # --- over the wire ---
