@@ -25,7 +25,7 @@ _CALLS = 10_000
 _WISHES = 10_000
 _WORDS = 256
 _COMPARED = 2_000
-"""Prompts whose words are compared for one explanation, in some ten milliseconds of a thread."""
+"""Requests of a kind that are compared for one explanation, in some ten milliseconds of a thread."""
 
 _LOOKED_FOR = 20
 
@@ -166,26 +166,15 @@ class Recall:
         missed = call.reason or any(each.tier is TierName.UPSTREAM for each in call.images)
         if call.wish is None or not missed:
             return None
-        group = self._by_fields.get((call.wish.key.partition, call.wish.fields), {})
-        others = list(islice(reversed(group), _COMPARED))
-        likest = await asyncio.to_thread(_one_prompt_apart, call.wish, others)
-        near = [*islice(self._one_field_apart(call.wish), _LOOKED_FOR), *likest]
+        partition = call.wish.key.partition
+        same_prompt = self._by_prompt.get((partition, call.wish.prompt), {})
+        same_fields = self._by_fields.get((partition, call.wish.fields), {})
+        latest = [list(islice(reversed(group), _COMPARED)) for group in (same_prompt, same_fields)]
+        near = await asyncio.to_thread(_near, call.wish, *latest)
         found, _ = await find([each.key for each in near])
         return next((each for each, item in zip(near, found, strict=True) if item.tier is not None), None)
 
-    # ── what is near ────────────────────────────────────────────────────────────────────────────────────────
-
-    def _one_field_apart(self, wish: Wish) -> Iterator[NearMiss]:
-        """The latest requests of the same prompt that differ in one other field."""
-        mine = dict(wish.fields)
-        for other in reversed(self._by_prompt.get((wish.key.partition, wish.prompt), {})):
-            theirs = dict(other.fields)
-            differ = [name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)]
-            if len(differ) == 1:
-                [name] = differ
-                told = not name.startswith("extra.")  # its hash: it may be a text like a prompt
-                values = (mine.get(name, ""), theirs.get(name, "")) if told else ("", "")
-                yield NearMiss(other.key, name, *values)
+    # ── what was asked for ──────────────────────────────────────────────────────────────────────────────────
 
     def _wished(self, wanted: Identity) -> Wish:
         """Remember a request that was not seen lately; the oldest is forgotten for it."""
@@ -217,6 +206,23 @@ class Recall:
 def _remembered(call: _Call) -> Remembered:
     _, *facts, images, wish = call
     return Remembered._make([*facts, tuple(map(Told._make, images)), wish])
+
+
+def _near(wish: Wish, same_prompt: list[Wish], same_fields: list[Wish]) -> list[NearMiss]:
+    return [*islice(_one_field_apart(wish, same_prompt), _LOOKED_FOR), *_one_prompt_apart(wish, same_fields)]
+
+
+def _one_field_apart(wish: Wish, others: list[Wish]) -> Iterator[NearMiss]:
+    """Those of `others`, alike in their prompts, that differ in one other field."""
+    mine = dict(wish.fields)
+    for other in others:
+        theirs = dict(other.fields)
+        differ = [name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)]
+        if len(differ) == 1:
+            [name] = differ
+            told = not name.startswith("extra.")  # its hash: it may be a text like a prompt
+            values = (mine.get(name, ""), theirs.get(name, "")) if told else ("", "")
+            yield NearMiss(other.key, name, *values)
 
 
 def _one_prompt_apart(wish: Wish, others: list[Wish]) -> list[NearMiss]:
