@@ -152,22 +152,25 @@ class Alone:
     async def _make(self, waiter: Waiter, call_id: str, seen: _Seen, on_spending: Callable[[], None]) -> list[Served]:
         if call_id and await self._resent.is_spent(call_id):
             raise RequestIdSpentError("This request_id was used before: use a new one for another picture.")
-        served: list[Served] = []
+        made: list[GeneratedImage] = []
         try:
-            await self._fill(waiter, seen, served, on_spending)
+            return await self._fill(waiter, seen, made, on_spending)
         finally:
-            if call_id and served:
-                # Also if it failed half way: sent again it would pay again for what it had.
+            if call_id and made:
+                # Also if it failed half way, or was cut short while they are stored: sent again it would pay again.
                 await self._resent.remember(call_id, Replay(waiter.key.identity_name, ()))
-        return served
 
-    async def _fill(self, waiter: Waiter, seen: _Seen, served: list[Served], on_spending: Callable[[], None]) -> None:
+    async def _fill(
+        self, waiter: Waiter, seen: _Seen, made: list[GeneratedImage], on_spending: Callable[[], None]
+    ) -> list[Served]:
+        served: list[Served] = []
         keep_spare = partial(self._keep_spare, waiter, max(waiter.variants) + 1)
         on_spare = keep_spare if seen.kept else partial(_drop_spare, waiter)
         while missing := waiter.variants[len(served) :]:
             order = waiter.order(len(missing), priority=waiter.terms.priority, deadline_s=waiter.until_s)
             images = await self._generation.generate(order, missing, on_spending=on_spending, on_spare=on_spare)
             # From here until what is kept is held nothing awaits.
+            made += images
             entries = [self._entry_for(waiter, image, v) for v, image in zip(missing, images, strict=False)]
             kept = {
                 entry.key.variant: self._keep(waiter, entry, entry.key.variant in seen.replaced)
@@ -178,6 +181,7 @@ class Alone:
                 variant = entry.key.variant
                 stored = await kept[variant] if variant in kept else entry
                 served.append(_served(stored, seen.hits.get(variant)))
+        return served
 
 
 class _Looked(NamedTuple):

@@ -234,6 +234,24 @@ class TestPolicies:
             await house.get(**terms)
         assert house.upstream.calls == 1
 
+    async def test_a_call_cut_short_while_its_picture_is_stored_is_not_paid_for_again(self, house: House) -> None:
+        terms = {"variant_policy": VariantPolicy.NEXT, "request_id": "one"}
+        house.upstream.hold()
+        first = asyncio.create_task(house.get(**terms))
+        await house.upstream.arrived(1)
+        house.redis.gate.clear()
+        house.s3.gate.clear()
+        house.upstream.release()
+        await until(lambda: house.keeper.held_images == 1)
+        await house.cache.aclose(0)
+        await asyncio.wait({first})
+        house.redis.gate.set()
+        house.s3.gate.set()
+        house.restart()
+        with pytest.raises(RequestIdSpentError):
+            await house.get(**terms)
+        assert house.upstream.calls == 1
+
     async def test_nothing_is_remade_that_nobody_would_be_served(self, house: House) -> None:
         house.namespace = replace(house.namespace, remake_degraded=True)
         house.restart(budget=[Budget(BudgetScope.GLOBAL, "", BudgetPeriod.DAY, 100_000)])
