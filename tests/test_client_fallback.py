@@ -35,15 +35,16 @@ NOBODY = "127.0.0.1:1"
 class Elsewhere:
     """Makes pictures without the service, for either client, and remembers which."""
 
-    def __init__(self, kind: str, *, fails: Exception | None = None, gives: Any = PICTURE) -> None:
+    def __init__(self, kind: str, *, fails: Exception | None = None, after: int = 0, gives: Any = PICTURE) -> None:
         self.asked: list[ImageSpec] = []
         self._fails = fails
+        self._after = after
         self._gives = gives
         self.fallback: Any = self._make if kind == "sync" else self._make_async
 
     def _make(self, spec: ImageSpec) -> Any:
         self.asked.append(spec)
-        if self._fails is not None:
+        if self._fails is not None and len(self.asked) > self._after:
             raise self._fails
         return self._gives
 
@@ -131,6 +132,14 @@ async def test_what_the_fallback_raises_reaches_the_caller_and_is_not_counted(ki
         assert await made_by(client) == 0
 
 
+async def test_pictures_made_before_one_that_failed_are_counted_for_somebody_paid_for_them(kind: str) -> None:
+    elsewhere = Elsewhere(kind, fails=ZeroDivisionError("elsewhere"), after=2)
+    async with connected(kind, NOBODY, fallback=elsewhere.fallback) as client:
+        with pytest.raises(ZeroDivisionError):
+            await client.get_image("a red fox", n=3)
+        assert await made_by(client) == 2
+
+
 @pytest.mark.parametrize("gives", [None, b"", "text"])
 async def test_a_fallback_that_gives_no_bytes_is_a_mistake(kind: str, gives: Any) -> None:
     elsewhere = Elsewhere(kind, gives=gives)
@@ -186,7 +195,8 @@ async def test_the_service_counts_what_it_is_told_by_namespace(kind: str, house:
         address = f"127.0.0.1:{front.server.port}"
         async with connected(kind, address, fallback=elsewhere.fallback) as client:
             twin = getattr(client, "inner", client)
-            twin._fallbacks.result([PICTURE] * 3)
+            for _ in range(3):
+                twin._fallbacks.picture(PICTURE)
             assert not (await client.get_image("a red fox")).by_fallback
     assert counted(house) == {"default": 3.0}
 

@@ -29,7 +29,7 @@ from cacheserver.client.batch import (
 )
 from cacheserver.client.download import Download
 from cacheserver.client.errors import UnreachableError, as_broken, error_of
-from cacheserver.client.fallback import AsyncFallback, Fallbacks, can_stand_in
+from cacheserver.client.fallback import AsyncFallback, Fallbacks, can_stand_in, result_of
 from cacheserver.client.image_file import ImageFile
 from cacheserver.client.values import (
     CallExplanation,
@@ -128,8 +128,7 @@ class AsyncClient:
             if fallback is None or not can_stand_in(options):
                 raise
             spec = messages.spec_of(prompt, options)
-            made = [await fallback(spec) for _ in range(options.get("n", 1))]
-            return self._fallbacks.result(made)
+            return result_of([self._fallbacks.picture(await fallback(spec)) for _ in range(options.get("n", 1))])
 
     async def generate_many(
         self,

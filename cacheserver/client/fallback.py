@@ -47,14 +47,19 @@ class Fallbacks:
                 self._untold += told
             raise
 
-    def result(self, pictures: Sequence[bytes]) -> ImageResult:
-        """The answer that pictures made without the service are. Counts them."""
-        images = tuple(map(_image, pictures))
+    def picture(self, data: bytes) -> Image:
+        """A picture made without the service. Counts it, whatever becomes of others of the same call."""
+        image = _image(data)
         with self._lock:
-            self.made += len(images)
-            self._untold += len(images)
-        status = CacheStatus(tier=TierName.UPSTREAM, state=State.READY)
-        return ImageResult(images=images, status=status, image_status=(status,) * len(images), by_fallback=True)
+            self.made += 1
+            self._untold += 1
+        return image
+
+
+def result_of(images: Sequence[Image]) -> ImageResult:
+    """The answer that pictures made without the service are."""
+    status = CacheStatus(tier=TierName.UPSTREAM, state=State.READY)
+    return ImageResult(images=tuple(images), status=status, image_status=(status,) * len(images), by_fallback=True)
 
 
 def can_stand_in(options: GetOptions) -> bool:

@@ -27,7 +27,7 @@ from cacheserver.client.batch import (
 )
 from cacheserver.client.download import Download
 from cacheserver.client.errors import UnreachableError, error_of
-from cacheserver.client.fallback import Fallback, Fallbacks, can_stand_in
+from cacheserver.client.fallback import Fallback, Fallbacks, can_stand_in, result_of
 from cacheserver.client.image_file import ImageFile
 from cacheserver.client.values import (
     CallExplanation,
@@ -126,8 +126,7 @@ class Client:
             if fallback is None or not can_stand_in(options):
                 raise
             spec = messages.spec_of(prompt, options)
-            made = [fallback(spec) for _ in range(options.get("n", 1))]
-            return self._fallbacks.result(made)
+            return result_of([self._fallbacks.picture(fallback(spec)) for _ in range(options.get("n", 1))])
 
     def generate_many(
         self,
