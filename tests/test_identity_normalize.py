@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cacheserver.identity import PROFILES, compile_catalog_patterns, normalize_prompt
+from cacheserver.identity import PROFILES, compile_catalog_patterns, normalize, normalize_prompt, verbatim
+from cacheserver.identity.characters import fold_characters
 from cacheserver.identity.homographs import HOMOGRAPHS
 from cacheserver.identity.verbatim import STRAIGHT_QUOTES, UnclearQuotesError, split
 
@@ -350,3 +351,33 @@ def test_canonically_equivalent_prompts_are_one_under_every_profile(prompt: str)
 @given(words=st.lists(st.sampled_from(["cat", "dog", "red", "3", "blue", "猫", "a"]), min_size=2, max_size=8))
 def test_words_keep_their_number_and_order(words: list[str]) -> None:
     assert normalize_prompt(" ".join(words), "standard").split() == words
+
+
+ANNOUNCING = (
+    *("says", "saying", "spells", "spelled", "spelling", "spelt", "slogan", "reads", "sign reading", "card reading"),
+    *("shirt reading", "board reading", "label reading", "banner reading", "poster reading", "screen reading"),
+    *("written", "word", "words", "text", "titled", "caption", "captions", "captioned", "lettering", "labeled"),
+    *("labelled", "inscribed", "inscription", "headline", "engraved"),
+)
+
+
+@pytest.mark.parametrize("announcing", ANNOUNCING)
+def test_what_announces_text_is_found_in_whatever_case(announcing: str) -> None:
+    for written in (announcing, announcing.upper(), announcing.title()):
+        assert split(f"the cat {written} Meow Meow")[-1] == (" Meow Meow", True)
+
+
+PIECES = st.sampled_from(
+    [*"aAbB19 \t\x1c.,!_-<>\"'`:/", "A cat", "  ", "<b>", "http://", "HTTPS://x", " --ar", *ANNOUNCING]
+)
+"""Of ASCII, what any of the searches could find."""
+
+
+@given(st.lists(PIECES, max_size=12).map("".join))
+def test_what_plain_text_is_not_searched_for_is_not_in_it(text: str) -> None:
+    if verbatim._NOTABLE.search(text):
+        assert any(part in text for part in verbatim._ASCII_NOTABLE)
+    if verbatim._DRAWN.search(text):
+        assert any(part in text.lower() for part in verbatim._ASCII_DRAWN)
+    spaced = normalize._SPACES.sub(" ", fold_characters(text))
+    assert normalize._fold(text) == normalize._ARTICLE.sub("a ", normalize._WORD.sub(normalize._fold_case, spaced))

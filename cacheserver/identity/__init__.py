@@ -9,7 +9,7 @@ from cacheserver.identity.catalog import compile_catalog_patterns
 from cacheserver.identity.explain import FieldDifference, differences, fields_of
 from cacheserver.identity.fingerprint import identify
 from cacheserver.identity.normalize import PROFILES, Profile, normalize_prompt
-from cacheserver.identity.validation import QUALITIES, validate
+from cacheserver.identity.validation import QUALITIES, validate, validate_prompt
 
 __all__ = [
     "PROFILES",
@@ -22,4 +22,5 @@ __all__ = [
     "identify",
     "normalize_prompt",
     "validate",
+    "validate_prompt",
 ]

@@ -96,8 +96,13 @@ def _one_pass(text: str, patterns: Sequence[re.Pattern[str]]) -> str:
 
 
 def _fold(text: str) -> str:
-    spaced = _SPACES.sub(" ", fold_characters(text))
-    return _ARTICLE.sub("a ", _WORD.sub(_fold_case, spaced))
+    text = fold_characters(text)
+    is_plain = text.isascii() and text.isprintable()  # its only white space is the space
+    if not is_plain or "  " in text:
+        text = _SPACES.sub(" ", text)
+    if not is_plain or not text.islower():
+        text = _WORD.sub(_fold_case, text)
+    return _ARTICLE.sub("a ", text) if "A " in text else text
 
 
 def _fold_case(match: re.Match[str]) -> str:

@@ -71,6 +71,11 @@ def validate(request: ImageRequest) -> dict[str, str]:
     return dict(_violations(request))
 
 
+def validate_prompt(prompt: str) -> dict[str, str]:
+    """What `validate` finds wrong with a request's prompt; it depends on nothing else of the request."""
+    return dict(_prompt(prompt))
+
+
 def _violations(request: ImageRequest) -> Iterator[Violation]:
     yield from _prompt(request.prompt)
     if not _MODEL.fullmatch(request.model):

@@ -74,6 +74,9 @@ _NOTABLE = re.compile(
     r"|(?i:https?)://[^\s\"<>]+"
     r"|(?<!\S)--(?=[A-Za-z])"  # --ar 16:9 and all that follows: parameters, codes, addresses
 )
+_ASCII_NOTABLE = ('"', "'", "`", "<", "://", "--")
+"""Whatever _NOTABLE finds in ASCII holds one of these; to look for them takes a twentieth of the time."""
+
 _DRAWN = re.compile(
     r"\b(?<!\bno )(?<!\bwithout )(?:"  # grouped by first letter: the search is most of what a short prompt costs
     r"[Ss](?i:ays|aying|pell(?:s|ed|ing)|pelt|logan)"
@@ -88,6 +91,12 @@ _DRAWN = re.compile(
     r")\b|写着|写有|文字|字样|标题|题为"
 )
 """Words after which text to be drawn follows."""
+
+_ASCII_DRAWN = (
+    *("says", "saying", "spell", "spelt", "slogan", "reads", "reading", "written", "word", "text", "titled", "caption"),
+    *("lettering", "label", "inscri", "headline", "engraved"),
+)
+"""Whatever _DRAWN finds in ASCII holds one of these, in whatever case."""
 
 _HEBREW = re.compile("[֐-׿]")
 
@@ -114,6 +123,8 @@ def split(text: str) -> list[Part]:
 
 
 def _verbatim_spans(text: str) -> Iterator[_Span]:
+    if text.isascii() and not any(part in text for part in _ASCII_NOTABLE):
+        return
     opened: set[_Family] = set()
     position = 0
     while found := _NOTABLE.search(text, position):
@@ -138,6 +149,8 @@ def _verbatim_spans(text: str) -> Iterator[_Span]:
 
 def _with_drawn_text(text: str, spans: list[_Span]) -> list[_Span]:
     """`spans`, and all that follows words that announce text to be drawn without a quotation after them."""
+    if text.isascii() and not any(map(text.lower().__contains__, _ASCII_DRAWN)):
+        return spans
     drawn = _DRAWN.search(text, max((span.end for span in spans if span.is_quoted), default=0))
     if drawn is None:
         return spans

@@ -23,7 +23,7 @@ import xxhash
 
 from cacheserver.errors import UnreadableFileError
 from cacheserver.generation.prices import PriceTable
-from cacheserver.identity import normalize_prompt, validate
+from cacheserver.identity import normalize_prompt, validate, validate_prompt
 from cacheserver.model import ImageRequest
 from cacheserver.whatif.lines import Block, LineFile
 
@@ -35,12 +35,15 @@ NO_PRICE = -1
 
 HASH_SPAN = 1 << 64
 
+_decode = json.JSONDecoder().decode
+
 _AUTO = "auto"
 _MAX_MEMO = 50_000
 _MAX_MEMO_CHARS = 16_000_000
 _MAX_TEXT_CHARS = 2_000
 _MAX_BAD_TOLD = 5
-_EPOCH_UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
+_SECONDS_BELOW = 1e11
+_EPOCH_UNITS = ((1e17, 1e9), (1e14, 1e6), (_SECONDS_BELOW, 1e3))
 """A time above the first is in that part of a second: nobody logs pictures of the year 5138."""
 
 
@@ -179,13 +182,14 @@ class _Reader:
         self._prices = PriceTable.load()
         self._memo: dict[tuple[str, str | None, str | None, str | None], _Known] = {}
         self._memo_chars = 0
+        self._valid_settings: set[tuple[str, str, str]] = set()
         self._costs: dict[tuple[str, str, str], int] = {}
 
     def add(self, line: bytes, number: int, rows: Rows, texts_below: int) -> None:
         """Add a line's request to the columns. Raises _BadRowError."""
         try:
             # As text: of bytes json finds out the encoding first, each time.
-            row = json.loads(line.decode() if number > 1 else line.decode("utf-8-sig"))
+            row = _decode(line.decode() if number > 1 else line.decode("utf-8-sig"))
         except (ValueError, RecursionError):
             raise _BadRowError("is no JSON, or longer than a line may be") from None
         if not isinstance(row, dict):
@@ -236,8 +240,12 @@ class _Reader:
             size=self._text("size", size, _AUTO),
             quality=self._text("quality", quality, _AUTO),
         )
-        for path, problem in validate(request).items():
+        settings = request.model, request.size, request.quality
+        violations = validate_prompt(prompt) if settings in self._valid_settings else validate(request)
+        for path, problem in violations.items():
             raise _BadRowError(f"{self._name(path)}: {problem}")
+        if len(self._valid_settings) < _MAX_MEMO:
+            self._valid_settings.add(settings)
         return request
 
     def _found_out(self, request: ImageRequest) -> _Known:
@@ -297,8 +305,11 @@ def _moment_s(value: Any) -> float | None:
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > HASH_SPAN:
         return None
-    per_s = next((per_s for above, per_s in _EPOCH_UNITS if abs(value) > above), 1.0)
-    return value / per_s if math.isfinite(value) else None
+    if not math.isfinite(value):
+        return None
+    if abs(value) <= _SECONDS_BELOW:
+        return float(value)
+    return value / next(per_s for above, per_s in _EPOCH_UNITS if abs(value) > above)
 
 
 def _bytes(value: Any) -> bytes:
