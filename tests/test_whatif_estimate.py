@@ -6,7 +6,7 @@ import gzip
 import json
 import math
 import multiprocessing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from cacheserver.model import ImageRequest, Namespace
 from cacheserver.tiers.memory import OVERHEAD_BYTES
 from cacheserver.whatif import estimate as forecast
 from cacheserver.whatif import logs
-from cacheserver.whatif.advice import NearPrompt, near_misses
+from cacheserver.whatif.advice import NearMisses, NearPrompt, near_misses
 from cacheserver.whatif.estimate import Assumed, Estimate, estimate
 from cacheserver.whatif.lines import Block, LineFile
 from cacheserver.whatif.logs import LogPlan, read_block
@@ -311,10 +311,21 @@ def test_two_prompts_or_prompts_of_another_size_are_no_group() -> None:
     assert near_misses([*pair, other], rate=1.0) == []
 
 
-def test_a_bound_on_texts_leaves_an_estimate(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "_MAX_TEXTS", 100)
+@pytest.mark.parametrize(("bound", "most"), [("_MAX_TEXTS", 100), ("_MAX_TEXT_CHARS", 4_500)])
+def test_a_bound_on_texts_leaves_an_estimate(
+    path: Path, monkeypatch: pytest.MonkeyPatch, bound: str, most: int
+) -> None:
+    monkeypatch.setattr(forecast, bound, most)
     rows = [row(i, f"photo of a red shoe, sku {i}, white background") for i in range(1_000)]
+    compared: list[int] = []
+
+    def counted(prompts: Sequence[NearPrompt], **options: Any) -> list[NearMisses]:
+        compared.append(len(prompts))
+        return near_misses(prompts, **options)
+
+    monkeypatch.setattr(forecast, "near_misses", counted)
     [found] = forecast_of(log(path, rows)).near_misses
+    assert 30 < compared[0] <= 100
     assert found.prompts == pytest.approx(1_000, rel=0.35)
 
 

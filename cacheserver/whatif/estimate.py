@@ -30,6 +30,9 @@ MAX_ROWS = 2_000_000
 """Of longer logs a share of the keys is looked at, so that memory has a bound: some 600 MB."""
 
 _MAX_TEXTS = 40_000
+_MAX_TEXT_CHARS = 8_000_000
+"""So many prompts are compared for near misses, of so many characters in all: some 100 MB, and seconds."""
+
 _MAX_RECENT = 200_000
 _GROUPS = 20
 _BAD_TOLD = 5
@@ -206,6 +209,7 @@ class _Forecast:
         self._keys_below = math.ceil(rate * HASH_SPAN)
         self._texts_below = self._keys_below
         self._texts: dict[int, tuple[str, str]] = {}
+        self._text_chars = 0
         self._profiles = [_Profile(name) for name in plan.profiles]
         self._main = plan.profiles.index(assumed.profile)
         self._typed = plan.profiles.index("standard")
@@ -304,10 +308,14 @@ class _Forecast:
                     each.reroll_microusd += cost
 
     def _keep(self, texts: dict[int, tuple[str, str]]) -> None:
-        self._texts.update((key, text) for key, text in texts.items() if key < self._texts_below)
-        while len(self._texts) > _MAX_TEXTS:
+        for key, text in texts.items():
+            if key < self._texts_below and key not in self._texts:
+                self._texts[key] = text
+                self._text_chars += len(text[0])
+        while len(self._texts) > _MAX_TEXTS or self._text_chars > _MAX_TEXT_CHARS:
             self._texts_below //= 2
             self._texts = {key: text for key, text in self._texts.items() if key < self._texts_below}
+            self._text_chars = sum(len(text) for text, _ in self._texts.values())
 
     def result(self, file: LineFile) -> Estimate:
         """The figures, of the whole log."""
