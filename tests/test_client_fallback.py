@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -27,6 +28,7 @@ from tests.house import House
 from tests.provider import API_KEY, OpenAIStandIn, Reply, small_image
 from tests.rpc_front import ask, open_front
 from tests.test_client import Fail, Service, answer, connected, serving
+from tests.waiting import until
 
 PICTURE = small_image(1)
 NOBODY = "127.0.0.1:1"
@@ -226,7 +228,11 @@ async def provider() -> AsyncIterator[OpenAIStandIn]:
 
 
 async def make(kind: str, spec: ImageSpec, provider: OpenAIStandIn, api_key: str = API_KEY) -> bytes:
-    given = {"api_key": api_key, "model": "gpt-image-2", "base_url": f"{provider.base_url}/"}
+    return await made_at(kind, spec, api_key=api_key, base_url=f"{provider.base_url}/")
+
+
+async def made_at(kind: str, spec: ImageSpec, **options: Any) -> bytes:
+    given = {"model": "gpt-image-2", **options}
     if kind == "sync":
         return await asyncio.to_thread(openai_fallback(**given), spec)
     made = async_openai_fallback(**given)(spec)
@@ -262,3 +268,19 @@ async def test_an_answer_without_a_picture_is_said_to_be_one(kind: str, provider
     provider.answer_next(Reply(200, body))
     with pytest.raises(ValueError, match="without a picture"):
         await make(kind, ImageSpec("a red fox"), provider)
+
+
+async def test_an_api_that_answers_byte_by_byte_without_end_is_given_up(kind: str) -> None:
+    async def drip(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        with contextlib.suppress(ConnectionError), contextlib.closing(writer):
+            while True:
+                writer.write(b"1\r\n \r\n")
+                await writer.drain()
+                await asyncio.sleep(0)
+
+    async with asyncio.timeout(20), await asyncio.start_server(drip, "127.0.0.1", 0) as server:
+        address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        with pytest.raises(httpx.ReadTimeout):
+            await made_at(kind, ImageSpec("a red fox"), api_key="k", base_url=address, timeout_s=0.3)
+        await until(lambda: len(asyncio.all_tasks()) == 1)

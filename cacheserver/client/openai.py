@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import time
 from typing import Any, Final
 
 import httpx
@@ -34,22 +35,22 @@ def openai_fallback(*, api_key: str, model: str, base_url: str = OPENAI_URL, tim
         api_key: The key to send.
         model: What the API calls the model; it is asked for whatever model a spec names.
         base_url: Where the API is, with its version.
-        timeout_s: Seconds without a byte after which a picture has failed.
+        timeout_s: Seconds after which a picture has failed, with or without a byte from the API.
 
-    What it makes raises httpx.HTTPError where the API cannot be reached or refuses, and ValueError where its answer
-    holds no picture.
+    What it makes raises httpx.HTTPError where the API cannot be reached, refuses or takes too long, and ValueError
+    where its answer holds no picture.
     """
 
     def make(spec: ImageSpec) -> bytes:
+        answer = _Answer(timeout_s)
         with (
             httpx.Client(timeout=timeout_s) as client,
             client.stream("POST", _url(base_url), headers=_headers(api_key), json=_body(spec, model)) as response,
         ):
             response.raise_for_status()
-            answer = bytearray()
             for part in response.iter_bytes():
-                _take(answer, part)
-        return _picture(answer)
+                answer.take(part)
+        return answer.picture()
 
     return make
 
@@ -60,15 +61,15 @@ def async_openai_fallback(
     """The same for `AsyncClient`."""
 
     async def make(spec: ImageSpec) -> bytes:
+        answer = _Answer(timeout_s)
         async with (
             httpx.AsyncClient(timeout=timeout_s) as client,
             client.stream("POST", _url(base_url), headers=_headers(api_key), json=_body(spec, model)) as response,
         ):
             response.raise_for_status()
-            answer = bytearray()
             async for part in response.aiter_bytes():
-                _take(answer, part)
-        return _picture(answer)
+                answer.take(part)
+        return answer.picture()
 
     return make
 
@@ -86,14 +87,24 @@ def _body(spec: ImageSpec, model: str) -> dict[str, Any]:
     return {**(spec.extra or {}), **stated, "prompt": spec.prompt, "model": model, "n": 1}
 
 
-def _take(answer: bytearray, part: bytes) -> None:
-    answer += part
-    if len(answer) > _MAX_ANSWER_BYTES:
-        raise ValueError(f"the images API answered with more than {_MAX_ANSWER_BYTES} bytes")
+class _Answer:
+    """What the API answers, as it comes: bounded in bytes and in time."""
 
+    def __init__(self, timeout_s: float) -> None:
+        self._ends_s = time.monotonic() + timeout_s
+        self._data = bytearray()
 
-def _picture(answer: bytearray) -> bytes:
-    try:
-        return base64.b64decode(json.loads(answer)["data"][0]["b64_json"], validate=True)
-    except (ValueError, LookupError, TypeError, binascii.Error):
-        raise ValueError("the images API answered without a picture in data[0].b64_json") from None
+    def take(self, part: bytes) -> None:
+        """Add what has come. Raises httpx.ReadTimeout or ValueError where it is too late or too much."""
+        if time.monotonic() > self._ends_s:
+            raise httpx.ReadTimeout("the images API took too long to answer")
+        self._data += part
+        if len(self._data) > _MAX_ANSWER_BYTES:
+            raise ValueError(f"the images API answered with more than {_MAX_ANSWER_BYTES} bytes")
+
+    def picture(self) -> bytes:
+        """The picture of the whole answer. Raises ValueError if there is none."""
+        try:
+            return base64.b64decode(json.loads(self._data)["data"][0]["b64_json"], validate=True)
+        except (ValueError, LookupError, TypeError, binascii.Error):
+            raise ValueError("the images API answered without a picture in data[0].b64_json") from None
