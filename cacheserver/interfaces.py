@@ -23,9 +23,11 @@ from cacheserver.model import (
     Order,
     Outcome,
     Outlook,
+    PartialImage,
     Priority,
     PromptKind,
     RecordedPrompt,
+    Rendition,
     Replay,
     Slot,
     SourceObject,
@@ -154,20 +156,23 @@ class Upstream(Protocol):
         """Its name in config, metrics and logs."""
         ...
 
-    async def generate(
+    async def generate(  # noqa: PLR0913 - what a call to an upstream is made of
         self,
         request: ImageRequest,
         variants: Sequence[int],
         *,
         price_factor: Decimal = Decimal(1),
         most_microusd: int = 0,
+        partial_images: int = 0,
+        on_partial: Callable[[PartialImage], None] | None = None,
     ) -> Delivery:
         """Make one picture for each of `variants`, in one call.
 
         Providers read only how many there are. Fewer pictures may come back, never none, and each has been
         decoded. `price_factor` is what the list price is multiplied by; `most_microusd` what the call counts as
         where nobody can tell its price. Raises UpstreamError, whose `cost_microusd` says what the failed call
-        cost. Cancelling loses what was paid for.
+        cost. Cancelling loses what was paid for. Of a single picture `on_partial` gets up to `partial_images` partial
+        ones while it is made, where the provider gives any.
         """
         ...
 
@@ -195,12 +200,14 @@ class Generation(Protocol):
         *,
         on_spending: Callable[[], None],
         on_spare: Callable[[GeneratedImage], None],
+        on_partial: Callable[[PartialImage], None] | None = None,
     ) -> list[GeneratedImage]:
         """Make pictures for `variants`, in order; fewer may come back, never none.
 
         `on_spending` is called right before money is spent: until then the call may be cancelled for free,
         from then on cancelling it loses what was paid. `on_spare` gets every picture that was paid for beyond
-        those asked for, and may be called after the return. Raises UpstreamError, CannotAffordError,
+        those asked for, and may be called after the return. `on_partial` gets the partial pictures of an order for one
+        picture, `order.partial_images` at most. Raises UpstreamError, CannotAffordError,
         LedgerUnavailableError, or InvalidRequestError for a model nobody serves.
         """
         ...
@@ -238,6 +245,19 @@ class Generation(Protocol):
 
     def outlook(self, request: ImageRequest) -> Outlook:
         """How fast pictures like `request` can be made now. Raises InvalidRequestError for a model nobody serves."""
+        ...
+
+
+class Renderer(Protocol):
+    """Makes renditions of pictures, a bounded number at a time, beside the event loop."""
+
+    async def render(self, image: GeneratedImage, rendition: Rendition) -> GeneratedImage:
+        """The picture as `rendition` wants it: its other facts are kept, its cost is nothing.
+
+        Raises:
+            InvalidRequestError: this picture cannot be had like that, as one with transparency in jpeg.
+            OverloadedError: too many wait already; try again.
+        """
         ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 from types import MappingProxyType
@@ -103,6 +103,7 @@ class Outcome(StrEnum):
     NEGATIVE = "negative"
     STALE = "stale"
     OBSERVED = "observed"
+    DERIVED = "derived"
 
 
 class StatsSpan(StrEnum):
@@ -160,10 +161,15 @@ class WarmResult(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class InputImage:
-    """An image that an edit starts from; its bytes count by their digest."""
+    """An image that an edit starts from; it counts by its digest.
+
+    `data` is None where only the digest is known: such a request can be looked up and not made.
+    """
 
     role: InputRole
     sha256: str
+    content_type: str = field(default="", compare=False)
+    data: bytes | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +323,30 @@ class GeneratedImage:
     paid_microusd: int = 0
     score: float | None = None
     won_against: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PartialImage:
+    """A picture on its way, as far as its upstream has drawn it. `index` counts those of one picture from 0."""
+
+    data: bytes = field(repr=False)
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rendition:
+    """What is wanted of a stored picture: the box it is to fit into, and how it is to be encoded.
+
+    A picture is never enlarged and keeps its shape: `width` and `height` (pixels) are the most it may have, None any.
+    `output_format` ("png", "jpeg" or "webp") None keeps the picture's own; `output_compression` (0 to 100) is that of
+    jpeg and webp. `strip` leaves out what the file says of itself: EXIF, XMP and C2PA, never the colour profile.
+    """
+
+    width: int | None = None
+    height: int | None = None
+    output_format: str | None = None
+    output_compression: int | None = None
+    strip: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -562,6 +592,7 @@ class Order:
     tags: tuple[str, ...] = ()
     candidates: int = 1
     allow_degraded: bool = False
+    partial_images: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -581,7 +612,8 @@ class CachedImage:
     """An entry: a stored picture with its metadata. Times are wall-clock seconds since 1970: entries outlive us.
 
     `key` carries the full 32-byte identity digest. `expire_time_s` is the end of freshness, the same in all
-    tiers; None means never. `namespace` is the one that stored it.
+    tiers; None means never. `namespace` is the one that stored it. `derived_from` is the name of the key whose picture
+    this one was made from without a generation, empty if it was generated or put.
     """
 
     key: CacheKey
@@ -591,6 +623,7 @@ class CachedImage:
     create_time_s: float
     expire_time_s: float | None = None
     tags: tuple[str, ...] = ()
+    derived_from: str = ""
 
     @property
     def size_bytes(self) -> int:
@@ -604,6 +637,19 @@ class CachedImage:
         return max_age_s is None or now_s - self.create_time_s <= max_age_s
 
 
+class AnswerFrom(StrEnum):
+    """From which other stored picture of the same prompt a request may be answered instead of being paid for."""
+
+    QUALITY = "quality"
+    """One of a higher quality, as it is."""
+
+    FORMAT = "format"
+    """One in a lossless format, encoded as asked for."""
+
+    SIZE = "size"
+    """A larger one of the same shape, made smaller."""
+
+
 @dataclass(frozen=True, slots=True)
 class Namespace:
     """Policy for a group of callers. `partition` is what shares images; by default the namespace's own name.
@@ -614,6 +660,8 @@ class Namespace:
     `remake_degraded`: what was made at a lower quality is made anew, at the one asked for, off-peak.
     `store_prompts`: what its callers ask for and the cache does not have is recorded, prompts and all.
     `serve_percent` (0 to 100) is the share of keys that are served from the cache; the others are only observed.
+    `answer_from` is what its requests may be answered from before a picture is paid for. `public_images`: whoever has a
+    picture's key may fetch it over HTTP; otherwise a signed URL or a token is needed.
     """
 
     name: str
@@ -631,6 +679,8 @@ class Namespace:
     remake_degraded: bool = False
     serve_percent: float = 100.0
     store_prompts: bool = False
+    answer_from: frozenset[AnswerFrom] = frozenset()
+    public_images: bool = False
 
     def serves(self, key: CacheKey) -> bool:
         """Whether this key is served from the cache. One that is stays so when the percentage grows."""
@@ -658,7 +708,11 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a call says beside the picture it wants. Durations in seconds; None is unset."""
+    """What a call says beside the picture it wants. Durations in seconds; None is unset.
+
+    `on_partial` gets up to `partial_images` partial pictures while one is made, if its upstream gives any: called from
+    the event loop, and it must not fail. `no_transform`: a picture made from another one is not wanted.
+    """
 
     n: int = 1
     cache_policy: CachePolicy = CachePolicy.USE_CACHE
@@ -673,6 +727,9 @@ class Terms:
     tags: tuple[str, ...] = ()
     allow_degraded: bool = False
     candidates: int = 1
+    no_transform: bool = False
+    partial_images: int = 0
+    on_partial: Callable[[PartialImage], None] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

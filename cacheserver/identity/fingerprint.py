@@ -28,7 +28,7 @@ from cacheserver.model import (
 
 _LOSSY_FORMATS = frozenset({"jpeg", "webp"})
 _FIELDS = tuple(field.name for field in fields(ImageRequest))
-_INPUT_FIELDS = tuple(field.name for field in fields(InputImage))
+_INPUT_FIELDS = tuple(field.name for field in fields(InputImage) if field.compare)
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":"))
 
 

@@ -95,6 +95,7 @@ class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OUTCOME_NEGATIVE: _ClassVar[Outcome]
     OUTCOME_STALE: _ClassVar[Outcome]
     OUTCOME_OBSERVED: _ClassVar[Outcome]
+    OUTCOME_DERIVED: _ClassVar[Outcome]
 
 class StatsSpan(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -177,6 +178,7 @@ OUTCOME_ERROR: Outcome
 OUTCOME_NEGATIVE: Outcome
 OUTCOME_STALE: Outcome
 OUTCOME_OBSERVED: Outcome
+OUTCOME_DERIVED: Outcome
 STATS_SPAN_UNSPECIFIED: StatsSpan
 STATS_SPAN_MINUTE: StatsSpan
 STATS_SPAN_HOUR: StatsSpan

@@ -55,6 +55,7 @@ _OUTCOMES = {
     Outcome.NEGATIVE: pb.OUTCOME_NEGATIVE,
     Outcome.STALE: pb.OUTCOME_STALE,
     Outcome.OBSERVED: pb.OUTCOME_OBSERVED,
+    Outcome.DERIVED: pb.OUTCOME_DERIVED,
 }
 
 

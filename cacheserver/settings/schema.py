@@ -19,6 +19,7 @@ from cacheserver.model import (
     PARTITION_PATTERN,
     AlarmKind,
     AlarmRule,
+    AnswerFrom,
     Budget,
     BudgetPeriod,
     BudgetScope,
@@ -122,7 +123,26 @@ class ServerSettings(_Section):
         default=None, description="Unix socket on which gRPC is served as well, to this user alone."
     )
     http_host: str = Field(default="127.0.0.1", description="Address the HTTP port is bound to.")
-    http_port: Port = Field(default=8080, description="TCP port of HTTP (metrics, health); 0 takes any free one.")
+    http_port: Port = Field(
+        default=8080,
+        description="TCP port of HTTP (OpenAI's images API, images, metrics, health); 0 takes any free one.",
+    )
+    http_tls_cert_file: Path | None = Field(
+        default=None, description="Certificate chain for HTTP, PEM; needs http_tls_key_file."
+    )
+    http_tls_key_file: Path | None = Field(
+        default=None, description="Private key for HTTP, PEM; needs http_tls_cert_file."
+    )
+    http_hosts: tuple[str, ...] = Field(
+        default=(),
+        description=(
+            "Names this service is reached by over HTTP. Without callers, only requests to these and to loopback are "
+            "taken, so that no web page can spend your money."
+        ),
+    )
+    max_upload_bytes: Bytes = Field(
+        default=64 * _MIB, description="Largest body of an HTTP request taken, input images of an edit included."
+    )
     tls_cert_file: Path | None = Field(default=None, description="Certificate chain for gRPC, PEM; needs tls_key_file.")
     tls_key_file: Path | None = Field(default=None, description="Private key for gRPC, PEM; needs tls_cert_file.")
     drain_timeout_s: Seconds = Field(
@@ -307,6 +327,40 @@ class AccountingSettings(_Section):
     def _hours_outlast_minutes(self) -> Self:
         if 24 * self.hours_kept_days < self.minutes_kept_hours:
             raise ValueError("hours_kept_days should not be shorter than minutes_kept_hours")
+        return self
+
+
+class DeliverySettings(_Section):
+    """Images by URL, in the size and format that is asked for."""
+
+    public_url: HttpUrl | None = Field(
+        default=None,
+        description=(
+            "Where callers and browsers reach our HTTP port; begins the URLs that are handed out. Unset: what the "
+            "request that asks for one was sent to."
+        ),
+    )
+    url_secret: SecretStr | None = Field(
+        default=None,
+        min_length=32,
+        description="Secret URLs are signed with, one for all replicas. Better: url_secret_file. Unset: see there.",
+    )
+    url_secret_file: Path | None = Field(
+        default=None,
+        description="File that holds it, 32 characters at least. Unset: without url_secret one is made in data_dir.",
+    )
+    url_expires_s: int = Field(default=3600, ge=1, le=604_800, description="Seconds a signed URL is good for.")
+    widths: tuple[int, ...] = Field(
+        default=(), description="The widths in pixels that an image may be asked for in. Empty: any."
+    )
+    derived_ttl_s: Seconds = Field(default=2_592_000.0, description="Seconds an image made from another one is kept.")
+    threads: int = Field(default=2, ge=1, le=64, description="Images made from others at a time.")
+    queue_max: int = Field(default=64, ge=1, description="Of those, how many may wait; beyond, they are refused.")
+
+    @check(mode="after")
+    def _one_secret(self) -> Self:
+        if self.url_secret is not None and self.url_secret_file is not None:
+            raise ValueError("set one of url_secret and url_secret_file, not both")
         return self
 
 
@@ -570,6 +624,17 @@ class NamespaceSettings(_Section):
         default=False,
         description="Record what callers ask for and the cache does not have, for warm-up: the prompts themselves.",
     )
+    answer_from: tuple[AnswerFrom, ...] = Field(
+        default=(),
+        description=(
+            "Before an image is paid for, answer from another one of the same prompt. quality: of a higher quality; "
+            "format: of a lossless format; size: larger and of the same shape. Empty: never."
+        ),
+    )
+    public_images: bool = Field(
+        default=False,
+        description="Serve images over HTTP to whoever has their key; else a signed URL or a caller's token is needed.",
+    )
 
     @check(mode="after")
     def _lifetimes_agree(self) -> Self:
@@ -715,6 +780,7 @@ class Settings(BaseSettings):
     disk: DiskSettings = DiskSettings()
     generation: GenerationSettings = GenerationSettings()
     accounting: AccountingSettings = AccountingSettings()
+    delivery: DeliverySettings = DeliverySettings()
     budget: BudgetSettings = BudgetSettings()
     moderation: ModerationSettings = ModerationSettings()
     imports: ImportsSettings = ImportsSettings()
@@ -846,6 +912,8 @@ def _namespace(name: str, written: NamespaceSettings, settings: Settings) -> Nam
         min_score=written.min_score,
         remake_degraded=written.remake_degraded,
         store_prompts=written.store_prompts,
+        answer_from=frozenset(written.answer_from),
+        public_images=written.public_images,
         serve_percent=written.serve_percent if written.mode == "serve" else 0.0,
     )
 
