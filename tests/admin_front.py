@@ -12,6 +12,8 @@ import grpc.aio
 from prometheus_client import CollectorRegistry
 
 from cacheserver.accounting.books import CounterBooks
+from cacheserver.calls.auth import Authenticator
+from cacheserver.calls.call import Call
 from cacheserver.errors import UnknownReviewError, UnknownUpstreamError
 from cacheserver.interfaces import Prompts
 from cacheserver.model import (
@@ -36,8 +38,6 @@ from cacheserver.model import (
 )
 from cacheserver.pb.admin_pb2_grpc import AdminServiceStub
 from cacheserver.rpc.admin import AdminService, check_right
-from cacheserver.rpc.auth import Authenticator
-from cacheserver.rpc.calls import Call
 from tests.fakes import FakeClock
 
 NOW_S = 1_800_000_000.0

@@ -14,13 +14,16 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2 as details
 from google.rpc.status_pb2 import Status
 
+from cacheserver.calls.asking import Asking
+from cacheserver.calls.auth import Authenticator
+from cacheserver.calls.reception import Reception
 from cacheserver.generation.images import inspect_in_thread
 from cacheserver.interfaces import Prompts
 from cacheserver.model import CachedImage, Caller, Namespace, Permission
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.pb import promptcache_pb2_grpc as pb_grpc
 from cacheserver.precheck import PromptPolicy
-from cacheserver.rpc.auth import Authenticator
+from cacheserver.recall import Recall
 from cacheserver.rpc.server import Listen, RpcServer
 from cacheserver.rpc.service import FigureSource, Limits, PromptCacheService
 from cacheserver.warming import Warming
@@ -115,22 +118,39 @@ async def open_front(
     anonymous: Caller | None = ANYONE,
     namespaces: Sequence[Namespace] = (),
     limits: Limits | None = None,
+    max_concurrent_calls: int = 4_096,
     policies: Mapping[str, PromptPolicy] | None = None,
     listen: Listen | None = None,
     prompts: Prompts | None = None,
     figures: FigureSource | None = None,
 ) -> AsyncIterator[Front]:
     """Serve `house` on a free port until the block ends."""
-    service = PromptCacheService(
+    policies, recall = policies or {}, Recall()
+    reception = Reception(
+        authenticator=Authenticator(callers, anonymous=anonymous),
+        books=house.books,
+        clock=house.clock,
+        max_in_progress=max_concurrent_calls,
+        recall=recall,
+    )
+    asking = Asking(
         cache=house.cache,
         namespaces=(house.namespace, *namespaces),
         default_model=MODEL,
-        authenticator=Authenticator(callers, anonymous=anonymous),
+        books=house.books,
+        clock=house.clock,
+        policies=policies,
+        prompts=prompts,
+    )
+    service = PromptCacheService(
+        cache=house.cache,
+        asking=asking,
+        reception=reception,
         books=house.books,
         inspect=partial(inspect_in_thread, max_pixels=50_000_000, max_bytes=50_000_000),
         clock=house.clock,
         limits=limits or Limits(),
-        prompts=prompts,
+        recall=recall,
         figures=figures,
         warming=Warming(
             cache=house.cache,
@@ -140,7 +160,7 @@ async def open_front(
             ledger=house.ledger,
             clock=house.clock,
         ),
-        policies=policies or {},
+        policies=policies,
     )
     tiers = [house.redis.name, house.s3.name]
     server = RpcServer(service, listen=listen or Listen(port=0), tiers=tiers)

@@ -44,10 +44,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": VALUES
     | {"tiers", "flight", "keep", "purge", "paying", "resent", "alone", "variants", "reviews", "remakes", "rungs"},
     "settings": VALUES | {"identity"},
-    "http": VALUES,
+    "calls": VALUES | {"cache", "identity", "precheck", "recall"},
+    "http": VALUES | {"cache", "calls", "identity", "generation", "renditions"},
     "warming": VALUES | {"keep", "cache"},
     "rpc": VALUES
-    | {"cache", "purge", "imports", "warming", "identity", "accounting", "generation", "precheck", "recall", "pb"},
+    | {"cache", "calls", "purge", "imports", "warming", "identity", "accounting", "generation"}
+    | {"precheck", "recall", "pb"},
     "whatif": VALUES | {"identity", "generation", "tiers"},
     "client": {"pb", "model"},
     "reports": {"client", "model"},

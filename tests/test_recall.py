@@ -20,8 +20,8 @@ from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.recall import NearMiss, Recall
 from tests.house import House
 from tests.rpc_front import Front, ask, authorization, failure, open_front, spec
+from tests.test_calls_auth import digest
 from tests.test_cli import command
-from tests.test_rpc_auth import digest
 
 NAMESPACE = Namespace("default", "default")
 ANN, BOB = (Caller(name, frozenset({Permission.READ, Permission.GENERATE})) for name in ("ann", "bob"))

@@ -10,12 +10,14 @@ import grpc.aio
 import pytest
 import structlog
 
+from cacheserver.calls.auth import Authenticator
+from cacheserver.calls.call import Call
+from cacheserver.calls.reception import Reception
 from cacheserver.errors import PromptRefusedError, UpstreamDownError, UpstreamError
 from cacheserver.model import Terms
 from cacheserver.pb import promptcache_pb2 as pb
-from cacheserver.rpc.auth import Authenticator
 from cacheserver.rpc.batch import Batch
-from cacheserver.rpc.calls import Call, Calls, Parts
+from cacheserver.rpc.calls import Calls, Parts
 from cacheserver.rpc.service import Limits
 from tests.fakes import FakeClock
 from tests.house import House
@@ -186,7 +188,7 @@ class TestFlow:
             assert house.upstream.calls == 1
 
     async def test_items_count_as_calls_and_those_of_a_full_service_wait_their_turn(self, house: House) -> None:
-        async with open_front(house, limits=Limits(max_concurrent_calls=3)) as front:
+        async with open_front(house, max_concurrent_calls=3) as front:
             house.upstream.hold()
             call = front.stub.BatchGetImages(iter([request(f"{n}", f"fox {n}") for n in range(6)]))
             await house.upstream.arrived(2)
@@ -198,7 +200,7 @@ class TestFlow:
             assert house.upstream.calls == 6
 
     async def test_a_service_that_is_full_of_others_works_on_one_item_of_each_batch(self, house: House) -> None:
-        async with open_front(house, limits=Limits(max_concurrent_calls=2)) as front:
+        async with open_front(house, max_concurrent_calls=2) as front:
             house.upstream.hold()
             single = asyncio.ensure_future(front.stub.GetImage(ask()))
             await house.upstream.arrived(1)
@@ -214,7 +216,7 @@ class TestFlow:
         await call.write(request("a"))
         await front.house.upstream.arrived(1)
         draining = asyncio.ensure_future(front.server.drain(30))
-        await until(front.server._services[0]._calls.going_down.is_set)  # type: ignore[union-attr] # a PromptCacheService
+        await until(front.server._services[0]._reception.going_down.is_set)  # type: ignore[union-attr] # a PromptCacheService
         front.house.upstream.release()
         [item] = (await call.read()).items
         assert item.response.images
@@ -296,7 +298,7 @@ class TestReading:
     @pytest.fixture
     def calls(self, house: House, clock: FakeClock) -> Calls:
         authenticator = Authenticator((), anonymous=ANYONE)
-        return Calls(authenticator=authenticator, books=house.books, clock=clock, max_in_progress=100)
+        return Calls(Reception(authenticator=authenticator, books=house.books, clock=clock, max_in_progress=100))
 
     @staticmethod
     def open(sent: _Sent, calls: Calls, get_image: Any) -> AsyncGenerator[bytes, None]:

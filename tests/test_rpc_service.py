@@ -722,7 +722,7 @@ async def _stats(front: Front, token: str) -> pb.GetStatsResponse:
 
 
 async def test_more_calls_than_the_service_takes_are_told_to_come_again(house: House) -> None:
-    async with open_front(house, limits=Limits(max_concurrent_calls=1)) as front:
+    async with open_front(house, max_concurrent_calls=1) as front:
         house.upstream.hold()
         running = front.stub.GetImage(ask())
         await house.upstream.arrived(1)
@@ -736,7 +736,7 @@ async def test_more_calls_than_the_service_takes_are_told_to_come_again(house: H
 async def test_as_many_calls_as_are_allowed_may_come_at_once(house: House) -> None:
     async with open_front(house) as front:
         house.upstream.hold()
-        calls = [asyncio.ensure_future(front.stub.GetImage(ask())) for _ in range(Limits().max_concurrent_calls - 1)]
+        calls = [asyncio.ensure_future(front.stub.GetImage(ask())) for _ in range(4_095)]
         await house.upstream.arrived(1)
         house.upstream.release()
         tiers = {answer.status.tier for answer in await asyncio.gather(*calls)}

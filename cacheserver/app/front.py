@@ -14,14 +14,17 @@ from cacheserver.app.core import Core
 from cacheserver.app.live import live_view
 from cacheserver.app.policies import build_policies
 from cacheserver.app.tiers import CONTROL_TIMEOUT_S
+from cacheserver.calls.asking import Asking
+from cacheserver.calls.auth import Authenticator
+from cacheserver.calls.reception import Reception
 from cacheserver.control.prompts import LocalPrompts, RedisPrompts
 from cacheserver.generation.images import inspect_in_thread
 from cacheserver.imports import Imports, Inspect
 from cacheserver.interfaces import Prompts
 from cacheserver.model import Caller, Permission
+from cacheserver.recall import Recall
 from cacheserver.rpc.admin import AdminService
 from cacheserver.rpc.admin_images import AdminImages
-from cacheserver.rpc.auth import Authenticator
 from cacheserver.rpc.server import Listen, RpcServer
 from cacheserver.rpc.service import Limits, PromptCacheService
 from cacheserver.warming import Warming
@@ -38,28 +41,43 @@ async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack) -> Rp
     policies = await build_policies(settings, clock=clock, undo=undo)
     callers = settings.caller_tokens
     authenticator = Authenticator(callers, anonymous=None if callers else _ANYBODY)
+    recall = Recall()
+    reception = Reception(
+        authenticator=authenticator,
+        books=books,
+        clock=clock,
+        max_in_progress=server.max_concurrent_calls,
+        recall=recall,
+    )
+    asking = Asking(
+        cache=core.cache,
+        namespaces=settings.namespaces.values(),
+        default_model=settings.model,
+        books=books,
+        clock=clock,
+        policies=policies,
+        prompts=prompts,
+        trace=await _trace(core, undo=undo),
+    )
     inspect = functools.partial(
         inspect_in_thread, max_pixels=generation.max_image_pixels, max_bytes=generation.max_image_bytes
     )
     service = PromptCacheService(
         cache=core.cache,
-        namespaces=settings.namespaces.values(),
-        default_model=settings.model,
-        authenticator=authenticator,
+        asking=asking,
+        reception=reception,
         books=books,
         inspect=inspect,
         clock=clock,
         limits=Limits(
-            max_concurrent_calls=server.max_concurrent_calls,
             batch_in_flight=server.batch_in_flight,
             max_image_bytes=generation.max_image_bytes,
         ),
         warming=_warming(core),
+        recall=recall,
         policies=policies,
         figures=core.miss_path.figures,
-        trace=await _trace(core, undo=undo),
         live=live_view(core),
-        prompts=prompts,
     )
     admin = AdminService(
         upstreams=core.miss_path.pool,

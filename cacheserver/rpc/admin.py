@@ -12,6 +12,9 @@ import grpc
 import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from cacheserver.calls.auth import Authenticator
+from cacheserver.calls.call import Call
+from cacheserver.calls.reception import Reception
 from cacheserver.errors import PermissionDeniedError
 from cacheserver.interfaces import Books, Budgets, Clock, Ledger, Prompts
 from cacheserver.model import (
@@ -26,8 +29,7 @@ from cacheserver.model import (
 )
 from cacheserver.pb import admin_pb2 as pb
 from cacheserver.rpc import admin_replies as replies
-from cacheserver.rpc.auth import Authenticator
-from cacheserver.rpc.calls import Call, Calls, Parts
+from cacheserver.rpc.calls import Calls, Parts
 from cacheserver.rpc.messages import Problems
 
 _log = structlog.get_logger(__name__)
@@ -171,7 +173,9 @@ class AdminService:
         self._reviews = reviews
         self._images = images
         self._alarms = alarms
-        self._calls = Calls(authenticator=authenticator, books=books, clock=clock, max_in_progress=_MAX_CALLS)
+        self._calls = Calls(
+            Reception(authenticator=authenticator, books=books, clock=clock, max_in_progress=_MAX_CALLS)
+        )
 
     def handler(self) -> grpc.GenericRpcHandler:
         """What a grpc.aio server needs to serve this."""
@@ -196,7 +200,7 @@ class AdminService:
 
     async def idle(self) -> None:
         """Return when every call that has begun is answered."""
-        await self._calls.idle()
+        await self._calls.reception.idle()
 
     # ── upstreams ───────────────────────────────────────────────────────────────────────────────────────────
 

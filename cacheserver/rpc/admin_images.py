@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import structlog
 
+from cacheserver.calls.call import Call
 from cacheserver.errors import CacheServerError, InvalidRequestError
 from cacheserver.identity import identify
 from cacheserver.imports import Import, Imports
@@ -21,7 +22,7 @@ from cacheserver.pb import promptcache_pb2 as public_pb
 from cacheserver.precheck import PromptPolicy
 from cacheserver.rpc import messages, replies
 from cacheserver.rpc.admin import check_right, page_token, read_page
-from cacheserver.rpc.calls import Call, Parts
+from cacheserver.rpc.calls import Parts
 from cacheserver.rpc.messages import Problems
 from cacheserver.rpc.status import status_of
 from cacheserver.tasks import end

@@ -13,10 +13,11 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeAlias
 
+from cacheserver.calls.call import Call
 from cacheserver.errors import InvalidRequestError, ShuttingDownError
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.rpc import wire
-from cacheserver.rpc.calls import Call, Calls, Parts
+from cacheserver.rpc.calls import Calls, Parts
 from cacheserver.rpc.status import RpcStatus
 from cacheserver.tasks import end
 
@@ -51,7 +52,8 @@ class Batch:
             ShuttingDownError: the service is going down. What had begun has been answered.
         """
         reading = self._watched(asyncio.create_task(self._read(parts, call), name="batch_reading"))
-        going_down = self._watched(asyncio.create_task(self._calls.going_down.wait(), name="batch_going_down"))
+        waiting = self._calls.reception.going_down.wait()
+        going_down = self._watched(asyncio.create_task(waiting, name="batch_going_down"))
         is_open = True
         try:
             while is_open or self._working:
@@ -91,7 +93,7 @@ class Batch:
 
     async def _place(self) -> None:
         """Return when one more request may be worked on."""
-        while self._places_taken >= (1 if self._calls.are_full else self._in_flight):
+        while self._places_taken >= (1 if self._calls.reception.are_full else self._in_flight):
             self._place_left.clear()
             await self._place_left.wait()
 

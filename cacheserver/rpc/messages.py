@@ -17,6 +17,9 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.struct_pb2 import Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from cacheserver.calls.asking import Asked
+from cacheserver.calls.call import Call
+from cacheserver.calls.directives import read_cache_control
 from cacheserver.errors import InvalidRequestError, NotImplementedYetError
 from cacheserver.identity import validate
 from cacheserver.model import (
@@ -32,8 +35,6 @@ from cacheserver.model import (
     VariantPolicy,
 )
 from cacheserver.pb import promptcache_pb2 as pb
-from cacheserver.rpc.calls import Call
-from cacheserver.rpc.headers import read_cache_control
 
 T = TypeVar("T")
 
@@ -141,18 +142,14 @@ class Problems:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A GetImageRequest as values: the picture wanted by its request or its key, and on what terms."""
+class RpcAsked(Asked):
+    """A GetImageRequest as values: what it asks for, and how the bytes are to travel."""
 
-    namespace: Namespace
-    what: ImageRequest | CacheKey
-    terms: Terms
     delivery: Delivery
     max_inline_bytes: int
-    match_level: MatchLevel | None
 
 
-def read_get_image(message: pb.GetImageRequest, namespace: Namespace, call: Call, problems: Problems) -> Asked:
+def read_get_image(message: pb.GetImageRequest, namespace: Namespace, call: Call, problems: Problems) -> RpcAsked:
     """What a GetImageRequest asks for. The call's `cache-control` counts where a field is unset.
 
     Raises:
@@ -164,7 +161,7 @@ def read_get_image(message: pb.GetImageRequest, namespace: Namespace, call: Call
         _check_by_key(message, problems)
     else:
         what = _with_use(what, message.use, namespace, problems)
-    asked = Asked(
+    asked = RpcAsked(
         namespace=namespace,
         what=what,
         terms=_read_terms(message, namespace, call, problems),

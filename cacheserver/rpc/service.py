@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from types import MappingProxyType
 from typing import Protocol
 
@@ -15,59 +13,48 @@ import grpc
 from cacheserver.accounting.books import CounterBooks
 from cacheserver.accounting.reading import Query, Report
 from cacheserver.cache import PromptCache
+from cacheserver.calls import directives
+from cacheserver.calls.asking import Asking
+from cacheserver.calls.call import Call
+from cacheserver.calls.reception import Reception
 from cacheserver.errors import (
-    CacheServerError,
     ImageChangedError,
     ImageTooLargeError,
     InvalidRequestError,
-    KeyGoneError,
     NoSignedUrlsError,
-    NotCachedError,
     OffsetOutOfRangeError,
     PermissionDeniedError,
-    PiiFoundError,
-    PromptDeniedError,
-    PromptRefusedError,
-    UpstreamInvalidError,
 )
 from cacheserver.generation.images import BadImageError, ImageFacts
 from cacheserver.identity import differences, identify
-from cacheserver.interfaces import Clock, Prompts
+from cacheserver.interfaces import Clock
 from cacheserver.model import (
     CachedImage,
     CacheKey,
     CachePolicy,
     GeneratedImage,
-    Identity,
     ImageRequest,
     LiveState,
-    MatchLevel,
     Namespace,
-    Outcome,
     Pending,
     Permission,
     Served,
     StatsField,
-    TierName,
     VariantPolicy,
 )
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.precheck import PromptPolicy
 from cacheserver.recall import Recall
-from cacheserver.rpc import headers, messages, replies, wire
-from cacheserver.rpc.auth import Authenticator
+from cacheserver.rpc import messages, replies, wire
 from cacheserver.rpc.batch import Batch
-from cacheserver.rpc.calls import Call, Calls, Parts
+from cacheserver.rpc.calls import Calls, Parts
 from cacheserver.rpc.live import live_message
-from cacheserver.rpc.messages import Asked, Delivery, Problems, PutHeader, Resume
-from cacheserver.rpc.recorded import kind_of_failure, kinds_of_answer
+from cacheserver.rpc.messages import Delivery, Problems, PutHeader, Resume, RpcAsked
 from cacheserver.rpc.stats import read_query
 from cacheserver.rpc.warm import WarmImages
 from cacheserver.warming import Warming
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["PromptCacheService"].full_name
-
-DEFAULT_NAMESPACE = "default"
 
 _ITEMS_PER_TURN = 200
 """Keying so many requests takes about 10 ms; then other calls get their turn."""
@@ -94,22 +81,6 @@ class FigureSource(Protocol):
         ...
 
 
-class Trace(Protocol):
-    """Notes what is answered."""
-
-    def answered(
-        self,
-        served: Served,
-        outcome: Outcome,
-        what: ImageRequest | CacheKey,
-        *,
-        namespace: Namespace,
-        match_level: MatchLevel | None,
-    ) -> None:
-        """A picture was answered to a call for `what`. Never waits and never fails."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Bounds on calls: bytes that one may move, how many run at a time, seconds between reports of progress.
@@ -117,7 +88,6 @@ class Limits:
     `batch_in_flight` are the items of one batch that are worked on at a time.
     """
 
-    max_concurrent_calls: int = 4_096
     batch_in_flight: int = 32
     max_image_bytes: int = 50_000_000
     chunk_bytes: int = 256 * 1024
@@ -131,49 +101,36 @@ class PromptCacheService:
         self,
         *,
         cache: PromptCache,
-        namespaces: Iterable[Namespace],
-        default_model: str,
-        authenticator: Authenticator,
+        asking: Asking,
+        reception: Reception,
         books: CounterBooks,
         inspect: Inspect,
         clock: Clock,
         limits: Limits,
         warming: Warming,
+        recall: Recall,
         policies: Mapping[str, PromptPolicy] = MappingProxyType({}),
         figures: FigureSource | None = None,
-        trace: Trace | None = None,
         live: Callable[[], LiveState] | None = None,
-        prompts: Prompts | None = None,
     ) -> None:
-        """`default_model` is that of namespaces that have none of their own; `policies` are by namespace.
+        """`policies` are by namespace, those that `asking` has too.
 
-        `figures` are those of all replicas; None where none are kept. `trace` is None where nothing is recorded.
-        `live` tells how the process stands now.
-        `prompts` is where those of namespaces with store_prompts are recorded.
+        `figures` are those of all replicas; None where none are kept. `live` tells how the process stands now.
         """
         self._figures = figures
-        self._trace = trace
-        self._prompts = prompts
-        self._policies = policies
         self._live = live
         self._cache = cache
-        self._namespaces = {
-            namespace.name: replace(namespace, default_model=namespace.default_model or default_model)
-            for namespace in namespaces
-        }
+        self._asking = asking
         self._books = books
         self._inspect = inspect
         self._clock = clock
         self._limits = limits
-        self._recall = Recall()
-        self._calls = Calls(
-            authenticator=authenticator,
-            books=books,
-            clock=clock,
-            max_in_progress=limits.max_concurrent_calls,
-            recall=self._recall,
+        self._recall = recall
+        self._reception = reception
+        self._calls = Calls(reception)
+        self._warm = WarmImages(
+            warming, read=self._asked, namespace_of=asking.namespace, policies=policies, books=books
         )
-        self._warm = WarmImages(warming, read=self._asked, namespace_of=self._namespace, policies=policies, books=books)
 
     def handler(self) -> grpc.GenericRpcHandler:
         """What a grpc.aio server needs to serve this.
@@ -201,32 +158,32 @@ class PromptCacheService:
     async def idle(self) -> None:
         """Return when every call that has begun is answered. Warm-ups end where they stand."""
         self._warm.stop()
-        await self._calls.idle()
+        await self._reception.idle()
 
     # ── asking ──────────────────────────────────────────────────────────────────────────────────────────────
 
     async def get_image(self, message: pb.GetImageRequest, call: Call) -> bytes:
         """Images from the fastest tier that has them; what is missing is generated."""
-        with self._booked(call):
-            asked = await self._screened(self._asked(message, call))
+        with self._asking.booked(call):
+            asked = await self._asking.screened(self._asked(message, call))
             self._check_delivery(asked)
-            answer = await self._answer(asked, call)
+            answer = await self._asking.answer(asked, call)
             if isinstance(answer, Pending):
-                call.trailers.append(("cache-status", headers.pending_status()))
+                call.trailers.append(("cache-status", directives.pending_status()))
                 return replies.pending_response(answer).SerializeToString()
             response = await self._deliver(answer, asked)
-            self._book(answer, asked, call)
+            self._asking.book(answer, asked, call)
         slowest = replies.slowest(answer)
-        status = headers.cache_status(slowest, asked.terms.cache_policy, self._clock.now_s())
+        status = directives.cache_status(slowest, asked.terms.cache_policy, self._clock.now_s())
         call.trailers.append(("cache-status", status))
         return response
 
     async def stream_image(self, message: pb.StreamImageRequest, call: Call) -> AsyncGenerator[bytes, None]:
         """Progress while waiting, then each image as a header and chunks."""
-        with self._booked(call):
-            asked = await self._screened(self._asked(message.request, call, prefix="request."))
+        with self._asking.booked(call):
+            asked = await self._asking.screened(self._asked(message.request, call, prefix="request."))
             resume = messages.read_resume(message, asked.terms, Problems())
-            waiting = asyncio.create_task(self._answer(asked, call), name="stream_image")
+            waiting = asyncio.create_task(self._asking.answer(asked, call), name="stream_image")
             try:
                 while not await self._is_done_within(waiting, self._limits.progress_s):
                     yield self._progress(asked, call)
@@ -238,7 +195,7 @@ class PromptCacheService:
                     yield event
                 return
             _check_resume(answer[0].entry, resume)
-            self._book(answer, asked, call)
+            self._asking.book(answer, asked, call)
         for index, served in enumerate(answer):
             header = pb.ImageHeader(
                 image=replies.image_facts(served.entry),
@@ -255,71 +212,14 @@ class PromptCacheService:
         batch = Batch(calls=self._calls, get_image=self.get_image, in_flight=self._limits.batch_in_flight)
         return batch.answers(parts, call)
 
-    def _asked(self, message: pb.GetImageRequest, call: Call, prefix: str = "") -> Asked:
-        namespace = self._namespace(message.namespace, Permission.READ, call, prefix)
+    def _asked(self, message: pb.GetImageRequest, call: Call, prefix: str = "") -> RpcAsked:
+        namespace = self._asking.namespace(message.namespace, Permission.READ, call, prefix)
         asked = messages.read_get_image(message, namespace, call, Problems(prefix))
         if isinstance(asked.what, ImageRequest):
             call.model, call.quality = asked.what.model, asked.what.quality
         return asked
 
-    async def _screened(self, asked: Asked) -> Asked:
-        """The call with the prompt that its namespace lets pass. Raises PromptDeniedError or PiiFoundError."""
-        if isinstance(asked.what, CacheKey):
-            return asked
-        return replace(asked, what=await self._pass(asked.what, asked.namespace))
-
-    async def _pass(self, request: ImageRequest, namespace: Namespace) -> ImageRequest:
-        policy = self._policies.get(namespace.name)
-        if policy is None:
-            return request
-        try:
-            prompt = policy.screened(request.prompt)
-            if prompt is None:
-                prompt = await policy.screen(request.prompt)
-        except (PromptDeniedError, PiiFoundError) as error:
-            self._books.refused(namespace.name, error.reason)
-            raise
-        return replace(request, prompt=prompt)
-
-    def _redacted(self, request: ImageRequest, namespace: Namespace) -> ImageRequest:
-        """The request as it is keyed, for calls that look and never make: nothing is refused."""
-        policy = self._policies.get(namespace.name)
-        return request if policy is None else replace(request, prompt=policy.redacted(request.prompt))
-
-    async def _answer(self, asked: Asked, call: Call) -> list[Served] | Pending:
-        if isinstance(asked.what, CacheKey):
-            served = await self._cache.get_by_key(
-                asked.what, namespace=asked.namespace, caller=call.caller, terms=asked.terms
-            )
-            answer = served if isinstance(served, Pending) else [served]
-        else:
-            answer = await self._answer_request(asked.what, asked, call)
-        call.answer = answer
-        if isinstance(answer, Pending):
-            for _ in answer.keys:
-                self._answered(call, Outcome.PENDING)
-        return answer
-
-    async def _answer_request(self, request: ImageRequest, asked: Asked, call: Call) -> list[Served] | Pending:
-        identity = call.wanted = identify(request, asked.namespace, asked.match_level)
-        asking = self._cache.get(request, identity, namespace=asked.namespace, caller=call.caller, terms=asked.terms)
-        if self._prompts is None or not asked.namespace.store_prompts:
-            return await asking
-        record = partial(
-            self._prompts.record, request=request, namespace=asked.namespace.name, identity=identity, n=asked.terms.n
-        )
-        try:
-            answer = await asking
-        except CacheServerError as error:
-            if (kind := kind_of_failure(error)) is not None:
-                record(kind)
-            raise
-        if not isinstance(answer, Pending):
-            for kind in kinds_of_answer(answer, asked.terms, self._clock.now_s()):
-                record(kind)
-        return answer
-
-    def _check_delivery(self, asked: Asked) -> None:
+    def _check_delivery(self, asked: RpcAsked) -> None:
         """Refuse before any spend what could not be delivered after it."""
         if asked.delivery is not Delivery.URL:
             return
@@ -328,7 +228,7 @@ class PromptCacheService:
         if not self._cache.can_sign_urls:
             raise NoSignedUrlsError("No tier of this service can sign URLs: ask for INLINE or use StreamImage.")
 
-    async def _deliver(self, answer: list[Served], asked: Asked) -> bytes:
+    async def _deliver(self, answer: list[Served], asked: RpcAsked) -> bytes:
         """The response with bytes inline or URLs, all pictures the same way: `max_inline_bytes` is for the answer."""
         rest = pb.GetImageResponse(
             status=replies.status_of_answer(answer),
@@ -360,7 +260,7 @@ class PromptCacheService:
             timer.cancel()
         return task.done()
 
-    def _progress(self, asked: Asked, call: Call) -> bytes:
+    def _progress(self, asked: RpcAsked, call: Call) -> bytes:
         if isinstance(asked.what, CacheKey):
             keys = [asked.what]
         else:
@@ -370,7 +270,7 @@ class PromptCacheService:
         is_known = isinstance(asked.what, CacheKey) or asked.terms.variant_policy is VariantPolicy.FIRST
         progress = pb.Progress(
             keys=[key.name for key in keys] if is_known else [],
-            waited=replies.duration(self._seconds(call)),
+            waited=replies.duration(self._reception.seconds(call)),
             estimated_wait=replies.duration(self._cache.estimated_wait_s(keys)),
         )
         return pb.StreamImageResponse(progress=progress).SerializeToString()
@@ -379,7 +279,7 @@ class PromptCacheService:
 
     async def find_cached(self, message: pb.FindCachedRequest, call: Call) -> bytes:
         """In which tier each image is."""
-        namespace = self._namespace(message.namespace, Permission.READ, call)
+        namespace = self._asking.namespace(message.namespace, Permission.READ, call)
         keys = await self._find_keys(message, namespace)
         found, silent = await self._cache.find(keys)
         response = pb.FindCachedResponse(
@@ -406,14 +306,14 @@ class PromptCacheService:
     def _key(self, what: ImageRequest | CacheKey, variant: int, namespace: Namespace) -> CacheKey:
         if isinstance(what, CacheKey):
             return what
-        return identify(self._redacted(what, namespace), namespace).key.with_variant(variant)
+        return identify(self._asking.redacted(what, namespace), namespace).key.with_variant(variant)
 
     async def put_image(self, parts: Parts[pb.PutImageRequest], call: Call) -> bytes:
         """Store an image the caller already has."""
         message = await _first_header(parts)
-        namespace = self._namespace(message.namespace, Permission.PUT, call, prefix="header.")
+        namespace = self._asking.namespace(message.namespace, Permission.PUT, call, prefix="header.")
         header = messages.read_put_header(message, namespace, self._clock.now_s(), Problems("header."))
-        header = replace(header, request=await self._pass(header.request, namespace))
+        header = replace(header, request=await self._asking.passed(header.request, namespace))
         image = await self._inspected(await _rest(parts, self._limits.max_image_bytes), header)
         entry, created = await self._cache.put(
             image,
@@ -450,7 +350,7 @@ class PromptCacheService:
 
     async def purge_images(self, message: pb.PurgeImagesRequest, call: Call) -> bytes:
         """Remove images from every tier, or count them."""
-        namespace = self._namespace(message.namespace, Permission.PURGE, call)
+        namespace = self._asking.namespace(message.namespace, Permission.PURGE, call)
         problems = Problems()
         key, tag, request = None, None, None
         match message.WhichOneof("selector"):
@@ -463,31 +363,26 @@ class PromptCacheService:
             case _ if not message.everything:
                 problems.add("selector", "set key, spec, tag, or everything to true")
         problems.check()
-        identity = None if request is None else identify(self._redacted(request, namespace), namespace)
+        identity = None if request is None else identify(self._asking.redacted(request, namespace), namespace)
         try:
             result = await self._cache.purge(namespace, key=key, identity=identity, tag=tag, dry_run=message.dry_run)
         finally:
-            if key is None and tag is None and not message.dry_run:
-                await self._forget_prompts(namespace, identity)
+            if key is None and tag is None and not message.dry_run:  # whatever tier could not be purged
+                await self._asking.forget_prompts(namespace, None if identity is None else identity.key)
         counts = replies.tier_counts(result.per_tier)
         return pb.PurgeImagesResponse(images=result.images, tiers=counts).SerializeToString()
-
-    async def _forget_prompts(self, namespace: Namespace, identity: Identity | None) -> None:
-        """What was asked for is not to outlive its pictures, whatever tier could not be purged."""
-        if self._prompts is not None and namespace.store_prompts:
-            await self._prompts.forget(namespace.name, None if identity is None else identity.key)
 
     # ── explaining ──────────────────────────────────────────────────────────────────────────────────────────
 
     async def explain_key(self, message: pb.ExplainKeyRequest, call: Call) -> bytes:
         """How a request becomes its key and, for two requests, why their keys differ."""
-        namespace = self._namespace(message.namespace, Permission.READ, call)
+        namespace = self._asking.namespace(message.namespace, Permission.READ, call)
         problems = Problems()
         level = messages.read_match_level(message.match_level, problems)
         paths = ["spec", "other"] if message.HasField("other") else ["spec"]
         requests = [messages.read_spec(getattr(message, path), path, namespace, problems) for path in paths]
         problems.check()
-        first, *others = [identify(self._redacted(request, namespace), namespace, level) for request in requests]
+        first, *others = [identify(self._asking.redacted(request, namespace), namespace, level) for request in requests]
         response = pb.ExplainKeyResponse(explanation=replies.explanation(first))
         for other in others:
             response.other.CopyFrom(replies.explanation(other))
@@ -503,7 +398,7 @@ class PromptCacheService:
         """The counters of this process since it started, or the figures of all replicas for a span of time."""
         if message.namespace:
             namespaces: frozenset[str] | None = frozenset(
-                {self._namespace(message.namespace, Permission.READ, call).name}
+                {self._asking.namespace(message.namespace, Permission.READ, call).name}
             )
         elif Permission.READ in call.caller.permissions:
             namespaces = call.caller.namespaces
@@ -522,80 +417,6 @@ class PromptCacheService:
         if self._live is not None:
             response.live.CopyFrom(live_message(self._live()))
         return response.SerializeToString()
-
-    # ── common ──────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _namespace(self, name: str, permission: Permission, call: Call, prefix: str = "") -> Namespace:
-        """The namespace a call names. Rights come first, so that nobody learns which others exist."""
-        name = name or DEFAULT_NAMESPACE
-        if not call.caller.may(permission, name):
-            raise PermissionDeniedError(f"This caller may not {permission} in this namespace.")
-        namespace = self._namespaces.get(name)
-        if namespace is None:
-            raise InvalidRequestError({f"{prefix}namespace": "is not a namespace of this service"})
-        call.namespace = namespace.name
-        return namespace
-
-    def _seconds(self, call: Call) -> float:
-        return self._clock.monotonic_s() - call.started_s
-
-    def _book(self, answer: list[Served], asked: Asked, call: Call) -> None:
-        for served in answer:
-            outcome = _outcome(served)
-            if self._trace is not None:
-                self._trace.answered(
-                    served, outcome, asked.what, namespace=asked.namespace, match_level=asked.match_level
-                )
-            self._books.answered(
-                call.namespace,
-                outcome,
-                served.would_hit or served.tier,
-                seconds=self._seconds(call),
-                image_bytes=served.entry.size_bytes,
-                saved_microusd=served.saved_microusd,
-                would_cost_microusd=served.saved_microusd + served.cost_microusd,
-                model=call.model or served.entry.image.model,
-                quality=call.quality or served.entry.image.quality,
-                caller=call.caller.name,
-                is_degraded=served.degraded,
-            )
-
-    def _answered(self, call: Call, outcome: Outcome) -> None:
-        """Book an answer without a picture."""
-        self._books.answered(
-            call.namespace,
-            outcome,
-            None,
-            seconds=self._seconds(call),
-            model=call.model,
-            quality=call.quality,
-            caller=call.caller.name,
-        )
-
-    @contextmanager
-    def _booked(self, call: Call) -> Iterator[None]:
-        """Books the call if it fails. Without a known namespace there is no row for it."""
-        try:
-            yield
-        except Exception as error:
-            if call.namespace:
-                self._answered(call, _outcome_of_failure(error))
-            raise
-
-
-def _outcome_of_failure(error: Exception) -> Outcome:
-    if isinstance(error, NotCachedError | KeyGoneError):
-        return Outcome.NOT_CACHED
-    is_remembered = isinstance(error, PromptRefusedError | UpstreamInvalidError) and error.cached
-    return Outcome.NEGATIVE if is_remembered else Outcome.ERROR
-
-
-def _outcome(served: Served) -> Outcome:
-    if served.would_hit is not None:
-        return Outcome.OBSERVED
-    if served.tier is not TierName.UPSTREAM:
-        return Outcome.STALE if served.stale else Outcome.HIT
-    return Outcome.COLLAPSED if served.collapsed else Outcome.MISS
 
 
 async def _end(task: asyncio.Task[list[Served] | Pending]) -> None:

@@ -9,6 +9,8 @@ from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
+from cacheserver.calls.asking import Asked
+from cacheserver.calls.call import Call
 from cacheserver.errors import (
     CacheServerError,
     InvalidRequestError,
@@ -32,8 +34,8 @@ from cacheserver.model import (
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.precheck import PromptPolicy
 from cacheserver.rpc import replies
-from cacheserver.rpc.calls import Call, Parts
-from cacheserver.rpc.messages import Asked, Problems
+from cacheserver.rpc.calls import Parts
+from cacheserver.rpc.messages import Problems
 from cacheserver.rpc.status import status_of
 from cacheserver.warming import Batch, JobOptions, Progress, Warming, WarmItem, WarmOutcome, WarmTotals
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from cacheserver.calls.directives import Directives, cache_status, pending_status, read_cache_control
 from cacheserver.model import CachedImage, CacheKey, CachePolicy, GeneratedImage, MatchLevel, Served, TierName
-from cacheserver.rpc.headers import Directives, cache_status, pending_status, read_cache_control
 
 NOW_S = 1_800_000_000.0
 

@@ -6,9 +6,9 @@ import hashlib
 
 import pytest
 
+from cacheserver.calls.auth import Authenticator
 from cacheserver.errors import UnauthenticatedError
 from cacheserver.model import Caller, Permission
-from cacheserver.rpc.auth import Authenticator
 
 SHOP = Caller("shop", frozenset({Permission.READ}))
 BLOG = Caller("blog", frozenset({Permission.READ}))

@@ -1,0 +1,243 @@
+"""Asking for pictures, whatever transport the call came by: screen, identify, ask the cache, book. Decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Protocol, TypeVar
+
+from cacheserver.cache import PromptCache
+from cacheserver.calls.call import Call
+from cacheserver.calls.recorded import kind_of_failure, kinds_of_answer
+from cacheserver.errors import (
+    CacheServerError,
+    InvalidRequestError,
+    KeyGoneError,
+    NotCachedError,
+    PermissionDeniedError,
+    PiiFoundError,
+    PromptDeniedError,
+    PromptRefusedError,
+    UpstreamInvalidError,
+)
+from cacheserver.identity import identify
+from cacheserver.interfaces import Books, Clock, Prompts
+from cacheserver.model import (
+    CacheKey,
+    ImageRequest,
+    MatchLevel,
+    Namespace,
+    Outcome,
+    Pending,
+    Permission,
+    Served,
+    Terms,
+    TierName,
+)
+from cacheserver.precheck import PromptPolicy
+
+DEFAULT_NAMESPACE = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a call asks for, as values: the picture wanted by its request or its key, and on what terms."""
+
+    namespace: Namespace
+    what: ImageRequest | CacheKey
+    terms: Terms
+    match_level: MatchLevel | None
+
+
+A = TypeVar("A", bound=Asked)
+
+
+class Trace(Protocol):
+    """Notes what is answered."""
+
+    def answered(
+        self,
+        served: Served,
+        outcome: Outcome,
+        what: ImageRequest | CacheKey,
+        *,
+        namespace: Namespace,
+        match_level: MatchLevel | None,
+    ) -> None:
+        """A picture was answered to a call for `what`. Never waits and never fails."""
+        ...
+
+
+class Asking:
+    """Answers what calls ask for, within their callers' rights and their namespaces' policies."""
+
+    def __init__(  # noqa: PLR0913 - the parts it stands between, by keyword
+        self,
+        *,
+        cache: PromptCache,
+        namespaces: Iterable[Namespace],
+        default_model: str,
+        books: Books,
+        clock: Clock,
+        policies: Mapping[str, PromptPolicy] = MappingProxyType({}),
+        prompts: Prompts | None = None,
+        trace: Trace | None = None,
+    ) -> None:
+        """`default_model` is that of namespaces that have none of their own; `policies` are by namespace.
+
+        `prompts` is where those of namespaces with store_prompts are recorded. `trace` is None where nothing is.
+        """
+        self._cache = cache
+        self._namespaces = {
+            namespace.name: replace(namespace, default_model=namespace.default_model or default_model)
+            for namespace in namespaces
+        }
+        self._books = books
+        self._clock = clock
+        self._policies = policies
+        self._prompts = prompts
+        self._trace = trace
+
+    def namespace(self, name: str, permission: Permission, call: Call, prefix: str = "") -> Namespace:
+        """The namespace a call names. Rights come first, so that nobody learns which others exist.
+
+        Raises:
+            PermissionDeniedError: the caller may not do this there.
+            InvalidRequestError: there is none of this name.
+        """
+        name = name or DEFAULT_NAMESPACE
+        if not call.caller.may(permission, name):
+            raise PermissionDeniedError(f"This caller may not {permission} in this namespace.")
+        namespace = self._namespaces.get(name)
+        if namespace is None:
+            raise InvalidRequestError({f"{prefix}namespace": "is not a namespace of this service"})
+        call.namespace = namespace.name
+        return namespace
+
+    async def screened(self, asked: A) -> A:
+        """The call with the prompt that its namespace lets pass. Raises PromptDeniedError or PiiFoundError."""
+        if isinstance(asked.what, CacheKey):
+            return asked
+        return replace(asked, what=await self.passed(asked.what, asked.namespace))
+
+    async def passed(self, request: ImageRequest, namespace: Namespace) -> ImageRequest:
+        """The request with the prompt that its namespace lets pass. Raises PromptDeniedError or PiiFoundError."""
+        policy = self._policies.get(namespace.name)
+        if policy is None:
+            return request
+        try:
+            prompt = policy.screened(request.prompt)
+            if prompt is None:
+                prompt = await policy.screen(request.prompt)
+        except (PromptDeniedError, PiiFoundError) as error:
+            self._books.refused(namespace.name, error.reason)
+            raise
+        return replace(request, prompt=prompt)
+
+    def redacted(self, request: ImageRequest, namespace: Namespace) -> ImageRequest:
+        """The request as it is keyed, for calls that look and never make: nothing is refused."""
+        policy = self._policies.get(namespace.name)
+        return request if policy is None else replace(request, prompt=policy.redacted(request.prompt))
+
+    async def answer(self, asked: Asked, call: Call) -> list[Served] | Pending:
+        """What the cache answers to a screened call."""
+        if isinstance(asked.what, CacheKey):
+            served = await self._cache.get_by_key(
+                asked.what, namespace=asked.namespace, caller=call.caller, terms=asked.terms
+            )
+            answer = served if isinstance(served, Pending) else [served]
+        else:
+            answer = await self._answer_request(asked.what, asked, call)
+        call.answer = answer
+        if isinstance(answer, Pending):
+            for _ in answer.keys:
+                self._book_without_picture(call, Outcome.PENDING)
+        return answer
+
+    async def _answer_request(self, request: ImageRequest, asked: Asked, call: Call) -> list[Served] | Pending:
+        identity = call.wanted = identify(request, asked.namespace, asked.match_level)
+        asking = self._cache.get(request, identity, namespace=asked.namespace, caller=call.caller, terms=asked.terms)
+        if self._prompts is None or not asked.namespace.store_prompts:
+            return await asking
+        record = partial(
+            self._prompts.record, request=request, namespace=asked.namespace.name, identity=identity, n=asked.terms.n
+        )
+        try:
+            answer = await asking
+        except CacheServerError as error:
+            if (kind := kind_of_failure(error)) is not None:
+                record(kind)
+            raise
+        if not isinstance(answer, Pending):
+            for kind in kinds_of_answer(answer, asked.terms, self._clock.now_s()):
+                record(kind)
+        return answer
+
+    async def forget_prompts(self, namespace: Namespace, key: CacheKey | None) -> None:
+        """What was asked for is not to outlive its pictures: those of the key's identity, or with None of all."""
+        if self._prompts is not None and namespace.store_prompts:
+            await self._prompts.forget(namespace.name, key)
+
+    # ── booking ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def book(self, answer: list[Served], asked: Asked, call: Call) -> None:
+        """Book the pictures of an answer, once nothing keeps them from going out."""
+        seconds = self._clock.monotonic_s() - call.started_s
+        for served in answer:
+            outcome = _outcome(served)
+            if self._trace is not None:
+                self._trace.answered(
+                    served, outcome, asked.what, namespace=asked.namespace, match_level=asked.match_level
+                )
+            self._books.answered(
+                call.namespace,
+                outcome,
+                served.would_hit or served.tier,
+                seconds=seconds,
+                image_bytes=served.entry.size_bytes,
+                saved_microusd=served.saved_microusd,
+                would_cost_microusd=served.saved_microusd + served.cost_microusd,
+                model=call.model or served.entry.image.model,
+                quality=call.quality or served.entry.image.quality,
+                caller=call.caller.name,
+                is_degraded=served.degraded,
+            )
+
+    @contextmanager
+    def booked(self, call: Call) -> Iterator[None]:
+        """Books the call if it fails. Without a known namespace there is no row for it."""
+        try:
+            yield
+        except Exception as error:
+            if call.namespace:
+                self._book_without_picture(call, _outcome_of_failure(error))
+            raise
+
+    def _book_without_picture(self, call: Call, outcome: Outcome) -> None:
+        self._books.answered(
+            call.namespace,
+            outcome,
+            None,
+            seconds=self._clock.monotonic_s() - call.started_s,
+            model=call.model,
+            quality=call.quality,
+            caller=call.caller.name,
+        )
+
+
+def _outcome_of_failure(error: Exception) -> Outcome:
+    if isinstance(error, NotCachedError | KeyGoneError):
+        return Outcome.NOT_CACHED
+    is_remembered = isinstance(error, PromptRefusedError | UpstreamInvalidError) and error.cached
+    return Outcome.NEGATIVE if is_remembered else Outcome.ERROR
+
+
+def _outcome(served: Served) -> Outcome:
+    if served.would_hit is not None:
+        return Outcome.OBSERVED
+    if served.tier is not TierName.UPSTREAM:
+        return Outcome.STALE if served.stale else Outcome.HIT
+    return Outcome.COLLAPSED if served.collapsed else Outcome.MISS

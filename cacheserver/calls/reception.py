@@ -1,0 +1,139 @@
+"""Where every call begins and ends: counted, let in or turned away, told in one log line, remembered."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+import structlog
+
+from cacheserver.calls.auth import Authenticator
+from cacheserver.calls.call import NOBODY, Call, is_fit_id, request_id_of
+from cacheserver.errors import OverloadedError, ShuttingDownError
+from cacheserver.interfaces import Books, Clock
+from cacheserver.recall import Recall
+
+_log = structlog.get_logger(__name__)
+
+OK = "OK"
+"""The code of a call that did not fail; others are the transport's own."""
+
+
+class Reception:
+    """Lets calls in, and knows how many are in progress."""
+
+    def __init__(
+        self,
+        *,
+        authenticator: Authenticator,
+        books: Books,
+        clock: Clock,
+        max_in_progress: int,
+        recall: Recall | None = None,
+    ) -> None:
+        """Calls beyond `max_in_progress` are turned away before they cost anything. `recall` is told of every call."""
+        self._recall = recall
+        self._max_in_progress = max_in_progress
+        self._authenticator = authenticator
+        self._books = books
+        self._clock = clock
+        self._in_progress = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.going_down = asyncio.Event()
+        """Set once the service only answers what has begun: a stream of items takes no further one."""
+
+    @property
+    def are_full(self) -> bool:
+        """Whether one more would be turned away."""
+        return self._in_progress >= self._max_in_progress
+
+    async def idle(self) -> None:
+        """Let nothing more in, and return when every call that has begun is answered."""
+        self.going_down.set()
+        await self._idle.wait()
+
+    def begin(self, rpc: str, metadata: Mapping[str, str], *, deadline_s: float | None) -> Call:
+        """A call has come. Whoever serves it says `end` when its answer has gone out."""
+        self._in_progress += 1
+        self._idle.clear()
+        return Call(rpc, metadata, request_id_of(metadata), deadline_s, self._clock.monotonic_s())
+
+    def end(self) -> None:
+        """The answer of a call has gone out, or nobody waits for it."""
+        self._in_progress -= 1
+        if not self._in_progress:
+            self._idle.set()
+
+    def begin_item(self, stream: Call, item_id: str) -> Call:
+        """One item of a stream, as a call of its own: under the stream's request id and its own.
+
+        (Or its number in the stream, where its own is not fit for a log.) It has the stream's caller, metadata and
+        deadline, and ends like any call.
+        """
+        stream.items += 1
+        self._in_progress += 1
+        now_s = self._clock.monotonic_s()
+        left_s = None if stream.deadline_s is None else max(0.0, stream.started_s + stream.deadline_s - now_s)
+        request_id = f"{stream.request_id}/{item_id if is_fit_id(item_id) else f'?{stream.items}'}"
+        return Call(stream.rpc, stream.metadata, request_id, left_s, now_s, stream.caller)
+
+    def admit(self, call: Call) -> None:
+        """Find out who calls.
+
+        Raises:
+            OverloadedError: there are too many calls already.
+            ShuttingDownError: the service is going down.
+            UnauthenticatedError: nobody we know.
+        """
+        if self._in_progress > self._max_in_progress:
+            raise OverloadedError(f"More than {self._max_in_progress} calls at a time; try again.")
+        if self.going_down.is_set():
+            raise ShuttingDownError("The service is shutting down; try another replica.")
+        call.caller = self._authenticator.authenticate(call.metadata)
+
+    def seconds(self, call: Call) -> float:
+        """How long the call has taken so far."""
+        return self._clock.monotonic_s() - call.started_s
+
+    def is_late(self, call: Call) -> bool:
+        """Whether its deadline has passed."""
+        return call.deadline_s is not None and self.seconds(call) >= call.deadline_s
+
+    def succeeded(self, call: Call) -> None:
+        """The call is answered."""
+        if fallbacks := call.fallbacks:
+            self._books.client_fallbacks(call.namespace, fallbacks)
+        self.conclude(call, OK)
+
+    def failed(self, call: Call, code: str, reason: str, *, exc_info: Exception | None = None) -> None:
+        """The call ends with an error, for this published reason; `exc_info` where we are to blame."""
+        self._books.error(reason)
+        self.conclude(call, code, reason=reason, exc_info=exc_info)
+
+    def conclude(self, call: Call, code: str, *, reason: str = "", exc_info: Exception | None = None) -> None:
+        """Write the call's one line, and remember it if its caller is known."""
+        seconds = self.seconds(call)
+        if self._recall is not None and call.caller is not NOBODY:
+            self._recall.note(
+                call.request_id,
+                rpc=call.rpc,
+                time_s=self._clock.now_s() - seconds,
+                caller=call.caller.name,
+                namespace=call.namespace,
+                seconds=seconds,
+                reason="" if code == OK else reason or code,
+                answer=call.answer,
+                wanted=call.wanted,
+            )
+        log = _log.error if exc_info else _log.info
+        log(
+            "call",
+            rpc=call.rpc,
+            code=code,
+            reason=reason,
+            caller=call.caller.name,
+            namespace=call.namespace,
+            seconds=round(seconds, 6),
+            exc_info=exc_info,
+        )
