@@ -68,7 +68,7 @@ LIBRARIES: dict[str, set[str]] = {
     "PIL": {"generation"},
     "aiohttp": {"generation"},
     "httpx": {"generation", "alarms", "cli", "embedded", "client/openai.py"},
-    "starlette": {"http"},
+    "starlette": {"http", "app"},
     "uvicorn": {"http"},
     "prometheus_client": {"accounting", "http", "app", "cli"},
     "pydantic": {"settings"},

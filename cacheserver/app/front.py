@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import functools
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 
 from prometheus_client import Gauge
+from starlette.routing import BaseRoute
 
 from cacheserver.alarms import Alarms
 from cacheserver.app.background import keep_doing
 from cacheserver.app.core import Core
 from cacheserver.app.live import live_view
 from cacheserver.app.policies import build_policies
+from cacheserver.app.routes import build_routes
 from cacheserver.app.tiers import CONTROL_TIMEOUT_S
 from cacheserver.calls.asking import Asking
 from cacheserver.calls.auth import Authenticator
@@ -33,8 +36,16 @@ from cacheserver.whatif.recording import FLUSH_S, TraceFile, TraceRecorder
 _ANYBODY = Caller("anonymous", frozenset(Permission))
 
 
-async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack) -> RpcServer:
-    """The server of both APIs, not started yet. Raises ConfigError."""
+@dataclass(frozen=True, slots=True)
+class Front:
+    """What callers reach: the server of both gRPC APIs, not started yet, and the routes of HTTP."""
+
+    rpc: RpcServer
+    routes: list[BaseRoute]
+
+
+async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack) -> Front:
+    """The two transports over one cache. Raises ConfigError."""
     settings, clock, books, lower = core.settings, core.clock, core.books, core.lower
     generation, server = settings.generation, settings.server
     prompts = _prompts(core, undo=undo)
@@ -100,13 +111,14 @@ async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack) -> Rp
         tls_cert_file=server.tls_cert_file,
         tls_key_file=server.tls_key_file,
     )
-    return RpcServer(
+    rpc = RpcServer(
         service,
         listen=listen,
         tiers=[tier.name for tier in lower.tiers],
         further=[admin],
         max_receive_bytes=server.max_receive_bytes,
     )
+    return Front(rpc, build_routes(core, asking=asking, reception=reception))
 
 
 def _warming(core: Core) -> Warming:

@@ -21,6 +21,7 @@ from cacheserver.app.patience import Patience
 from cacheserver.app.tiers import describe_tiers, tier_states
 from cacheserver.app.watching import watch
 from cacheserver.clock import SystemClock
+from cacheserver.http.application import application
 from cacheserver.http.operations import operations
 from cacheserver.http.server import HttpServer
 from cacheserver.interfaces import Clock
@@ -76,11 +77,12 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
     async with AsyncExitStack() as undo:
         core = await build_core(settings, patience=patience, clock=clock, undo=undo)
         alarms = build_alarms(core, undo=undo)
-        rpc = await build_front(core, alarms=alarms, undo=undo)
+        front = await build_front(core, alarms=alarms, undo=undo)
+        rpc = front.rpc
         ready = asyncio.Event()
         tiers = functools.partial(tier_states, core.lower.tiers)
         http = HttpServer(
-            operations(registry=core.registry, is_ready=ready.is_set, tiers=tiers),
+            application(front.routes, operations(registry=core.registry, is_ready=ready.is_set, tiers=tiers)),
             host=settings.server.http_host,
             port=settings.server.http_port,
         )

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from cacheserver.model import TierName
 
 
 def operations(
     *, registry: CollectorRegistry, is_ready: Callable[[], bool], tiers: Callable[[], dict[TierName, bool]]
-) -> Starlette:
-    """The application: `/healthz`, `/readyz` and `/metrics`.
+) -> list[BaseRoute]:
+    """The routes: `/healthz`, `/readyz` and `/metrics`.
 
     `/healthz` answers 200 while the process can answer at all; `/readyz` 200 while calls are taken and 503
     while starting or draining. A tier that is down makes the service slower, not unready: `/readyz` names it.
@@ -35,10 +34,8 @@ def operations(
     async def metrics(_: Request) -> Response:
         return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
-    return Starlette(
-        routes=[
-            Route("/healthz", healthz, methods=["GET"]),
-            Route("/readyz", readyz, methods=["GET"]),
-            Route("/metrics", metrics, methods=["GET"]),
-        ]
-    )
+    return [
+        Route("/healthz", healthz, methods=["GET"]),
+        Route("/readyz", readyz, methods=["GET"]),
+        Route("/metrics", metrics, methods=["GET"]),
+    ]

@@ -1,0 +1,45 @@
+"""What an HTTP call is answered with: a status, headers, and a body that is never copied on its way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from starlette.types import Receive, Scope, Send
+
+Chunk = bytes | memoryview
+
+
+@dataclass(slots=True)
+class Answer:
+    """An ASGI response whose body is sent in pieces as they are made: as fast as its client reads them.
+
+    `length_bytes` None sends the body chunked, as long as it goes on.
+    """
+
+    status: int
+    headers: dict[str, str]
+    body: Iterable[Chunk] | AsyncIterable[Chunk] = field(default=(), repr=False)
+    length_bytes: int | None = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
+        """Send it. To HEAD the server sends no body."""
+        headers = [(name.encode("ascii"), value.encode("latin-1")) for name, value in self.headers.items()]
+        if self.length_bytes is not None:
+            headers.append((b"content-length", b"%d" % self.length_bytes))
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        if scope["method"] != "HEAD":
+            if isinstance(self.body, AsyncIterable):
+                async for chunk in self.body:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            else:
+                for chunk in self.body:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def json_answer(document: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
+    """`document` as JSON."""
+    body = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    return Answer(status, {"content-type": "application/json", **(headers or {})}, (body,), len(body))

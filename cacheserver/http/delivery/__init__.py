@@ -1,0 +1,1 @@
+"""Stored images by URL, in the size and format that is asked for."""

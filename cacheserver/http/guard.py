@@ -1,0 +1,55 @@
+"""Keeps web pages from spending money: a browser sends their requests to loopback addresses, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from http import HTTPStatus
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from cacheserver.http.status import HttpError
+
+
+class Guard:
+    """Which requests may be served at all.
+
+    With callers a token is needed, which no page of others can know. Without, whoever reaches the port may spend: then
+    only requests to a name of ours are taken (a page could have its own name resolve to our address), and none that a
+    page of another origin sends.
+    """
+
+    def __init__(self, *, has_callers: bool, is_open: bool, hosts: Iterable[str]) -> None:
+        """`is_open`: the operator wants everybody who can connect to be served. `hosts` are further names of ours."""
+        self._lets_all_in = has_callers or is_open
+        self._hosts = {host.lower() for host in hosts}
+
+    def check(self, metadata: Mapping[str, str]) -> None:
+        """Return if the request may be served.
+
+        Raises:
+            HttpError: 403.
+        """
+        if self._lets_all_in:
+            return
+        if not self._is_ours(_host_of(f"//{metadata.get('host', '')}")):
+            text = "This name is not one of server.http_hosts; set it there, or use the address itself."
+            raise HttpError(HTTPStatus.FORBIDDEN, text, code="host_not_allowed")
+        origin = metadata.get("origin")
+        if origin is not None and not self._is_ours(_host_of(origin)):
+            text = "Pages of other origins may not ask a service without callers; add [[callers]] and send a token."
+            raise HttpError(HTTPStatus.FORBIDDEN, text, code="origin_not_allowed")
+
+    def _is_ours(self, host: str | None) -> bool:
+        if host is None:
+            return False
+        try:
+            return ip_address(host).is_loopback or host in self._hosts
+        except ValueError:
+            return host == "localhost" or host in self._hosts
+
+
+def _host_of(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).hostname
+    except ValueError:
+        return None
