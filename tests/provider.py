@@ -25,7 +25,7 @@ from PIL import Image
 
 from cacheserver.errors import UpstreamError
 from cacheserver.generation.prices import split
-from cacheserver.model import Delivery, GeneratedImage, ImageRequest, RateLimits
+from cacheserver.model import Delivery, GeneratedImage, ImageRequest, PartialImage, RateLimits
 
 API_KEY = "sk-test-provider-key"
 GPT_IMAGE_MODELS = ("gpt-image-2", "gpt-image-2-2026-04-21")
@@ -368,6 +368,8 @@ class FakeUpstream:
         self.is_priced = True  # False: nobody says what a call costs
         self.asked: list[tuple[ImageRequest, tuple[int, ...]]] = []
         self.price_factors: list[Decimal] = []
+        self.partials: list[bytes] = []  # what each call gives of its picture beforehand, as far as it is asked to
+        self.partials_asked: list[int] = []
         self.during: Callable[[], Awaitable[None]] | None = None  # runs inside each call, once it is released
         self._errors: deque[UpstreamError] = deque()
         self._numbers = itertools.count()
@@ -401,13 +403,19 @@ class FakeUpstream:
         *,
         price_factor: Decimal = Decimal(1),
         most_microusd: int = 0,
+        partial_images: int = 0,
+        on_partial: Callable[[PartialImage], None] | None = None,
     ) -> Delivery:
         self.price_factors.append(price_factor)
+        self.partials_asked.append(partial_images)
         self.calls += 1
         self.asked.append((request, tuple(variants)))
         async with self._arrival:
             self._arrival.notify_all()
         await self._open.wait()
+        if on_partial is not None:
+            for index, data in enumerate(self.partials[:partial_images]):
+                on_partial(PartialImage(data, index))
         if self.during is not None:
             await self.during()
         if self._errors:

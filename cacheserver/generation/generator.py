@@ -50,6 +50,7 @@ from cacheserver.model import (
     ImageRequest,
     Order,
     Outlook,
+    PartialImage,
     Priority,
     Usage,
 )
@@ -77,6 +78,7 @@ class _Ears:
 
     on_spending: Callable[[], None]
     on_spare: Callable[[GeneratedImage], None]
+    on_partial: Callable[[PartialImage], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,11 @@ class _Work:
     job: Job
     variants: Sequence[int]
     ears: _Ears
+
+    @property
+    def partial_images(self) -> int:
+        """How many partial pictures to ask for: none that nobody hears of."""
+        return self.order.partial_images if self.ears.on_partial is not None else 0
 
 
 class Generator:
@@ -159,11 +166,13 @@ class Generator:
         *,
         on_spending: Callable[[], None],
         on_spare: Callable[[GeneratedImage], None],
+        on_partial: Callable[[PartialImage], None] | None = None,
     ) -> list[GeneratedImage]:
         """One picture for each of `variants`, or fewer, never none.
 
         May be cancelled for free until it calls `on_spending`, right before the first upstream is called. Every
-        picture paid for beyond those returned goes to `on_spare`.
+        picture paid for beyond those returned goes to `on_spare`. `on_partial` gets the partial pictures of each try,
+        if a single picture is ordered.
 
         Raises:
             InvalidRequestError: nobody makes pictures with the order's model.
@@ -175,7 +184,7 @@ class Generator:
         if not self._pool.serving(order.request.model):
             raise self._not_served()
         self._refusals.check(order)
-        ears = _Ears(on_spending, on_spare)
+        ears = _Ears(on_spending, on_spare, on_partial if len(variants) == order.candidates == 1 else None)
         works = [self._work(order, chunk, ears) for chunk in self._chunks(order, variants)]
         self._jobs[id(order)] = [work.job for work in works]
         try:
@@ -398,7 +407,12 @@ class Generator:
         closed = replace(attempt, outcome=AttemptOutcome.UNKNOWN, reason=CacheServerError.reason)
         try:
             delivery = await lane.upstream.generate(
-                request, work.variants, price_factor=factor, most_microusd=attempt.estimate_microusd
+                request,
+                work.variants,
+                price_factor=factor,
+                most_microusd=attempt.estimate_microusd,
+                partial_images=work.partial_images,
+                on_partial=work.ears.on_partial,
             )
             closed = _delivered(attempt, delivery)
         except UpstreamError as error:

@@ -41,7 +41,7 @@ from cacheserver.generation.providers.exchanges import (
 from cacheserver.generation.providers.openai_errors import error_of, request_id
 from cacheserver.generation.providers.rate_limits import read_limits
 from cacheserver.interfaces import Clock
-from cacheserver.model import Delivery, GeneratedImage, ImageRequest, JsonValue, RateLimits, Usage
+from cacheserver.model import Delivery, GeneratedImage, ImageRequest, JsonValue, PartialImage, RateLimits, Usage
 
 _T = TypeVar("_T")
 
@@ -193,13 +193,15 @@ class OpenAIUpstream:
         """Our names of the models it makes pictures with."""
         return tuple(self._endpoint.models)
 
-    async def generate(
+    async def generate(  # noqa: PLR0913 - what a call to an upstream is made of
         self,
         request: ImageRequest,
         variants: Sequence[int],
         *,
         price_factor: Decimal = Decimal(1),
         most_microusd: int = 0,
+        partial_images: int = 0,  # noqa: ARG002 - no provider is asked for any yet
+        on_partial: Callable[[PartialImage], None] | None = None,  # noqa: ARG002 - as above
     ) -> Delivery:
         """Make one picture for each of `variants` in one call, `max_n` at most; fewer if some came damaged or late."""
         started_s = self._clock.monotonic_s()

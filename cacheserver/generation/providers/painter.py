@@ -11,7 +11,7 @@ import math
 import random
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from decimal import Decimal
 
@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from cacheserver.errors import UpstreamInvalidError
 from cacheserver.generation.images import inspect
 from cacheserver.interfaces import Clock
-from cacheserver.model import Delivery, GeneratedImage, ImageRequest
+from cacheserver.model import Delivery, GeneratedImage, ImageRequest, PartialImage
 
 MODEL = "painter"
 """The one model the painter serves: its pictures are never taken for a real model's."""
@@ -51,13 +51,15 @@ class PainterUpstream:
         """Its name in config, metrics and logs."""
         return MODEL
 
-    async def generate(
+    async def generate(  # noqa: PLR0913 - what a call to an upstream is made of
         self,
         request: ImageRequest,
         variants: Sequence[int],
         *,
         price_factor: Decimal = Decimal(1),  # noqa: ARG002 - it costs nothing
         most_microusd: int = 0,  # noqa: ARG002 - as above
+        partial_images: int = 0,  # noqa: ARG002 - it paints in one go
+        on_partial: Callable[[PartialImage], None] | None = None,  # noqa: ARG002 - as above
     ) -> Delivery:
         """One picture for each of `variants`."""
         started_s = self._clock.monotonic_s()
