@@ -9,6 +9,7 @@ from typing import Any
 
 from cacheserver.control.budgets import LocalBudgets
 from cacheserver.generation.generator import Generator
+from cacheserver.generation.inputs import Inputs
 from cacheserver.generation.limits import LocalLimits
 from cacheserver.generation.pool import Lane, Pool, Terms
 from cacheserver.generation.prices import PriceTable
@@ -100,6 +101,7 @@ def build_generator(
         worth=Worth(pool=pool, prices=PriceTable.load(), theirs={}),
         refusals=Refusals(ttl_s=600.0, monotonic_s=clock.monotonic_s),
         scorer=scorer or TechnicalScorer(),
+        inputs=Inputs(max_bytes=64 * 1024 * 1024, max_pixels=40_000_000),
         books=books,
         clock=clock,
         default_model=of[0].terms.models[0],

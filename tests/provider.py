@@ -34,7 +34,7 @@ OPEN_MODELS = ("qwen-image",)
 
 _PARAMETERS = frozenset(
     {"prompt", "model", "n", "user", "safety_identifier", "size", "quality", "background", "moderation"}
-    | {"output_format", "output_compression"}
+    | {"output_format", "output_compression", "stream", "partial_images"}
 )
 _CHOICES: Mapping[str, frozenset[str]] = {
     "quality": frozenset({"low", "medium", "high", "auto"}),
@@ -42,7 +42,9 @@ _CHOICES: Mapping[str, frozenset[str]] = {
     "output_format": frozenset({"png", "jpeg", "webp"}),
     "moderation": frozenset({"low", "auto"}),
 }
-_DEPLOYMENT = re.compile(r"/openai/deployments/([^/]+)/images/generations")
+_MAKING = re.compile(r"(?:/v1|/openai/deployments/(?P<deployment>[^/]+))/images/(?P<kind>generations|edits)")
+_PARTIAL_TOKENS = 100
+_INPUT_IMAGE_TOKENS = 1_024
 
 
 def small_image(number: int, image_format: str = "png", size: tuple[int, int] = (64, 48)) -> bytes:
@@ -85,6 +87,28 @@ class HttpRequest:
         parsed: dict[str, Any] = json.loads(self.body)
         return parsed
 
+    def form(self) -> list[FormPart]:
+        """The parts of a multipart form, in order."""
+        _, _, boundary = self.headers["content-type"].partition("boundary=")
+        [first, *parts, last] = self.body.split(b"--" + boundary.strip('"').encode())
+        assert (first, last) == (b"", b"--\r\n")
+        return [FormPart.read(part) for part in parts]
+
+
+@dataclass(frozen=True)
+class FormPart:
+    name: str
+    file_name: str | None
+    content_type: str
+    data: bytes
+
+    @staticmethod
+    def read(part: bytes) -> FormPart:
+        head, _, data = part.partition(b"\r\n\r\n")
+        headers = dict(line.split(": ", 1) for line in head.decode("ascii").strip().split("\r\n"))
+        said = dict(re.findall(r'(\w+)="([^"]*)"', headers["Content-Disposition"]))
+        return FormPart(said["name"], said.get("filename"), headers.get("Content-Type", ""), data.removesuffix(b"\r\n"))
+
 
 @dataclass
 class Reply:
@@ -112,10 +136,15 @@ def error_reply(
     return Reply(status, json.dumps({"error": error}).encode(), headers=dict(headers or {}))
 
 
+def events(*documents: Mapping[str, Any]) -> bytes:
+    """A stream of these events, each named by its type."""
+    return b"".join(f"event: {each['type']}\ndata: {json.dumps(each)}\n\n".encode() for each in documents)
+
+
 class OpenAIStandIn:
     """A local HTTP server shaped like OpenAI's images API. As strict as the real one with GPT image models.
 
-    `calls` counts generations asked for, `images` pictures made, `requests` keeps what was received.
+    `calls` counts generations and edits asked for, `images` pictures made, `requests` keeps what was received.
     Pictures have the size asked for, 64x48 where none is and whatever their bytes need with `min_image_bytes`.
     `by_url` answers with URLs on this server; `image_url` with that URL, whatever it is.
     """
@@ -133,6 +162,7 @@ class OpenAIStandIn:
         self.image_url: str | None = None
         self.min_image_bytes = 0
         self.native_format: str | None = None  # what is made whatever output_format says
+        self.streams = True  # False: `stream` is taken and ignored
         self._next: deque[Callable[[HttpRequest], Reply | None]] = deque()
         self._edit: deque[Callable[[dict[str, Any]], None]] = deque()
         self._files: dict[str, Reply] = {}
@@ -238,9 +268,9 @@ class OpenAIStandIn:
 
     async def _reply(self, request: HttpRequest) -> Reply | None:
         self.requests.append(request)
-        azure = _DEPLOYMENT.fullmatch(request.path)
-        if request.method == "POST" and (azure or request.path == "/v1/images/generations"):
-            return await self._generation(request, azure.group(1) if azure else None)
+        making = _MAKING.fullmatch(request.path)
+        if request.method == "POST" and making:
+            return await self._making(request, making["deployment"], is_edit=making["kind"] == "edits")
         if request.method == "GET" and request.path in {"/v1/models", "/openai/models"}:
             listed = [{"id": model, "object": "model"} for model in self.models]
             return self._unauthorized(request) or Reply(body=json.dumps({"object": "list", "data": listed}).encode())
@@ -248,19 +278,23 @@ class OpenAIStandIn:
             return self._files[request.path]
         return error_reply(404, message="Invalid URL")
 
-    async def _generation(self, request: HttpRequest, deployment: str | None) -> Reply | None:
+    async def _making(self, request: HttpRequest, deployment: str | None, *, is_edit: bool) -> Reply | None:
         self.calls += 1
         async with self._arrival:
             self._arrival.notify_all()
         await self._open.wait()
         if self._next:
             return self._next.popleft()(request)
-        body = request.json()
+        body = _fields(request.form()) if is_edit else request.json()
         if deployment is not None:
             if "model" in body:
                 return error_reply(400, "unknown_parameter", param="model")
             body["model"] = deployment
-        return self._unauthorized(request) or _violation(body, self.models) or self._made(body)
+        inputs = sum(part.file_name is not None for part in request.form()) if is_edit else 0
+        refusal = self._unauthorized(request) or _violation(body, self.models)
+        if refusal is None and is_edit and not inputs:
+            refusal = error_reply(400, "missing_required_parameter", param="image")
+        return refusal or self._made(body, inputs)
 
     def _unauthorized(self, request: HttpRequest) -> Reply | None:
         azure = request.path.startswith("/openai/")
@@ -269,13 +303,15 @@ class OpenAIStandIn:
             return None
         return error_reply(401, "invalid_api_key", message=f"Incorrect API key provided: {sent}")
 
-    def _made(self, body: dict[str, Any]) -> Reply:
+    def _made(self, body: dict[str, Any], inputs: int) -> Reply:
         n = body.get("n") or 1
+        partials = (body.get("partial_images") or 0) if body.get("stream") and self.streams else 0
         image_format = body.get("output_format") or "png"
         size, quality = body.get("size") or "auto", body.get("quality") or "auto"
         size = "1024x1024" if size == "auto" else size
         quality = "medium" if quality == "auto" else quality
-        tokens_in, tokens_out = math.ceil(len(body["prompt"]) / 4), n * _output_tokens(size, quality)
+        text_in, image_in = math.ceil(len(body["prompt"]) / 4), inputs * _INPUT_IMAGE_TOKENS
+        tokens_in, tokens_out = text_in + image_in, n * _output_tokens(size, quality) + partials * _PARTIAL_TOKENS
         answer: dict[str, Any] = {
             "created": 1_800_000_000,
             "background": "transparent" if body.get("background") == "transparent" else "opaque",
@@ -287,13 +323,15 @@ class OpenAIStandIn:
                 "total_tokens": tokens_in + tokens_out,
                 "input_tokens": tokens_in,
                 "output_tokens": tokens_out,
-                "input_tokens_details": {"text_tokens": tokens_in, "image_tokens": 0},
+                "input_tokens_details": {"text_tokens": text_in, "image_tokens": image_in},
                 "output_tokens_details": {"image_tokens": tokens_out, "text_tokens": 0},
             },
         }
         if self._edit:
             self._edit.popleft()(answer)
-        return Reply(body=json.dumps(answer).encode())
+        if not (body.get("stream") and self.streams):
+            return Reply(body=json.dumps(answer).encode())
+        return _streamed(answer, "image_edit" if inputs else "image_generation", partials)
 
     def _item(self, image_format: str, prompt: str, size: str) -> dict[str, Any]:
         self.images += 1
@@ -310,6 +348,31 @@ class OpenAIStandIn:
         if self.by_url:
             return {"url": self.file(f"{self.images}.{image_format}", Reply(body=data, content_type="image/any"))}
         return {"b64_json": base64.b64encode(data).decode()}
+
+
+def _fields(form: Sequence[FormPart]) -> dict[str, Any]:
+    """What a form says beside its files, as JSON would have it."""
+    texts = {part.name: part.data.decode() for part in form if part.file_name is None}
+    numbers = {name: int(texts[name]) for name in ("n", "output_compression", "partial_images") if name in texts}
+    return texts | numbers | ({"stream": texts["stream"] == "true"} if "stream" in texts else {})
+
+
+def _streamed(answer: Mapping[str, Any], kind: str, partials: int) -> Reply:
+    """An answer of one picture as a stream: `partials` coarse pictures, then the picture itself."""
+    facts = {name: answer[name] for name in ("size", "quality", "background", "output_format")}
+    facts["created_at"] = answer["created"]
+    coarse = [
+        {"type": f"{kind}.partial_image", "partial_image_index": index, "b64_json": partial_b64(index), **facts}
+        for index in range(partials)
+    ]
+    [picture] = answer["data"]
+    completed = {"type": f"{kind}.completed", **facts, **picture, "usage": answer["usage"]}
+    return Reply(body=events(*coarse, completed), content_type="text/event-stream; charset=utf-8")
+
+
+def partial_b64(index: int) -> str:
+    """The partial picture of this index, as every stream has it."""
+    return base64.b64encode(small_image(10_000 + index)).decode()
 
 
 def _violation(body: Mapping[str, Any], models: Sequence[str]) -> Reply | None:

@@ -23,6 +23,7 @@ from cacheserver.embedded.lock import DirectoryLock
 from cacheserver.errors import ConfigError
 from cacheserver.figures import DAY_S, HOUR_S
 from cacheserver.generation.generator import Generator
+from cacheserver.generation.inputs import Inputs
 from cacheserver.generation.limits import LocalLimits
 from cacheserver.generation.pool import Lane, Pool, PriceStep, Terms
 from cacheserver.generation.prices import PriceTable
@@ -110,6 +111,7 @@ async def build_miss_path(
         worth=Worth(pool=pool, prices=prices, theirs=_named(settings)),
         refusals=Refusals(ttl_s=generation.refusal_ttl_s, monotonic_s=clock.monotonic_s),
         scorer=_build_scorer(settings, clock=clock, undo=undo),
+        inputs=Inputs(max_bytes=generation.max_image_bytes, max_pixels=generation.max_image_pixels),
         books=books,
         clock=clock,
         default_model=settings.model,
@@ -140,6 +142,7 @@ def build_upstream(written: UpstreamSettings, settings: Settings, *, prices: Pri
             max_pixels=settings.generation.max_image_pixels,
             connect_timeout_s=written.connect_timeout_s,
             timeout_s=written.read_timeout_s,
+            stream=written.stream,
         ),
         prices=prices,
         clock=clock,

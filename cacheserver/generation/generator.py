@@ -16,7 +16,6 @@ import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from random import Random
 
 import structlog
@@ -30,6 +29,7 @@ from cacheserver.errors import (
     UpstreamError,
     UpstreamLimitedError,
 )
+from cacheserver.generation.inputs import Inputs, size_of_inputs
 from cacheserver.generation.ladder import Ladder
 from cacheserver.generation.pool import Lane, Pool
 from cacheserver.generation.prices import PriceTable
@@ -61,7 +61,7 @@ _log = structlog.get_logger(__name__)
 _SHORTEST_WAIT_S = 0.5
 _CLOSING_S = 5.0
 _JOB_BYTES = 2_000
-"""What a waiting job takes beside its prompt."""
+"""What a waiting job takes beside its prompt and input images."""
 
 PATIENCE_S: Mapping[Priority, float] = {
     Priority.INTERACTIVE: 60.0,
@@ -110,6 +110,7 @@ class Generator:
         worth: Worth,
         refusals: Refusals,
         scorer: Scorer,
+        inputs: Inputs,
         books: Books,
         clock: Clock,
         default_model: str,
@@ -131,6 +132,7 @@ class Generator:
         self._worth = worth
         self._refusals = refusals
         self._scorer = scorer
+        self._inputs = inputs
         self._books = books
         self._clock = clock
         self._default_model = default_model
@@ -175,7 +177,7 @@ class Generator:
         if a single picture is ordered.
 
         Raises:
-            InvalidRequestError: nobody makes pictures with the order's model.
+            InvalidRequestError: nobody makes pictures with the order's model, or an input image is none.
             CannotAffordError: a budget does not allow it; with the rungs below.
             LedgerUnavailableError: nothing can be written down, so nothing is bought.
             QueueFullError: too many wait.
@@ -184,6 +186,7 @@ class Generator:
         if not self._pool.serving(order.request.model):
             raise self._not_served()
         self._refusals.check(order)
+        await self._inputs.check(order.request)
         ears = _Ears(on_spending, on_spare, on_partial if len(variants) == order.candidates == 1 else None)
         works = [self._work(order, chunk, ears) for chunk in self._chunks(order, variants)]
         self._jobs[id(order)] = [work.job for work in works]
@@ -220,7 +223,7 @@ class Generator:
 
     def estimate_microusd(self, request: ImageRequest, n: int) -> int:
         """What `n` pictures may cost at most, at the dearest upstream; 0 where no price is known."""
-        return max(self._bounds_microusd(request, n), default=0)
+        return self._most_microusd(request, n)
 
     def cheapest_microusd(self, request: ImageRequest, n: int) -> int:
         """What `n` pictures may cost at most, at the cheapest upstream; 0 where no price is known."""
@@ -313,13 +316,15 @@ class Generator:
 
     def _work(self, order: Order, variants: Sequence[int], ears: _Ears) -> _Work:
         request, n = order.request, len(variants)
+        partial_images = order.partial_images if ears.on_partial is not None else 0
+        tokens = self._prices.tokens(request, n, partial_images=partial_images)
         job = Job(
             request,
-            Amounts(images=n, requests=1, tokens=self._prices.tokens(request, n)),
+            Amounts(images=n, requests=1, tokens=tokens),
             order.caller,
             order.priority,
             self._until_s(order.priority, order.deadline_s),
-            size_bytes=len(request.prompt) + _JOB_BYTES,
+            size_bytes=len(request.prompt) + size_of_inputs(request) + _JOB_BYTES,
         )
         return _Work(order, job, variants, ears)
 
@@ -330,7 +335,7 @@ class Generator:
         """Set the most a call can cost aside, and wait for its turn. A hedge is only made out of plenty."""
         order, now_s = work.order, self._clock.now_s()
         attempt_id = f"{int(now_s * 1000):013d}-{secrets.token_hex(8)}"
-        estimate = self.estimate_microusd(order.request, len(work.variants))
+        estimate = self._most_microusd(order.request, len(work.variants), partial_images=work.partial_images)
         try:
             await self._budgets.reserve(
                 attempt_id,
@@ -523,13 +528,17 @@ class Generator:
     def _not_served(self) -> InvalidRequestError:
         return InvalidRequestError({"spec.model": f"not served here; there are: {', '.join(self.models)}"})
 
-    def _bounds_microusd(self, request: ImageRequest, n: int) -> Iterator[int]:
+    def _most_microusd(self, request: ImageRequest, n: int, *, partial_images: int = 0) -> int:
+        return max(self._bounds_microusd(request, n, partial_images), default=0)
+
+    def _bounds_microusd(self, request: ImageRequest, n: int, partial_images: int = 0) -> Iterator[int]:
         """The most that `n` pictures can cost, by the prices there are for them."""
         for lane in self._pool.priced_apart(request.model):
-            yield self._most_microusd(request, n, lane.terms.max_cost_microusd, self._pool.price_factor(lane))
-
-    def _most_microusd(self, request: ImageRequest, n: int, most_each: int | None, factor: Decimal) -> int:
-        return self._prices.estimate_microusd(request, n, factor) if most_each is None else most_each * n
+            if (most_each := lane.terms.max_cost_microusd) is not None:
+                yield most_each * n
+            else:
+                factor = self._pool.price_factor(lane)
+                yield self._prices.estimate_microusd(request, n, factor, partial_images=partial_images)
 
     def _usable(self, model: str) -> Sequence[Lane]:
         lanes = self._pool.serving(model)

@@ -20,6 +20,15 @@ _REFERENCE_PIXELS = 1024 * 1024
 _MAX_TOKENS = 1_000_000_000
 _TOKENS_AROUND_A_PROMPT = 32
 _BYTES_PER_TOKEN = 4
+_TOKENS_OF_A_PARTIAL = 100
+"""Output tokens of a partial picture, by OpenAI's guide to image generation."""
+
+_TEXT_TOKENS_OF_AN_INPUT = 64
+"""Text tokens that the provider counts for an input image besides its image tokens: 16 to 45 were measured."""
+
+_MOST_INPUT_IMAGE_TOKENS = 8_273
+"""Of an input image of a model of which nobody knows it: as many as any listed one counts."""
+
 _SNAPSHOT_DATE = re.compile(r"-\d{4}-\d{2}-\d{2}$")
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 
@@ -29,11 +38,13 @@ class ModelPrice:
     """What one model charges, in USD: per million tokens by kind, and per image by quality, then size.
 
     `most_usd_per_image` is the dearer of an image's price, which is a rounded one, and of its output tokens.
+    `most_input_image_tokens` is what an input image of an edit has at most.
     """
 
     usd_per_million_tokens: Mapping[str, Decimal]
     usd_per_image: Mapping[str, Mapping[str, Decimal]]
     most_usd_per_image: Mapping[str, Mapping[str, Decimal]]
+    most_input_image_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,32 +99,42 @@ class PriceTable:
         usd = price.usd_per_image.get(quality, {}).get(size)
         return None if usd is None else _round(usd * _MICRO * n * factor)
 
-    def estimate_microusd(self, request: ImageRequest, n: int, factor: Decimal = Decimal(1)) -> int:
+    def estimate_microusd(
+        self, request: ImageRequest, n: int, factor: Decimal = Decimal(1), *, partial_images: int = 0
+    ) -> int:
         """The most that a call for `n` pictures of `request` can cost; 0 where no price is known.
 
         The dearest price where quality or size is left to the provider or not listed, more for a larger
-        picture; a prompt has at most as many tokens as bytes. `factor` is what the list price is multiplied by.
+        picture; a prompt has at most as many tokens as bytes, and an input image as many as the model counts for any.
+        `factor` is what the list price is multiplied by; `partial_images` come before a single picture.
         """
         price = self._price(request.model)
         if price is None:
             return 0
-        text_tokens = len(request.prompt.encode()) + _TOKENS_AROUND_A_PROMPT
-        text_usd = price.usd_per_million_tokens.get("text_input", Decimal(0)) * text_tokens / _MICRO
-        usd = (self._dearest_usd(price, request) * n + text_usd) * factor
-        return int((usd * _MICRO).to_integral_value(ROUND_CEILING))
+        inputs = len(request.inputs)
+        microusd = self._dearest_usd(price, request) * n * _MICRO
+        for kind, tokens in (
+            ("text_input", len(request.prompt.encode()) + _TOKENS_AROUND_A_PROMPT + inputs * _TEXT_TOKENS_OF_AN_INPUT),
+            # The provider takes a call for several pictures as so many calls.
+            ("image_input", inputs * price.most_input_image_tokens * n),
+            ("image_output", partial_images * _TOKENS_OF_A_PARTIAL),
+        ):
+            microusd += price.usd_per_million_tokens.get(kind, Decimal(0)) * tokens
+        return int((microusd * factor).to_integral_value(ROUND_CEILING))
 
     def has_images_of(self, model: str) -> bool:
         """Whether the table says what a picture of `model` costs, so that an estimate is an upper bound."""
         price = self._price(model)
         return price is not None and bool(price.most_usd_per_image)
 
-    def tokens(self, request: ImageRequest, n: int) -> int:
+    def tokens(self, request: ImageRequest, n: int, *, partial_images: int = 0) -> int:
         """About how many tokens a provider counts for `n` pictures of `request`; 0 where no price is known."""
         price = self._price(request.model)
         if price is None or not (per_token := price.usd_per_million_tokens.get("image_output", Decimal(0))):
             return 0
         text_tokens = len(request.prompt.encode()) // _BYTES_PER_TOKEN + 1
-        return text_tokens + int(self._dearest_usd(price, request) * n * _MICRO / per_token)
+        image_tokens = len(request.inputs) * price.most_input_image_tokens * n + partial_images * _TOKENS_OF_A_PARTIAL
+        return text_tokens + image_tokens + int(self._dearest_usd(price, request) * n * _MICRO / per_token)
 
     def _price(self, model: str) -> ModelPrice | None:
         return self.models.get(model) or self.models.get(_SNAPSHOT_DATE.sub("", model))
@@ -170,7 +191,8 @@ def _model_price(table: Mapping[str, Any]) -> ModelPrice:
         sizes = most.setdefault(quality, {})
         for size, count in counts.items():
             sizes[size] = max(sizes.get(size, Decimal(0)), count * per_million["image_output"] / _MICRO)
-    return ModelPrice(per_million, per_image, most)
+    most_input_tokens = table.get("most_input_image_tokens", _MOST_INPUT_IMAGE_TOKENS)
+    return ModelPrice(per_million, per_image, most, int(_amount(most_input_tokens)))
 
 
 def _by_quality(table: Mapping[str, Any], name: str) -> dict[str, dict[str, Decimal]]:

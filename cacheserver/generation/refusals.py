@@ -13,7 +13,7 @@ from cacheserver.errors import PromptRefusedError, UpstreamError, UpstreamInvali
 from cacheserver.model import ImageRequest, Order
 
 _REMEMBERED = 10_000
-_JUDGED = ("prompt", "model", "moderation", "extra")
+_JUDGED = ("prompt", "model", "moderation", "extra", "inputs")
 """What a provider's moderation sees: its verdict is the same whatever the picture's size."""
 
 
@@ -64,5 +64,6 @@ def _request_key(order: Order) -> bytes:
 def _key(namespace: str, request: ImageRequest, names: tuple[str, ...]) -> bytes:
     parts = {name: getattr(request, name) for name in names}
     parts["extra"] = dict(request.extra)
+    parts["inputs"] = [(image.role, image.sha256) for image in request.inputs]
     text = json.dumps([namespace, parts], sort_keys=True, default=repr)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import NamedTuple
 
 from cacheserver.identity.fingerprint import canonical_json
-from cacheserver.model import ImageRequest, JsonValue
+from cacheserver.model import ImageRequest, InputRole, JsonValue
 
 _MAX_PROMPT_CHARS = 32_000
 _MAX_EXTRA_BYTES = 64 * 1024
@@ -18,6 +18,10 @@ _MAX_EXTRA_DEPTH = 16
 _MAX_EXTRA_VIOLATIONS = 8
 _MAX_NAME_CHARS = 128
 _MAX_INPUTS = 16
+_MASK_TYPE = "image/png"
+_INPUT_TYPES = frozenset({"", "image/png", "image/jpeg", "image/webp"})
+"""What an input image may be; empty where only its digest is known."""
+
 _MIN_SIDE, _MAX_SIDE = 16, 8192
 _MAX_WHOLE_NUMBER = 2**53 - 1
 _MIN_SEED, _MAX_SEED = -(2**63), 2**63 - 1
@@ -122,6 +126,15 @@ def _inputs(request: ImageRequest) -> Iterator[Violation]:
     for index, image in enumerate(request.inputs):
         if not _SHA256.fullmatch(image.sha256):
             yield Violation(f"inputs[{index}].digest", 'must be "sha256:" and 64 lower-case hexadecimal digits')
+        if image.content_type not in _INPUT_TYPES:
+            yield Violation(f"inputs[{index}].data", "must be a PNG, JPEG or WebP image")
+        elif image.role is InputRole.MASK and image.content_type not in {"", _MASK_TYPE}:
+            yield Violation(f"inputs[{index}].data", "must be a PNG image: it is a mask")
+    masks = [index for index, image in enumerate(request.inputs) if image.role is InputRole.MASK]
+    if len(masks) > 1:
+        yield Violation(f"inputs[{masks[1]}].role", "is a second mask: there can be one")
+    if request.inputs and len(masks) == len(request.inputs):
+        yield Violation("inputs", "must have an image beside the mask: what it is a mask of")
 
 
 def _extra(extra: Mapping[str, JsonValue]) -> Iterator[Violation]:

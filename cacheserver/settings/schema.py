@@ -474,6 +474,9 @@ class UpstreamSettings(_Section):
         default=600.0, description="Seconds a generation may take; large images take minutes."
     )
     max_n: int = Field(default=10, ge=1, le=10, description="Images asked for in one call.")
+    stream: bool = Field(
+        default=True, description="Ask it for partial images where a caller wants some; false if it has none."
+    )
     limit_group: Name | None = Field(
         default=None, description="What shares its rate limits, as all keys of an organisation do. Unset: its own name."
     )

@@ -10,13 +10,15 @@ which was a fifth of all that a miss takes.
 
 from __future__ import annotations
 
+import io
 import ipaddress
 import ssl
 import urllib.request
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from http import HTTPStatus
+from typing import Protocol
 
 import aiohttp
 import httpx
@@ -40,12 +42,45 @@ _NOTHING_SENT = (
 )
 
 
+EVENT_STREAM = "text/event-stream"
+
+
+class Listener(Protocol):
+    """Takes an answer as it comes. What it raises ends the exchange."""
+
+    def begin(self, headers: Mapping[str, str]) -> None:
+        """An answer begins, with these headers."""
+        ...
+
+    async def take(self, chunk: bytes) -> bool:
+        """A part of its body; True if nothing more of it is wanted."""
+        ...
+
+
 class CannotConnectError(Exception):
     """There is no connection to the provider, so nothing was sent."""
 
 
 class ConnectionFailedError(Exception):
     """The connection failed when the request may have been sent. The message is the failure's kind and no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class FilePart:
+    """A file of a form. `file_name` says nothing of where the file comes from."""
+
+    name: str
+    file_name: str
+    content_type: str
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A body of type multipart/form-data: its texts by name, then its files in order."""
+
+    texts: Mapping[str, str] = field(repr=False)
+    files: Sequence[FilePart]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +93,10 @@ class Answer:
     """By name, however it is written."""
 
     body: bytes | None
-    """None, with the rest unread, if there is more of it than was to be taken."""
+    """None, with the rest unread, if there is more of it than was to be taken; empty if it was taken as it came."""
+
+    is_stream: bool
+    """Whether it was taken as it came."""
 
     private: bool
     """Whether it came straight from an address that is not on the internet."""
@@ -86,19 +124,21 @@ class Exchanges:
         url: str,
         *,
         headers: Mapping[str, str],
-        content: bytes | None,
+        content: bytes | Form | None,
         max_bytes: int,
         max_error_bytes: int,
+        listener: Listener | None = None,
     ) -> Answer:
         """One request and its answer. The caller sets the deadline.
 
         Args:
             method: POST, or GET.
             url: encoded.
-            headers: besides those that say how we read.
+            headers: besides those that say how we read, and the type of a form.
             content: the request's body.
             max_bytes: most that is taken of the body of a 200.
             max_error_bytes: most that is taken of any other.
+            listener: is given the body of a 200 that is an event stream.
 
         Raises:
             CannotConnectError: nothing was sent.
@@ -108,14 +148,18 @@ class Exchanges:
             async with self._session.request(
                 method,
                 URL(url, encoded=True),
-                data=content,
+                data=_form_data(content) if isinstance(content, Form) else content,
                 headers=headers,
                 allow_redirects=False,  # it would take the prompt and the key elsewhere
             ) as response:
-                most_bytes = max_bytes if response.status == HTTPStatus.OK else max_error_bytes
-                body = await _read_at_most(response, most_bytes)
                 private = self._proxy is None and _is_private(response)
-                return Answer(response.status, response.headers, body, private)
+                is_ok = response.status == HTTPStatus.OK
+                if listener is not None and is_ok and response.content_type == EVENT_STREAM:
+                    listener.begin(response.headers)
+                    await _pass_on(response, listener)
+                    return Answer(response.status, response.headers, b"", is_stream=True, private=private)
+                body = await _read_at_most(response, max_bytes if is_ok else max_error_bytes)
+                return Answer(response.status, response.headers, body, is_stream=False, private=private)
         # Not chained: what is quoted there may be the prompt, or a proxy's password.
         except _NOTHING_SENT as exc:
             raise CannotConnectError(type(exc).__name__) from None
@@ -153,6 +197,23 @@ class _Response(aiohttp.ClientResponse):
         if connection.transport is not None:
             self.peer = connection.transport.get_extra_info("peername")
         return await super().start(connection)
+
+
+def _form_data(form: Form) -> aiohttp.FormData:
+    """What aiohttp sends as a form, its length told beforehand. Good for one request; the files are not copied."""
+    data = aiohttp.FormData(default_to_multipart=True)
+    for name, text in form.texts.items():
+        data.add_field(name, text)
+    for file in form.files:
+        data.add_field(file.name, io.BytesIO(file.data), filename=file.file_name, content_type=file.content_type)
+    return data
+
+
+async def _pass_on(response: aiohttp.ClientResponse, listener: Listener) -> None:
+    async for chunk in response.content.iter_any():
+        if await listener.take(chunk):
+            response.close()
+            return
 
 
 async def _read_at_most(response: aiohttp.ClientResponse, max_bytes: int) -> bytes | None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import json
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -25,21 +22,27 @@ from cacheserver.errors import (
     UpstreamBadImageError,
     UpstreamDownError,
     UpstreamError,
+    UpstreamInvalidError,
     UpstreamNotEntitledError,
 )
 from cacheserver.generation.images import BadImageError, ImageFacts, asked_size, inspect
 from cacheserver.generation.prices import PriceTable, split, token_count
+from cacheserver.generation.providers.bodies import body_of, fields_of
 from cacheserver.generation.providers.download import ImageDownloads
 from cacheserver.generation.providers.exchanges import (
+    EVENT_STREAM,
     Answer,
     CannotConnectError,
     ConnectionFailedError,
     Exchanges,
+    Form,
     is_host,
     ssl_context,
 )
-from cacheserver.generation.providers.openai_errors import error_of, request_id
+from cacheserver.generation.providers.openai_errors import error_in_stream, error_of, request_id
 from cacheserver.generation.providers.rate_limits import read_limits
+from cacheserver.generation.providers.replies import Reply, from_base64, read_reply, reply_of_event
+from cacheserver.generation.providers.streams import PictureStream
 from cacheserver.interfaces import Clock
 from cacheserver.model import Delivery, GeneratedImage, ImageRequest, JsonValue, PartialImage, RateLimits, Usage
 
@@ -56,6 +59,9 @@ _CHECK_TIMEOUT_S = 10.0
 # Base64 takes four bytes for three; the rest is what JSON and a revised prompt need.
 _BASE64_GROWTH = 4 / 3
 _REPLY_OVERHEAD_BYTES = 256 * 1024
+
+_OF_STREAMING = frozenset({"stream", "partial_images"})
+"""Parameters that say how a picture comes and nothing of the picture."""
 
 _WORD = re.compile(r"[A-Za-z0-9_.:/\-]{1,64}")
 
@@ -106,24 +112,23 @@ class Endpoint:
     timeout_s: float = 600.0
     """For a whole call, download and decoding included."""
 
+    stream: bool = True
+    """Whether it gives partial pictures."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """A 200 of the provider. `private` says that it came from an address that is not on the internet."""
+    """A 200 of the provider. `private` says that it came from an address that is not on the internet.
+
+    Of a stream there is no body, but the event that `completed` it.
+    """
 
     body: bytes
     request_id: str
     private: bool
     told: RateLimits | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Reply:
-    """The JSON of an answer to a generation, as far as its shape can be believed."""
-
-    items: Sequence[Mapping[str, JsonValue]]
-    usage: Mapping[str, JsonValue] | None
-    facts: Mapping[str, JsonValue]
+    is_stream: bool
+    completed: Mapping[str, JsonValue] | None = None
 
 
 @dataclass(slots=True)
@@ -134,7 +139,7 @@ class _Bill:
     answer: _Answer
     price_factor: Decimal
     most_microusd: int
-    reply: _Reply | None = None
+    reply: Reply | None = None
 
     @property
     def resolved(self) -> tuple[str, str, str]:
@@ -149,8 +154,8 @@ class _Bill:
 class OpenAIUpstream:
     """An Upstream that speaks OpenAI's images API over HTTP.
 
-    A call is made once: whoever asks decides about another. Only a connection that failed, so that nothing was
-    sent, is tried a second time.
+    A call is made once: whoever asks decides about another. Only what cost nothing is tried a second time here: a
+    connection that failed, so that nothing was sent, and a call that was refused for the partial pictures asked for.
     """
 
     def __init__(self, endpoint: Endpoint, *, prices: PriceTable, clock: Clock) -> None:
@@ -163,6 +168,8 @@ class OpenAIUpstream:
         self._name = endpoint.name
         self._base_url = _base_url(endpoint)
         self._generations = {model: self._url("images/generations", model) for model in endpoint.models}
+        self._edits = {model: self._url("images/edits", model) for model in endpoint.models}
+        self._streams = endpoint.stream
         self._prices = prices.naming(endpoint.models)
         self._clock = clock
         self._exchanges = Exchanges(
@@ -200,24 +207,21 @@ class OpenAIUpstream:
         *,
         price_factor: Decimal = Decimal(1),
         most_microusd: int = 0,
-        partial_images: int = 0,  # noqa: ARG002 - no provider is asked for any yet
-        on_partial: Callable[[PartialImage], None] | None = None,  # noqa: ARG002 - as above
+        partial_images: int = 0,
+        on_partial: Callable[[PartialImage], None] | None = None,
     ) -> Delivery:
         """Make one picture for each of `variants` in one call, `max_n` at most; fewer if some came damaged or late."""
         started_s = self._clock.monotonic_s()
         deadline_s = asyncio.get_running_loop().time() + self._endpoint.timeout_s
         n = min(len(variants), self._endpoint.max_n)
-        answer = await self._exchange(
-            "POST",
-            self._generations[request.model],
-            json.dumps(self._body(request, n)).encode("ascii"),
-            timeout_s=self._endpoint.timeout_s,
-            max_bytes=_REPLY_OVERHEAD_BYTES + int(n * self._endpoint.max_image_bytes * _BASE64_GROWTH),
-        )
+        stream = None
+        if on_partial is not None and partial_images > 0 and n == 1 and self._streams:
+            stream = self._stream(partial_images, on_partial)
+        answer = await self._ask(request, n, stream)
         bill = _Bill(request, answer, price_factor, most_microusd)
         try:
             async with self._until(deadline_s):
-                bill.reply = reply = await self._read_reply(answer.body)
+                bill.reply = reply = await self._read_reply(answer)
             # All are paid for, so each has the deadline to itself: one that hangs takes no other with it.
             outcomes = await asyncio.gather(
                 *(self._picture(item, request, deadline_s, private=answer.private) for item in reply.items[:n]),
@@ -239,14 +243,74 @@ class OpenAIUpstream:
         await self._exchanges.aclose()
         await self._downloads.aclose()
 
-    async def _exchange(
-        self, method: str, url: str, content: bytes | None, *, timeout_s: float, max_bytes: int
+    async def _ask(self, request: ImageRequest, n: int, stream: PictureStream | None) -> _Answer:
+        """The answer to a request for `n` pictures; without partial ones if that is what is refused, at no cost."""
+        try:
+            return await self._ask_as_it_is(request, n, stream)
+        except UpstreamInvalidError as error:
+            if stream is None or error.field not in _OF_STREAMING:
+                raise
+            # It would refuse them in every call; the request itself is sound.
+            _log.warning("upstream_does_not_stream", upstream=self._name, advice="set stream = false")
+            self._streams = False
+            return await self._ask_as_it_is(request, n, None)
+
+    async def _ask_as_it_is(self, request: ImageRequest, n: int, stream: PictureStream | None) -> _Answer:
+        model = self._endpoint.models[request.model] if self._endpoint.style is Style.OPENAI else None
+        fields = fields_of(request, n, model=model, partial_images=stream.max_partials if stream is not None else 0)
+        try:
+            answer = await self._exchange(
+                "POST",
+                (self._edits if request.inputs else self._generations)[request.model],
+                body_of(fields, request.inputs),
+                timeout_s=self._endpoint.timeout_s,
+                max_bytes=_REPLY_OVERHEAD_BYTES + int(n * self._endpoint.max_image_bytes * _BASE64_GROWTH),
+                stream=stream,
+            )
+            if stream is not None and answer.is_stream:
+                await stream.end()
+                answer = replace(answer, completed=stream.completed)
+        except UpstreamError as error:
+            if stream is not None and stream.headers:
+                error.upstream_request_id, error.told = request_id(stream.headers), read_limits(stream.headers)
+            raise
+        return answer
+
+    def _stream(self, partial_images: int, on_partial: Callable[[PartialImage], None]) -> PictureStream:
+        return PictureStream(
+            self._name,
+            max_partials=partial_images,
+            on_partial=on_partial,
+            unpack=self._unpack_partial,
+            error_of=lambda headers, data: error_in_stream(self._name, headers, data, now_s=self._clock.now_s()),
+            max_event_bytes=_REPLY_OVERHEAD_BYTES + int(self._endpoint.max_image_bytes * _BASE64_GROWTH),
+        )
+
+    async def _exchange(  # noqa: PLR0913 - a request's parts, by keyword
+        self,
+        method: str,
+        url: str,
+        content: bytes | Form | None,
+        *,
+        timeout_s: float,
+        max_bytes: int,
+        stream: PictureStream | None = None,
     ) -> _Answer:
         """One HTTP exchange under a deadline; every answer but a 200 is raised as the error it stands for."""
-        headers = self._headers()
+        headers = self._headers(content, stream)
+        send = partial(
+            self._exchanges.send,
+            method,
+            url,
+            headers=headers,
+            content=content,
+            max_bytes=max_bytes,
+            max_error_bytes=_MAX_ERROR_BYTES,
+            listener=stream,
+        )
         try:
             async with asyncio.timeout(timeout_s):
-                answer = await self._send(method, url, headers, content, max_bytes)
+                answer = await _connected(send)
         except TimeoutError:
             raise UpstreamDownError(f"{self._name}: no answer within {timeout_s:.0f} s", cost_microusd=None) from None
         except CannotConnectError as exc:
@@ -256,33 +320,16 @@ class OpenAIUpstream:
             raise UpstreamDownError(f"{self._name}: the connection failed ({exc})", cost_microusd=None) from None
         return self._take(answer, max_bytes)
 
-    async def _send(
-        self, method: str, url: str, headers: Mapping[str, str], content: bytes | None, max_bytes: int
-    ) -> Answer:
-        send = partial(
-            self._exchanges.send,
-            method,
-            url,
-            headers=headers,
-            content=content,
-            max_bytes=max_bytes,
-            max_error_bytes=_MAX_ERROR_BYTES,
-        )
-        try:
-            return await send()
-        except CannotConnectError:
-            return await send()
-
     def _take(self, answer: Answer, max_bytes: int) -> _Answer:
         told = read_limits(answer.headers)
         if answer.status != HTTPStatus.OK:
             error = error_of(self._name, answer.status, answer.headers, answer.body or b"", now_s=self._clock.now_s())
             error.told = told
             raise error
-        if not answer.body:
+        if not answer.body and not answer.is_stream:
             text = f"{self._name}: its answer is empty or has more than {max_bytes} bytes"
             raise UpstreamBadImageError(text, cost_microusd=None)
-        return _Answer(answer.body, request_id(answer.headers), answer.private, told)
+        return _Answer(answer.body or b"", request_id(answer.headers), answer.private, told, answer.is_stream)
 
     @asynccontextmanager
     async def _until(self, deadline_s: float) -> AsyncIterator[None]:
@@ -293,12 +340,18 @@ class OpenAIUpstream:
         except TimeoutError:
             raise UpstreamDownError(f"{self._name}: no picture within {self._endpoint.timeout_s:.0f} s") from None
 
-    async def _read_reply(self, body: bytes) -> _Reply:
+    async def _read_reply(self, answer: _Answer) -> Reply:
+        if answer.completed is not None:
+            return reply_of_event(answer.completed)
         # A short one, which names URLs, is read sooner than a thread begins.
-        return _read_reply(body) if len(body) <= _SHORT_REPLY_BYTES else await asyncio.to_thread(_read_reply, body)
+        body = answer.body
+        return read_reply(body) if len(body) <= _SHORT_REPLY_BYTES else await asyncio.to_thread(read_reply, body)
 
-    def _headers(self) -> dict[str, str]:
-        headers = {"content-type": "application/json"}
+    def _headers(self, content: bytes | Form | None, stream: PictureStream | None) -> dict[str, str]:
+        # That of a form names its boundary, which is drawn as it is sent.
+        headers = {} if isinstance(content, Form) else {"content-type": "application/json"}
+        if stream is not None:
+            headers["accept"] = f"{EVENT_STREAM}, application/json"
         key = self._endpoint.api_key().strip()
         if not key:
             return headers
@@ -315,24 +368,6 @@ class OpenAIUpstream:
         deployment = f"deployments/{self._endpoint.models[model]}/" if model else ""
         query = {"api-version": self._endpoint.api_version}
         return str(httpx.URL(f"{base}/openai/{deployment}{path}", params=query))
-
-    def _body(self, request: ImageRequest, n: int) -> dict[str, JsonValue]:
-        """What goes out: what differs from the provider's defaults, and what decides the bytes.
-
-        Never `response_format`: GPT image models refuse it, and both ways of answering are read.
-        """
-        body: dict[str, JsonValue] = {name: _whole_numbers(value) for name, value in request.extra.items()}
-        for name in ("size", "quality", "background", "moderation"):
-            if (value := getattr(request, name)) != _AUTO:
-                body[name] = value
-        if request.output_format != "png" and request.output_compression != 100:  # noqa: PLR2004 - the API's default
-            body["output_compression"] = request.output_compression
-        if request.seed is not None:
-            body["seed"] = request.seed
-        if self._endpoint.style is Style.OPENAI:
-            body["model"] = self._endpoint.models[request.model]
-        # The format is sent though it is the default: not every server of this shape has the same one.
-        return body | {"prompt": request.prompt, "n": n, "output_format": request.output_format}
 
     async def _picture(
         self, item: Mapping[str, JsonValue], request: ImageRequest, deadline_s: float, *, private: bool
@@ -363,8 +398,14 @@ class OpenAIUpstream:
         )
 
     def _unpack(self, encoded: str, request: ImageRequest) -> tuple[bytes, ImageFacts]:
-        data = _from_base64(encoded)
+        data = from_base64(encoded)
         return data, self._inspect(data, request)
+
+    def _unpack_partial(self, encoded: str) -> bytes:
+        data = from_base64(encoded)
+        # In whatever format: it is shown and thrown away.
+        inspect(data, max_pixels=self._endpoint.max_pixels, max_bytes=self._endpoint.max_image_bytes)
+        return data
 
     def _inspect(self, data: bytes, request: ImageRequest) -> ImageFacts:
         try:
@@ -422,6 +463,13 @@ class OpenAIUpstream:
         return Delivery(whole, told=bill.answer.told, priced=cost is not None)
 
 
+async def _connected(send: Callable[[], Awaitable[Answer]]) -> Answer:
+    try:
+        return await send()
+    except CannotConnectError:
+        return await send()
+
+
 def _succeeded(upstream: str, outcomes: Sequence[_T | BaseException]) -> list[_T]:
     """What worked; the first failure if nothing did, and any that is not the upstream's at once."""
     worked: list[_T] = []
@@ -440,26 +488,6 @@ def _succeeded(upstream: str, outcomes: Sequence[_T | BaseException]) -> list[_T
     return worked
 
 
-def _read_reply(body: bytes) -> _Reply:
-    try:
-        document = json.loads(body)
-    except (ValueError, RecursionError):
-        raise UpstreamBadImageError("the upstream's answer is not JSON") from None
-    data = document.get("data") if isinstance(document, dict) else None
-    items = [item for item in data if isinstance(item, dict)] if isinstance(data, list) else []
-    if not items:
-        raise UpstreamBadImageError("the upstream's answer has no pictures in it")
-    usage = document.get("usage")
-    return _Reply(items, usage if isinstance(usage, dict) else None, document)
-
-
-def _from_base64(encoded: str) -> bytes:
-    try:
-        return base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError):
-        raise UpstreamBadImageError("the upstream's base64 is damaged") from None
-
-
 def _split_usage(usage: Mapping[str, JsonValue] | None, n: int) -> Sequence[Usage | None]:
     """A call's token counts in `n` shares that add up to them."""
     if usage is None:
@@ -472,17 +500,6 @@ def _split_usage(usage: Mapping[str, JsonValue] | None, n: int) -> Sequence[Usag
         token_count(usage, "total_tokens"),
     )
     return [Usage(*shares) for shares in zip(*(split(count, n) for count in counts), strict=True)]
-
-
-def _whole_numbers(value: JsonValue) -> JsonValue:
-    """Whole floats as integers, all the way down: a protobuf Struct knows no integers, providers do."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, list):
-        return [_whole_numbers(item) for item in value]
-    if isinstance(value, dict):
-        return {name: _whole_numbers(item) for name, item in value.items()}
-    return value
 
 
 def _word(value: JsonValue, otherwise: str) -> str:

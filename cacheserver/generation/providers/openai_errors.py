@@ -44,6 +44,9 @@ _NO_MONEY = frozenset(
 _LIMITED = frozenset({"rate_limit_exceeded", "slow_down"})
 _NOT_ENTITLED = frozenset({"invalid_api_key", "model_not_found"})
 
+_CALLERS_FAULT = frozenset({"invalid_request_error", "image_generation_user_error"})
+"""Types of errors that come as a 4xx where they come before the stream."""
+
 _GAVE_UP = frozenset({408, 499})
 """The 4xx of a front that waits no longer for what lies behind it: the call may have been made, and billed."""
 
@@ -62,17 +65,31 @@ def request_id(headers: Mapping[str, str]) -> str:
 
 def error_of(upstream: str, status: int, headers: Mapping[str, str], body: bytes, *, now_s: float) -> UpstreamError:
     """The error that an answer other than 200 stands for, with what the failed call cost. `now_s` is the wall clock."""
-    error = _error_of(upstream, status, headers, body, now_s=now_s)
+    event = f"{upstream} answered {status}"
+    error = _error_of(event, status, headers, _json_object(body), now_s=now_s)
     error.upstream_request_id = request_id(headers)
     return error
 
 
-def _error_of(upstream: str, status: int, headers: Mapping[str, str], body: bytes, *, now_s: float) -> UpstreamError:
-    document = _json_object(body)
+def error_in_stream(
+    upstream: str, headers: Mapping[str, str], document: Mapping[str, object], *, now_s: float
+) -> UpstreamError:
+    """The error that an event of a stream stands for, which began with a 200: by its code, else by its type."""
+    nested = document.get("error")
+    kind = _name(nested if isinstance(nested, dict) else document, "type")
+    status = 400 if kind in _CALLERS_FAULT else 500
+    error = _error_of(f"{upstream} sent an error", status, headers, document, now_s=now_s)
+    error.upstream_request_id = request_id(headers)
+    return error
+
+
+def _error_of(
+    event: str, status: int, headers: Mapping[str, str], document: Mapping[str, object] | None, *, now_s: float
+) -> UpstreamError:
     nested = document.get("error") if document else None
     error = nested if isinstance(nested, dict) else document
     code, kind, param = (_name(error, field) for field in ("code", "type", "param"))
-    what = _describe(upstream, status, code or kind, request_id(headers))
+    what = _describe(event, code or kind, request_id(headers))
     message = error.get("message") if error else None
     wait_s = retry_after_s(headers, message if isinstance(message, str) else "", now_s=now_s)
 
@@ -130,9 +147,9 @@ def _is_after_seeing(error: Mapping[str, object] | None) -> bool:
     return isinstance(details, dict) and details.get("moderation_stage") == "output"
 
 
-def _describe(upstream: str, status: int, code: str, call_id: str) -> str:
+def _describe(event: str, code: str, call_id: str) -> str:
     call = f" to call {call_id}" if call_id else ""
-    return f"{upstream} answered {status}{call}{f' ({code})' if code else ''}"
+    return f"{event}{call}{f' ({code})' if code else ''}"
 
 
 def _named(param: str) -> str:
