@@ -21,7 +21,7 @@ from cacheserver.errors import RequestIdRunningError, RequestIdSpentError
 from cacheserver.flight import Loaded, Waiter
 from cacheserver.interfaces import Generation
 from cacheserver.model import CachedImage, CacheKey, Found, GeneratedImage, MatchLevel, Replay, Served, TierName
-from cacheserver.paying import may_generate
+from cacheserver.paying import lacks_inputs, may_generate
 from cacheserver.resent import Resent
 from cacheserver.tasks import OwnedTasks
 
@@ -80,9 +80,10 @@ class Alone:
     async def get(self, waiter: Waiter, call_id: str, *, observes: bool = False) -> list[Served]:
         """The pictures, made for this caller. A hang-up before money is spent ends it.
 
-        Raises PermissionDeniedError, RequestIdRunningError, RequestIdSpentError, and what a generation may.
+        Raises PermissionDeniedError, InvalidRequestError, RequestIdRunningError, RequestIdSpentError, and what a
+        generation may.
         """
-        if (refusal := may_generate(waiter)) is not None:
+        if (refusal := may_generate(waiter) or lacks_inputs(waiter)) is not None:
             raise refusal
         seen = await self._look(waiter) if observes else _Seen()
         # From the look to the task nothing awaits: of two calls at a time one would have joined the other.
@@ -98,6 +99,7 @@ class Alone:
         try:
             return await asyncio.shield(making)
         finally:
+            waiter.listens = False
             if not spending.is_set():
                 making.cancel()
 
@@ -167,8 +169,16 @@ class Alone:
         keep_spare = partial(self._keep_spare, waiter, max(waiter.variants) + 1)
         on_spare = keep_spare if seen.kept else partial(_drop_spare, waiter)
         while missing := waiter.variants[len(served) :]:
-            order = waiter.order(len(missing), priority=waiter.terms.priority, deadline_s=waiter.until_s)
-            images = await self._generation.generate(order, missing, on_spending=on_spending, on_spare=on_spare)
+            order = waiter.order(
+                len(missing),
+                priority=waiter.terms.priority,
+                deadline_s=waiter.until_s,
+                partial_images=waiter.partial_images if len(waiter.variants) == 1 else 0,
+            )
+            on_partial = waiter.hear if order.partial_images else None
+            images = await self._generation.generate(
+                order, missing, on_spending=on_spending, on_spare=on_spare, on_partial=on_partial
+            )
             # From here until what is kept is held nothing awaits.
             made += images
             entries = [self._entry_for(waiter, image, v) for v, image in zip(missing, images, strict=False)]

@@ -84,7 +84,7 @@ from cacheserver.model import (
     TierName,
     VariantPolicy,
 )
-from cacheserver.paying import Paying, UnknownPolicy, who_bears
+from cacheserver.paying import Paying, UnknownPolicy, lacks_inputs, who_bears
 from cacheserver.purge import Purger, PurgeResult, PurgeSelector
 from cacheserver.remakes import Remakes
 from cacheserver.resent import Promise, Resent, replay_id
@@ -190,7 +190,9 @@ class PromptCache:
             return await self._rungs.again(ask)
         is_plain = terms.cache_policy is CachePolicy.USE_CACHE and terms.variant_policy is VariantPolicy.FIRST
         is_served = namespace.serves(identity.key)  # a remake of what nobody is served would be paid for in vain
-        if namespace.remake_degraded and is_plain and is_served and not isinstance(answer, Pending):
+        # An edit's input images are not kept until someone has time for them.
+        is_remade = namespace.remake_degraded and is_plain and is_served and not request.inputs
+        if is_remade and not isinstance(answer, Pending):
             self.remakes.add(ask)
         return answer
 
@@ -200,6 +202,7 @@ class PromptCache:
             raise InvalidRequestError({"n": f"at most {namespace.max_variants} in namespace {namespace.name}"})
         waiter = self._waiter(ask.identity.key, tuple(range(terms.n)), namespace, ask.caller, terms)
         waiter.asked = ask.request, ask.identity
+        waiter.refusal = lacks_inputs(waiter)
         call_id = replay_id(ask.caller, terms)
         if terms.cache_policy is CachePolicy.NO_STORE:
             return self._with_spares(await self._alone.get(waiter, call_id), waiter)
@@ -368,6 +371,7 @@ class PromptCache:
         except InReviewError:
             return Pending(keys, 0.0, in_review=True)
         finally:
+            waiter.listens = False
             if flight is not None and not is_held:
                 flight.leave(waiter)
 
@@ -375,8 +379,9 @@ class PromptCache:
         """Whoever was told PENDING and comes for the picture is told why there is none."""
         error = None if answer.cancelled() else answer.exception()
         if isinstance(error, CacheServerError):
+            kept = _without_requests(error)
             for key in keys:
-                self._failures[caller, key.name] = error
+                self._failures[caller, key.name] = kept
 
     async def _answered(self, waiter: Waiter) -> bool:
         max_wait_s = waiter.terms.max_wait_s
@@ -547,7 +552,12 @@ class PromptCache:
 
     async def _generate(self, flight: Flight, lead: Waiter, making: list[int], unknown: set[int]) -> None:
         while making:
-            order = lead.order(len(making), priority=flight.priority, deadline_s=flight.until_s)
+            order = lead.order(
+                len(making),
+                priority=flight.priority,
+                deadline_s=flight.until_s,
+                partial_images=flight.partial_images,
+            )
             flight.orders.append(order)
             try:
                 images = await self._generation.generate(
@@ -555,6 +565,7 @@ class PromptCache:
                     making,
                     on_spending=flight.begin_spending,
                     on_spare=partial(self._keep_spare, lead, max(making) + 1),
+                    on_partial=flight.hear if order.partial_images else None,
                 )
             except UpstreamError as error:
                 if error.cost_microusd != 0:  # where nobody knows it may be billed
@@ -684,6 +695,15 @@ def _leave_to_review(flight: Flight, in_review: set[int]) -> None:
     for waiter in flight.payers:
         if not waiter.refresh and not in_review.isdisjoint(waiter.lacks(flight.loaded)):
             flight.refuse(waiter, InReviewError("It waits for review."))
+
+
+def _without_requests(error: CacheServerError) -> CacheServerError:
+    """The same error to be kept: its frames and its rungs hold requests, and those their input images."""
+    kept = type(error).__new__(type(error), *error.args)
+    kept.__dict__.update(error.__dict__)
+    if isinstance(kept, CannotAffordError | TooSlowError):
+        kept.rungs = ()
+    return kept
 
 
 class _Walked(NamedTuple):

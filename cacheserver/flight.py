@@ -26,6 +26,7 @@ from cacheserver.model import (
     ImageRequest,
     Namespace,
     Order,
+    PartialImage,
     Priority,
     Terms,
     TierName,
@@ -52,7 +53,7 @@ class Waiter:
     waiter without one may pay. `not_before_s` refuses older pictures; `refresh` refuses every picture whose
     generation began before the waiter came. `until_s` is the caller's deadline (monotonic), None without one.
     `spare_microusd` is what pictures cost that were paid for it beyond those it asked for. `asked` is None for a
-    call by key.
+    call by key. `listens` until its call is over; it has `heard` so many partial pictures.
     """
 
     key: CacheKey
@@ -67,6 +68,8 @@ class Waiter:
     refresh: bool = False
     first: bool = False
     spare_microusd: int = 0
+    listens: bool = True
+    heard: int = 0
     answer: asyncio.Future[list[Loaded]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
@@ -94,7 +97,23 @@ class Waiter:
             return False
         return self.not_before_s is None or loaded.entry.create_time_s >= self.not_before_s
 
-    def order(self, n: int, *, priority: Priority, deadline_s: float | None) -> Order:
+    @property
+    def partial_images(self) -> int:
+        """How many partial pictures it would hear of."""
+        return self.terms.partial_images if self.listens and self.terms.on_partial is not None else 0
+
+    def hear(self, partial: PartialImage) -> None:
+        """Give its caller a partial picture, if it has not had all it wants. One that fails at it gets no more."""
+        if self.terms.on_partial is None or self.heard >= self.partial_images:
+            return
+        self.heard += 1
+        try:
+            self.terms.on_partial(partial)
+        except Exception:  # noqa: BLE001 - what is being made is paid for, and others wait for it
+            _log.exception("partial_image_not_taken", caller=self.caller.name)
+            self.listens = False
+
+    def order(self, n: int, *, priority: Priority, deadline_s: float | None, partial_images: int = 0) -> Order:
         """What to ask of the miss path for this caller: `n` pictures, so urgently and by then."""
         return Order(
             self.request,
@@ -106,6 +125,7 @@ class Waiter:
             tags=self.terms.tags,
             candidates=self.terms.candidates,
             allow_degraded=self.terms.allow_degraded,
+            partial_images=partial_images,
         )
 
     def lacks(self, loaded: dict[int, Loaded]) -> set[int]:
@@ -162,6 +182,16 @@ class Flight:
         """The latest of its waiters' deadlines (monotonic); None if one has none."""
         deadlines = [waiter.until_s for waiter in self.waiters if waiter.until_s is not None]
         return max(deadlines) if len(deadlines) == len(self.waiters) else None
+
+    @property
+    def partial_images(self) -> int:
+        """How many partial pictures its payers would hear of at most; none if it makes several, which they confuse."""
+        return max((waiter.partial_images for waiter in self.payers), default=0) if len(self.making) == 1 else 0
+
+    def hear(self, partial: PartialImage) -> None:
+        """A picture is under way: whoever waits for it and listens gets to see it."""
+        for waiter in self.waiters:
+            waiter.hear(partial)
 
     def payer(self, variant: int) -> Waiter | None:
         """Whom a picture made now is made for: the first who may pay and lacks it."""

@@ -192,6 +192,13 @@ class ImageRequest:
     extra: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
     inputs: tuple[InputImage, ...] = ()
 
+    @property
+    def without_bytes(self) -> ImageRequest:
+        """The same request with its input images known by their digests alone, for whoever keeps it."""
+        if not self.inputs:
+            return self
+        return replace(self, inputs=tuple(replace(image, data=None) for image in self.inputs))
+
 
 @dataclass(frozen=True, slots=True)
 class CacheKey:

@@ -12,6 +12,7 @@ from cacheserver.errors import (
     CacheServerError,
     CacheUnknownError,
     CannotAffordError,
+    InvalidRequestError,
     NotCachedError,
     PermissionDeniedError,
     TooSlowError,
@@ -159,6 +160,18 @@ def may_generate(waiter: Waiter) -> PermissionDeniedError | None:
         return None
     text = f"Not cached, and caller {waiter.caller.name} may not generate in namespace {waiter.namespace.name}."
     return PermissionDeniedError(text)
+
+
+def lacks_inputs(waiter: Waiter) -> CacheServerError | None:
+    """The refusal of a caller that gives input images by their digests alone: it can have what there is, or others pay.
+
+    None for one that gives them whole, or never wants a picture made.
+    """
+    missing = [index for index, image in enumerate(waiter.request.inputs) if image.data is None]
+    if not missing or waiter.terms.cache_policy is CachePolicy.ONLY_IF_CACHED:
+        return None
+    text = "is not cached: to have it made, send this input image itself and not its digest alone"
+    return may_generate(waiter) or InvalidRequestError({f"spec.inputs[{index}].data": text for index in missing})
 
 
 def _asks_unknown(waiter: Waiter, flight: Flight, unknown: set[int]) -> bool:

@@ -433,6 +433,7 @@ class FakeUpstream:
         self.price_factors: list[Decimal] = []
         self.partials: list[bytes] = []  # what each call gives of its picture beforehand, as far as it is asked to
         self.partials_asked: list[int] = []
+        self.on_partials: list[Callable[[PartialImage], None] | None] = []  # by call: whom a partial picture is given
         self.during: Callable[[], Awaitable[None]] | None = None  # runs inside each call, once it is released
         self._errors: deque[UpstreamError] = deque()
         self._numbers = itertools.count()
@@ -471,6 +472,7 @@ class FakeUpstream:
     ) -> Delivery:
         self.price_factors.append(price_factor)
         self.partials_asked.append(partial_images)
+        self.on_partials.append(on_partial)
         self.calls += 1
         self.asked.append((request, tuple(variants)))
         async with self._arrival:

@@ -160,7 +160,8 @@ class Asking:
     async def _answer_request(self, request: ImageRequest, asked: Asked, call: Call) -> list[Served] | Pending:
         identity = call.wanted = identify(request, asked.namespace, asked.match_level)
         asking = self._cache.get(request, identity, namespace=asked.namespace, caller=call.caller, terms=asked.terms)
-        if self._prompts is None or not asked.namespace.store_prompts:
+        # An edit cannot be made again of its prompt alone.
+        if self._prompts is None or not asked.namespace.store_prompts or request.inputs:
             return await asking
         record = partial(
             self._prompts.record, request=request, namespace=asked.namespace.name, identity=identity, n=asked.terms.n
@@ -186,12 +187,11 @@ class Asking:
     def book(self, answer: list[Served], asked: Asked, call: Call) -> None:
         """Book the pictures of an answer, once nothing keeps them from going out."""
         seconds = self._clock.monotonic_s() - call.started_s
+        what = asked.what if isinstance(asked.what, CacheKey) else asked.what.without_bytes
         for served in answer:
             outcome = _outcome(served)
             if self._trace is not None:
-                self._trace.answered(
-                    served, outcome, asked.what, namespace=asked.namespace, match_level=asked.match_level
-                )
+                self._trace.answered(served, outcome, what, namespace=asked.namespace, match_level=asked.match_level)
             self._books.answered(
                 call.namespace,
                 outcome,

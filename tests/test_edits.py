@@ -1,0 +1,148 @@
+"""Edits: requests that start from images, whose bytes travel with them and are kept by nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import hashlib
+from dataclasses import replace
+
+import pytest
+
+from cacheserver.errors import InvalidRequestError, NotCachedError, PermissionDeniedError, UpstreamDownError
+from cacheserver.identity import identify
+from cacheserver.model import (
+    CachePolicy,
+    Caller,
+    Identity,
+    ImageRequest,
+    InputImage,
+    InputRole,
+    Pending,
+    Permission,
+    Served,
+    Terms,
+)
+from tests.house import EVERYTHING, MODEL, House
+from tests.provider import small_image
+from tests.waiting import until
+
+PNG = small_image(1)
+DIGEST = hashlib.sha256(PNG).hexdigest()
+WHOLE = InputImage(InputRole.IMAGE, DIGEST, "image/png", PNG)
+BY_DIGEST = InputImage(InputRole.IMAGE, DIGEST)
+READER = Caller("reader", frozenset({Permission.READ}))
+
+
+def edit(house: House, *inputs: InputImage, prompt: str = "a hat on it") -> tuple[ImageRequest, Identity]:
+    request = ImageRequest(prompt, MODEL, inputs=inputs)
+    return request, identify(request, house.namespace)
+
+
+async def ask(
+    house: House, *inputs: InputImage, caller: Caller = EVERYTHING, **terms: object
+) -> list[Served] | Pending:
+    request, identity = edit(house, *inputs)
+    asked = Terms(**terms)  # type: ignore[arg-type] # test convenience
+    return await house.cache.get(request, identity, namespace=house.namespace, caller=caller, terms=asked)
+
+
+def entry_of(answer: list[Served] | Pending) -> bytes:
+    assert not isinstance(answer, Pending)
+    return answer[0].entry.image.data
+
+
+async def test_an_edit_is_made_once_and_found_by_digest_alone(house: House) -> None:
+    made = entry_of(await ask(house, WHOLE))
+    assert entry_of(await ask(house, BY_DIGEST)) == made
+    assert entry_of(await ask(house, WHOLE)) == made
+    assert house.upstream.calls == 1
+    [(asked, _)] = house.upstream.asked
+    assert asked.inputs[0].data == PNG
+
+
+@pytest.mark.parametrize("policy", [CachePolicy.USE_CACHE, CachePolicy.REFRESH, CachePolicy.NO_STORE])
+async def test_of_a_digest_alone_nothing_is_made_and_nothing_spent(house: House, policy: CachePolicy) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        await ask(house, WHOLE, BY_DIGEST, cache_policy=policy)
+    assert list(caught.value.violations) == ["spec.inputs[1].data"]
+    assert (house.upstream.calls, house.ledger.opened) == (0, [])
+
+
+async def test_who_looks_only_or_may_only_look_is_told_so(house: House) -> None:
+    with pytest.raises(NotCachedError):
+        await ask(house, BY_DIGEST, cache_policy=CachePolicy.ONLY_IF_CACHED)
+    for policy in (CachePolicy.USE_CACHE, CachePolicy.NO_STORE):
+        with pytest.raises(PermissionDeniedError):
+            await ask(house, BY_DIGEST, caller=READER, cache_policy=policy)
+
+
+async def test_who_gives_a_digest_has_the_picture_that_another_pays_for(house: House) -> None:
+    house.upstream.hold()
+    guest = asyncio.create_task(ask(house, BY_DIGEST))
+    payer = asyncio.create_task(ask(house, WHOLE))
+    await house.upstream.arrived(1)
+    house.upstream.release()
+    assert entry_of(await guest) == entry_of(await payer)
+    assert house.upstream.calls == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "said", "text"),
+    [
+        (b"no image at all", "image/png", "not a whole PNG, JPEG or WebP image"),
+        (PNG[:-20], "image/png", "cut off"),
+        (small_image(1, "webp"), "image/png", "is image/webp"),
+    ],
+)
+async def test_what_is_no_image_is_refused_before_anything_is_spent(
+    house: House, data: bytes, said: str, text: str
+) -> None:
+    wrong = InputImage(InputRole.STYLE, hashlib.sha256(data).hexdigest(), said, data)
+    with pytest.raises(InvalidRequestError) as caught:
+        await ask(house, WHOLE, wrong)
+    assert list(caught.value.violations) == ["spec.inputs[1].data"]
+    assert text in caught.value.violations["spec.inputs[1].data"]
+    assert (house.upstream.calls, house.ledger.opened) == (0, [])
+
+
+async def test_an_edit_that_waits_takes_of_the_queue_what_its_images_take(house: House) -> None:
+    house.restart(max_concurrent=1)
+    house.upstream.hold()
+    first = asyncio.create_task(house.ask())
+    await house.upstream.arrived(1)
+    waiting = asyncio.create_task(ask(house, WHOLE))
+    queue = house.generator._scheduler._queue
+    await until(lambda: len(queue) == 1)
+    assert len(PNG) < queue.size_bytes < len(PNG) + 4_000
+    house.upstream.release()
+    await asyncio.gather(first, waiting)
+
+
+async def test_nobody_keeps_the_bytes_of_an_edit_when_it_is_over(house: House) -> None:
+    house.namespace = replace(house.namespace, remake_degraded=True)
+    await ask(house, own_copy("made"))
+    house.upstream.fail_next(UpstreamDownError("down"))
+    with pytest.raises(UpstreamDownError):
+        await ask(house, own_copy("failed"))
+    house.upstream.fail_next(UpstreamDownError("down"))
+    assert isinstance(await ask(house, own_copy("put off and failed"), max_wait_s=0), Pending)
+    await house.upstream.arrived(3)
+    await house.generator.settled()
+    await house.settle()
+    house.upstream.asked.clear()
+    assert kept_copies() == []
+
+
+class Copy(bytes):
+    """The bytes of an input image that this test can tell from all others."""
+
+
+def own_copy(name: str) -> InputImage:
+    data = Copy(small_image(sum(name.encode())))
+    return InputImage(InputRole.IMAGE, hashlib.sha256(data).hexdigest(), "image/png", data)
+
+
+def kept_copies() -> list[bytes]:
+    gc.collect()
+    return [each for each in gc.get_objects() if isinstance(each, Copy)]
