@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "alone": VALUES | {"flight", "paying", "resent"},
     "cache": VALUES
     | {"tiers", "flight", "keep", "purge", "paying", "resent", "alone", "variants", "reviews", "remakes", "rungs"},
+    "renditions": VALUES,
     "settings": VALUES | {"identity"},
     "calls": VALUES | {"cache", "identity", "precheck", "recall"},
     "http": VALUES | {"cache", "calls", "identity", "generation", "renditions"},

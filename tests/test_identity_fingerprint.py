@@ -11,7 +11,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cacheserver.identity import PROFILES, identify
+from cacheserver.identity import PROFILES, identify, key_of_alike
 from cacheserver.identity.fingerprint import canonical_json
 from cacheserver.model import CacheKey, ImageRequest, InputImage, InputRole, MatchLevel, Namespace
 
@@ -217,6 +217,16 @@ REQUESTS = st.builds(
 def test_the_order_of_extra_does_not_matter(request: ImageRequest) -> None:
     turned = dataclasses.replace(request, extra=dict(reversed(list(request.extra.items()))))
     assert identify(request, NAMESPACE) == identify(turned, NAMESPACE)
+
+
+@given(request=REQUESTS, size=st.sampled_from(["auto", "32x32"]), level=st.sampled_from([None, MatchLevel.EXACT]))
+@pytest.mark.parametrize("profile", ["exact", "standard", "catalog"])
+def test_a_request_of_the_same_prompt_has_the_key_that_it_would_be_identified_by(
+    profile: str, request: ImageRequest, size: str, level: MatchLevel | None
+) -> None:
+    namespace = dataclasses.replace(NAMESPACE, profile=profile, catalog_patterns=(r"sku \d+", "a"))
+    other = dataclasses.replace(request, size=size, quality="high", output_format="png")
+    assert key_of_alike(identify(request, namespace, level), other) == identify(other, namespace, level).key
 
 
 CLOSE = st.sampled_from(
