@@ -24,7 +24,7 @@ from cacheserver.errors import (
     TierUnreachableError,
     VariantsExhaustedError,
 )
-from cacheserver.generation.images import BadImageError, ImageFacts
+from cacheserver.images import BadImageError, ImageFacts
 from cacheserver.interfaces import Clock, CopyingTier, Tier
 from cacheserver.keep import Keeper
 from cacheserver.model import CachedImage, CacheKey, GeneratedImage, Head, Namespace, SourceObject, TierName

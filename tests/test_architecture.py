@@ -12,7 +12,7 @@ import cacheserver
 
 PACKAGE = Path(cacheserver.__file__).parent
 
-VALUES = {"model", "figures", "errors", "interfaces", "clock", "tasks"}
+VALUES = {"model", "figures", "errors", "interfaces", "clock", "tasks", "images"}
 MAY_IMPORT: dict[str, set[str]] = {
     "model": set(),
     "figures": {"model"},
@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "interfaces": {"model", "figures", "errors"},
     "clock": set(),
     "tasks": {"errors", "interfaces"},
+    "images": set(),
     "log": set(),
     "identity": VALUES,
     "tiers": VALUES,
@@ -34,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "purge": VALUES | {"tiers", "keep"},
     "paying": VALUES | {"flight"},
     "reviews": VALUES | {"tiers", "keep"},
-    "imports": VALUES | {"keep", "generation"},
+    "imports": VALUES | {"keep"},
+    "renditions": VALUES | {"cache", "identity", "images", "tiers", "keep"},
     "remakes": VALUES,
     "rungs": VALUES,
     "recall": VALUES | {"identity"},
@@ -43,7 +45,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "alone": VALUES | {"flight", "paying", "resent"},
     "cache": VALUES
     | {"tiers", "flight", "keep", "purge", "paying", "resent", "alone", "variants", "reviews", "remakes", "rungs"},
-    "renditions": VALUES,
     "settings": VALUES | {"identity"},
     "calls": VALUES | {"cache", "identity", "precheck", "recall"},
     "http": VALUES | {"cache", "calls", "identity", "generation", "renditions"},
@@ -66,7 +67,7 @@ LIBRARIES: dict[str, set[str]] = {
     "redis": {"tiers/redis.py", "control"},
     "boto3": {"tiers/s3_client.py"},
     "botocore": {"tiers/s3.py", "tiers/s3_client.py", "tiers/objects.py"},
-    "PIL": {"generation"},
+    "PIL": {"generation", "images", "renditions"},
     "aiohttp": {"generation"},
     "httpx": {"generation", "alarms", "cli", "embedded", "client/openai.py"},
     "starlette": {"http", "app"},

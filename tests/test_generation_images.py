@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cacheserver.errors import UpstreamBadImageError
-from cacheserver.generation.images import BadImageError, ImageFacts, asked_size, inspect, inspect_in_thread
+from cacheserver.generation.images import asked_size, inspect, inspect_in_thread
 from cacheserver.generation.prices import PriceTable
 from cacheserver.generation.providers.openai import Endpoint, OpenAIUpstream
+from cacheserver.images import BadImageError, ImageFacts
 from cacheserver.model import ImageRequest
 from tests.fakes import FakeClock
 from tests.provider import API_KEY, OpenAIStandIn, large_png, small_image

@@ -34,10 +34,11 @@ from cacheserver.errors import (
     UpstreamNotEntitledError,
     UpstreamQuotaError,
 )
-from cacheserver.generation.images import ImageFacts, inspect
+from cacheserver.generation.images import inspect
 from cacheserver.generation.prices import PriceTable
 from cacheserver.generation.providers import openai
 from cacheserver.generation.providers.openai import Endpoint, OpenAIUpstream, Style
+from cacheserver.images import ImageFacts
 from cacheserver.model import GeneratedImage, ImageRequest, JsonValue, RateLimit, RateLimits, Usage
 from tests.fakes import FakeClock
 from tests.provider import API_KEY, OpenAIStandIn, Reply, error_reply, small_image

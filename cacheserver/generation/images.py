@@ -4,42 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import io
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
 from typing import cast
 
 from PIL import Image
 
-# "MPO" is what Pillow calls a JPEG with further pictures appended, as phones write it.
-_CONTENT_TYPES: Mapping[str, str] = MappingProxyType(
-    {"PNG": "image/png", "JPEG": "image/jpeg", "MPO": "image/jpeg", "WEBP": "image/webp"}
-)
-
-_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-_JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
-_RIFF_HEADER_BYTES = 8
+from cacheserver.images import CONTENT_TYPES, BadImageError, ImageFacts, decoding, opened
 
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 _SAMPLE_SIZE = (64, 64)
 # What lossy compression puts between pixels of the same grey; of a vivid colour, at low quality, it can be more.
 _LOSSY_LEVELS = 3
-
-
-class BadImageError(ValueError):
-    """The bytes are not an image we take. The message says why and never quotes the bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class ImageFacts:
-    """What an image turned out to be once decoded. `sha256` is hexadecimal, over the encoded bytes."""
-
-    content_type: str
-    width: int
-    height: int
-    sha256: str
 
 
 def inspect(  # noqa: PLR0913 - as many keywords as there are things to expect of an image
@@ -61,11 +36,10 @@ def inspect(  # noqa: PLR0913 - as many keywords as there are things to expect o
     Raises:
         BadImageError: not a whole still image of an accepted type within the limits, or not as expected.
     """
-    if len(data) > max_bytes:
-        raise BadImageError(f"the image has {len(data)} bytes; at most {max_bytes} are taken")
-    # The WebP decoder takes memory for the whole canvas as soon as it is opened.
-    _check_pixels(*_webp_size(data), max_pixels=max_pixels)
-    content_type, (width, height), is_blank = _decode(data, max_pixels=max_pixels, look_for_blank=not allow_blank)
+    with opened(data, max_pixels=max_pixels, max_bytes=max_bytes) as image, decoding(max_pixels=max_pixels):
+        image.load()
+        content_type, (width, height) = CONTENT_TYPES[image.format or ""], image.size
+        is_blank = not allow_blank and _is_blank(image)
     if expect_format is not None and content_type != f"image/{expect_format}":
         raise BadImageError(f"the image is {content_type}; image/{expect_format} was asked for")
     if expect_size is not None and (width, height) != expect_size:
@@ -102,22 +76,6 @@ def asked_size(size: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
-def _decode(data: bytes, *, max_pixels: int, look_for_blank: bool) -> tuple[str, tuple[int, int], bool]:
-    """Content type, size, and whether it is blank; that is False unless looked for."""
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-            _check_pixels(*image.size, max_pixels=max_pixels)
-            _check_whole(data, image)
-            image.load()
-            return _CONTENT_TYPES[image.format or ""], image.size, look_for_blank and _is_blank(image)
-    except BadImageError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise BadImageError(f"the image has more than {max_pixels} pixels") from None
-    except Exception:  # noqa: BLE001 - Pillow's decoders raise a dozen types on damaged input, and quote it
-        raise BadImageError("the bytes are not a whole PNG, JPEG or WebP image") from None
-
-
 def _is_blank(image: Image.Image) -> bool:
     within = 0 if image.format == "PNG" else _LOSSY_LEVELS
     # A few of its pixels tell a picture from a blank one; only where they cannot, all of them are looked at.
@@ -134,51 +92,3 @@ def _is_one_colour(image: Image.Image, *, within: int) -> bool:
         return True
     ranges = (cast("tuple[int, int]", band.getextrema()) for band in bands)
     return all(high - low <= within for low, high in ranges)
-
-
-def _check_pixels(width: int, height: int, *, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise BadImageError(f"the image is {width}x{height}; at most {max_pixels} pixels are taken")
-
-
-def _check_whole(data: bytes, image: Image.Image) -> None:
-    """Refuse what Pillow lets pass: a file cut off after its last pixel, and frames after the first."""
-    image_format = image.format or ""
-    if not _ENDS_WHOLE[image_format](data):
-        raise BadImageError("the image is cut off")
-    if image_format != "MPO" and getattr(image, "is_animated", False):
-        raise BadImageError("the image is an animation; only still images are taken")
-
-
-def _png_is_whole(data: bytes) -> bool:
-    return _PNG_END in data
-
-
-def _jpeg_is_whole(data: bytes) -> bool:
-    # Inside a scan 0xff is always followed by 0x00 or a restart marker, so neither marker occurs in pixels.
-    return data.rfind(_JPEG_END) > data.rfind(_JPEG_SCAN)
-
-
-def _webp_is_whole(data: bytes) -> bool:
-    return len(data) >= int.from_bytes(data[4:8], "little") + _RIFF_HEADER_BYTES
-
-
-_ENDS_WHOLE: Mapping[str, Callable[[bytes], bool]] = MappingProxyType(
-    {"PNG": _png_is_whole, "JPEG": _jpeg_is_whole, "MPO": _jpeg_is_whole, "WEBP": _webp_is_whole}
-)
-
-
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """Canvas size from a WebP header; 0x0 for anything else, which other checks then judge."""
-    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
-        return 0, 0
-    match data[12:16]:
-        case b"VP8X":
-            return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
-        case b"VP8L":
-            bits = int.from_bytes(data[21:25], "little")
-            return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-        case b"VP8 ":
-            return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
-        case _:
-            return 0, 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from cacheserver.errors import InvalidRequestError
-from cacheserver.generation.images import BadImageError, inspect
+from cacheserver.generation.images import inspect
+from cacheserver.images import BadImageError
 from cacheserver.model import ImageRequest, InputImage
 
 _AT_A_TIME = 2

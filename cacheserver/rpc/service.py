@@ -25,8 +25,8 @@ from cacheserver.errors import (
     OffsetOutOfRangeError,
     PermissionDeniedError,
 )
-from cacheserver.generation.images import BadImageError, ImageFacts
 from cacheserver.identity import differences, identify
+from cacheserver.images import BadImageError, ImageFacts
 from cacheserver.interfaces import Clock
 from cacheserver.model import (
     CachedImage,

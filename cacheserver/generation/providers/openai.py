@@ -25,7 +25,7 @@ from cacheserver.errors import (
     UpstreamInvalidError,
     UpstreamNotEntitledError,
 )
-from cacheserver.generation.images import BadImageError, ImageFacts, asked_size, inspect
+from cacheserver.generation.images import asked_size, inspect
 from cacheserver.generation.prices import PriceTable, split, token_count
 from cacheserver.generation.providers.bodies import body_of, fields_of
 from cacheserver.generation.providers.download import ImageDownloads
@@ -43,6 +43,7 @@ from cacheserver.generation.providers.openai_errors import error_in_stream, erro
 from cacheserver.generation.providers.rate_limits import read_limits
 from cacheserver.generation.providers.replies import Reply, from_base64, read_reply, reply_of_event
 from cacheserver.generation.providers.streams import PictureStream
+from cacheserver.images import BadImageError, ImageFacts
 from cacheserver.interfaces import Clock
 from cacheserver.model import Delivery, GeneratedImage, ImageRequest, JsonValue, PartialImage, RateLimits, Usage
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 import structlog
 
 from cacheserver.errors import PromptRefusedError, UpstreamBadImageError, UpstreamDownError, UpstreamError
-from cacheserver.generation.images import BadImageError
+from cacheserver.images import BadImageError
 from cacheserver.generation.providers.events import Event, EventReader, EventTooLargeError
 from cacheserver.model import JsonValue, PartialImage
 
