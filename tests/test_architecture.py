@@ -71,6 +71,7 @@ LIBRARIES: dict[str, set[str]] = {
     "aiohttp": {"generation"},
     "httpx": {"generation", "alarms", "cli", "embedded", "client/openai.py"},
     "starlette": {"http", "app"},
+    "python_multipart": {"http"},
     "uvicorn": {"http"},
     "prometheus_client": {"accounting", "http", "app", "cli"},
     "pydantic": {"settings"},

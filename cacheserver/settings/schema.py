@@ -143,6 +143,10 @@ class ServerSettings(_Section):
     max_upload_bytes: Bytes = Field(
         default=64 * _MIB, description="Largest body of an HTTP request taken, input images of an edit included."
     )
+    upload_memory_bytes: Bytes = Field(
+        default=256 * _MIB,
+        description="Memory that the uploads of all edits in progress may take together; beyond, they are refused.",
+    )
     tls_cert_file: Path | None = Field(default=None, description="Certificate chain for gRPC, PEM; needs tls_key_file.")
     tls_key_file: Path | None = Field(default=None, description="Private key for gRPC, PEM; needs tls_cert_file.")
     drain_timeout_s: Seconds = Field(
@@ -159,6 +163,15 @@ class ServerSettings(_Section):
     def _tls_is_whole(self) -> Self:
         if (self.tls_cert_file is None) != (self.tls_key_file is None):
             raise ValueError("one of tls_cert_file and tls_key_file is set and the other is not; set both or none")
+        return self
+
+    @check(mode="after")
+    def _uploads_fit(self) -> Self:
+        if self.upload_memory_bytes < 3 * self.max_upload_bytes:
+            raise ValueError(
+                "upload_memory_bytes is less than three times max_upload_bytes; raise it, or lower the other: an edit "
+                "sent as JSON is in memory three times while it is read"
+            )
         return self
 
 
