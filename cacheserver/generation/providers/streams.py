@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping
 import structlog
 
 from cacheserver.errors import PromptRefusedError, UpstreamBadImageError, UpstreamDownError, UpstreamError
-from cacheserver.images import BadImageError
 from cacheserver.generation.providers.events import Event, EventReader, EventTooLargeError
+from cacheserver.images import BadImageError
 from cacheserver.model import JsonValue, PartialImage
 
 _log = structlog.get_logger(__name__)
