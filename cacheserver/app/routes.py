@@ -9,6 +9,10 @@ from cacheserver.calls.asking import Asking
 from cacheserver.calls.reception import Reception
 from cacheserver.http.calls import HttpCalls
 from cacheserver.http.guard import Guard
+from cacheserver.http.openai.generations import Generations
+from cacheserver.http.openai.models import Models
+from cacheserver.http.openai.pictures import Pictures
+from cacheserver.http.openai.routes import openai_routes
 
 
 def build_routes(core: Core, *, asking: Asking, reception: Reception) -> list[BaseRoute]:
@@ -16,4 +20,10 @@ def build_routes(core: Core, *, asking: Asking, reception: Reception) -> list[Ba
     settings = core.settings
     guard = Guard(has_callers=bool(settings.callers), is_open=settings.insecure, hosts=settings.server.http_hosts)
     calls = HttpCalls(reception, guard)
-    return []
+    return _openai(core, calls, asking=asking)
+
+
+def _openai(core: Core, calls: HttpCalls, *, asking: Asking) -> list[BaseRoute]:
+    pictures = Pictures(asking=asking, clock=core.clock, urls=None)
+    models = Models(core.miss_path.pool.models, started_s=core.clock.now_s())
+    return openai_routes(calls, generations=Generations(pictures, asking=asking), models=models)

@@ -85,6 +85,8 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
             application(front.routes, operations(registry=core.registry, is_ready=ready.is_set, tiers=tiers)),
             host=settings.server.http_host,
             port=settings.server.http_port,
+            tls_cert_file=settings.server.http_tls_cert_file,
+            tls_key_file=settings.server.http_tls_key_file,
         )
         await http.start()
         undo.push_async_callback(http.stop)

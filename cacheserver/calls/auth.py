@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from cacheserver.errors import UnauthenticatedError
 from cacheserver.model import Caller
 
-_HELP = "Send metadata `authorization: Bearer <token>` with the token of one of the service's callers."
+_HELP = "Send `authorization: Bearer <token>` with the token of one of the service's callers."
 
 
 class Authenticator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cacheserver.model import CachePolicy, Served, TierName
@@ -28,6 +29,7 @@ class Directives:
 
     cache_policy: CachePolicy | None = None
     max_age_s: float | None = None
+    no_transform: bool = False
 
 
 def read_cache_control(header: str) -> Directives:
@@ -38,13 +40,22 @@ def read_cache_control(header: str) -> Directives:
             name, quoted, token = match.groups(default="")
             found.setdefault(name.lower(), quoted or token)
     policy = next((policy for name, policy in _POLICIES.items() if name in found), None)
-    return Directives(policy, _delta_seconds(found.get("max-age", "")))
+    return Directives(policy, _delta_seconds(found.get("max-age", "")), "no-transform" in found)
+
+
+_SLOWNESS = {tier: i for i, tier in enumerate(TierName)}
+"""Tiers are named fastest first."""
 
 
 def _delta_seconds(text: str) -> float | None:
     if not (text.isascii() and text.isdigit()):
         return None
     return float(min(int(text), _MAX_DELTA_S)) if len(text) <= _MAX_DELTA_DIGITS else float(_MAX_DELTA_S)
+
+
+def slowest(answer: Sequence[Served]) -> Served:
+    """The picture that came from furthest away."""
+    return max(answer, key=lambda served: _SLOWNESS[served.tier])
 
 
 def cache_status(served: Served, policy: CachePolicy, now_s: float) -> str:

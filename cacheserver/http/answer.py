@@ -13,14 +13,14 @@ Chunk = bytes | memoryview
 
 @dataclass(slots=True)
 class Answer:
-    """An ASGI response whose body is sent in pieces as they are made: as fast as its client reads them.
+    """An ASGI response. A body in pieces is sent as they are made: as fast as its client reads them.
 
     `length_bytes` None sends the body chunked, as long as it goes on.
     """
 
     status: int
     headers: dict[str, str]
-    body: Iterable[Chunk] | AsyncIterable[Chunk] = field(default=(), repr=False)
+    body: Chunk | Iterable[Chunk] | AsyncIterable[Chunk] = field(default=b"", repr=False)
     length_bytes: int | None = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
@@ -29,17 +29,20 @@ class Answer:
         if self.length_bytes is not None:
             headers.append((b"content-length", b"%d" % self.length_bytes))
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        if isinstance(self.body, bytes | memoryview):
+            await send({"type": "http.response.body", "body": self.body, "more_body": False})
+            return
         if scope["method"] != "HEAD":
             if isinstance(self.body, AsyncIterable):
-                async for chunk in self.body:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                async for piece in self.body:
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
             else:
-                for chunk in self.body:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                for piece in self.body:
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def json_answer(document: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
     """`document` as JSON."""
     body = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
-    return Answer(status, {"content-type": "application/json", **(headers or {})}, (body,), len(body))
+    return Answer(status, {"content-type": "application/json", **(headers or {})}, body, len(body))

@@ -17,22 +17,27 @@ from cacheserver.http.status import HttpError, status_of
 
 def application(*parts: Sequence[BaseRoute]) -> Starlette:
     """The routes of all `parts`. A path or method that none of them has is answered in the shape of every error."""
-    return Starlette(
+    app = Starlette(
         routes=[route for part in parts for route in part],
         exception_handlers={HTTPException: _no_route},
     )
+    app.router.redirect_slashes = False  # a library would send its POST elsewhere, and as a GET
+    return app
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
     status = HTTPStatus(error.status_code)
-    text = {
-        HTTPStatus.NOT_FOUND: "There is nothing at this path; the API begins with /v1.",
-        HTTPStatus.METHOD_NOT_ALLOWED: "This path does not take this method.",
-    }.get(status, status.phrase)
-    told = HttpError(status, text, code="unknown_url", headers=error.headers)
+    text, code = _TOLD.get(status, (status.phrase, None))
+    told = HttpError(status, text, code=code, headers=error.headers)
     request_id = request_id_of(request.headers)
     answer = status_of(told, request_id=request_id).answer()
     answer.headers["x-request-id"] = request_id
     return answer  # type: ignore[return-value]  # starlette calls it as the ASGI application it is
+
+
+_TOLD = {
+    HTTPStatus.NOT_FOUND: ("There is nothing at this path; the API begins with /v1.", "unknown_url"),
+    HTTPStatus.METHOD_NOT_ALLOWED: ("This path does not take this method.", "method_not_supported"),
+}

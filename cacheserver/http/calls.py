@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -15,9 +14,11 @@ from starlette.types import Receive, Scope, Send
 
 from cacheserver.calls.call import Call
 from cacheserver.calls.reception import Reception
+from cacheserver.errors import UnauthenticatedError
 from cacheserver.http.answer import Answer
 from cacheserver.http.guard import Guard
-from cacheserver.http.status import status_of
+from cacheserver.http.status import HttpError, status_of
+from cacheserver.tasks import end
 
 T = TypeVar("T")
 
@@ -27,6 +28,10 @@ _GONE = "CLIENT_GONE"
 """The code of a call whose client went away, in the log."""
 
 _MAX_DEADLINE_S = 24 * 3600.0
+_DEADLINES = ("x-stainless-read-timeout", "x-stainless-timeout")
+"""In which OpenAI's libraries for Python and for JavaScript say how long they wait, in seconds."""
+
+_CHALLENGE = {"www-authenticate": "Bearer"}
 
 
 class HttpCalls:
@@ -52,18 +57,21 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one call."""
-        metadata = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        metadata = _metadata(scope["headers"])
         call = self._reception.begin(self._name, metadata, deadline_s=_deadline_s(metadata))
         try:
             with structlog.contextvars.bound_contextvars(**call.ids):
-                await self._serve(Request(scope, receive, send), call)
+                answer = await self._answer(Request(scope, receive, send), call)
+                await answer(scope, receive, send)
+        except ClientDisconnect:
+            pass  # there is nobody to answer
         finally:
             self._reception.end()
 
-    async def _serve(self, request: Request, call: Call) -> None:
+    async def _answer(self, request: Request, call: Call) -> Answer:
         try:
             self._guard.check(call.metadata)
-            self._reception.admit(call)
+            self._admit(call)
             answer = await self._handler(request, call)
         except (asyncio.CancelledError, ClientDisconnect):
             self._reception.conclude(call, _GONE)
@@ -75,41 +83,89 @@ class Endpoint:
             answer = status.answer()
         else:
             self._reception.succeeded(call)
+        answer.headers.update(call.trailers)
         answer.headers["x-request-id"] = call.request_id
-        await answer(request.scope, request.receive, request._send)  # noqa: SLF001 - starlette has no other name for it
+        if self._reception.going_down.is_set():
+            answer.headers["connection"] = "close"
+        return answer
+
+    def _admit(self, call: Call) -> None:
+        try:
+            self._reception.admit(call)
+        except UnauthenticatedError as error:
+            is_given = "authorization" in call.metadata
+            text = "Incorrect API key provided." if is_given else "Missing bearer authentication in header."
+            text += " Send `Authorization: Bearer <token>` with the token of one of this service's callers."
+            raise HttpError(HTTPStatus.UNAUTHORIZED, text, code="invalid_api_key", headers=_CHALLENGE) from error
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """What `work` returns, unless the client goes away first: then `work` is cancelled.
 
-    To be called once the body is read.
+    To be called once the body is read. Work that never waits costs nothing more: only what the event loop comes back
+    to has somebody who listens for the client beside it.
 
     Raises:
         ClientDisconnect: nobody waits for it any more.
     """
-    working = asyncio.create_task(work)
-    leaving = asyncio.create_task(_gone(request))
+    listener = _Listener(request)
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
+        return await work
+    except asyncio.CancelledError:
+        if listener.has_cancelled():
+            raise ClientDisconnect from None
+        raise
     finally:
-        working.cancel()
-        leaving.cancel()
-        with suppress(asyncio.CancelledError):
-            await asyncio.wait({working, leaving})
+        await listener.aclose()
 
 
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+class _Listener:
+    """Cancels the task it was made in when its client goes away."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - a coroutine runs in a task
+        self._task = task
+        self._cancellations = task.cancelling()
+        self._listening: asyncio.Task[None] | None = None
+        self._begin = asyncio.get_running_loop().call_soon(self._start)
+        self._is_gone = False
+
+    def has_cancelled(self) -> bool:
+        """Whether it was this that cancelled the task, and nobody else did; then the task is so no longer."""
+        return self._is_gone and self._task.uncancel() <= self._cancellations
+
+    async def aclose(self) -> None:
+        """Listen no longer."""
+        self._begin.cancel()
+        if self._listening is not None:
+            await end([self._listening])
+
+    def _start(self) -> None:
+        self._listening = asyncio.create_task(self._listen(), name="client_gone")
+
+    async def _listen(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        self._is_gone = True
+        self._task.cancel()
+
+
+def _metadata(headers: list[tuple[bytes, bytes]]) -> Mapping[str, str]:
+    """Headers by name; those sent more than once as one, with commas between (RFC 9110 section 5.3)."""
+    metadata: dict[str, str] = {}
+    for raw_name, raw_value in headers:
+        name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
+        metadata[name] = f"{metadata[name]}, {value}" if name in metadata else value
+    return metadata
 
 
 def _deadline_s(metadata: Mapping[str, str]) -> float | None:
     """How long the caller's library says it waits for an answer, in seconds."""
+    stated = next((metadata[name] for name in _DEADLINES if name in metadata), "")
     try:
-        seconds = float(metadata.get("x-stainless-read-timeout", ""))
+        seconds = float(stated)
     except ValueError:
         return None
     return seconds if math.isfinite(seconds) and 0 < seconds <= _MAX_DEADLINE_S else None

@@ -4,30 +4,68 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import secrets
 import socket
+import ssl
 from collections.abc import Iterator
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cacheserver.errors import ConfigError
 
 _GRACE_S = 2
+_MAX_CONNECTIONS = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How long a connection may take, in seconds, and how many bytes the head of a request.
+
+    `head_s` for the head of a request to come whole, `stalled_s` for a client to take a little more of its answer,
+    `idle_s` between an answer and the next request.
+    """
+
+    head_s: float = 30.0
+    stalled_s: float = 60.0
+    idle_s: float = 75.0
+    max_head_bytes: int = 64 * 1024
 
 
 class HttpServer:
     """Serves an application on one address. Port 0 is any free one."""
 
-    def __init__(self, application: Starlette, *, host: str, port: int) -> None:
+    def __init__(  # noqa: PLR0913 - where and how it listens, by keyword
+        self,
+        application: Starlette,
+        *,
+        host: str,
+        port: int,
+        tls_cert_file: Path | None = None,
+        tls_key_file: Path | None = None,
+        bounds: Bounds | None = None,
+    ) -> None:
         self._host = host
         self._wanted_port = port
+        self._tls_files = tls_cert_file, tls_key_file
         self._server = _Server(
             uvicorn.Config(
                 application,
+                http=_protocol(bounds or Bounds()),
                 lifespan="off",
+                ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,
+                limit_concurrency=_MAX_CONNECTIONS,
+                timeout_keep_alive=(bounds or Bounds()).idle_s,  # type: ignore[arg-type]  # it goes to call_later
                 timeout_graceful_shutdown=_GRACE_S,
             )
         )
@@ -39,8 +77,9 @@ class HttpServer:
         """Listen and serve.
 
         Raises:
-            ConfigError: the address cannot be listened on.
+            ConfigError: the address cannot be listened on, or the certificate cannot be used.
         """
+        await asyncio.to_thread(self._use_certificate)
         listening = self._listen()
         self.port = listening.getsockname()[1]
         self._task = asyncio.create_task(self._server.serve([listening]), name="http")
@@ -52,6 +91,22 @@ class HttpServer:
         self._server.should_exit = True
         await self._task
         self._task = None
+
+    def _use_certificate(self) -> None:
+        cert, key = self._tls_files
+        if cert is None and key is None:
+            return
+        if cert is None or key is None:
+            raise ConfigError("server.http_tls_cert_file and server.http_tls_key_file: set both or none")
+        try:
+            # Without a password of its own it would ask the terminal for that of an encrypted key.
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key, password=bytes)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(
+                f"server.http_tls_cert_file, server.http_tls_key_file: {cert} and {key} are no PEM certificate chain "
+                f"and its private key without a password: {error}"
+            ) from error
+        self._server.config.ssl_certfile, self._server.config.ssl_keyfile = str(cert), str(key)
 
     def _listen(self) -> socket.socket:
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
@@ -74,3 +129,111 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def _protocol(bounds: Bounds) -> type[asyncio.Protocol]:
+    """The protocol for connections that are only waited for so long."""
+
+    class Bounded(_Connection):
+        allowed = bounds
+
+    return Bounded
+
+
+class _Connection(HttpToolsProtocol):
+    """A connection that cannot be held by saying little, sending slowly or reading nothing, as uvicorn's can.
+
+    uvicorn bounds only the time between an answer and the next request. What is malformed is answered in the shape of
+    every error.
+    """
+
+    allowed: Bounds
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._head_bytes = 0
+        self._is_in_head = True
+        self._waiting: asyncio.TimerHandle | None = None
+        self._stalled: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+        super().connection_made(transport)
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._wait_no_longer()
+        self.resume_writing()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._is_in_head and self._head_bytes > self.allowed.max_head_bytes and not self.transport.is_closing():
+            status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            self._refuse(status, f"The head of the request is larger than {self.allowed.max_head_bytes:,} bytes.")
+        elif not self._is_answering and self.timeout_keep_alive_task is None and self._waiting is None:
+            self._wait()  # for more than blank lines
+
+    def on_message_begin(self) -> None:
+        self._is_in_head, self._head_bytes = True, 0
+        self._wait()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._is_in_head = False
+        self._wait_no_longer()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._wait_no_longer()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.more_body:  # answered before its body was read, which may go on for ever
+            self._wait()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self.loop.call_later(self.allowed.stalled_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(HTTPStatus.BAD_REQUEST, msg)
+
+    def _refuse(self, status: HTTPStatus, text: str) -> None:
+        """Answer what is no request, and close: nobody knows where the next one would begin."""
+        error = {"message": text, "type": "invalid_request_error", "param": None, "code": None}
+        body = json.dumps({"error": error})
+        head = (
+            f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nx-should-retry: false\r\nx-request-id: {secrets.token_hex(16)}\r\n"
+            "connection: close\r\n\r\n"
+        )
+        self.transport.write(f"{head}{body}".encode("ascii"))
+        self.transport.close()
+
+    def _wait(self) -> None:
+        self._wait_no_longer()
+        self._waiting = self.loop.call_later(self.allowed.head_s, self._wait_is_over)
+
+    def _wait_no_longer(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _wait_is_over(self) -> None:
+        if self._is_answering:
+            self._wait()  # the answer before it is still on its way
+        else:
+            self.transport.abort()

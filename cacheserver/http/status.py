@@ -11,7 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from cacheserver.errors import CacheServerError, CannotAffordError, InvalidRequestError, UpstreamInvalidError
+from cacheserver.errors import (
+    CacheServerError,
+    CannotAffordError,
+    InvalidRequestError,
+    ShuttingDownError,
+    UpstreamInvalidError,
+)
 from cacheserver.http.answer import Answer, json_answer
 
 _INVALID = "invalid_request_error"
@@ -74,12 +80,21 @@ KINDS: Mapping[str, Kind] = {
 }
 """Every published reason. It grows by addition only."""
 
+_MODEL_NOT_FOUND = Kind(HTTPStatus.NOT_FOUND, _INVALID, "model_not_found")
+"""A model that nobody serves, which the miss path alone can tell; a name that is none is told as an HttpError."""
+
+_REASONS = {
+    HTTPStatus.UNAUTHORIZED: "UNAUTHENTICATED",
+    HTTPStatus.FORBIDDEN: "PERMISSION_DENIED",
+}
 _DEFAULT_RETRY_S = 1.0
+_LONGEST_WAIT_S = 60
+"""openai 1.x takes no longer Retry-After for one: it would ask again after half a second."""
 _LONGEST_MESSAGE = 1_000
 
 
 class HttpError(Exception):
-    """What is wrong with a request as HTTP, before it asks for anything: it has a status and no published reason."""
+    """What is wrong with a request as HTTP, or with one of its parameters: it has a status of its own."""
 
     def __init__(
         self,
@@ -96,6 +111,12 @@ class HttpError(Exception):
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
+
+    @property
+    def reason(self) -> str:
+        """The published reason it counts as."""
+        named = "MALFORMED_MESSAGE" if self.param is None else "INVALID_FIELD"
+        return _REASONS.get(self.status, named)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,27 +137,24 @@ def status_of(error: Exception, *, request_id: str) -> HttpStatus:
     """The status that `error` becomes. What is neither ours nor HttpError becomes 500 and reveals nothing."""
     if isinstance(error, HttpError):
         told = {"message": str(error), "type": _INVALID, "param": error.param, "code": error.code}
-        headers = error.headers if error.status < HTTPStatus.INTERNAL_SERVER_ERROR else {}
-        return HttpStatus(error.status, "MALFORMED_MESSAGE", told, {**headers, "x-should-retry": "false"})
+        return HttpStatus(error.status, error.reason, told, {**error.headers, "x-should-retry": "false"})
     if not isinstance(error, CacheServerError) or error.reason not in KINDS:
         error = CacheServerError(f"Internal error. The service's log has it under request id {request_id}.")
-    kind = KINDS[error.reason]
-    param, code = _where(error, kind)
+    param = _param(error)
+    is_unserved = isinstance(error, InvalidRequestError) and param == "model"
+    kind = _MODEL_NOT_FOUND if is_unserved else KINDS[error.reason]
     message = str(error)
     if len(message) > _LONGEST_MESSAGE:
         message = message[: _LONGEST_MESSAGE - 1] + "…"
-    told = {"message": message, "type": kind.type, "param": param, "code": code}
+    told = {"message": message, "type": kind.type, "param": param, "code": kind.code}
     return HttpStatus(kind.status, error.reason, told, _headers(error, kind))
 
 
-def _where(error: CacheServerError, kind: Kind) -> tuple[str | None, str | None]:
-    """Which parameter is to blame, if one is, and OpenAI's code."""
-    param = None
+def _param(error: CacheServerError) -> str | None:
+    """Which parameter is to blame, if one is."""
     if isinstance(error, InvalidRequestError):
-        param = next(iter(error.violations), None)
-    elif isinstance(error, UpstreamInvalidError):
-        param = error.field or None
-    return param, kind.code
+        return next(iter(error.violations), None)
+    return error.field or None if isinstance(error, UpstreamInvalidError) else None
 
 
 def _headers(error: CacheServerError, kind: Kind) -> dict[str, str]:
@@ -146,4 +164,9 @@ def _headers(error: CacheServerError, kind: Kind) -> dict[str, str]:
             headers["x-cacheserver-budget"] = error.budget
         return headers
     seconds = max(1, math.ceil(_DEFAULT_RETRY_S if error.retry_after_s is None else error.retry_after_s))
-    return {"retry-after": str(seconds)}
+    headers = {"retry-after": str(seconds)}
+    if seconds > _LONGEST_WAIT_S:
+        headers["x-should-retry"] = "false"
+    if isinstance(error, ShuttingDownError):
+        headers["connection"] = "close"
+    return headers

@@ -9,9 +9,10 @@ from cacheserver.identity.catalog import compile_catalog_patterns
 from cacheserver.identity.explain import FieldDifference, differences, fields_of
 from cacheserver.identity.fingerprint import identify, key_of_alike
 from cacheserver.identity.normalize import PROFILES, Profile, normalize_prompt
-from cacheserver.identity.validation import QUALITIES, validate, validate_prompt
+from cacheserver.identity.validation import CHOICES, QUALITIES, validate, validate_prompt
 
 __all__ = [
+    "CHOICES",
     "PROFILES",
     "QUALITIES",
     "FieldDifference",

@@ -37,12 +37,13 @@ _UNSEEN_LETTERS = frozenset("\u115f\u1160\u3164\uffa0")
 QUALITIES = ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")
 """What a request may ask for as quality."""
 
-_CHOICES: Mapping[str, tuple[str, ...]] = {
+CHOICES: Mapping[str, tuple[str, ...]] = {
     "quality": QUALITIES,
     "background": ("auto", "transparent", "opaque"),
     "output_format": ("png", "jpeg", "webp"),
     "moderation": ("auto", "low"),
 }
+"""Fields of a request that take one of a few values."""
 
 _OWN_FIELDS = frozenset(field.name for field in fields(ImageRequest))
 
@@ -86,7 +87,7 @@ def _violations(request: ImageRequest) -> Iterator[Violation]:
         yield Violation("model", "must be 1 to 128 of A-Z a-z 0-9 . _ : / -")
     if not _is_size(request.size):
         yield Violation("size", 'must be "auto" or WIDTHxHEIGHT with sides of 16 to 8192 pixels, as 1024x1536')
-    for name, choices in _CHOICES.items():
+    for name, choices in CHOICES.items():
         if getattr(request, name) not in choices:
             yield Violation(name, f"must be one of {', '.join(choices)}")
     if request.background == "transparent" and request.output_format == "jpeg":

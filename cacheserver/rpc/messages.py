@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 from typing import TypeVar
@@ -18,6 +18,15 @@ from google.protobuf.struct_pb2 import Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from cacheserver.calls.asking import Asked
+from cacheserver.calls.bounds import (
+    EXPERIMENTAL_LEVELS,
+    MAX_DURATION_S,
+    MAX_IMAGES,
+    MAX_REQUEST_ID,
+    MAX_TAGS,
+    TAG,
+    at_use,
+)
 from cacheserver.calls.call import Call
 from cacheserver.calls.directives import read_cache_control
 from cacheserver.errors import InvalidRequestError, NotImplementedYetError
@@ -42,22 +51,17 @@ DEFAULT_INLINE_BYTES = 4_000_000
 """What fits the 4 MiB that gRPC clients accept by default."""
 
 MAX_INLINE_BYTES = 256 * 1024 * 1024
-MAX_IMAGES = 10
 MAX_FIND_ITEMS = 10_000
 MAX_PAID_MICROUSD = 1_000_000_000
 
 _MAX_EXCLUDE_KEYS = 1_000
-_MAX_TAGS = 16
-_MAX_REQUEST_ID = 128
 _MAX_PROBLEMS = 100
-_MAX_DURATION_S = 10 * 366 * 24 * 3600.0
 _MAX_WAIT_S = 24 * 3600.0
 _CLOCK_SKEW_S = 300.0
 _NANOS = 1_000_000_000
 _MAX_EXTRA_WIRE_BYTES = 6 * 64 * 1024
 """A Struct takes at most about six times the bytes of its JSON: above this, 64 KiB of JSON is impossible."""
 
-_TAG = re.compile(r"[A-Za-z0-9._:/-]{1,64}")
 _DIGEST = re.compile(r"sha256:([0-9a-fA-F]{64})")
 
 
@@ -102,7 +106,6 @@ _MATCH_LEVELS: Mapping[int, MatchLevel | None] = {
     pb.MATCH_LEVEL_CANONICAL: MatchLevel.CANONICAL,
     pb.MATCH_LEVEL_SEMANTIC: MatchLevel.SEMANTIC,
 }
-_EXPERIMENTAL_LEVELS = frozenset({MatchLevel.CANONICAL, MatchLevel.SEMANTIC})
 
 _AUTO = "auto"
 _NOT_A_KEY = "is not a key: pass one from an earlier answer, unchanged"
@@ -185,15 +188,12 @@ def _read_what(message: pb.GetImageRequest, namespace: Namespace, problems: Prob
 
 
 def _with_use(request: ImageRequest, use: str, namespace: Namespace, problems: Problems) -> ImageRequest:
-    """The request at the quality its use takes; a quality of its own is what the caller really wants."""
-    if not use:
-        return request
-    quality = namespace.quality_by_use.get(use)
-    if quality is None:
+    at_its_quality = at_use(request, use, namespace)
+    if at_its_quality is None:
         known = ", ".join(namespace.quality_by_use) or "none"
         problems.add("use", f"is not one of this namespace's uses: {known}")
         return request
-    return replace(request, quality=quality) if request.quality == _AUTO else request
+    return at_its_quality
 
 
 def _check_by_key(message: pb.GetImageRequest, problems: Problems) -> None:
@@ -277,8 +277,8 @@ def _read_exclude_keys(names: Sequence[str], problems: Problems) -> frozenset[st
 
 
 def _read_request_id(text: str, problems: Problems) -> str:
-    if len(text) > _MAX_REQUEST_ID or not text.isprintable():
-        problems.add("request_id", f"must be at most {_MAX_REQUEST_ID} printable characters")
+    if len(text) > MAX_REQUEST_ID or not text.isprintable():
+        problems.add("request_id", f"must be at most {MAX_REQUEST_ID} printable characters")
     return text
 
 
@@ -405,13 +405,13 @@ def read_match_level(value: int, problems: Problems) -> MatchLevel | None:
         NotImplementedYetError: the level is not served in this release.
     """
     level = _read_enum(value, _MATCH_LEVELS, None, "match_level", problems)
-    if level in _EXPERIMENTAL_LEVELS:
+    if level in EXPERIMENTAL_LEVELS:
         raise NotImplementedYetError("match_level CANONICAL and SEMANTIC are not served in this release.")
     return level
 
 
 def _read_seconds(
-    message: Duration, path: str, problems: Problems, *, limit_s: float = _MAX_DURATION_S
+    message: Duration, path: str, problems: Problems, *, limit_s: float = MAX_DURATION_S
 ) -> float | None:
     """A duration of 0 to `limit_s` in seconds."""
     seconds = message.seconds + message.nanos / _NANOS
@@ -442,8 +442,8 @@ def read_create_time(message: Timestamp, now_s: float, path: str, problems: Prob
 
 def read_tags(tags: Sequence[str], path: str, problems: Problems) -> tuple[str, ...]:
     """Labels, each once, in the order given."""
-    if len(tags) > _MAX_TAGS:
-        problems.add(path, f"must be at most {_MAX_TAGS}")
+    if len(tags) > MAX_TAGS:
+        problems.add(path, f"must be at most {MAX_TAGS}")
         return ()
     for i, tag in enumerate(tags):
         read_tag(tag, f"{path}[{i}]", problems)
@@ -452,7 +452,7 @@ def read_tags(tags: Sequence[str], path: str, problems: Problems) -> tuple[str, 
 
 def read_tag(tag: str, path: str, problems: Problems) -> str:
     """One label."""
-    if not _TAG.fullmatch(tag):
+    if not TAG.fullmatch(tag):
         problems.add(path, "must be 1 to 64 of A-Z a-z 0-9 . _ : / -")
     return tag
 

@@ -9,6 +9,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from cacheserver.accounting.books import Stats
 from cacheserver.accounting.reading import Query, Report
+from cacheserver.calls.directives import slowest
 from cacheserver.figures import LATENCY_BOUNDS_S, Row, total_of
 from cacheserver.identity import FieldDifference
 from cacheserver.model import (
@@ -36,8 +37,6 @@ TIERS = {
 }
 """Every tier, fastest first."""
 
-_SLOWNESS = {tier: i for i, tier in enumerate(TIERS)}
-
 _MATCH_LEVELS = {
     MatchLevel.EXACT: pb.MATCH_LEVEL_EXACT,
     MatchLevel.STANDARD: pb.MATCH_LEVEL_STANDARD,
@@ -57,11 +56,6 @@ _OUTCOMES = {
     Outcome.OBSERVED: pb.OUTCOME_OBSERVED,
     Outcome.DERIVED: pb.OUTCOME_DERIVED,
 }
-
-
-def slowest(answer: Sequence[Served]) -> Served:
-    """The picture that came from furthest away."""
-    return max(answer, key=lambda served: _SLOWNESS[served.tier])
 
 
 def image_facts(entry: CachedImage) -> pb.Image:

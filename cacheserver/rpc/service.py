@@ -173,7 +173,7 @@ class PromptCacheService:
                 return replies.pending_response(answer).SerializeToString()
             response = await self._deliver(answer, asked)
             self._asking.book(answer, asked, call)
-        slowest = replies.slowest(answer)
+        slowest = directives.slowest(answer)
         status = directives.cache_status(slowest, asked.terms.cache_policy, self._clock.now_s())
         call.trailers.append(("cache-status", status))
         return response

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from cacheserver.errors import ConfigError
 from cacheserver.identity import QUALITIES
@@ -27,18 +28,25 @@ def check_rules(settings: Settings) -> None:
 
 def warnings(settings: Settings) -> list[str]:
     """What works and may not be meant, a line each."""
-    lines = []
-    if not is_loopback(settings.server.grpc_host) and settings.server.tls_cert_file is None:
-        what = "callers' tokens travel" if settings.callers else "everything travels"
-        lines.append(
-            f"server.grpc_host: without tls_cert_file {what} in the clear; fine only behind a proxy that does TLS"
-        )
+    server = settings.server
+    lines = [
+        *_in_the_clear(settings, "grpc_host", server.grpc_host, "tls_cert_file", server.tls_cert_file),
+        *_in_the_clear(settings, "http_host", server.http_host, "http_tls_cert_file", server.http_tls_cert_file),
+    ]
     if settings.insecure:
         lines.append("insecure: whoever can connect may use, fill and purge the cache and spend money")
     if settings.redis.url is None and settings.redis.embedded and not settings.serves_loopback_only:
         lines.append("redis.url: not set, and our own Valkey runs only on loopback: no Redis level")
     lines += filter(None, (_few_places(settings, name) for name in settings.limit_groups))
     return lines
+
+
+def _in_the_clear(settings: Settings, setting: str, host: str, wanted: str, cert: Path | None) -> list[str]:
+    """What is to be said of an address that others can reach and listen to."""
+    if is_loopback(host) or cert is not None:
+        return []
+    what = "callers' tokens travel" if settings.callers else "everything travels"
+    return [f"server.{setting}: without {wanted} {what} in the clear; fine only behind a proxy that does TLS"]
 
 
 def _few_places(settings: Settings, name: str) -> str | None:
@@ -210,7 +218,7 @@ def _tiers_can_be_had(settings: Settings) -> None:
 
 
 def _tls_files_are_there(settings: Settings) -> None:
-    for name in ("tls_cert_file", "tls_key_file"):
+    for name in ("tls_cert_file", "tls_key_file", "http_tls_cert_file", "http_tls_key_file"):
         file = getattr(settings.server, name)
         if file is not None and not os.access(file, os.R_OK):
             raise ConfigError(f"server.{name}: {file} cannot be read; mend the path or its permissions")

@@ -1,0 +1,111 @@
+"""The body of a request: bounded while it is read, in bytes and in time, and JSON without surprises."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+from typing import NoReturn
+
+from starlette.requests import ClientDisconnect, Request
+
+from cacheserver.http.status import HttpError
+from cacheserver.model import JsonValue
+
+_TO_BEGIN_S = 30.0
+_LEAST_BYTES_PER_S = 16 * 1024
+"""A body may take 30 s, and a second more for so many of the bytes it may have."""
+
+
+async def read_body(request: Request, *, max_bytes: int) -> bytes:
+    """The whole body, as it came.
+
+    Raises:
+        HttpError: 413, it is longer than `max_bytes`; 408, it came too slowly.
+        ClientDisconnect: the client went away before its end.
+    """
+    pieces = [piece async for piece in body_pieces(request, max_bytes=max_bytes)]
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+async def body_pieces(request: Request, *, max_bytes: int) -> AsyncIterator[bytes]:
+    """The body as it comes. Raises as `read_body` does, before more than `max_bytes` were handed out."""
+    _check_stated_length(request, max_bytes)
+    until_s = asyncio.get_running_loop().time() + _TO_BEGIN_S + max_bytes / _LEAST_BYTES_PER_S
+    left_bytes = max_bytes
+    is_whole = False
+    while not is_whole:
+        try:
+            async with asyncio.timeout_at(until_s):
+                message = await request.receive()
+        except TimeoutError:
+            text = "The body of the request came too slowly."
+            raise HttpError(HTTPStatus.REQUEST_TIMEOUT, text, code="request_timeout", headers=_CLOSE) from None
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        piece: bytes = message.get("body", b"")
+        left_bytes -= len(piece)
+        if left_bytes < 0:
+            raise _too_long(max_bytes)
+        is_whole = not message.get("more_body", False)
+        if piece:
+            yield piece
+
+
+def read_json(request: Request, body: bytes) -> dict[str, JsonValue]:
+    """The JSON object that a body is.
+
+    Raises:
+        HttpError: 415, its content type is another; 400, it is no JSON, no object, or names something twice.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        text = "The request needs the header `content-type: application/json` and a body in JSON."
+        raise HttpError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, text, code="unsupported_content_type")
+    try:
+        parsed = json.loads(body.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise _not_json("it nests too deeply") from None
+    except UnicodeDecodeError as error:
+        raise _not_json(f"byte {error.start} is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise _not_json(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except ValueError:
+        raise _not_json("a number has too many digits") from None
+    if not isinstance(parsed, dict):
+        raise _not_json("it should be an object, as {...}")
+    return parsed
+
+
+_MOST_DIGITS = 18
+_CLOSE = {"connection": "close"}
+"""Goes with answers to requests of which not everything was read."""
+
+
+def _check_stated_length(request: Request, max_bytes: int) -> None:
+    stated = request.headers.get("content-length", "")
+    if len(stated) > _MOST_DIGITS or (stated.isascii() and stated.isdecimal() and int(stated) > max_bytes):
+        raise _too_long(max_bytes)
+
+
+def _too_long(max_bytes: int) -> HttpError:
+    text = f"The body of the request is larger than {max_bytes:,} bytes."
+    return HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text, code="request_too_large", headers=_CLOSE)
+
+
+def _not_json(problem: str) -> HttpError:
+    text = f"The JSON body of the request could not be parsed: {problem}."
+    return HttpError(HTTPStatus.BAD_REQUEST, text, code="invalid_json")
+
+
+def _object(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
+    """The object; of two values under one name nobody can tell which one is meant."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise _not_json("an object has a name twice")
+    return made
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _not_json(f"{name} is no JSON")

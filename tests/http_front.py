@@ -1,0 +1,119 @@
+"""The HTTP front over a whole cache, for tests: a real server on a real port, a real client of it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from starlette.routing import BaseRoute
+
+from cacheserver.calls.asking import Asking
+from cacheserver.calls.auth import Authenticator
+from cacheserver.calls.reception import Reception
+from cacheserver.http.application import application
+from cacheserver.http.calls import HttpCalls
+from cacheserver.http.guard import Guard
+from cacheserver.http.openai.generations import Generations
+from cacheserver.http.openai.models import Models
+from cacheserver.http.openai.pictures import Pictures, Streaming
+from cacheserver.http.openai.routes import GENERATIONS, openai_routes
+from cacheserver.http.server import HttpServer
+from cacheserver.interfaces import Prompts
+from cacheserver.model import CachedImage, Caller, Namespace, Permission
+from cacheserver.precheck import PromptPolicy
+from cacheserver.recall import Recall
+from tests.house import MODEL, House
+
+ANYONE = Caller("anonymous", frozenset(Permission))
+
+
+class PlainUrls:
+    """URLs that name the key."""
+
+    def url(self, entry: CachedImage, *, base_url: str = "") -> tuple[str, float | None]:
+        return f"{base_url}/images/{entry.key.name}", None
+
+
+@dataclass
+class HttpFront:
+    """A client of a running service, and the house behind it."""
+
+    house: House
+    client: httpx.AsyncClient
+    server: HttpServer
+    reception: Reception
+    recall: Recall
+
+    async def generate(
+        self, prompt: str = "a red fox", *, headers: Mapping[str, str] | None = None, **fields: Any
+    ) -> httpx.Response:
+        """POST a generation."""
+        return await self.client.post(GENERATIONS, json={"prompt": prompt, **fields}, headers=headers)
+
+
+def pictures_of(response: httpx.Response) -> list[bytes]:
+    """The pictures of an answer."""
+    assert response.status_code == 200, response.text
+    return [base64.b64decode(each["b64_json"], validate=True) for each in response.json()["data"]]
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """The error that a call was answered with: it has the four keys of OpenAI's API, and its answer an id."""
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-request-id"]
+    error: dict[str, Any] = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    return error
+
+
+@asynccontextmanager
+async def open_http_front(
+    house: House,
+    *,
+    callers: Sequence[tuple[bytes, Caller]] = (),
+    anonymous: Caller | None = ANYONE,
+    namespaces: Sequence[Namespace] = (),
+    max_concurrent_calls: int = 4_096,
+    policies: Mapping[str, PromptPolicy] | None = None,
+    prompts: Prompts | None = None,
+    streaming: Streaming | None = None,
+    routes: Sequence[BaseRoute] = (),
+    hosts: Sequence[str] = (),
+) -> AsyncIterator[HttpFront]:
+    """Serve `house` on a free port until the block ends."""
+    recall = Recall()
+    reception = Reception(
+        authenticator=Authenticator(callers, anonymous=anonymous),
+        books=house.books,
+        clock=house.clock,
+        max_in_progress=max_concurrent_calls,
+        recall=recall,
+    )
+    asking = Asking(
+        cache=house.cache,
+        namespaces=(house.namespace, *namespaces),
+        default_model=MODEL,
+        books=house.books,
+        clock=house.clock,
+        policies=policies or {},
+        prompts=prompts,
+    )
+    calls = HttpCalls(reception, Guard(has_callers=bool(callers), is_open=False, hosts=hosts))
+    pictures = Pictures(asking=asking, clock=house.clock, urls=PlainUrls(), streaming=streaming)
+    ours = openai_routes(
+        calls,
+        generations=Generations(pictures, asking=asking),
+        models=Models([MODEL, "org/other"], started_s=house.clock.now_s()),
+    )
+    server = HttpServer(application(ours, routes), host="127.0.0.1", port=0)
+    await server.start()
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", trust_env=False) as client:
+            yield HttpFront(house, client, server, reception, recall)
+    finally:
+        house.upstream.release()
+        await server.stop()
