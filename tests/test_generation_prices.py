@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cacheserver.errors import ConfigError
 from cacheserver.generation.prices import PriceTable, split, token_count
-from cacheserver.model import ImageRequest, JsonValue
+from cacheserver.model import ImageRequest, InputImage, InputRole, JsonValue
 
 TABLE = PriceTable.load()
 SQUARE, PORTRAIT, LANDSCAPE = "1024x1024", "1024x1536", "1536x1024"
@@ -230,6 +230,50 @@ def test_a_table_of_your_own_replaces_it(tmp_path: Path) -> None:
     path = tmp_path / "prices.toml"
     path.write_text('as_of = "2027-01-01"\n[models.house.usd_per_image.auto]\nauto = 0.0001\n')
     assert PriceTable.load(path).cost_microusd("house", "auto", "auto", None, 3) == 300
+
+
+def edit(inputs: int, model: str = "gpt-image-2") -> ImageRequest:
+    given = tuple(InputImage(InputRole.IMAGE, f"{number:064x}") for number in range(inputs))
+    return ImageRequest("cats", model, size=SQUARE, quality="low", inputs=given)
+
+
+@pytest.mark.parametrize(
+    ("model", "most", "microusd_per_token"),
+    [
+        ("gpt-image-2", 1_536, 8),  # patches of 32 pixels
+        ("gpt-image-1", 65 + 16 * 129 + 6_144, 10),  # tiles of 512 pixels, and high fidelity
+        ("gpt-image-2.6-flare", 8_273, 8),  # nobody knows: as the dearest
+    ],
+)
+def test_an_edits_estimate_has_the_most_that_its_input_images_can_cost(
+    model: str, most: int, microusd_per_token: int
+) -> None:
+    plain = TABLE.estimate_microusd(edit(0, model), 1)
+    images = (TABLE.estimate_microusd(edit(3, model), 1) - plain) / 3
+    assert images == most * microusd_per_token + 64 * 5  # and some text around each
+
+
+def test_each_picture_of_an_edit_counts_its_input_images_anew() -> None:
+    text = 64 * 5
+    one, two = (TABLE.estimate_microusd(edit(1), n) - TABLE.estimate_microusd(edit(0), n) - text for n in (1, 2))
+    assert two == 2 * one
+
+
+@given(inputs=st.integers(0, 16), text=st.integers(0, 100), partials=st.integers(0, 3))
+def test_no_bill_of_an_edit_is_above_its_estimate(inputs: int, text: int, partials: int) -> None:
+    counted = usage(196 + 100 * partials, text=4 + min(text, 60) * inputs, image=1_536 * inputs)
+    cost = TABLE.cost_microusd("gpt-image-2", SQUARE, "low", counted, 1)
+    assert cost is not None
+    assert cost <= TABLE.estimate_microusd(edit(inputs), 1, partial_images=partials)
+
+
+def test_a_partial_picture_counts_a_hundred_output_tokens() -> None:
+    request = edit(0)
+    more = TABLE.estimate_microusd(request, 1, Decimal("0.5"), partial_images=3) - TABLE.estimate_microusd(
+        request, 1, Decimal("0.5")
+    )
+    assert more == 3 * 100 * 30 / 2
+    assert TABLE.tokens(request, 1, partial_images=3) - TABLE.tokens(request, 1) == 300
 
 
 def test_token_counts_alone_are_enough_for_an_estimate(tmp_path: Path) -> None:
