@@ -23,8 +23,11 @@ from cacheserver.model import (
     Served,
     Terms,
 )
+from cacheserver.pb import promptcache_pb2 as pb
 from tests.house import EVERYTHING, MODEL, House
 from tests.provider import small_image
+from tests.rpc_front import ask as request
+from tests.rpc_front import open_front
 from tests.waiting import until
 
 PNG = small_image(1)
@@ -132,6 +135,62 @@ async def test_nobody_keeps_the_bytes_of_an_edit_when_it_is_over(house: House) -
     await house.settle()
     house.upstream.asked.clear()
     assert kept_copies() == []
+
+
+# --- by gRPC
+
+
+SENT = pb.InputImage(data=PNG)
+NAMED = pb.InputImage(digest=f"sha256:{DIGEST.upper()}")
+
+
+async def test_a_message_may_hold_an_input_image_or_name_it(house: House) -> None:
+    async with open_front(house) as front:
+        made = await front.stub.GetImage(request(of={"inputs": [SENT]}))
+        found = await front.stub.GetImage(request(of={"inputs": [NAMED]}))
+        assert (found.images[0].key, found.status.tier) == (made.images[0].key, pb.TIER_MEMORY)
+        [event, *_] = await front.stream(pb.StreamImageRequest(request=request(of={"inputs": [SENT]})))
+        assert event.header.image.key == made.images[0].key
+        [(asked, _)] = house.upstream.asked
+        assert asked.inputs == (WHOLE,)
+        assert (asked.inputs[0].data, asked.inputs[0].content_type) == (PNG, "image/png")
+
+
+async def test_what_only_looks_takes_input_images_either_way(house: House) -> None:
+    async with open_front(house) as front:
+        made = await front.stub.GetImage(request(of={"inputs": [SENT]}))
+        for given in (SENT, NAMED):
+            spec = request(of={"inputs": [given]}).spec
+            found = await front.stub.FindCached(pb.FindCachedRequest(items=[pb.FindItem(spec=spec)]))
+            assert found.items[0].presence == pb.PRESENCE_CACHED
+            explained = await front.stub.ExplainKey(pb.ExplainKeyRequest(spec=spec, other=request().spec))
+            assert explained.explanation.key == made.images[0].key
+            assert [each.field for each in explained.differences] == ["inputs"]
+        purged = await front.stub.PurgeImages(pb.PurgeImagesRequest(spec=request(of={"inputs": [NAMED]}).spec))
+        assert purged.images == 1
+        await front.put(pb.PutImageHeader(spec=request(of={"inputs": [NAMED]}).spec), small_image(7))
+        answer = await front.stub.GetImage(request(of={"inputs": [SENT]}))
+        assert answer.images[0].data == small_image(7)
+    assert house.upstream.calls == 1
+
+
+async def test_a_warm_up_makes_no_edits(house: House) -> None:
+    async with open_front(house) as front:
+        parts = [
+            pb.WarmImagesRequest(options=pb.WarmOptions(job="night")),
+            pb.WarmImagesRequest(
+                items=pb.WarmItems(
+                    items=[
+                        pb.WarmItem(row=row, request=request(of={"inputs": [given]}))
+                        for row, given in enumerate((SENT, NAMED))
+                    ]
+                )
+            ),
+        ]
+        answers = [answer async for answer in front.stub.WarmImages(iter(parts))]
+    outcomes = [outcome for answer in answers for outcome in answer.outcomes]
+    assert [outcome.result for outcome in outcomes] == [pb.WARM_RESULT_FAILED] * 2
+    assert house.upstream.calls == 0
 
 
 class Copy(bytes):

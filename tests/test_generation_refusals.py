@@ -8,7 +8,7 @@ import pytest
 
 from cacheserver.errors import PromptRefusedError, UpstreamDownError, UpstreamError, UpstreamInvalidError
 from cacheserver.generation.refusals import Refusals
-from cacheserver.model import ImageRequest, Order
+from cacheserver.model import ImageRequest, InputImage, InputRole, Order
 from tests.fakes import FakeClock
 
 REQUEST = ImageRequest("a red fox", "gpt-image-2", size="1024x1024")
@@ -48,6 +48,7 @@ def test_a_refused_prompt_is_refused_at_any_size_and_quality(refusals: Refusals)
         order(moderation="low"),
         order(extra={"style": "kind"}),
         order(namespace="games"),
+        order(inputs=(InputImage(InputRole.IMAGE, "0" * 64),)),
     ],
 )
 def test_another_prompt_model_policy_or_namespace_is_not_refused(refusals: Refusals, other: Order) -> None:
@@ -66,4 +67,17 @@ def test_a_parameter_that_is_not_taken_is_remembered_for_this_very_request(refus
 @pytest.mark.parametrize("error", [UpstreamDownError("down"), PromptRefusedError("no", after_seeing=True)])
 def test_what_may_pass_next_time_is_not_remembered(refusals: Refusals, error: UpstreamError) -> None:
     refusals.remember(ORDER, error)
+    refusals.check(ORDER)
+
+
+@pytest.mark.parametrize("error", [PromptRefusedError("no"), UpstreamInvalidError("no", field="image")])
+def test_a_refusal_of_an_edit_holds_for_the_same_images_in_the_same_roles(
+    refusals: Refusals, error: UpstreamError
+) -> None:
+    image, mask = InputImage(InputRole.IMAGE, "0" * 64, "image/png", b"bytes"), InputImage(InputRole.MASK, "0" * 64)
+    refusals.remember(order(inputs=(image,)), error)
+    with pytest.raises(type(error)):
+        refusals.check(order(inputs=(replace(image, data=None, content_type=""),)))
+    refusals.check(order(inputs=(image, mask)))
+    refusals.check(order(inputs=(replace(image, sha256="1" * 64),)))
     refusals.check(ORDER)

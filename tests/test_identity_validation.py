@@ -21,6 +21,9 @@ def nested(levels: int) -> Any:
     return value
 
 
+IMAGE = InputImage(InputRole.IMAGE, "0" * 64, "image/jpeg")
+MASK = InputImage(InputRole.MASK, "1" * 64, "image/png")
+
 GOOD: list[dict[str, Any]] = [
     {},
     {"prompt": "x"},
@@ -48,6 +51,7 @@ GOOD: list[dict[str, Any]] = [
     {"extra": {"a": "x" * 65_000}},
     {"extra": {"nested": {"n": 1, "user": "fine below the top"}}},
     {"inputs": (InputImage(InputRole.IMAGE, "0123456789abcdef" * 4),)},
+    {"inputs": (InputImage(InputRole.STYLE, "0" * 64, "image/webp"), MASK, *[IMAGE] * 14)},
 ]
 BAD: list[tuple[str, dict[str, Any]]] = [
     ("prompt", {"prompt": ""}),
@@ -105,7 +109,11 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("extra.partial_images", {"extra": {"partial_images": 2}}),
     ("extra.mask", {"extra": {"mask": "x"}}),
     ("inputs", {"inputs": (InputImage(InputRole.IMAGE, "0" * 64),) * 17}),
-    ("inputs[1].digest", {"inputs": (InputImage(InputRole.IMAGE, "0" * 64), InputImage(InputRole.MASK, "F" * 64))}),
+    ("inputs[1].digest", {"inputs": (IMAGE, InputImage(InputRole.MASK, "F" * 64))}),
+    ("inputs[2].role", {"inputs": (IMAGE, MASK, MASK)}),
+    ("inputs", {"inputs": (MASK,)}),
+    ("inputs[1].data", {"inputs": (IMAGE, dataclasses.replace(MASK, content_type="image/jpeg"))}),
+    ("inputs[0].data", {"inputs": (dataclasses.replace(IMAGE, content_type="image/gif"),)}),
 ]
 
 

@@ -29,7 +29,7 @@ from tests.admin_front import calling as calling_admin
 from tests.admin_front import serving as serving_admin
 from tests.fakes import FakeClock
 from tests.house import House
-from tests.provider import OpenAIStandIn
+from tests.provider import OpenAIStandIn, small_image
 from tests.rpc_front import Front, ask, failure, open_front, spec
 from tests.running import ask as run_ask
 from tests.running import calling, environment, running
@@ -304,6 +304,13 @@ class TestCalls:
         [found] = await prompts.most_wanted(namespace=None, kinds=(), limit=10)
         assert (found.kind, found.request.prompt, found.n) == (GENERATED, "a red fox", 2)
         assert found.count == pytest.approx(1.0)
+
+    async def test_an_edit_is_not_recorded_for_its_prompt_alone_would_make_another_picture(
+        self, front: tuple[Front, LocalPrompts]
+    ) -> None:
+        service, prompts = front
+        await service.stub.GetImage(ask(of={"inputs": [pb.InputImage(data=small_image(1))]}))
+        assert await kinds(prompts) == {}
 
     async def test_a_cache_only_miss_is_recorded_as_missed(self, front: tuple[Front, LocalPrompts]) -> None:
         service, prompts = front

@@ -110,9 +110,15 @@ def nested_beyond_bound() -> bytes:
     return length_delimited(2, length_delimited(1, b"a red fox") + length_delimited(10, length_delimited(1, entry)))
 
 
+def edit(name: str, path: str, *inputs: pb.InputImage) -> Any:
+    return bad(name, ask(of={"inputs": inputs}), f"spec.{path}")
+
+
 MALFORMED: dict[str, Any] = {"reason": "MALFORMED_MESSAGE"}
 NOT_YET: dict[str, Any] = {"code": "UNIMPLEMENTED", "reason": "NOT_IMPLEMENTED"}
 PNG = small_image(1)
+IMAGE = pb.InputImage(data=PNG)
+MASK = pb.InputImage(data=PNG, role="INPUT_ROLE_MASK")
 
 TABLE = [
     # Bytes that are no message.
@@ -157,7 +163,19 @@ TABLE = [
     extra("a value without a kind", Value(), what="extra"),
     image("extra repeats a field", "extra.prompt", extra=struct(prompt="another")),
     image("extra sets what the call sets", "extra.n", extra=struct(n=4)),
-    bad("an input image", ask(of={"inputs": [pb.InputImage(data=PNG)]}), **NOT_YET),
+    edit("an input image without a source", "inputs[0]", pb.InputImage(role="INPUT_ROLE_IMAGE")),
+    edit("an input image that is none", "inputs[1].data", IMAGE, pb.InputImage(data=b"GIF89a")),
+    edit("an input image of no bytes", "inputs[0].data", pb.InputImage(data=b"")),
+    edit("an input image that is cut off", "inputs[0].data", pb.InputImage(data=PNG[:-12])),
+    edit("a digest that is none", "inputs[0].digest", pb.InputImage(digest="sha256:0")),
+    edit("a digest that does not say its kind", "inputs[0].digest", pb.InputImage(digest="0" * 64)),
+    edit("another kind of digest", "inputs[0].digest", pb.InputImage(digest="md5:" + "0" * 64)),
+    edit("a role nobody knows", "inputs[0].role", pb.InputImage(data=PNG, role=99)),
+    edit("two masks", "inputs[2].role", IMAGE, MASK, MASK),
+    edit("a mask that is no PNG", "inputs[1].data", IMAGE, pb.InputImage(data=small_image(1, "jpeg"), role=2)),
+    edit("a mask of nothing", "inputs", MASK),
+    edit("17 input images", "inputs", *[IMAGE] * 17),
+    edit("a digest of what is not cached", "inputs[0].data", pb.InputImage(digest="sha256:" + "0" * 64)),
     bad("a key that is none", pb.GetImageRequest(key="../../etc/passwd"), "key"),
     bad("an empty key", pb.GetImageRequest(key=""), "key"),
     bad("a key of 1 MB", pb.GetImageRequest(key="v1." + "a" * 1_000_000), "key"),

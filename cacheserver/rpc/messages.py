@@ -44,6 +44,7 @@ from cacheserver.model import (
     VariantPolicy,
 )
 from cacheserver.pb import promptcache_pb2 as pb
+from cacheserver.rpc.inputs import read_inputs
 
 T = TypeVar("T")
 
@@ -321,7 +322,6 @@ def read_put_header(message: pb.PutImageHeader, namespace: Namespace, now_s: flo
 
     Raises:
         InvalidRequestError: fields are out of their range.
-        NotImplementedYetError: the spec has input images.
     """
     if not 0 <= message.paid_microusd <= MAX_PAID_MICROUSD:
         problems.add("paid_microusd", f"must be 0 to {MAX_PAID_MICROUSD}")
@@ -342,13 +342,7 @@ def read_put_header(message: pb.PutImageHeader, namespace: Namespace, now_s: flo
 
 
 def read_spec(spec: pb.ImageSpec, path: str, namespace: Namespace, problems: Problems) -> ImageRequest:
-    """The request that a spec spells, with defaults filled in.
-
-    Raises:
-        NotImplementedYetError: the spec has input images.
-    """
-    if spec.inputs:
-        raise NotImplementedYetError("inputs are experimental and not served in this release.")
+    """The request that a spec spells, with defaults filled in."""
     request = ImageRequest(
         prompt=spec.prompt,
         model=spec.model or namespace.default_model,
@@ -360,6 +354,7 @@ def read_spec(spec: pb.ImageSpec, path: str, namespace: Namespace, problems: Pro
         moderation=spec.moderation or _AUTO,
         seed=spec.seed if spec.HasField("seed") else None,
         extra=_read_extra(spec.extra, f"{path}.extra", problems),
+        inputs=read_inputs(spec.inputs, f"{path}.inputs", problems.add) if spec.inputs else (),
     )
     for field, text in validate(request).items():
         problems.add(f"{path}.{field}", text)

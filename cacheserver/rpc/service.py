@@ -165,7 +165,7 @@ class PromptCacheService:
     async def get_image(self, message: pb.GetImageRequest, call: Call) -> bytes:
         """Images from the fastest tier that has them; what is missing is generated."""
         with self._asking.booked(call):
-            asked = await self._asking.screened(self._asked(message, call))
+            asked = await self._asking.screened(await self._read(message, call))
             self._check_delivery(asked)
             answer = await self._asking.answer(asked, call)
             if isinstance(answer, Pending):
@@ -181,7 +181,7 @@ class PromptCacheService:
     async def stream_image(self, message: pb.StreamImageRequest, call: Call) -> AsyncGenerator[bytes, None]:
         """Progress while waiting, then each image as a header and chunks."""
         with self._asking.booked(call):
-            asked = await self._asking.screened(self._asked(message.request, call, prefix="request."))
+            asked = await self._asking.screened(await self._read(message.request, call, prefix="request."))
             resume = messages.read_resume(message, asked.terms, Problems())
             waiting = asyncio.create_task(self._asking.answer(asked, call), name="stream_image")
             try:
@@ -211,6 +211,12 @@ class PromptCacheService:
         """Each request of a stream as `get_image` answers it, as soon as it is ready."""
         batch = Batch(calls=self._calls, get_image=self.get_image, in_flight=self._limits.batch_in_flight)
         return batch.answers(parts, call)
+
+    async def _read(self, message: pb.GetImageRequest, call: Call, prefix: str = "") -> RpcAsked:
+        if message.spec.inputs:
+            # To digest large images takes longer than others should wait for their turn.
+            return await asyncio.to_thread(self._asked, message, call, prefix)
+        return self._asked(message, call, prefix)
 
     def _asked(self, message: pb.GetImageRequest, call: Call, prefix: str = "") -> RpcAsked:
         namespace = self._asking.namespace(message.namespace, Permission.READ, call, prefix)

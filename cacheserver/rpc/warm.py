@@ -194,6 +194,9 @@ def _checked(asked: Asked) -> ImageRequest:
     problems.check()
     if isinstance(asked.what, CacheKey):
         raise InvalidRequestError({"key": "names a picture that is made: warm with a spec"})
+    if any(image.data is not None for image in asked.what.inputs):
+        # All its items are held until their turn comes.
+        raise InvalidRequestError({"spec.inputs": "a warm-up makes no edits: ask for each with GetImage"})
     return asked.what
 
 
