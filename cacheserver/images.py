@@ -35,6 +35,15 @@ class ImageFacts:
     sha256: str
 
 
+def content_type_of(data: bytes) -> str:
+    """What its first bytes say an image is, of the types we take; empty if none. Whether it is that, `opened` tells."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "image/png"
+    if data.startswith(b"\xff\xd8\xff"):
+        return "image/jpeg"
+    return "image/webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ""
+
+
 @contextmanager
 def opened(data: bytes, *, max_pixels: int, max_bytes: int) -> Iterator[Image.Image]:
     """The whole still image in `data`, its pixels yet to be loaded: do that within `decoding`.

@@ -70,15 +70,6 @@ async def inspect_in_thread(  # noqa: PLR0913 - those of `inspect`
     )
 
 
-def content_type_of(data: bytes) -> str:
-    """What its first bytes say an image is, of the types we take; empty if none. `inspect` tells whether it is true."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "image/png"
-    if data.startswith(b"\xff\xd8\xff"):
-        return "image/jpeg"
-    return "image/webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ""
-
-
 def asked_size(size: str) -> tuple[int, int] | None:
     """Width and height that a request's `size` names; None where it leaves them to the provider, as "auto" does."""
     match = _SIZE.fullmatch(size)

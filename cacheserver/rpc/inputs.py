@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 
-from cacheserver.generation.images import content_type_of
+from cacheserver.images import content_type_of
 from cacheserver.model import InputImage, InputRole
 from cacheserver.pb import promptcache_pb2 as pb
 
