@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+from dataclasses import replace
 
 import pytest
 from PIL import Image, ImageChops, ImageStat
@@ -11,8 +12,9 @@ from PIL import Image, ImageChops, ImageStat
 from cacheserver.errors import UpstreamInvalidError
 from cacheserver.generation.images import inspect
 from cacheserver.generation.providers.painter import MODEL, PainterUpstream
-from cacheserver.model import GeneratedImage, ImageRequest
+from cacheserver.model import GeneratedImage, ImageRequest, InputImage, InputRole, PartialImage
 from tests.fakes import FakeClock
+from tests.waiting import until
 
 
 def asked(prompt: str = "a red fox", *, size: str = "256x192", **fields: object) -> ImageRequest:
@@ -40,6 +42,46 @@ async def test_the_same_request_and_variant_give_the_same_bytes(clock: FakeClock
 async def test_another_request_gives_another_picture(painter: PainterUpstream, other: dict[str, object]) -> None:
     [one], [two] = await painter.generate(asked(), [0]), await painter.generate(asked(**other), [0])  # type: ignore[arg-type]
     assert one.sha256 != two.sha256
+
+
+async def test_the_images_an_edit_starts_from_and_their_roles_decide_what_is_painted(painter: PainterUpstream) -> None:
+    image = InputImage(InputRole.IMAGE, "0" * 64, "image/png", b"bytes")
+    others = [replace(image, sha256="1" * 64), replace(image, role=InputRole.STYLE)]
+    requests = [asked(), *(asked(inputs=(each,)) for each in (image, *others)), asked(inputs=(image, image))]
+    assert len({(await painter.generate(request, [0])).images[0].sha256 for request in requests}) == 5
+    [one], [two] = [await painter.generate(asked(inputs=(each,)), [0]) for each in (image, replace(image, data=None))]
+    assert one.data == two.data
+
+
+async def test_partial_pictures_get_finer_and_the_picture_is_the_same_as_without(painter: PainterUpstream) -> None:
+    seen: list[PartialImage] = []
+    [picture] = await painter.generate(asked(), [0], partial_images=3, on_partial=seen.append)
+    [alone] = await painter.generate(asked(), [0])
+    assert picture.data == alone.data
+    assert [partial.index for partial in seen] == [0, 1, 2]
+    coarse = [Image.open(io.BytesIO(partial.data)) for partial in seen]
+    assert {each.size for each in coarse} == {(256, 192)}
+    far = [sum(ImageStat.Stat(ImageChops.difference(opened(alone), each)).mean) for each in coarse]
+    assert far == sorted(far, reverse=True)
+    assert far[-1] > 0
+
+
+async def test_several_pictures_at_a_time_come_without_partial_ones(painter: PainterUpstream) -> None:
+    seen: list[PartialImage] = []
+    await painter.generate(asked(), [0, 1], partial_images=3, on_partial=seen.append)
+    assert seen == []
+
+
+async def test_partial_pictures_come_in_the_time_that_the_picture_takes(clock: FakeClock) -> None:
+    seen: list[PartialImage] = []
+    slow = PainterUpstream(clock=clock, delay_s=9.0)
+    painting = asyncio.create_task(slow.generate(asked(), [0], partial_images=2, on_partial=seen.append))
+    for come in (0, 1, 2):
+        await until(lambda: clock.sleepers == 1)
+        assert len(seen) == come
+        clock.advance(3.0)
+    [picture] = await painting
+    assert picture.generation_s == pytest.approx(9.0)
 
 
 async def test_another_variant_is_visibly_another_picture(painter: PainterUpstream) -> None:

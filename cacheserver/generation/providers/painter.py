@@ -31,6 +31,8 @@ _SCENE_PIXELS = 1_500_000
 _MAX_BYTES = 64 * 1024 * 1024
 _SIZE = re.compile(r"(\d{2,4})x(\d{2,4})")
 _CAPTION_CHARACTERS = 120
+_COARSEST_FIELD, _FINEST_FIELD = 64, 8
+"""Sides, in pixels, of the fields of a picture that is not finished."""
 
 Colour = tuple[int, int, int]
 
@@ -58,19 +60,29 @@ class PainterUpstream:
         *,
         price_factor: Decimal = Decimal(1),  # noqa: ARG002 - it costs nothing
         most_microusd: int = 0,  # noqa: ARG002 - as above
-        partial_images: int = 0,  # noqa: ARG002 - it paints in one go
-        on_partial: Callable[[PartialImage], None] | None = None,  # noqa: ARG002 - as above
+        partial_images: int = 0,
+        on_partial: Callable[[PartialImage], None] | None = None,
     ) -> Delivery:
-        """One picture for each of `variants`."""
+        """One picture for each of `variants`; of a single one first `partial_images` coarse ones."""
         started_s = self._clock.monotonic_s()
         size = _size(request)
-        if request.background == "transparent" and request.output_format == "jpeg":
+        if _is_transparent(request) and request.output_format == "jpeg":
             raise UpstreamInvalidError("painter: jpeg has no transparency; ask for png or webp.", field="background")
-        if self._delay_s > 0:
-            await self._clock.sleep(self._delay_s)
+        partials = partial_images if on_partial is not None and len(variants) == 1 else 0
+        if on_partial is not None and partials:
+            painted = await asyncio.to_thread(_picture, request, variants[0], size)
+            for index in range(partials):
+                await self._take_time(partials + 1)
+                on_partial(PartialImage(await asyncio.to_thread(_coarse, painted, request, index), index))
+        await self._take_time(partials + 1)
         images = [await asyncio.to_thread(_paint, request, variant, size) for variant in variants]
         seconds = self._clock.monotonic_s() - started_s
         return Delivery(tuple(replace(image, generation_s=seconds) for image in images))
+
+    async def _take_time(self, parts: int) -> None:
+        """Wait for one of so many parts of the time that a call takes."""
+        if self._delay_s > 0:
+            await self._clock.sleep(self._delay_s / parts)
 
     async def check(self) -> None:
         """Return: a painter is always there."""
@@ -93,10 +105,7 @@ def _size(request: ImageRequest) -> tuple[int, int]:
 
 def _paint(request: ImageRequest, variant: int, size: tuple[int, int]) -> GeneratedImage:
     """The picture of one variant, encoded. Takes a few hundred milliseconds: call it in a thread."""
-    transparent = request.background == "transparent"
-    picture = _landscape(_chance(request, variant), size, transparent=transparent)
-    _write(picture, request.prompt)
-    data = _encode(picture, request)
+    data = _encode(_picture(request, variant, size), request)
     facts = inspect(
         data,
         max_pixels=_MAX_PIXELS,
@@ -113,15 +122,34 @@ def _paint(request: ImageRequest, variant: int, size: tuple[int, int]) -> Genera
         model=MODEL,
         size=f"{facts.width}x{facts.height}",
         quality=request.quality,
-        background="transparent" if transparent else "opaque",
+        background="transparent" if _is_transparent(request) else "opaque",
         seed=request.seed,
         upstream=MODEL,
     )
 
 
+def _picture(request: ImageRequest, variant: int, size: tuple[int, int]) -> Image.Image:
+    picture = _landscape(_chance(request, variant), size, transparent=_is_transparent(request))
+    _write(picture, request.prompt)
+    return picture
+
+
+def _coarse(picture: Image.Image, request: ImageRequest, index: int) -> bytes:
+    """The picture as it might look before it is finished: in fields, at each index half as wide as before."""
+    field = max(_FINEST_FIELD, _COARSEST_FIELD >> index)
+    width, height = picture.size
+    few = picture.resize((max(1, width // field), max(1, height // field)), Image.Resampling.BOX)
+    return _encode(few.resize(picture.size, Image.Resampling.NEAREST), request)
+
+
+def _is_transparent(request: ImageRequest) -> bool:
+    return request.background == "transparent"
+
+
 def _chance(request: ImageRequest, variant: int) -> random.Random:
     """Chance that falls the same way for the same picture asked for, whatever its size and format."""
-    asked = [request.prompt, variant, request.quality, request.seed, dict(request.extra)]
+    asked: list[object] = [request.prompt, variant, request.quality, request.seed, dict(request.extra)]
+    asked += [(image.role, image.sha256) for image in request.inputs]
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode("ascii")).digest()
     return random.Random(digest)  # noqa: S311 - a picture, not a secret
 
@@ -196,7 +224,7 @@ def _write(picture: Image.Image, prompt: str) -> None:
 
 def _encode(picture: Image.Image, request: ImageRequest) -> bytes:
     file = io.BytesIO()
-    finished = picture if request.background == "transparent" else picture.convert("RGB")
+    finished = picture if _is_transparent(request) else picture.convert("RGB")
     if request.output_format == "png":
         finished.save(file, format="PNG")
     else:
