@@ -139,7 +139,7 @@ class Imports:
         last = self._tier
         try:
             keys = await last.page(namespace.partition, after=after, limit=limit)
-            heads = await _heads(last, [key for key in keys if not key.is_stand_in])
+            heads = await _heads(last, [key for key in keys if not (key.is_stand_in or key.is_rendition)])
         except TierError as error:
             raise _unreachable(last.name) from error
         now_s = self._clock.now_s()

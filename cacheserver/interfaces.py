@@ -109,6 +109,14 @@ class Tier(Protocol):
         """
         ...
 
+    async def renditions(self, key: CacheKey) -> list[CacheKey]:
+        """The keys of the renditions that lie beside the pictures of `key`'s fingerprint, in no order.
+
+        They are those of all its variants, and of other identities of this fingerprint if there are any. What is left
+        out cannot be got either.
+        """
+        ...
+
     async def head(self, key: CacheKey) -> Head | None:
         """The entry under `key` without its bytes, fresh or not; None if there is none or it is damaged."""
         ...

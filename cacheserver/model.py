@@ -17,12 +17,13 @@ PARTITION_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 """What a namespace or partition may be called: safe in keys, paths, URLs and metric labels."""
 
 MAX_VARIANT = 9_999
-"""Highest variant number of a request; the stand-in slots lie above it."""
+"""Highest variant number of a request; the slots of stand-ins and renditions lie above it."""
 
 REVIEW_PREFIX = "r--"
 """Begins the partition of pictures that wait for review, which no namespace may have."""
 
 _STAND_IN_OFFSET = 10_000
+_RENDITION_OFFSET = 20_000
 
 
 class TierName(StrEnum):
@@ -216,6 +217,11 @@ class CacheKey:
     variant: int
 
     @property
+    def fingerprint_name(self) -> str:
+        """What begins the names of a picture, of its other variants and of their renditions."""
+        return f"{KEY_VERSION}.{self.partition}.{self.fingerprint.hex()}"
+
+    @property
     def identity_name(self) -> str:
         """The name without the variant: what a flight, and all variants of one identity, share."""
         return f"{KEY_VERSION}.{self.partition}.{self.fingerprint.hex()}.{self.digest[:16].hex()}"
@@ -241,12 +247,21 @@ class CacheKey:
     @property
     def is_stand_in(self) -> bool:
         """Whether this names a stand-in slot, which only the fast tiers hold."""
-        return self.variant > MAX_VARIANT
+        return MAX_VARIANT < self.variant < _RENDITION_OFFSET
 
     @property
     def made_for(self) -> CacheKey:
         """The key itself, or for a stand-in slot the key it stands in for."""
         return self.with_variant(self.variant - _STAND_IN_OFFSET) if self.is_stand_in else self
+
+    def rendition(self, digest: bytes) -> CacheKey:
+        """Where the rendition with this identity digest (32 bytes) of the key's picture lies: beside it by its name."""
+        return replace(self, digest=digest, variant=self.variant + _RENDITION_OFFSET)
+
+    @property
+    def is_rendition(self) -> bool:
+        """Whether this names a rendition, which answers no request by itself."""
+        return self.variant >= _RENDITION_OFFSET
 
     @property
     def in_review(self) -> CacheKey:
@@ -807,10 +822,11 @@ class RecordedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """What purge selects by, besides the key."""
+    """What purge selects by, besides the key. `derived_from` is the entry's."""
 
     namespace: str
     tags: tuple[str, ...]
+    derived_from: str = ""
 
 
 @dataclass(frozen=True, slots=True)

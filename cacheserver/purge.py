@@ -32,7 +32,7 @@ _AT_ONCE = 32
 class PurgeSelector:
     """What to remove: one picture, all variants of one identity, a tag, or (none of these) all of a namespace.
 
-    Only images that `namespace` stored, whoever else reads its partition.
+    Only images that `namespace` stored, whoever else reads its partition. With a picture go its renditions.
     """
 
     namespace: Namespace
@@ -50,25 +50,34 @@ class PurgeSelector:
             tag=self.tag,
         )
 
-    def takes(self, labels: Labels | None) -> bool:
-        """Whether an image with these labels is meant; one too damaged to have any is."""
+    def takes(self, key: CacheKey, labels: Labels | None) -> bool:
+        """Whether what lies under `key`, which may be meant, is by its labels; what is too damaged to have any is."""
         if labels is None:
             return True
-        return labels.namespace == self.namespace.name and (self.tag is None or self.tag in labels.tags)
+        if labels.namespace != self.namespace.name or (self.tag is not None and self.tag not in labels.tags):
+            return False
+        # Of which picture it is a rendition, its key does not tell.
+        return not key.is_rendition or self._names(labels.derived_from)
 
     def takes_entry(self, entry: CachedImage) -> bool:
         """Whether this entry is meant."""
-        if self.key is not None and (entry.key.name != self.key.name or not self.key.matches(entry.key.digest)):
+        key = entry.key
+        is_named = key.is_rendition or self._names(key.name)
+        is_other_identity = self.key is not None and not key.is_rendition and not self.key.matches(key.digest)
+        if key.partition != self.namespace.partition or not is_named or is_other_identity:
             return False
-        if self.identity is not None and entry.key.identity_name != self.identity.identity_name:
+        return self.takes(key, Labels(entry.namespace, entry.tags, entry.derived_from))
+
+    def _names(self, name: str) -> bool:
+        """Whether the picture of this name is the one, or one of those, to remove, as far as the name tells."""
+        if self.key is not None and name != self.key.name:
             return False
-        same_partition = entry.key.partition == self.namespace.partition
-        return same_partition and self.takes(Labels(entry.namespace, entry.tags))
+        return self.identity is None or name.rpartition(".")[0] == self.identity.identity_name
 
 
 @dataclass(frozen=True, slots=True)
 class PurgeResult:
-    """How many pictures were (or would be) removed, and how many copies in each tier."""
+    """How many pictures were (or would be) removed, and how many copies in each tier. Renditions do not count."""
 
     images: int
     per_tier: dict[TierName, int] = field(default_factory=dict)
@@ -118,7 +127,8 @@ class Purger:
         for key in self._memory.scan(selector.namespace.partition):
             entry = self._memory.get(key)
             if entry is not None and selector.takes_entry(entry):
-                names.add(entry.key.name)
+                if not key.is_rendition:
+                    names.add(entry.key.name)
                 if not dry_run:
                     self._memory.delete(key)
         return names
@@ -136,18 +146,21 @@ class Purger:
 
 async def _purge_batch(tier: Tier, keys: Sequence[CacheKey], selector: PurgeSelector, *, dry_run: bool) -> set[str]:
     labels = await asyncio.gather(*(tier.labels(key) for key in keys))
-    taken = [key for key, label in zip(keys, labels, strict=True) if selector.takes(label)]
+    taken = [key for key, label in zip(keys, labels, strict=True) if selector.takes(key, label)]
     if not dry_run:
         await asyncio.gather(*(tier.delete(key) for key in taken))
-    return {key.made_for.name for key in taken}
+    return {key.made_for.name for key in taken if not key.is_rendition}
 
 
 async def _candidates(tier: Tier, selector: PurgeSelector) -> AsyncIterator[CacheKey]:
-    """The keys of a tier that may be meant, stand-ins included; only such as are there."""
-    if selector.key is None and selector.identity is None:
+    """The keys of a tier that may be meant, stand-ins and renditions included; only such as are there."""
+    named = selector.key or selector.identity
+    if named is None:
         async for key in tier.scan(selector.namespace.partition):
             yield key
         return
+    for key in await tier.renditions(named):
+        yield key
     for block in _blocks(selector):
         present = [key for key, is_there in zip(block, await tier.find(block), strict=True) if is_there]
         for key in present:

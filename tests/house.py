@@ -91,6 +91,10 @@ class FaultyTier:
         await self._pass()
         return await self._tier.page(partition, after=after, limit=limit)
 
+    async def renditions(self, key: CacheKey) -> list[CacheKey]:
+        await self._pass()
+        return await self._tier.renditions(key)
+
     async def head(self, key: CacheKey) -> Head | None:
         await self._pass()
         return await self._tier.head(key)

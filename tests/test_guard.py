@@ -104,6 +104,10 @@ class FaultyTier:
         await self._do("page")
         return [make_key(partition=partition, variant=variant) for variant in range(limit) if after is None]
 
+    async def renditions(self, key: CacheKey) -> list[CacheKey]:
+        await self._do("renditions")
+        return [key.rendition(key.digest)]
+
     async def head(self, key: CacheKey) -> Head | None:  # noqa: ARG002 - the contract's
         await self._do("head")
         return None

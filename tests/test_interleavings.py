@@ -90,6 +90,10 @@ class DictTier:
         keys = [key async for key in self.scan(partition) if key.name > last]
         return sorted(keys, key=lambda key: key.name)[:limit]
 
+    async def renditions(self, key: CacheKey) -> list[CacheKey]:
+        start = f"{key.fingerprint_name}."
+        return [each async for each in self.scan(key.partition) if each.name.startswith(start) and each.is_rendition]
+
     async def head(self, key: CacheKey) -> Head | None:
         await asyncio.sleep(0)
         entry = self.entries.get(key.name)

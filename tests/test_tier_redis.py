@@ -34,6 +34,7 @@ from tests.servers import ClusterServer, TcpProxy, ValkeyServer
 from tests.tier_contract import (
     MAX_ENTRY_BYTES,
     TierContract,
+    as_public,
     guarded_tier,
     keys_of,
     make_entry,
@@ -621,3 +622,34 @@ async def test_a_url_that_cannot_work_is_refused_and_not_repeated(url: str) -> N
 )
 async def test_every_form_of_url_is_taken(url: str) -> None:
     connect(url)
+
+
+async def test_a_rendition_that_is_not_listed_is_not_read(tier: RedisTier, raw: Redis) -> None:
+    """Redis may evict the list before what it names; a purge would not find that, so nobody may."""
+    key = make_key().rendition(b"r" * 32)
+    entry = make_entry(key)
+    await tier.put(key, entry, replace=False)
+    await raw.delete(tier._list_name(key))
+    assert await tier.get(key) is None
+    assert await tier.labels(key) is None
+    assert await tier.put(key, entry, replace=False)  # made again, it is listed again
+    assert await tier.get(key) == entry
+    assert await tier.renditions(make_key()) == [as_public(key)]
+
+
+async def test_a_list_of_renditions_outlives_what_it_names(tier: RedisTier, raw: Redis) -> None:
+    for number in range(3):
+        key = make_key().rendition(bytes([number]) * 32)
+        await tier.put(key, make_entry(key), replace=False)
+        assert await raw.pttl(tier._list_name(key)) > await raw.pttl(tier._name(key)) > 0
+
+
+async def test_a_list_of_renditions_does_not_grow_without_bound(
+    tier: RedisTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cacheserver.tiers.redis._MAX_LISTED", 3)
+    keys = [make_key().rendition(bytes([number]) * 32) for number in range(4)]
+    for key in keys:
+        await tier.put(key, make_entry(key), replace=False)
+    assert await tier.renditions(make_key()) == [as_public(keys[-1])]
+    assert [await tier.get(key) is not None for key in keys] == [False, False, False, True]

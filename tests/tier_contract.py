@@ -241,6 +241,26 @@ class TierContract(StoreContract):
         rest = await tier.page("studio", after=keys[1], limit=5)
         assert [key.name for key in rest] == [key.name for key in keys[2:]]
 
+    async def test_renditions_are_told_apart_from_what_they_lie_beside(self, tier: Tier) -> None:
+        master = make_key()
+        here = [master, master.with_variant(1), master.stand_in]
+        renditions = [master.rendition(bytes([n]) * 32) for n in range(3)] + [here[1].rendition(bytes(32))]
+        elsewhere = [make_key("a dog").rendition(bytes(32)), replace(renditions[0], partition="other")]
+        for key in (*here, *renditions, *elsewhere):
+            await tier.put(key, replace(make_entry(key), derived_from=master.name), replace=False)
+        assert {key.name for key in await tier.renditions(as_public(master))} == {key.name for key in renditions}
+        assert await tier.renditions(make_key("a cow")) == []
+
+    async def test_a_rendition_is_got_and_deleted_as_any_entry(self, tier: Tier) -> None:
+        key = make_key().rendition(b"r" * 32)
+        entry = replace(make_entry(key), derived_from=make_key().name)
+        assert await tier.put(key, entry, replace=False)
+        assert await tier.get(as_public(key)) == entry
+        assert (await tier.labels(key)) == Labels(entry.namespace, entry.tags, entry.derived_from)
+        assert await tier.delete(key)
+        assert await tier.get(key) is None
+        assert await tier.renditions(make_key()) == []
+
     async def test_a_head_is_the_entry_without_its_bytes(self, tier: Tier) -> None:
         for entry in (make_entry(), make_entry(make_key("a dog"), revised_prompt=LONG_PROMPT)):
             assert await tier.head(entry.key) is None

@@ -388,7 +388,7 @@ def read_key(name: str, path: str, namespace: Namespace, problems: Problems) -> 
     except ValueError:
         problems.add(path, _NOT_A_KEY)
         return _NO_KEY
-    if key.partition != namespace.partition or key.is_stand_in:
+    if key.partition != namespace.partition or key.is_stand_in or key.is_rendition:
         problems.add(path, "is not a key of this namespace")
     return key
 

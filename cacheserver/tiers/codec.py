@@ -66,7 +66,7 @@ class Metadata:
     @property
     def labels(self) -> Labels:
         """What purge selects the entry by."""
-        return Labels(namespace=self.bare.namespace, tags=self.bare.tags)
+        return Labels(namespace=self.bare.namespace, tags=self.bare.tags, derived_from=self.bare.derived_from)
 
     def entry(self, data: bytes) -> CachedImage:
         """The whole entry, its bytes verified.
@@ -188,6 +188,7 @@ def pack_metadata(entry: CachedImage) -> bytes:
         "paid_microusd": image.paid_microusd,
         "score": image.score,
         "won_against": image.won_against,
+        "derived_from": entry.derived_from,
     }
     text = json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # A provider's JSON may hold half a surrogate pair; such a revised prompt must not cost us the picture.
@@ -227,6 +228,7 @@ def _entry(fields: dict[str, JsonValue]) -> CachedImage:
         create_time_s=_seconds(fields["create_time_s"]),
         expire_time_s=None if expire_time is None else _seconds(expire_time),
         tags=tuple(_text(tag) for tag in _list(fields["tags"])),
+        derived_from=_text(fields.get("derived_from", "")),  # older entries are derived from none
     )
 
 

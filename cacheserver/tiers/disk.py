@@ -138,6 +138,13 @@ class DiskTier:
         """See `Tier.page`."""
         return await self._run("page", self._page, partition, "" if after is None else after.name, limit)
 
+    async def renditions(self, key: CacheKey) -> list[CacheKey]:
+        """See `Tier.renditions`."""
+        files = await self._run("renditions", _children, self._path(key.name).parent)
+        start = f"{key.fingerprint_name}."
+        keys = (_key(file.name) for file in files if file.name.startswith(start))
+        return [found for found in keys if found is not None and found.is_rendition]
+
     async def head(self, key: CacheKey) -> Head | None:
         """See `Tier.head`."""
         metadata = await self._run("head", self._metadata, key)

@@ -128,8 +128,8 @@ class Breaker:
 class Deadlines:
     """How long a guarded tier's calls may take, in seconds.
 
-    `read_s` holds for a get, head, labels, ping, page and each step of a scan or find; `write_s` for a put, copy,
-    delete or signing.
+    `read_s` holds for a get, head, labels, ping, page, renditions and each step of a scan or find; `write_s` for a put,
+    copy, delete or signing.
     """
 
     read_s: float
@@ -211,6 +211,11 @@ class GuardedTier:
         """See `Tier.page`."""
         async with self._guarded("page", self._deadlines.read_s):
             return await self._tier.page(partition, after=after, limit=limit)
+
+    async def renditions(self, key: CacheKey) -> list[CacheKey]:
+        """See `Tier.renditions`."""
+        async with self._guarded("renditions", self._deadlines.read_s):
+            return await self._tier.renditions(key)
 
     async def head(self, key: CacheKey) -> Head | None:
         """See `Tier.head`."""

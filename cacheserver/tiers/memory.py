@@ -72,7 +72,9 @@ class MemoryCache:
     def labels(self, key: CacheKey) -> Labels | None:
         """The labels of the entry under `key`; None if there is none."""
         entry = self._peek(key)
-        return None if entry is None else Labels(namespace=entry.namespace, tags=entry.tags)
+        if entry is None:
+            return None
+        return Labels(namespace=entry.namespace, tags=entry.tags, derived_from=entry.derived_from)
 
     @property
     def size_bytes(self) -> int:

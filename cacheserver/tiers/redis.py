@@ -50,6 +50,11 @@ URL_FORMS = (
 _HEAD_GUESS_BYTES = 4_096
 _BATCH = 500
 _PUT_ATTEMPTS = 4
+_MAX_LISTED = 1_000
+"""Renditions listed of one fingerprint at most."""
+
+_LIST_OUTLIVES_MS = 60_000
+"""By this a list stays longer than what it names."""
 
 # Overwrites a value only if it is still the one the caller found unfit: another writer may have been faster.
 _REPLACE_UNFIT = """
@@ -110,6 +115,10 @@ class RedisTier:
     variants of an identity share a slot. It stays for `ttl_s`, give or take `ttl_jitter` of it, lest what was
     written together expires together; never longer than it is fresh.
 
+    Renditions lie under `<prefix>{<fingerprint>}.<rest of the key>`, and the set `<prefix>{<fingerprint>}.renditions`
+    lists them: to find them without it would be to look at everything there is. Redis may evict the list before what it
+    names, and then a purge would not find that; so a rendition that is not listed is not read.
+
     Args:
         client: from `connect`; closed with the tier.
         clock: decides what is fresh.
@@ -169,6 +178,8 @@ class RedisTier:
         if entry.size_bytes > self._max_entry_bytes:
             raise EntryTooLargeError(f"the image has {entry.size_bytes} bytes; Redis takes {self._max_entry_bytes}")
         stored, name = codec.encode(entry), self._name(key)
+        if key.is_rendition:
+            await self._list(key)
         if replace:
             async with self._turn("put"):
                 await self._client.set(name, stored, px=self._ttl_ms(entry))
@@ -178,7 +189,10 @@ class RedisTier:
     async def delete(self, key: CacheKey) -> bool:
         """See `Tier.delete`."""
         async with self._turn("delete"):
-            return bool(await self._client.delete(self._name(key)))
+            is_deleted = bool(await self._client.delete(self._name(key)))
+            if key.is_rendition:
+                await self._client.srem(self._list_name(key), key.name)
+            return is_deleted
 
     async def scan(self, partition: str) -> AsyncIterator[CacheKey]:
         """See `Tier.scan`."""
@@ -199,6 +213,13 @@ class RedisTier:
         last = "" if after is None else after.name
         keys = {key.name: key async for key in self.scan(partition) if key.name > last}
         return [keys[name] for name in heapq.nsmallest(limit, keys)]
+
+    async def renditions(self, key: CacheKey) -> list[CacheKey]:
+        """See `Tier.renditions`."""
+        async with self._turn("renditions"):
+            names: list[bytes] = await self._client.execute_command("SMEMBERS", self._list_name(key))
+        keys = (self._key(name) for name in names)
+        return [found for found in keys if found is not None and found.is_rendition]
 
     async def head(self, key: CacheKey) -> Head | None:
         """See `Tier.head`."""
@@ -246,8 +267,20 @@ class RedisTier:
         """The value up to byte `end`, or to the most an entry can have; empty if there is none."""
         last = self._read_end if end is None else end
         async with self._turn("get"):
+            if key.is_rendition and not await self._client.sismember(self._list_name(key), key.name):
+                return b""
             stored: bytes = await self._client.execute_command("GETRANGE", self._name(key), 0, last)
             return stored
+
+    async def _list(self, key: CacheKey) -> None:
+        """List a rendition before it is written: what is never listed would outlive a purge."""
+        name = self._list_name(key)
+        async with self._turn("put"):
+            if await self._client.scard(name) >= _MAX_LISTED:
+                await self._client.delete(name)  # none of those it named is read any more, and Redis drops them in time
+            await self._client.sadd(name, key.name)
+            # No rendition stays longer than this, and each one written lets the list stay as long.
+            await self._client.pexpire(name, int(self._ttl_s * (1 + self._ttl_jitter) * 1000) + _LIST_OUTLIVES_MS)
 
     async def _metadata(self, key: CacheKey) -> codec.Metadata | None:
         try:
@@ -272,7 +305,13 @@ class RedisTier:
         return max(1, int(ttl_s * 1000))
 
     def _name(self, key: CacheKey) -> str:
+        if key.is_rendition:
+            start = key.fingerprint_name
+            return f"{self._prefix}{{{start}}}{key.name.removeprefix(start)}"
         return f"{self._prefix}{{{key.identity_name}}}.{key.variant}"
+
+    def _list_name(self, key: CacheKey) -> str:
+        return f"{self._prefix}{{{key.fingerprint_name}}}.renditions"
 
     def _key(self, name: bytes) -> CacheKey | None:
         spelled = name.decode("utf-8", "replace").removeprefix(self._prefix)

@@ -177,6 +177,12 @@ class S3Tier:
                     break
         return found[:limit]
 
+    async def renditions(self, key: CacheKey) -> list[CacheKey]:
+        """See `Tier.renditions`."""
+        start = self._object(key).removesuffix(key.name) + f"{key.fingerprint_name}."
+        pages = [names async for names in self._pages("renditions", start)]
+        return [found for names in pages for found in _keys(names) if found.is_rendition]
+
     async def head(self, key: CacheKey) -> Head | None:
         """See `Tier.head`."""
         metadata = await self._run("head", self._metadata_of, key)

@@ -64,7 +64,7 @@ class Filling:
         return outcome
 
     async def keys_of(self, partition: str) -> AsyncIterator[list[CacheKey]]:
-        """Every key of a partition in the last tier, some at a time.
+        """Every picture's key of a partition in the last tier, some at a time.
 
         Raises:
             TierUnreachableError: the last tier cannot be asked.
@@ -73,6 +73,8 @@ class Filling:
         last = self.slower[-1]
         try:
             async for key in last.scan(partition):
+                if key.is_rendition:
+                    continue  # made again in milliseconds where it is asked for
                 keys.append(key)
                 if len(keys) == _KEYS_PER_BATCH:
                     yield keys
