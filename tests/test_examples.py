@@ -30,7 +30,7 @@ RETRY_MS = 10
 
 
 @dataclass
-class Flaky(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc's classes are untyped
+class Flaky(grpc.GenericRpcHandler):
     """Passes calls on to a service, but for the first of each kind: that one breaks, and says when to try again.
 
     The first download breaks in the midst of its first chunk.
@@ -42,7 +42,7 @@ class Flaky(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc's classes are 
     tokens: set[str] = field(default_factory=set)
     without_deadline: int = 0
 
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
         if handler_call_details.method.endswith("/StreamImage"):
             return grpc.unary_stream_rpc_method_handler(self._stream_image)
         return grpc.unary_unary_rpc_method_handler(self._get_image)
