@@ -33,6 +33,7 @@ def good() -> Figures:
     )
 
 
+@pytest.mark.no_cover
 async def test_an_importer_that_is_killed_leaves_every_picture_stored_once(tmp_path: Path) -> None:
     rows = 800
     manifest = await asyncio.to_thread(write_manifest, tmp_path / "pictures", rows)

@@ -35,6 +35,8 @@ from tests.running import Stub
 from tests.servers import ValkeyServer
 from tests.waiting import until
 
+pytestmark = pytest.mark.no_cover
+
 FULL_MICROUSD = 52_700
 """A picture of medium quality of a prompt as `prompts` has them: 1,756 tokens at $30 a million, and 4 at $5."""
 CHEAP_MODEL = "gpt-image-1-mini"

@@ -393,6 +393,7 @@ class TestStream:
             with pytest.raises(TryAgainError):
                 await waiting
 
+    @pytest.mark.no_cover
     async def test_a_stream_that_breaks_while_more_is_sent_is_one_to_try_again(self, kind: str, house: House) -> None:
         def requests() -> Iterator[tuple[str, str]]:
             for n in range(100_000):

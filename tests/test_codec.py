@@ -60,6 +60,7 @@ def test_what_was_encoded_is_decoded(entry: CachedImage) -> None:
     assert codec.decode(codec.encode(entry)) == entry
 
 
+@pytest.mark.no_cover
 @given(entries(), st.data())
 @settings(max_examples=300)
 def test_any_flipped_bit_is_noticed(entry: CachedImage, data: st.DataObject) -> None:

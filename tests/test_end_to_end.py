@@ -71,6 +71,7 @@ async def test_with_no_configuration_it_comes_from_our_own_valkey_and_from_disk(
     assert provider.calls == 1
 
 
+@pytest.mark.no_cover
 async def test_a_thousand_callers_of_one_prompt_with_200_hanging_up_are_one_upstream_call(
     stub: Stub, provider: OpenAIStandIn
 ) -> None:

@@ -20,6 +20,8 @@ from tests.provider import OpenAIStandIn
 from tests.running import Stub, ask, calling, environment, running
 from tests.servers import S3Server, TcpProxy, ValkeyServer
 
+pytestmark = pytest.mark.no_cover
+
 PICTURES = 100
 ONLY_BELOW = 12
 """So many pictures Redis does not have."""

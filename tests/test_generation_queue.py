@@ -186,10 +186,11 @@ class JobQueueMachine(RuleBasedStateMachine):
                 had[taken.caller] += taken.amounts.images
 
 
-TestJobQueue = JobQueueMachine.TestCase
+TestJobQueue = pytest.mark.no_cover(JobQueueMachine.TestCase)
 TestJobQueue.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
 
 
+@pytest.mark.no_cover
 def test_one_callers_hundred_thousand_rows_do_not_starve_anothers_one(loop: asyncio.AbstractEventLoop) -> None:
     queue = JobQueue(max_jobs=200_000, max_bytes=10_000_000)
     for _ in range(100_000):

@@ -328,6 +328,7 @@ def test_the_longest_prompt_takes_no_time_to_speak_of(prompt: str) -> None:
     assert time.process_time() - begin < 5.0  # quadratic time would be tens of seconds
 
 
+@pytest.mark.no_cover
 @given(prompt=AWKWARD | st.text(), profile=st.sampled_from(sorted(PROFILES)))
 def test_normalizing_twice_changes_nothing(prompt: str, profile: str) -> None:
     once = normalize_prompt(prompt, profile, CATALOG)

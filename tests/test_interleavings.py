@@ -41,6 +41,8 @@ from tests.house import EVERYTHING, FaultyTier, House
 from tests.provider import FakeUpstream
 from tests.tier_contract import MAX_ENTRY_BYTES, TierContract
 
+pytestmark = pytest.mark.no_cover
+
 CALLERS = {"payer": EVERYTHING, "reader": Caller("reader", frozenset({Permission.READ}))}
 PROMPTS = ("a red fox", "a blue fox", "a green fox")
 PRICE = 53_000

@@ -105,6 +105,7 @@ rows_of_any_kind = st.lists(
 )
 
 
+@pytest.mark.no_cover
 @given(rows_of_any_kind, st.sampled_from(StatsSpan), st.integers(1, 400))
 def test_however_rows_are_told_apart_they_add_up_to_the_same(rows: list[StatsRow], span: StatsSpan, hours: int) -> None:
     period = numbers.Period(SINCE, SINCE + timedelta(hours=hours), span)

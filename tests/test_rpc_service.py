@@ -458,6 +458,7 @@ class TestFindCached:
         found = await front.stub.FindCached(pb.FindCachedRequest(items=[pb.FindItem(spec=spec())]))
         assert list(found.unknown_tiers) == [pb.TIER_S3]
 
+    @pytest.mark.no_cover
     async def test_ten_thousand_are_looked_up_while_others_are_served(self, front: Front) -> None:
         items = [pb.FindItem(spec=spec(f"fox number {i}")) for i in range(10_000)]
         finding = asyncio.ensure_future(front.stub.FindCached(pb.FindCachedRequest(items=items)))
@@ -733,6 +734,7 @@ async def test_more_calls_than_the_service_takes_are_told_to_come_again(house: H
         assert (await front.stub.GetImage(ask())).status.tier == pb.TIER_MEMORY
 
 
+@pytest.mark.no_cover
 async def test_as_many_calls_as_are_allowed_may_come_at_once(house: House) -> None:
     async with open_front(house) as front:
         house.upstream.hold()

@@ -259,6 +259,7 @@ class TestRun:
         assert (failed.code, failed.reason) == ("UNAVAILABLE", "SHUTTING_DOWN")
         assert house.upstream.calls == 1
 
+    @pytest.mark.no_cover
     async def test_outcomes_nobody_reads_keep_items_from_being_read(self, front: Front) -> None:
         sent = 0
 

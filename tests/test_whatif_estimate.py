@@ -257,6 +257,7 @@ def test_a_process_that_is_killed_ends_it_in_words(path: Path) -> None:
         list(logs.read_log(LineFile(path, block_bytes=20_000), LogPlan(), workers=1, texts_below=kill_who_reads))
 
 
+@pytest.mark.no_cover
 def test_of_a_very_long_log_a_share_of_the_keys_tells_the_rest(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_log(path, Mix(rows=12_000, span_s=3 * DAY_S, products=2_000), seed=4)
     whole = forecast_of(LineFile(path))

@@ -93,6 +93,7 @@ def test_a_picture_too_large_for_the_memory_is_not_kept(tmp_path: Path) -> None:
     assert hit_rates(replay(trace, l1_bytes=[2 * ENTRY])) == [0.0, 0.75]
 
 
+@pytest.mark.no_cover
 def test_more_pictures_than_are_looked_at_are_estimated_from_a_share_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
