@@ -571,6 +571,13 @@ class Books(Protocol):
         """A client had so many pictures made without us while it could not reach us."""
         ...
 
+    def delivered(self, namespace: str, *, status: int, is_rendition: bool, size_bytes: int) -> None:
+        """A picture's URL was answered with this HTTP status: no request, whoever asked for the picture was booked.
+
+        `namespace` is that of the picture, empty where there was none.
+        """
+        ...
+
     def paid_unknown(self) -> None:
         """A picture was paid for though the last tier could not be asked."""
         ...

@@ -119,7 +119,8 @@ class House:
         self.s3 = s3
         self.namespace = Namespace("default", "default")
         self.upstream = FakeUpstream("fake", [MODEL])
-        self.books = CounterBooks(clock=clock, registry=CollectorRegistry())
+        self.registry = CollectorRegistry()
+        self.books = CounterBooks(clock=clock, registry=self.registry)
         self.replays: Replays = LocalReplays(monotonic_s=clock.monotonic_s)
         self.restart(**settings)
 

@@ -14,7 +14,7 @@ from cacheserver.model import Budget, BudgetPeriod, BudgetScope, Caller, Namespa
 from tests.house import MODEL, House
 from tests.http_front import HttpFront, error_of, open_http_front, pictures_of
 
-TOKEN = "sk-a-caller"  # noqa: S105 - of a test
+TOKEN = "sk-a-caller"
 DIGEST = hashlib.sha256(TOKEN.encode()).digest()
 AUTHORIZED = {"authorization": f"Bearer {TOKEN}"}
 

@@ -159,6 +159,13 @@ class CounterBooks:
         """A client had so many pictures made without us while it could not reach us."""
         self._metrics.client_fallbacks.labels(namespace).inc(pictures)
 
+    def delivered(self, namespace: str, *, status: int, is_rendition: bool, size_bytes: int) -> None:
+        """A picture's URL was answered with this HTTP status."""
+        kind = "rendition" if is_rendition else "image"
+        self._metrics.delivered(namespace, kind, status).inc()
+        if size_bytes:
+            self._metrics.delivered_bytes(namespace, kind).inc(size_bytes)
+
     def paid_unknown(self) -> None:
         """A picture was paid for though the last tier could not be asked."""
         self._paid_unknown += 1
@@ -253,6 +260,9 @@ class _Metrics:
         self.upstream_requests = cache(counter("upstream_requests", "Calls to upstreams", "upstream", "result").labels)
         generation_seconds = histogram("generation_seconds", "Time an upstream took", "upstream", "model")
         self.generation_seconds = cache(generation_seconds.labels)
+        delivered = counter("delivered", "Pictures answered by URL", "namespace", "kind", "status")
+        self.delivered = cache(delivered.labels)
+        self.delivered_bytes = cache(counter("delivered_bytes", "Their bytes", "namespace", "kind").labels)
 
         self.spent = counter("spent_microusd", "Paid upstream, in micro-dollars")
         self.spent_unknown = counter("unknown_microusd", "At most paid by calls whose outcome nobody knows")

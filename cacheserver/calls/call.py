@@ -12,6 +12,9 @@ from cacheserver.model import Caller, Identity, Pending, Served
 NOBODY = Caller("", frozenset())
 """Who makes a call until it is known who does."""
 
+BY_URL = Caller("url", frozenset())
+"""Who fetches a picture by a URL that is all the right it needs. Nobody asks later what became of such a call."""
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _FALLBACKS = re.compile(r"[1-9][0-9]{0,5}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cacheserver.model import CachePolicy, Served, TierName
+from cacheserver.model import CachedImage, CachePolicy, Served, TierName
 
 _MAX_DELTA_S = 2**31
 """RFC 9111 section 1.2.2: what a larger number of seconds counts as."""
@@ -64,8 +64,16 @@ def cache_status(served: Served, policy: CachePolicy, now_s: float) -> str:
     `ttl` is what is left of its freshness, absent when that never ends; `age` is our own parameter: seconds
     since the picture was made.
     """
-    entry = served.entry
-    members = ["cacheserver", *_way(served, policy), f"detail={served.tier}"]
+    return _status(served.entry, _way(served, policy), served.tier, now_s)
+
+
+def stored_status(entry: CachedImage, detail: str, now_s: float) -> str:
+    """The `cache-status` of a stored picture that is fetched by its key; `detail` says who had it."""
+    return _status(entry, ["hit"], detail, now_s)
+
+
+def _status(entry: CachedImage, way: list[str], detail: str, now_s: float) -> str:
+    members = ["cacheserver", *way, f"detail={detail}"]
     if entry.expire_time_s is not None:
         members.append(f"ttl={int(entry.expire_time_s - now_s)}")
     members.append(f"age={max(0, int(now_s - entry.create_time_s))}")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import structlog
 
 from cacheserver.calls.auth import Authenticator
-from cacheserver.calls.call import NOBODY, Call, is_fit_id, request_id_of
+from cacheserver.calls.call import BY_URL, NOBODY, Call, is_fit_id, request_id_of
 from cacheserver.errors import OverloadedError, ShuttingDownError
 from cacheserver.interfaces import Books, Clock
 from cacheserver.recall import Recall
@@ -79,17 +79,25 @@ class Reception:
         return Call(stream.rpc, stream.metadata, request_id, left_s, now_s, stream.caller)
 
     def admit(self, call: Call) -> None:
-        """Find out who calls.
+        """Let the call in, and find out who calls.
 
         Raises:
             OverloadedError: there are too many calls already.
             ShuttingDownError: the service is going down.
             UnauthenticatedError: nobody we know.
         """
+        self.let_in()
+        self.authenticate(call)
+
+    def let_in(self) -> None:
+        """Let the call in that came last, whoever calls. Raises OverloadedError and ShuttingDownError."""
         if self._in_progress > self._max_in_progress:
             raise OverloadedError(f"More than {self._max_in_progress} calls at a time; try again.")
         if self.going_down.is_set():
             raise ShuttingDownError("The service is shutting down; try another replica.")
+
+    def authenticate(self, call: Call) -> None:
+        """Find out who calls. Raises UnauthenticatedError: nobody we know."""
         call.caller = self._authenticator.authenticate(call.metadata)
 
     def seconds(self, call: Call) -> float:
@@ -114,7 +122,7 @@ class Reception:
     def conclude(self, call: Call, code: str, *, reason: str = "", exc_info: Exception | None = None) -> None:
         """Write the call's one line, and remember it if its caller is known."""
         seconds = self.seconds(call)
-        if self._recall is not None and call.caller is not NOBODY:
+        if self._recall is not None and call.caller not in (NOBODY, BY_URL):
             self._recall.note(
                 call.request_id,
                 rpc=call.rpc,

@@ -41,19 +41,45 @@ class HttpCalls:
         self._reception = reception
         self._guard = guard
 
-    def endpoint(self, name: str, handler: Handler) -> Endpoint:
-        """The endpoint of a route; `name` is what its calls are called in logs."""
-        return Endpoint(name, handler, reception=self._reception, guard=self._guard)
+    def endpoint(self, name: str, handler: Handler, *, is_open: bool = False) -> Endpoint:
+        """The endpoint of a route; `name` is what its calls are called in logs.
+
+        With `is_open` whoever calls is let in, and the handler says `authenticate` where it has to know who does.
+        """
+        admit = self._let_in if is_open else self._admit
+        return Endpoint(name, handler, reception=self._reception, admit=admit)
+
+    def authenticate(self, call: Call) -> None:
+        """Find out who makes a call that was let in unseen.
+
+        Raises:
+            HttpError: it may come from a page of others, or from nobody we know.
+        """
+        self._guard.check(call.metadata)
+        try:
+            self._reception.authenticate(call)
+        except UnauthenticatedError as error:
+            is_given = "authorization" in call.metadata
+            text = "Incorrect API key provided." if is_given else "Missing bearer authentication in header."
+            text += " Send `Authorization: Bearer <token>` with the token of one of this service's callers."
+            raise HttpError(HTTPStatus.UNAUTHORIZED, text, code="invalid_api_key", headers=_CHALLENGE) from error
+
+    def _admit(self, call: Call) -> None:
+        self._reception.let_in()
+        self.authenticate(call)
+
+    def _let_in(self, _: Call) -> None:
+        self._reception.let_in()
 
 
 class Endpoint:
     """One route, as an ASGI application."""
 
-    def __init__(self, name: str, handler: Handler, *, reception: Reception, guard: Guard) -> None:
+    def __init__(self, name: str, handler: Handler, *, reception: Reception, admit: Callable[[Call], None]) -> None:
         self._name = name
         self._handler = handler
         self._reception = reception
-        self._guard = guard
+        self._admit = admit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one call."""
@@ -70,7 +96,6 @@ class Endpoint:
 
     async def _answer(self, request: Request, call: Call) -> Answer:
         try:
-            self._guard.check(call.metadata)
             self._admit(call)
             answer = await self._handler(request, call)
         except (asyncio.CancelledError, ClientDisconnect):
@@ -88,15 +113,6 @@ class Endpoint:
         if self._reception.going_down.is_set():
             answer.headers["connection"] = "close"
         return answer
-
-    def _admit(self, call: Call) -> None:
-        try:
-            self._reception.admit(call)
-        except UnauthenticatedError as error:
-            is_given = "authorization" in call.metadata
-            text = "Incorrect API key provided." if is_given else "Missing bearer authentication in header."
-            text += " Send `Authorization: Bearer <token>` with the token of one of this service's callers."
-            raise HttpError(HTTPStatus.UNAUTHORIZED, text, code="invalid_api_key", headers=_CHALLENGE) from error
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

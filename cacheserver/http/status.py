@@ -129,8 +129,8 @@ class HttpStatus:
     headers: dict[str, str]
 
     def answer(self) -> Answer:
-        """The whole answer."""
-        return json_answer({"error": self.error}, self.status, self.headers)
+        """The whole answer. What is wrong now may be right in a moment: no cache on the way is to keep it."""
+        return json_answer({"error": self.error}, self.status, {"cache-control": "no-store", **self.headers})
 
 
 def status_of(error: Exception, *, request_id: str) -> HttpStatus:

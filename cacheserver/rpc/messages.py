@@ -405,9 +405,7 @@ def read_match_level(value: int, problems: Problems) -> MatchLevel | None:
     return level
 
 
-def _read_seconds(
-    message: Duration, path: str, problems: Problems, *, limit_s: float = MAX_DURATION_S
-) -> float | None:
+def _read_seconds(message: Duration, path: str, problems: Problems, *, limit_s: float = MAX_DURATION_S) -> float | None:
     """A duration of 0 to `limit_s` in seconds."""
     seconds = message.seconds + message.nanos / _NANOS
     if message.seconds < 0 or message.nanos < 0:

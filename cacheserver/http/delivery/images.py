@@ -1,0 +1,267 @@
+"""`GET /images/{key}`: a stored picture, or a rendition of it, to browsers and CDNs. Never makes one anew.
+
+It is no request in the books: a browser that fetches a picture a thousand times saves nothing. It has its own counters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
+from typing import Protocol
+
+from starlette.requests import Request
+from starlette.routing import BaseRoute, Route
+
+from cacheserver.cache import PromptCache
+from cacheserver.calls.call import Call
+from cacheserver.calls.directives import stored_status
+from cacheserver.errors import ImageChangedError, KeyGoneError, UpstreamError
+from cacheserver.http.answer import Answer
+from cacheserver.http.calls import HttpCalls
+from cacheserver.http.delivery.access import GONE, Access, Gate
+from cacheserver.http.delivery.asked import UrlAsked, read_asked
+from cacheserver.http.delivery.conditions import Verdict, allows_range, judge, write_date
+from cacheserver.http.delivery.headers import SAFETY, cache_control, disposition, sharing
+from cacheserver.http.delivery.partitions import Partitions
+from cacheserver.http.delivery.ranges import (
+    Multipart,
+    NotSatisfiableError,
+    Part,
+    content_range,
+    read_range,
+    slices,
+)
+from cacheserver.http.delivery.urls import PATH, ImageUrls, is_version_name, version_of
+from cacheserver.http.status import HttpError, status_of
+from cacheserver.interfaces import Books, Clock
+from cacheserver.model import (
+    MAX_VARIANT,
+    REVIEW_PREFIX,
+    CachedImage,
+    CacheKey,
+    Caller,
+    Namespace,
+    Pending,
+    Rendition,
+    Terms,
+    TierName,
+)
+
+_WAIT_S = 10.0
+"""How long a browser waits for a picture that is just being made, or that slow tiers have."""
+
+_TERMS = Terms(max_wait_s=_WAIT_S)
+_RENDERED = "rendered"
+"""Who had a rendition that was made for this answer: its master was stored, so it is a hit all the same."""
+
+_LISTED = ("if-match", "if-none-match")
+
+
+class Rendered(Protocol):
+    """A rendition, and the tier that had it; None: it was made for this answer."""
+
+    @property
+    def entry(self) -> CachedImage:
+        """The rendition."""
+        ...
+
+    @property
+    def tier(self) -> TierName | None:
+        """Who had it."""
+        ...
+
+
+class Renditions(Protocol):
+    """Makes renditions of stored pictures, or has them."""
+
+    async def get(  # noqa: PLR0913 - those of get_by_key, and which rendition of it
+        self,
+        key: CacheKey,
+        rendition: Rendition,
+        *,
+        namespace: Namespace,
+        caller: Caller,
+        terms: Terms,
+        if_digest: str = "",
+    ) -> Rendered | Pending:
+        """The rendition of the picture of `key`, if that one's SHA-256 begins with `if_digest`.
+
+        Raises what `PromptCache.get_by_key` does, ImageChangedError for another picture, InvalidRequestError for what
+        cannot be made of this one, and OverloadedError.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a URL leads to, who had it, and whether it is the version that the URL names, or made from that."""
+
+    entry: CachedImage
+    source: str
+    is_version: bool
+
+
+class ImageDelivery:
+    """Answers with stored pictures by their keys."""
+
+    def __init__(  # noqa: PLR0913 - the parts it stands between, by keyword
+        self,
+        *,
+        cache: PromptCache,
+        renditions: Renditions,
+        partitions: Partitions,
+        urls: ImageUrls,
+        calls: HttpCalls,
+        books: Books,
+        clock: Clock,
+        widths: Collection[int] = (),
+    ) -> None:
+        """`widths` are those that renditions may have, empty for any."""
+        self._cache = cache
+        self._renditions = renditions
+        self._partitions = partitions
+        self._gate = Gate(partitions=partitions, urls=urls, authenticate=calls.authenticate)
+        self._calls = calls
+        self._books = books
+        self._clock = clock
+        self._widths = widths
+
+    @property
+    def routes(self) -> Sequence[BaseRoute]:
+        """`GET` and `HEAD` of `/images/{key}`."""
+        path = f"{PATH}/{{key}}"
+        return [Route(path, self._calls.endpoint(f"GET {path}", self._counted, is_open=True), methods=["GET"])]
+
+    async def _counted(self, request: Request, call: Call) -> Answer:
+        asked = UrlAsked()
+        try:
+            asked = read_asked(request.query_params, accept=request.headers.get("accept", ""), widths=self._widths)
+            answer = await self._answer(request, asked, call)
+        except Exception as error:
+            self._count(call, asked, status_of(error, request_id=call.request_id).status)
+            raise
+        size_bytes = 0 if request.method == "HEAD" else answer.length_bytes or 0
+        self._count(call, asked, answer.status, size_bytes)
+        return answer
+
+    def _count(self, call: Call, asked: UrlAsked, status: int, size_bytes: int = 0) -> None:
+        is_rendition = asked.rendition is not None
+        self._books.delivered(call.namespace, status=status, is_rendition=is_rendition, size_bytes=size_bytes)
+
+    async def _answer(self, request: Request, asked: UrlAsked, call: Call) -> Answer:
+        key = _key(request.path_params["key"])
+        access = self._gate.admit(key, asked, call)
+        found = await self._find(key, asked, access, call)
+        entry = found.entry
+        call.namespace = self._partitions.label(entry.namespace)
+        headers = self._headers(found, asked, access)
+        etag, modified_s = headers["etag"], _modified_s(entry)
+        verdict = judge(_conditions(request), etag=etag, modified_s=modified_s)
+        if verdict is Verdict.FAILED:
+            text = "The image is not the one the request's conditions name."
+            raise HttpError(HTTPStatus.PRECONDITION_FAILED, text, code="precondition_failed")
+        if verdict is Verdict.NOT_MODIFIED:
+            return Answer(HTTPStatus.NOT_MODIFIED, headers, length_bytes=None)
+        headers |= {
+            "content-type": entry.image.content_type,
+            "accept-ranges": "bytes",
+            "content-disposition": disposition(asked.download, entry.image.content_type),
+            **SAFETY,
+        }
+        wants_parts = request.method == "GET" and allows_range(
+            request.headers.get("if-range"), etag=etag, modified_s=modified_s
+        )
+        return _whole_or_parts(entry, headers, request.headers.get("range") if wants_parts else None)
+
+    async def _find(self, key: CacheKey, asked: UrlAsked, access: Access, call: Call) -> _Found:
+        try:
+            if asked.rendition is None:
+                found = await self._stored(key, asked, access, call)
+            else:
+                found = await self._rendered(key, asked.rendition, asked.version, access, call)
+        except (KeyGoneError, UpstreamError):
+            raise KeyGoneError(GONE) from None  # whoever has it made is told why it could not be
+        if not isinstance(found, Pending):
+            return found
+        if found.in_review:
+            raise KeyGoneError(GONE)
+        retry_after = {"retry-after": str(math.ceil(max(1.0, found.estimated_wait_s)))}
+        text = "The image is being made; fetch it again."
+        raise HttpError(HTTPStatus.NOT_FOUND, text, code="in_flight", headers=retry_after)
+
+    async def _stored(self, key: CacheKey, asked: UrlAsked, access: Access, call: Call) -> _Found | Pending:
+        served = await self._cache.get_by_key(key, namespace=access.namespace, caller=call.caller, terms=_TERMS)
+        if isinstance(served, Pending):
+            return served
+        return _Found(served.entry, served.tier, is_version=version_of(served.entry) == asked.version)
+
+    async def _rendered(
+        self, key: CacheKey, rendition: Rendition, version: str, access: Access, call: Call
+    ) -> _Found | Pending:
+        get = partial(
+            self._renditions.get, key, rendition, namespace=access.namespace, caller=call.caller, terms=_TERMS
+        )
+        is_version = is_version_name(version)
+        try:
+            rendered = await get(if_digest=version if is_version else "")
+        except ImageChangedError:
+            rendered, is_version = await get(), False
+        if isinstance(rendered, Pending):
+            return rendered
+        return _Found(rendered.entry, rendered.tier or _RENDERED, is_version)
+
+    def _headers(self, found: _Found, asked: UrlAsked, access: Access) -> dict[str, str]:
+        """What is told of a picture whether it is sent or not."""
+        entry, now_s = found.entry, self._clock.now_s()
+        headers = {
+            "etag": f'"{entry.image.sha256}"',
+            "last-modified": write_date(_modified_s(entry)),
+            "cache-control": cache_control(access, entry, is_version=found.is_version, now_s=now_s),
+            "cache-status": stored_status(entry, found.source, now_s),
+            **sharing(access),
+        }
+        return headers | ({"vary": "Accept"} if asked.by_accept else {})
+
+
+def _key(name: str) -> CacheKey:
+    """The key of a stored picture. What is no such key is answered as one that nobody knows."""
+    try:
+        key = CacheKey.parse(name)
+    except ValueError:
+        raise KeyGoneError(GONE) from None
+    if key.variant > MAX_VARIANT or key.partition.startswith(REVIEW_PREFIX):
+        raise KeyGoneError(GONE)
+    return key
+
+
+def _modified_s(entry: CachedImage) -> int:
+    return int(entry.create_time_s)
+
+
+def _conditions(request: Request) -> dict[str, str]:
+    """The headers that conditions are in; a list that comes in several lines is one."""
+    conditions = {name: value for name, value in request.headers.items() if name.startswith("if-")}
+    lists = {name: ",".join(request.headers.getlist(name)) for name in _LISTED if name in conditions}
+    return conditions | lists
+
+
+def _whole_or_parts(entry: CachedImage, headers: dict[str, str], wanted: str | None) -> Answer:
+    data, content_type = entry.image.data, entry.image.content_type
+    size = len(data)
+    try:
+        parts = read_range(wanted, size)
+    except NotSatisfiableError:
+        text = f"The image has {size} bytes, and none that the range names."
+        told = {"content-range": f"bytes */{size}"}
+        raise HttpError(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, text, headers=told) from None
+    if parts is None:
+        return Answer(HTTPStatus.OK, headers, slices(data, Part(0, size)), size)
+    if len(parts) > 1:
+        body = Multipart(data, parts, content_type)
+        headers["content-type"] = body.content_type
+        return Answer(HTTPStatus.PARTIAL_CONTENT, headers, body, body.length_bytes)
+    headers["content-range"] = content_range(parts[0], size)
+    return Answer(HTTPStatus.PARTIAL_CONTENT, headers, slices(data, parts[0]), parts[0].size)
