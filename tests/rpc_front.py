@@ -18,6 +18,8 @@ from cacheserver.calls.asking import Asking
 from cacheserver.calls.auth import Authenticator
 from cacheserver.calls.reception import Reception
 from cacheserver.generation.images import inspect_in_thread
+from cacheserver.http.delivery.partitions import Partitions
+from cacheserver.http.delivery.urls import ImageUrls
 from cacheserver.interfaces import Prompts
 from cacheserver.model import CachedImage, Caller, Namespace, Permission
 from cacheserver.pb import promptcache_pb2 as pb
@@ -25,7 +27,7 @@ from cacheserver.pb import promptcache_pb2_grpc as pb_grpc
 from cacheserver.precheck import PromptPolicy
 from cacheserver.recall import Recall
 from cacheserver.rpc.server import Listen, RpcServer
-from cacheserver.rpc.service import FigureSource, Limits, PromptCacheService
+from cacheserver.rpc.service import FigureSource, ImageLinks, Limits, PromptCacheService
 from cacheserver.warming import Warming
 from tests.house import MODEL, House
 
@@ -110,6 +112,15 @@ class Signer:
         return f"https://images.test/{entry.image.sha256}?expires={expires_s}"
 
 
+def image_urls(house: House, *namespaces: Namespace) -> ImageUrls:
+    """URLs of the pictures of these namespaces, at our own port as callers reach it."""
+    partitions = Partitions(namespaces)
+    secret = b"a secret of more than thirty-two characters"
+    return ImageUrls(
+        [secret], partitions=partitions, expires_s=3600, clock=house.clock, public_url="https://images.test/"
+    )
+
+
 @asynccontextmanager
 async def open_front(
     house: House,
@@ -123,6 +134,7 @@ async def open_front(
     listen: Listen | None = None,
     prompts: Prompts | None = None,
     figures: FigureSource | None = None,
+    urls: ImageLinks | None = None,
 ) -> AsyncIterator[Front]:
     """Serve `house` on a free port until the block ends."""
     policies, recall = policies or {}, Recall()
@@ -161,6 +173,7 @@ async def open_front(
             clock=house.clock,
         ),
         policies=policies,
+        urls=urls,
     )
     tiers = [house.redis.name, house.s3.name]
     server = RpcServer(service, listen=listen or Listen(port=0), tiers=tiers)

@@ -22,7 +22,7 @@ from cacheserver.rpc.service import Limits
 from tests.fakes import FakeClock
 from tests.house import House
 from tests.provider import large_png, small_image
-from tests.rpc_front import Front, Signer, ask, authorization, failure, open_front, spec
+from tests.rpc_front import Front, Signer, ask, authorization, failure, image_urls, open_front, spec
 from tests.waiting import until
 
 
@@ -317,6 +317,30 @@ class TestDelivery:
         assert (await large.stub.GetImage(ask(delivery="DELIVERY_AUTO"))).images[0].data
         refused = await failure(large.stub.GetImage(ask(delivery="DELIVERY_AUTO", max_inline_bytes=self.LARGE)))
         assert refused.reason == "IMAGE_TOO_LARGE"
+
+    async def test_where_no_tier_signs_urls_lead_to_our_own_port(self, house: House) -> None:
+        urls = image_urls(house, house.namespace)
+        async with open_front(house, urls=urls) as front:
+            await front.put(pb.PutImageHeader(spec=spec()), small_image(1))
+            [image] = (await front.stub.GetImage(ask(delivery="DELIVERY_URL"))).images
+        entry = (await house.get()).entry
+        assert (image.url, float(image.url_expire_time.ToSeconds())) == urls.url(entry)
+        assert image.url.startswith(f"https://images.test/images/{entry.key.name}?v=")
+
+    async def test_the_url_of_a_public_image_does_not_expire(self, house: House) -> None:
+        urls = image_urls(house, replace(house.namespace, public_images=True))
+        async with open_front(house, urls=urls) as front:
+            await front.put(pb.PutImageHeader(spec=spec()), small_image(1))
+            [image] = (await front.stub.GetImage(ask(delivery="DELIVERY_AUTO", max_inline_bytes=1))).images
+        assert "expires" not in image.url
+        assert not image.HasField("url_expire_time")
+
+    async def test_a_tier_that_signs_goes_before_our_own_port(self, house: House) -> None:
+        house.cache._signer = Signer()  # type: ignore[assignment] # all of a tier that is asked
+        async with open_front(house, urls=image_urls(house, house.namespace)) as front:
+            await front.put(pb.PutImageHeader(spec=spec()), small_image(1))
+            [image] = (await front.stub.GetImage(ask(delivery="DELIVERY_URL"))).images
+        assert image.url.endswith("?expires=3600")
 
 
 class TestStreamImage:

@@ -296,6 +296,9 @@ def test_loopback_is_told_without_asking_dns(host: str, loopback: bool) -> None:
         ("[limit_groups.openai]\nimages_per_minute = 271", ["100 calls at a time make 270 images a minute"]),
         ("[limit_groups.openai]\nimages_per_minute = 270", []),
         ("[limit_groups.openai]\nconcurrent = 1", []),
+        ("[redis]\nurl = 'redis://shared'", ["delivery.url_secret_file"]),
+        (f"[redis]\nurl = 'redis://shared'\n[delivery]\nurl_secret = '{'s' * 32}'", []),
+        ("[redis]\nurl = 'redis://shared'\n[delivery]\nurl_secret_file = 'secrets'", []),
     ],
 )
 def test_what_works_and_may_not_be_meant_is_warned_of(write: Write, text: str, words: list[str]) -> None:

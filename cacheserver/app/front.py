@@ -13,6 +13,7 @@ from starlette.routing import BaseRoute
 from cacheserver.alarms import Alarms
 from cacheserver.app.background import keep_doing
 from cacheserver.app.core import Core
+from cacheserver.app.delivery import build_image_urls
 from cacheserver.app.live import live_view
 from cacheserver.app.policies import build_policies
 from cacheserver.app.routes import build_routes
@@ -70,6 +71,7 @@ async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack) -> Fr
         prompts=prompts,
         trace=await _trace(core, undo=undo),
     )
+    urls = await build_image_urls(core)
     inspect = functools.partial(
         inspect_in_thread, max_pixels=generation.max_image_pixels, max_bytes=generation.max_image_bytes
     )
@@ -89,6 +91,7 @@ async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack) -> Fr
         policies=policies,
         figures=core.miss_path.figures,
         live=live_view(core),
+        urls=None if urls.public_url is None else urls,
     )
     admin = AdminService(
         upstreams=core.miss_path.pool,

@@ -130,7 +130,7 @@ class PromptCacheServiceServicer:
         FAILED_PRECONDITION (PROMPT_DENIED): the namespace's deny-list or moderation refuses this prompt; change it.
         FAILED_PRECONDITION (PII_FOUND): the prompt holds personal data; leave it out.
         FAILED_PRECONDITION (IMAGE_TOO_LARGE): too large to answer inline; use StreamImage. The image is kept.
-        FAILED_PRECONDITION (NO_SIGNED_URLS): delivery is URL and no tier can sign one. Nothing was spent.
+        FAILED_PRECONDITION (NO_SIGNED_URLS): delivery is URL and the service has none to give. Nothing was spent.
         FAILED_PRECONDITION (UPSTREAM_NOT_ENTITLED): the upstream account lacks the right to this model.
         FAILED_PRECONDITION (REQUEST_ID_SPENT): a NO_STORE request_id was used before; its image is gone.
         ABORTED (REQUEST_ID_RUNNING): a NO_STORE call with this request_id still runs.

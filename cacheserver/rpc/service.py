@@ -81,6 +81,14 @@ class FigureSource(Protocol):
         ...
 
 
+class ImageLinks(Protocol):
+    """Where pictures are had over HTTP."""
+
+    def url(self, entry: CachedImage) -> tuple[str, float | None]:
+        """A URL of this picture, and when it expires in seconds since 1970; None for never."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Bounds on calls: bytes that one may move, how many run at a time, seconds between reports of progress.
@@ -112,11 +120,14 @@ class PromptCacheService:
         policies: Mapping[str, PromptPolicy] = MappingProxyType({}),
         figures: FigureSource | None = None,
         live: Callable[[], LiveState] | None = None,
+        urls: ImageLinks | None = None,
     ) -> None:
         """`policies` are by namespace, those that `asking` has too.
 
         `figures` are those of all replicas; None where none are kept. `live` tells how the process stands now.
+        `urls` are those where no tier signs any; None where nobody knows where callers would reach us.
         """
+        self._urls = urls
         self._figures = figures
         self._live = live
         self._cache = cache
@@ -231,8 +242,15 @@ class PromptCacheService:
             return
         if asked.terms.cache_policy is CachePolicy.NO_STORE:
             raise InvalidRequestError({"delivery": "NO_STORE leaves nothing for a URL to lead to: use INLINE"})
-        if not self._cache.can_sign_urls:
-            raise NoSignedUrlsError("No tier of this service can sign URLs: ask for INLINE or use StreamImage.")
+        if not self._has_urls:
+            raise NoSignedUrlsError(
+                "This service has no URLs of images (no S3 and no delivery.public_url): "
+                "ask for INLINE or use StreamImage."
+            )
+
+    @property
+    def _has_urls(self) -> bool:
+        return self._cache.can_sign_urls or self._urls is not None
 
     async def _deliver(self, answer: list[Served], asked: RpcAsked) -> bytes:
         """The response with bytes inline or URLs, all pictures the same way: `max_inline_bytes` is for the answer."""
@@ -245,17 +263,21 @@ class PromptCacheService:
             pictures = [(replies.image_facts(served.entry), served.entry.image.data) for served in answer]
             return wire.image_response(pictures, rest)
         is_stored = asked.terms.cache_policy is not CachePolicy.NO_STORE
-        if asked.delivery is Delivery.INLINE or not is_stored or not self._cache.can_sign_urls:
+        if asked.delivery is Delivery.INLINE or not is_stored or not self._has_urls:
             kept = "It is kept: fetch it with" if is_stored else "NO_STORE kept nothing of it: ask again with"
             raise ImageTooLargeError(f"The answer is larger than {asked.max_inline_bytes} bytes. {kept} StreamImage.")
         rest.images.extend([await self._image_by_url(served.entry) for served in answer])
         return rest.SerializeToString()
 
     async def _image_by_url(self, entry: CachedImage) -> pb.Image:
-        url, expire_time_s = await self._cache.signed_url(entry)
+        expire_time_s: float | None
         facts = replies.image_facts(entry)
-        facts.url = url
-        facts.url_expire_time.CopyFrom(replies.timestamp(expire_time_s))
+        if self._cache.can_sign_urls or self._urls is None:
+            facts.url, expire_time_s = await self._cache.signed_url(entry)
+        else:
+            facts.url, expire_time_s = self._urls.url(entry)
+        if expire_time_s is not None:
+            facts.url_expire_time.CopyFrom(replies.timestamp(expire_time_s))
         return facts
 
     async def _is_done_within(self, task: asyncio.Task[list[Served] | Pending], seconds: float) -> bool:

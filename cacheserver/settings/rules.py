@@ -35,6 +35,11 @@ def warnings(settings: Settings) -> list[str]:
     ]
     if settings.insecure:
         lines.append("insecure: whoever can connect may use, fill and purge the cache and spend money")
+    if settings.redis.url is not None and settings.delivery.url_secret is None is settings.delivery.url_secret_file:
+        lines.append(
+            "delivery.url_secret_file: not set, so each service on this Redis signs URLs with a secret of its own, "
+            "which the others refuse; give all of them the same if there are several"
+        )
     if settings.redis.url is None and settings.redis.embedded and not settings.serves_loopback_only:
         lines.append("redis.url: not set, and our own Valkey runs only on loopback: no Redis level")
     lines += filter(None, (_few_places(settings, name) for name in settings.limit_groups))
