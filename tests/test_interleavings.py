@@ -104,7 +104,7 @@ class DictTier:
     async def labels(self, key: CacheKey) -> Labels | None:
         await asyncio.sleep(0)
         entry = self.entries.get(key.name)
-        return None if entry is None else Labels(entry.namespace, entry.tags)
+        return None if entry is None else Labels(entry.namespace, entry.tags, entry.derived_from)
 
     async def ping(self) -> None:
         """It works."""
