@@ -9,6 +9,9 @@
     walk ──── Redis, then disk or S3: the first intact entry answers and is promoted
       │ nobody has it
       ▼
+    derive ── a picture of another request that dominates this one, where the namespace allows it
+      │ nobody has such
+      ▼
     may this caller pay? ── judged per waiter: refused ones leave, the first of the others leads
       │                     (who cannot afford it, or not in time, walks the rungs below if it accepts less)
       ▼
@@ -17,7 +20,8 @@
 Five rules run through it.
 
 A wrong image is worse than a miss: every tier compares the identity digest, a flight compares it again for
-each waiter (`Waiter.accepts`), and what does not match reads as a miss.
+each waiter (`Waiter.accepts`), and what does not match reads as a miss. So does what was derived, to a waiter that
+may not have it.
 
 Unknown is not absent: a tier answers with an entry, with None, or raises TierError. Only the last tier's
 None means that nobody has paid for the picture. If the last tier cannot say, a picture is paid for under
@@ -47,6 +51,7 @@ from typing import Any, NamedTuple
 from cachetools import TTLCache
 
 from cacheserver.alone import Alone
+from cacheserver.deriving import Deriving, as_asked
 from cacheserver.errors import (
     CacheServerError,
     CacheUnknownError,
@@ -63,7 +68,7 @@ from cacheserver.errors import (
     VariantsExhaustedError,
 )
 from cacheserver.flight import Flight, Flights, Loaded, Waiter
-from cacheserver.interfaces import Books, Clock, Generation, Replays, SigningTier, Tier
+from cacheserver.interfaces import Books, Clock, Generation, Renderer, Replays, SigningTier, Tier
 from cacheserver.keep import Keeper
 from cacheserver.model import (
     Ask,
@@ -117,9 +122,13 @@ class PromptCache:
         unknown: UnknownPolicy,
         signer: SigningTier | None = None,
         url_expires_s: int = 3600,
+        renderer: Renderer | None = None,
         rng: random.Random | None = None,
     ) -> None:
-        """`tiers` are the lower ones, fastest first; the last alone knows what is absent. `identify` keys a request."""
+        """`tiers` are the lower ones, fastest first; the last alone knows what is absent. `identify` keys a request.
+
+        Without a `renderer` no request is answered from another one's picture.
+        """
         self._memory = memory
         self._tiers = tiers
         self._keeper = keeper
@@ -136,6 +145,7 @@ class PromptCache:
         self._tasks = OwnedTasks()
         self._resent = Resent(replays=replays, tasks=self._tasks)
         self._paying = Paying(generation=generation, clock=clock, unknown=unknown)
+        self._deriving = Deriving(renderer=renderer, keeper=keeper, clock=clock, find=self.find, walk=self._walk)
         self._alone = Alone(
             generation=generation,
             resent=self._resent,
@@ -431,15 +441,25 @@ class PromptCache:
         )
 
     def _served(self, loaded: Loaded, waiter: Waiter) -> Served:
-        image, pays = loaded.entry.image, loaded.payer is waiter
+        pays = loaded.payer is waiter
         return Served(
             entry=loaded.entry,
             tier=loaded.tier,
             matched=_matched(loaded.entry, waiter),
             collapsed=not pays if loaded.payer is not None else not waiter.first,
-            cost_microusd=image.paid_microusd if pays else 0,
-            saved_microusd=0 if pays else self._generation.worth_microusd(image, _model_asked(waiter)),
+            cost_microusd=loaded.entry.image.paid_microusd if pays else 0,
+            saved_microusd=0 if pays else self._saved_microusd(loaded.entry, waiter),
+            derived=loaded.derived,
         )
+
+    def _saved_microusd(self, entry: CachedImage, waiter: Waiter) -> int:
+        """What the picture would cost now; of a derived one, what was asked for and not what that was made from."""
+        if not entry.derived_by:
+            return self._generation.worth_microusd(entry.image, _model_asked(waiter))
+        if waiter.asked is None:
+            return 0  # its key does not say what it asks for
+        worth = self._generation.worth_microusd(as_asked(entry, waiter.request), waiter.request.model)
+        return worth or self._generation.cheapest_microusd(waiter.request, 1)
 
     @staticmethod
     def _with_spares(answer: list[Served], waiter: Waiter) -> list[Served]:
@@ -466,6 +486,7 @@ class PromptCache:
                 if found is not None:
                     flight.land(variant, found)
             in_review |= await self._waiting_for_review(flight, todo)
+            await self._deriving.land(flight, [v for v in todo if v not in in_review])
         # From the last look at who lacks what until the flight is sealed nothing awaits: nobody joins unseen.
         _leave_to_review(flight, in_review)
         try:
@@ -628,8 +649,7 @@ class PromptCache:
         create_time_s: float | None = None,
     ) -> CachedImage:
         now_s = self._clock.now_s()
-        lifetimes_s = [ttl_s if ttl_s is not None else namespace.ttl_s, namespace.max_ttl_s]
-        lifetime_s = min((s for s in lifetimes_s if s is not None), default=None)
+        lifetime_s = namespace.lifetime_s(ttl_s)
         return CachedImage(
             key=identity.key.with_variant(variant),
             image=image,

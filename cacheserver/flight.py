@@ -19,6 +19,7 @@ import structlog
 
 from cacheserver.errors import CacheServerError, ShuttingDownError
 from cacheserver.model import (
+    AnswerFrom,
     CachedImage,
     CacheKey,
     Caller,
@@ -38,11 +39,15 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """One picture a flight brought in. `payer` is the waiter that is told its cost, None if a tier had it."""
+    """One picture a flight brought in. `payer` is the waiter that is told its cost, None if a tier had it.
+
+    `derived`: the tier had another one, which this flight made it from.
+    """
 
     entry: CachedImage
     tier: TierName
     payer: Waiter | None = None
+    derived: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -87,13 +92,18 @@ class Waiter:
             raise AssertionError("a call by key never pays")
         return self.asked
 
+    @property
+    def answers_from(self) -> frozenset[AnswerFrom]:
+        """Which pictures of other requests this one may be answered from: as its namespace says, and it allows."""
+        return frozenset() if self.terms.no_transform else self.namespace.answer_from
+
     def accepts(self, loaded: Loaded) -> bool:
-        """Whether this picture is what the waiter asked for: its identity, and new enough."""
+        """Whether this picture is what the waiter asked for: its identity, new enough, derived as it allows."""
         if not self.key.matches(loaded.entry.key.digest):
             return False
         if loaded.payer is not None:
             return True
-        if self.refresh:
+        if self.refresh or not loaded.entry.derived_by <= self.answers_from:
             return False
         return self.not_before_s is None or loaded.entry.create_time_s >= self.not_before_s
 

@@ -146,6 +146,25 @@ class Keeper:
             raise TierError("the last tier has yet to take another image of this number")
         return await asyncio.shield(self._write(self._tiers[-1], entry.key, entry, replace=False, put=put))
 
+    async def keep_if_free(self, entry: CachedImage, *, changes: int) -> bool:
+        """Store an image that has cost nothing, but never over another one; False if its key has another.
+
+        It is not held: where the last tier does not take it, memory alone has it. It is answered with and not stored if
+        what it was made from, read when `changes` was, is not current any more.
+        """
+        if (held := self._held.get(entry.key.name)) is not None:
+            return held.entry.image.sha256 == entry.image.sha256
+        if not self.is_current(changes):
+            return True
+        faster = self._tiers[:-1]
+        try:
+            if not await self._take_number(entry, replace=False):
+                return False
+        except TierError:
+            faster = ()
+        self.promote(entry.key, entry, faster, changes=changes)
+        return True
+
     def promote(self, key: CacheKey, entry: CachedImage, tiers: Sequence[Tier], *, changes: int) -> None:
         """Copy a hit into memory and, behind the answer, into the faster `tiers` that missed it.
 

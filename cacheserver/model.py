@@ -635,7 +635,9 @@ class CachedImage:
 
     `key` carries the full 32-byte identity digest. `expire_time_s` is the end of freshness, the same in all
     tiers; None means never. `namespace` is the one that stored it. `derived_from` is the name of the key whose picture
-    this one was made from without a generation, empty if it was generated or put.
+    this one was made from without a generation, empty if it was generated or put. `derived_by` is in what that picture
+    is another than its key asks for, by the words of AnswerFrom; a newer release may know more. It is empty for a
+    rendition, whose own key asks for nothing else.
     """
 
     key: CacheKey
@@ -646,6 +648,7 @@ class CachedImage:
     expire_time_s: float | None = None
     tags: tuple[str, ...] = ()
     derived_from: str = ""
+    derived_by: frozenset[str] = frozenset()
 
     @property
     def size_bytes(self) -> int:
@@ -703,6 +706,11 @@ class Namespace:
     store_prompts: bool = False
     answer_from: frozenset[AnswerFrom] = frozenset()
     public_images: bool = False
+
+    def lifetime_s(self, ttl_s: float | None) -> float | None:
+        """How long a new picture is good for where its caller asks for `ttl_s`; None is for ever."""
+        lifetimes_s = [ttl_s if ttl_s is not None else self.ttl_s, self.max_ttl_s]
+        return min((s for s in lifetimes_s if s is not None), default=None)
 
     def serves(self, key: CacheKey) -> bool:
         """Whether this key is served from the cache. One that is stays so when the percentage grows."""
@@ -770,7 +778,8 @@ class Served:
     """One picture of an answer and where it came from.
 
     `would_hit`: made for this caller alone, though this tier would have answered; UPSTREAM: though it would have
-    joined a load. None: the cache was used as it is.
+    joined a load. None: the cache was used as it is. `derived`: made now from the picture of another request, which
+    `tier` had.
     """
 
     entry: CachedImage
@@ -782,6 +791,7 @@ class Served:
     cost_microusd: int = 0
     saved_microusd: int = 0
     would_hit: TierName | None = None
+    derived: bool = False
 
 
 @dataclass(frozen=True, slots=True)

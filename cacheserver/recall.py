@@ -45,6 +45,7 @@ class Told(NamedTuple):
     expire_time_s: float | None = None
     cost_microusd: int = 0
     saved_microusd: int = 0
+    derived_from: str = ""
 
     @property
     def billed(self) -> bool:
@@ -137,6 +138,7 @@ class Recall:
                     each.entry.expire_time_s,
                     each.cost_microusd,
                     each.saved_microusd,
+                    each.entry.derived_from,
                 )
                 for each in answer
             ]

@@ -14,7 +14,7 @@ from cacheserver.cache import PromptCache
 from cacheserver.control.replays import LocalReplays
 from cacheserver.errors import TierError
 from cacheserver.identity import identify
-from cacheserver.interfaces import Replays, Tier, no_step
+from cacheserver.interfaces import Renderer, Replays, Tier, no_step
 from cacheserver.keep import Keeper
 from cacheserver.model import (
     Budget,
@@ -121,6 +121,7 @@ class House:
         self.upstream = FakeUpstream("fake", [MODEL])
         self.registry = CollectorRegistry()
         self.books = CounterBooks(clock=clock, registry=self.registry)
+        self.renderer: Renderer | None = None
         self.replays: Replays = LocalReplays(monotonic_s=clock.monotonic_s)
         self.restart(**settings)
 
@@ -161,6 +162,7 @@ class House:
             books=self.books,
             clock=self.clock,
             unknown=unknown or UnknownPolicy(),
+            renderer=self.renderer,
             rng=Random(7),  # noqa: S311 - picks pictures
         )
 

@@ -24,7 +24,8 @@ NOW_S = 1_800_000_000.0
         ("no-store, no-cache", Directives(CachePolicy.NO_STORE)),
         ("no-cache, only-if-cached", Directives(CachePolicy.ONLY_IF_CACHED)),
         (" ,, no-cache ,", Directives(CachePolicy.REFRESH)),
-        ("max-stale=5, min-fresh, no-transform, x=y", Directives()),
+        ("max-stale=5, min-fresh, x=y", Directives()),
+        ("No-Transform, max-age=60", Directives(None, 60, no_transform=True)),
     ],
 )
 def test_known_directives_are_read(header: str, expected: Directives) -> None:
@@ -50,10 +51,12 @@ def test_malformed_directives_are_ignored(header: str) -> None:
     assert read_cache_control(header) == Directives()
 
 
-def served(tier: TierName, *, expire_time_s: float | None = None, collapsed: bool = False) -> Served:
+def served(
+    tier: TierName, *, expire_time_s: float | None = None, collapsed: bool = False, derived_from: str = ""
+) -> Served:
     image = GeneratedImage(b"x", "image/png", 1, 1, "", "m", "1x1", "low", "opaque")
     key = CacheKey("default", bytes(16), bytes(32), 0)
-    entry = CachedImage(key, image, "default", bytes(32), NOW_S - 90, expire_time_s)
+    entry = CachedImage(key, image, "default", bytes(32), NOW_S - 90, expire_time_s, derived_from=derived_from)
     return Served(entry, tier, MatchLevel.EXACT, collapsed=collapsed)
 
 
@@ -65,6 +68,11 @@ def served(tier: TierName, *, expire_time_s: float | None = None, collapsed: boo
             served(TierName.S3, expire_time_s=NOW_S + 3600),
             CachePolicy.USE_CACHE,
             "cacheserver; hit; detail=s3; ttl=3600; age=90",
+        ),
+        (
+            served(TierName.REDIS, derived_from="v1.master"),
+            CachePolicy.USE_CACHE,
+            "cacheserver; hit; detail=redis; derived; age=90",
         ),
         (
             served(TierName.UPSTREAM),

@@ -88,7 +88,9 @@ def image(data: bytes | None = PNG, **fields: Any) -> pb.Image:
 
 
 def answer(data: bytes | None = PNG, *, tier: str = "TIER_MEMORY", **fields: Any) -> pb.GetImageResponse:
-    status = pb.CacheStatus(tier=tier, state="STATE_READY", matched="MATCH_LEVEL_EXACT", saved_microusd=40_000)
+    status = pb.CacheStatus(
+        tier=tier, state="STATE_READY", matched="MATCH_LEVEL_EXACT", derived_from="k7", saved_microusd=40_000
+    )
     return pb.GetImageResponse(images=[image(data, **fields)], status=status, image_status=[status])
 
 
@@ -297,7 +299,7 @@ async def test_an_image_comes_back_with_its_facts_and_status(client: Any, servic
     assert not result.pending
     assert result.url is None
     assert result.status == CacheStatus(
-        tier=TierName.MEMORY, state=State.READY, matched=MatchLevel.EXACT, saved_microusd=40_000
+        tier=TierName.MEMORY, state=State.READY, matched=MatchLevel.EXACT, derived_from="k7", saved_microusd=40_000
     )
     assert result.image_status == (result.status,)
     facts = result.image

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from xxhash import xxh3_128_digest
 
 from cacheserver.errors import CorruptEntryError, EntryTooLargeError, NewerEntryError
-from cacheserver.model import CachedImage, CacheKey, GeneratedImage, Usage
+from cacheserver.model import AnswerFrom, CachedImage, CacheKey, GeneratedImage, Usage
 from cacheserver.tiers import codec
 from tests.tier_contract import make_entry, make_key
 
@@ -52,6 +52,8 @@ def entries(draw: st.DrawFn) -> CachedImage:
         create_time_s=draw(seconds),
         expire_time_s=draw(st.none() | seconds),
         tags=tuple(draw(st.lists(texts, max_size=4))),
+        derived_from=draw(texts),
+        derived_by=draw(st.frozensets(st.sampled_from([*AnswerFrom, "foreseen"]))),
     )
 
 
@@ -137,7 +139,7 @@ WRONG = [
     (name, wrong)
     for name, right in fields().items()
     for wrong in WRONG_VALUES
-    if not (wrong == [] and name == "tags")
+    if not (wrong == [] and name in {"tags", "derived_by"})
     and not (isinstance(wrong, str) and isinstance(right, str) and name not in CHECKED_TEXTS)
 ]
 
@@ -148,7 +150,7 @@ def test_metadata_of_the_wrong_type_or_range_is_damaged(name: str, wrong: object
         codec.decode(with_checksum(json.dumps({**fields(), name: wrong}).encode()))
 
 
-LATER = {"score": None, "won_against": 0, "derived_from": ""}
+LATER = {"score": None, "won_against": 0, "derived_from": "", "derived_by": frozenset()}
 """Fields that entries did not have from the start, and what they count as there."""
 
 

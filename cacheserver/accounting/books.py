@@ -46,6 +46,7 @@ class CounterBooks:
 
     Spent is booked where money is spent, unknown where it may have been, saved where a hit spares it, coalesced (a
     part of saved) where a call joined a load that another paid for: no dollar is in two of spent, unknown and saved.
+    What rows of pictures that were derived have saved is a part of saved, too.
     What an observed call would have saved was spent: it is what its row would have cost, and nobody's saved.
     """
 
@@ -101,6 +102,8 @@ class CounterBooks:
             cell.saved_microusd += saved_microusd
             if outcome is Outcome.COLLAPSED:
                 cell.coalesced_microusd += saved_microusd
+            elif outcome is Outcome.DERIVED:
+                self._metrics.derived_saved.labels(namespace).inc(saved_microusd)
             self._metrics.saved.inc(saved_microusd)
         if is_degraded:
             cell.degraded += 1
@@ -272,6 +275,9 @@ class _Metrics:
         self.degraded = counter("degraded", "Pictures answered at a lower quality than asked for", "namespace")
         self.client_fallbacks = counter("client_fallbacks", "Pictures clients had made while we were away", "namespace")
         self.saved = counter("saved_microusd", "Not paid thanks to a hit, in micro-dollars")
+        self.derived_saved = counter(
+            "derived_saved_microusd", "Of it, by pictures made from another one that was stored", "namespace"
+        )
         self.errors = counter("errors", "Failed calls by published reason", "reason")
         self.breaker_open = gauge("breaker_open", "1 while a tier or upstream is not asked", "tier")
         self.corrupt = counter("corrupt", "Damaged entries found", "tier")

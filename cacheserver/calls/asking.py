@@ -239,5 +239,5 @@ def _outcome(served: Served) -> Outcome:
     if served.would_hit is not None:
         return Outcome.OBSERVED
     if served.tier is not TierName.UPSTREAM:
-        return Outcome.STALE if served.stale else Outcome.HIT
+        return Outcome.DERIVED if served.derived else Outcome.STALE if served.stale else Outcome.HIT
     return Outcome.COLLAPSED if served.collapsed else Outcome.MISS

@@ -40,7 +40,7 @@ def read_cache_control(header: str) -> Directives:
             name, quoted, token = match.groups(default="")
             found.setdefault(name.lower(), quoted or token)
     policy = next((policy for name, policy in _POLICIES.items() if name in found), None)
-    return Directives(policy, _delta_seconds(found.get("max-age", "")), "no-transform" in found)
+    return Directives(policy, _delta_seconds(found.get("max-age", "")), no_transform="no-transform" in found)
 
 
 _SLOWNESS = {tier: i for i, tier in enumerate(TierName)}
@@ -61,8 +61,8 @@ def slowest(answer: Sequence[Served]) -> Served:
 def cache_status(served: Served, policy: CachePolicy, now_s: float) -> str:
     """The `cache-status` of an answer by its slowest picture.
 
-    `ttl` is what is left of its freshness, absent when that never ends; `age` is our own parameter: seconds
-    since the picture was made.
+    `ttl` is what is left of its freshness, absent when that never ends. Two parameters are our own: `derived` where
+    the picture was made from another request's, and `age`, seconds since the picture was made.
     """
     return _status(served.entry, _way(served, policy), served.tier, now_s)
 
@@ -74,6 +74,8 @@ def stored_status(entry: CachedImage, detail: str, now_s: float) -> str:
 
 def _status(entry: CachedImage, way: list[str], detail: str, now_s: float) -> str:
     members = ["cacheserver", *way, f"detail={detail}"]
+    if entry.derived_from:
+        members.append("derived")
     if entry.expire_time_s is not None:
         members.append(f"ttl={int(entry.expire_time_s - now_s)}")
     members.append(f"age={max(0, int(now_s - entry.create_time_s))}")

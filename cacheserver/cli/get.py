@@ -213,6 +213,7 @@ def _image_facts(got: Got) -> dict[str, Any]:
         "tier": status.tier,
         "state": status.state,
         "matched": status.matched.name.lower() if status.matched else None,
+        "derived_from": status.derived_from or None,
         "collapsed": status.collapsed,
         "degraded": status.degraded,
         "cost_microusd": status.cost_microusd,
@@ -254,5 +255,7 @@ def _draw_image(got: Got, console: Console) -> None:
     money = f"cost {dollars(status.cost_microusd)}  saved {dollars(status.saved_microusd)}"
     console.print(f"{image.width}x{image.height} {image.content_type}  {size(image.size_bytes)}{score}  {money}")
     console.print(f"  key   {image.key}", style="dim")
+    if status.derived_from:
+        console.print(f"  from  {status.derived_from}", style="dim")
     if got.file is not None and got.file != _STDOUT:
         console.print(f"  file  {got.file}")

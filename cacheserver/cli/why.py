@@ -65,6 +65,8 @@ def _became(image: AnsweredImage) -> str:
         what = f"no tier served it: generated for this call, cost {dollars(status.cost_microusd)}"
     elif status.collapsed:
         what = f"joined a load begun by another call, saved {dollars(status.saved_microusd)}"
+    if status.derived_from:
+        what += f", made from {status.derived_from}"
     return what + (", at a lower quality than asked for" if status.degraded else "")
 
 

@@ -241,6 +241,7 @@ def _read_terms(message: pb.GetImageRequest, namespace: Namespace, call: Call, p
         request_id=_read_request_id(message.request_id, problems),
         tags=read_tags(message.tags, "tags", problems),
         allow_degraded=message.allow_degraded,
+        no_transform=directives.no_transform,
         candidates=_read_candidates(message, namespace, problems),
     )
 

@@ -89,14 +89,15 @@ def image_facts(entry: CachedImage) -> pb.Image:
 
 def status_of_image(served: Served) -> pb.CacheStatus:
     """Where one picture came from and what it cost."""
-    return _status(served, TIERS[served.tier], served.entry.expire_time_s)
+    return _status(served, TIERS[served.tier], served.entry.expire_time_s, served.entry.derived_from)
 
 
-def _status(facts: Served | Told, tier: pb.Tier, expire_time_s: float | None) -> pb.CacheStatus:
+def _status(facts: Served | Told, tier: pb.Tier, expire_time_s: float | None, derived_from: str) -> pb.CacheStatus:
     return pb.CacheStatus(
         tier=tier,
         state=pb.STATE_READY,
         matched=_MATCH_LEVELS[facts.matched],
+        derived_from=derived_from,
         collapsed=facts.collapsed,
         stale=facts.stale,
         degraded=facts.degraded,
@@ -107,12 +108,16 @@ def _status(facts: Served | Told, tier: pb.Tier, expire_time_s: float | None) ->
 
 
 def status_of_answer(answer: Sequence[Served]) -> pb.CacheStatus:
-    """The status of several pictures together: the slowest tier, the loosest match, the first to expire, sums."""
+    """The status of several pictures together: the slowest tier, the loosest match, the first to expire, sums.
+
+    Of several that were derived it names the first one's master.
+    """
     expire_times = [served.entry.expire_time_s for served in answer if served.entry.expire_time_s is not None]
     return pb.CacheStatus(
         tier=TIERS[slowest(answer).tier],
         state=pb.STATE_READY,
         matched=_MATCH_LEVELS[max(served.matched for served in answer)],
+        derived_from=next((served.entry.derived_from for served in answer if served.entry.derived_from), ""),
         collapsed=any(served.collapsed for served in answer),
         stale=any(served.stale for served in answer),
         degraded=any(served.degraded for served in answer),
@@ -187,7 +192,7 @@ def call_explained(call: Remembered, nearest: NearMiss | None) -> pb.ExplainCall
 def _told_status(told: Told) -> pb.CacheStatus:
     if told.tier is None:
         return pb.CacheStatus(state=pb.STATE_PENDING)
-    return _status(told, TIERS[told.tier], told.expire_time_s)
+    return _status(told, TIERS[told.tier], told.expire_time_s, told.derived_from)
 
 
 def stats_response(stats: Stats) -> pb.GetStatsResponse:

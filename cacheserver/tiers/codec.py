@@ -189,6 +189,7 @@ def pack_metadata(entry: CachedImage) -> bytes:
         "score": image.score,
         "won_against": image.won_against,
         "derived_from": entry.derived_from,
+        "derived_by": [*sorted(entry.derived_by)],
     }
     text = json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # A provider's JSON may hold half a surrogate pair; such a revised prompt must not cost us the picture.
@@ -229,6 +230,7 @@ def _entry(fields: dict[str, JsonValue]) -> CachedImage:
         expire_time_s=None if expire_time is None else _seconds(expire_time),
         tags=tuple(_text(tag) for tag in _list(fields["tags"])),
         derived_from=_text(fields.get("derived_from", "")),  # older entries are derived from none
+        derived_by=frozenset(_text(each) for each in _list(fields.get("derived_by", []))),
     )
 
 
