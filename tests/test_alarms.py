@@ -23,7 +23,7 @@ from cacheserver.app.alarms import ServiceReadings
 from cacheserver.client import AlarmState as ClientState
 from cacheserver.client import AsyncClient
 from cacheserver.errors import AccountsUnavailableError, ConfigError
-from cacheserver.model import AlarmKind, AlarmRule, UpstreamHealth
+from cacheserver.model import AlarmKind, AlarmRule, Outcome, TierName, UpstreamHealth
 from cacheserver.settings import load_settings
 from tests.admin_front import Upstreams, upstream
 from tests.fakes import FakeClock
@@ -680,6 +680,14 @@ def test_an_upstream_that_an_operator_took_out_is_no_open_breaker(books: Counter
         "not_entitled": True,
         "no_quota": True,
     }
+
+
+def test_what_is_derived_counts_as_the_miss_it_would_have_been(books: CounterBooks) -> None:
+    readings = ServiceReadings(books=books, keeper=cast("Any", None), tiers=[], miss_path=cast("Any", None))
+    for outcome in (Outcome.HIT, Outcome.MISS, Outcome.DERIVED):
+        books.answered("shop", outcome, TierName.MEMORY, seconds=0.01, saved_microusd=1)
+    counts = readings.counts("shop")
+    assert (counts.requests, counts.hits, counts.judged, counts.errors) == (3, 1, 3, 0)
 
 
 async def test_an_alarm_of_a_running_service_rings_is_listed_and_ends(tmp_path: Path, receiver: Receiver) -> None:

@@ -107,6 +107,7 @@ LATER_HIT = replace(HIT, requests=160, saved_microusd=8_000_000, latency_counts=
 LATER_MISS = replace(MISS, requests=70, spent_microusd=2_500_000, latency_counts=(0, 0, 0, 70))
 FROM_S3 = row(Outcome.HIT, TierName.S3, 10, latency_counts=(0, 10, 0, 0))
 JOINED = row(Outcome.COLLAPSED, TierName.UPSTREAM, 10, latency_counts=(0, 0, 10, 0))
+DERIVED = row(Outcome.DERIVED, TierName.S3, 20, saved_microusd=1_000_000, latency_counts=(0, 20, 0, 0))
 FAILED = row(Outcome.ERROR, None, 4, latency_counts=(4, 0, 0, 0))
 
 
@@ -121,6 +122,14 @@ def test_figures_are_what_happened_between_two_readings() -> None:
     assert seen.tier_rates == {TierName.MEMORY: 0.6, TierName.S3: 0.1}
     assert seen.collapsed_rate == 0.1
     assert (seen.spent_microusd, seen.saved_microusd) == (500_000, 3_000_000)
+
+
+def test_what_was_derived_is_answered_and_no_hit() -> None:
+    seen = reading(10, HIT, MISS, DERIVED, JOINED, FROM_S3, row(Outcome.HIT, TierName.REDIS, 10))
+    figures = traffic(None, seen)
+    assert (figures.hit_rate, figures.derived_rate, figures.collapsed_rate) == (0.6, 0.1, 0.05)
+    assert figures.tier_rates[TierName.S3] == 0.05
+    assert "derived 10.0%" in " ".join(words(frame(None, seen)))
 
 
 def test_the_p95_is_that_of_the_requests_between_two_readings() -> None:

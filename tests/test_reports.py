@@ -260,6 +260,49 @@ def test_what_was_only_observed_is_told_apart() -> None:
     assert "observed" in tables.hit_table(("namespace",), observed.groups, observed.total).columns
 
 
+def test_what_was_derived_is_told_apart_and_is_neither_hit_nor_miss() -> None:
+    rows = [
+        hits(TierName.MEMORY, 2, 1_000_000, 0),
+        row(Outcome.MISS, TierName.UPSTREAM, 1, spent_microusd=1_000_000, would_cost_microusd=1_000_000),
+        row(
+            Outcome.DERIVED,
+            TierName.S3,
+            5,
+            saved_microusd=5_000_000,
+            would_cost_microusd=5_000_000,
+            latency_counts=(0, 5, 0, 0),
+        ),
+    ]
+    report = numbers.report(rows, BOUNDS_S, period=some_period(), by=[StatsField.NAMESPACE])
+    total = report.total
+    assert (total.answered, total.hits, total.derived, total.misses) == (8, 2, 5, 1)
+    assert (total.hit_rate, total.unpaid_rate) == (2 / 8, 7 / 8)
+    assert (total.saved_microusd, total.derived_microusd, total.spent_microusd) == (7_000_000, 5_000_000, 1_000_000)
+    assert total.hits_by_tier == {TierName.MEMORY: 2}
+    assert list(total.latency) == ["memory", "derived", "upstream"]
+    facts = numbers.flat_facts(total)
+    assert (facts["derived"], facts["derived_microusd"], facts["unpaid_rate"]) == (5, 5_000_000, 7 / 8)
+    said = dict(headlines.headlines(report))
+    assert "Hits saved $2.00; " in said["Saved:"]
+    assert "(derived) saved $5.00" in said["Saved:"]
+    assert "and 5 derived from others, so 87.5 % were not paid for" in said["Hit rate:"]
+    table = tables.hit_table(("namespace",), report.groups, total)
+    assert dict(zip(table.columns, table.rows[-1], strict=True))["derived"] == "5"
+    money = tables.money_table(("namespace",), report.groups, total)
+    assert dict(zip(money.columns, money.rows[-1], strict=True))["of it derived"] == "$5.00"
+    compared = tables.comparison(report, some_report())
+    assert [each[:3] for each in compared.rows if each[0] == "derived"] == [("derived", "5", "0")]
+
+
+def test_where_nothing_was_derived_no_column_says_so() -> None:
+    report = some_report()
+    columns = (
+        *tables.hit_table(("namespace",), report.groups, report.total).columns,
+        *tables.money_table(("namespace",), report.groups, report.total).columns,
+    )
+    assert not [column for column in columns if "derived" in column]
+
+
 def test_what_warm_ups_spent_is_told_and_taken_from_what_was_saved() -> None:
     rows = [
         hits(TierName.MEMORY, 200, 1_000_000, 0),

@@ -553,6 +553,22 @@ class TestReading:
         by_hours = await one.rows(start_s + 1_800, span=StatsSpan.HOUR, by=[])
         assert [row.requests for row in by_hours] == [30, 60, 30]
 
+    async def test_an_outcome_that_only_a_newer_release_knows_is_passed_over_and_lost_to_nobody(
+        self, shared: RedisFigures, tmp_path: Path, clock: FakeClock
+    ) -> None:
+        one = Replica(shared, tmp_path, clock)
+        one.hit(3)
+        start_s = int(clock.now_s())
+        newer = cell_name("life:newer", HIT).replace(f'"{Outcome.HIT}"', '"foreseen"')
+        for span_s in (MINUTE_S, HOUR_S):
+            await shared.tell({Bucket.at(span_s, start_s): {newer: Figures(requests=7).encoded()}})
+        assert (await one.total(start_s - HOUR_S)).requests == 3
+        clock.advance(40 * DAY_S)
+        await RollOff(store=shared, archive=DirectoryArchive(tmp_path), clock=clock, kept=KEPT).run()
+        assert (await one.total(start_s - HOUR_S)).requests == 3
+        archived = unpack(day_of(start_s), await DirectoryArchive(tmp_path).read(day_of(start_s)))
+        assert newer in archived[Bucket.at(HOUR_S, start_s).start_s]
+
     async def test_where_minutes_are_gone_an_hour_counts_that_is_touched(
         self, shared: RedisFigures, tmp_path: Path, clock: FakeClock
     ) -> None:

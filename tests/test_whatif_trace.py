@@ -7,6 +7,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -17,7 +18,7 @@ from structlog.testing import capture_logs
 from cacheserver.cli import app
 from cacheserver.errors import ConfigError, UnreadableFileError
 from cacheserver.identity import identify
-from cacheserver.model import ImageRequest, MatchLevel, Namespace, Outcome, Served
+from cacheserver.model import AnswerFrom, ImageRequest, MatchLevel, Namespace, Outcome, Served, TierName
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.tiers.memory import OVERHEAD_BYTES
 from cacheserver.whatif import replay as replay_module
@@ -190,6 +191,21 @@ async def test_a_row_has_the_keys_of_every_profile_and_no_prompt(house: House, t
     assert (row["time_s"], row["tier"], row["outcome"], row["namespace"]) == ("1000.500", "upstream", "hit", "shop")
     assert int(row["size_bytes"]) == answer.entry.size_bytes
     assert int(row["cost_microusd"]) == answer.entry.image.paid_microusd > 0
+
+
+async def test_of_a_derived_picture_a_trace_has_what_one_made_for_its_request_would_have_cost(
+    house: House, tmp_path: Path
+) -> None:
+    recorder = TraceRecorder(TraceFile.open(tmp_path / "t.gz", max_bytes=PLENTY), sample=1.0, clock=FakeClock())
+    answer, request = await served(house, "a red fox")
+    entry = replace(answer.entry, derived_from="v1.master", derived_by=frozenset({AnswerFrom.QUALITY}))
+    entry = replace(entry, image=replace(entry.image, paid_microusd=0))
+    derived = replace(answer, entry=entry, tier=TierName.S3, saved_microusd=6_000, derived=True)
+    recorder.answered(derived, Outcome.DERIVED, request, namespace=NAMESPACE, match_level=None)
+    await recorder.aclose()
+    [row] = rows_of(tmp_path / "t.gz")
+    assert (row["cost_microusd"], row["tier"], row["outcome"]) == ("6000", "s3", "derived")
+    assert replay(Trace(tmp_path / "t.gz", price=PRICES.__getitem__)).cost_microusd == 6_000
 
 
 async def test_a_service_records_what_its_replay_finds_again(tmp_path: Path) -> None:

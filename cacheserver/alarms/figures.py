@@ -28,7 +28,8 @@ _MICROUSD = 1_000_000
 class Counts:
     """What was counted so far, of one namespace or of all. Counters only grow, while the process lives.
 
-    `hits` were answered by a tier, `judged` are those and all that was generated or joined a load for want of one;
+    `hits` were answered by a tier, `judged` are those and all that was generated, joined a load or was derived for want
+    of one: what is derived would have been a miss, so that whoever allows it finds the hit rate where it was.
     `errors` failed, of `requests` of every outcome. `microusd` is the most that was paid: settled and unknown.
     """
 

@@ -17,7 +17,7 @@ from cacheserver.model import Outcome, UpstreamHealth
 from cacheserver.tiers.guard import GuardedTier
 
 _HITS = frozenset({Outcome.HIT, Outcome.STALE})
-_JUDGED = _HITS | {Outcome.MISS, Outcome.COLLAPSED, Outcome.OBSERVED}
+_JUDGED = _HITS | {Outcome.MISS, Outcome.COLLAPSED, Outcome.DERIVED, Outcome.OBSERVED}
 _FAILED = frozenset({UpstreamHealth.DOWN, UpstreamHealth.NOT_ENTITLED, UpstreamHealth.NO_QUOTA})
 """What takes an upstream out of the pool other than an operator."""
 

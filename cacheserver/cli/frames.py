@@ -28,7 +28,7 @@ from cacheserver.client import (
 )
 
 _HITS = frozenset({Outcome.HIT, Outcome.STALE})
-_JUDGED = _HITS | {Outcome.MISS, Outcome.COLLAPSED, Outcome.OBSERVED}
+_JUDGED = _HITS | {Outcome.MISS, Outcome.COLLAPSED, Outcome.DERIVED, Outcome.OBSERVED}
 _NEARLY_USED_UP = 0.9
 
 
@@ -61,9 +61,10 @@ class Traffic:
         hit_rate: Answered by a tier, as a share of all that was answered with a picture.
         tier_rates: The same for each tier.
         collapsed_rate: Of these, answered by a load that another caller paid for.
+        derived_rate: Of these, made from another stored picture.
         p95_s: The bound that 95 of 100 answers did not exceed; None where the service does not tell.
         spent_microusd: Paid upstream meanwhile.
-        saved_microusd: Not paid thanks to hits.
+        saved_microusd: Not paid thanks to hits, collapsed and derived ones.
     """
 
     span_s: float
@@ -72,6 +73,7 @@ class Traffic:
     hit_rate: float | None
     tier_rates: dict[TierName, float]
     collapsed_rate: float | None
+    derived_rate: float | None
     p95_s: float | None
     spent_microusd: int
     saved_microusd: int
@@ -98,6 +100,7 @@ def traffic(previous: Reading | None, current: Reading) -> Traffic:
             tier: _requests([row for row in rows if row.tier is tier], _HITS) / judged for tier in in_order if judged
         },
         collapsed_rate=_requests(rows, {Outcome.COLLAPSED}) / judged if judged else None,
+        derived_rate=_requests(rows, {Outcome.DERIVED}) / judged if judged else None,
         p95_s=current.stats.latency_s(_of_all(rows, total), 0.95),
         spent_microusd=total.spent_microusd,
         saved_microusd=total.saved_microusd,
@@ -214,6 +217,7 @@ def _traffic_lines(seen: Traffic, previous: Reading | None, current: Reading) ->
         ("requests/s", f"{seen.requests_per_s:,.1f}"),
         ("hit rate", _percent(seen.hit_rate)),
         ("collapsed", _percent(seen.collapsed_rate)),
+        *((("derived", _percent(seen.derived_rate)),) if seen.derived_rate else ()),
         ("p95", _within(seen.p95_s)),
         ("errors/s", f"{seen.errors_per_s:,.1f}"),
     ):

@@ -10,11 +10,11 @@ import altair as alt
 import vl_convert
 
 from cacheserver.model import TierName
-from cacheserver.reports.numbers import COLLAPSED, OTHER, UPSTREAM, Figures, Group, Point, Report, add_figures
+from cacheserver.reports.numbers import COLLAPSED, DERIVED, OTHER, UPSTREAM, Figures, Group, Point, Report, add_figures
 from cacheserver.reports.sizes import Sizes
 from cacheserver.reports.tables import Chart, Spec, step_name
 
-WAYS: Final = (TierName.MEMORY, TierName.REDIS, TierName.DISK, TierName.S3, COLLAPSED, UPSTREAM)
+WAYS: Final = (TierName.MEMORY, TierName.REDIS, TierName.DISK, TierName.S3, COLLAPSED, DERIVED, UPSTREAM)
 """Where an answer came from, fastest first."""
 
 _COLORS: Final = {
@@ -23,6 +23,7 @@ _COLORS: Final = {
     TierName.DISK: "#009e73",
     TierName.S3: "#cc79a7",
     COLLAPSED: "#e69f00",
+    DERIVED: "#d55e00",
     UPSTREAM: "#8c8c8c",
     "spent": "#d55e00",
     "unknown, at most": "#e69f00",
@@ -301,6 +302,7 @@ def _ways(figures: Figures) -> list[_Datum]:
     pictures: dict[str, int] = {
         **{str(tier): hits for tier, hits in figures.hits_by_tier.items()},
         COLLAPSED: figures.collapsed,
+        DERIVED: figures.derived,
         UPSTREAM: figures.misses + figures.observed,
     }
     return [

@@ -45,11 +45,13 @@ def _saved_line(total: Figures) -> Headline:
         f"about {usd(total.saved_microusd)} of the {usd(total.would_cost_microusd)} that all pictures would have cost "
         f"({percent(total.spared_rate)}). "
     )
-    hits_microusd = total.saved_microusd - total.coalesced_microusd
+    hits_microusd = total.saved_microusd - total.coalesced_microusd - total.derived_microusd
     text += (
         f"Hits saved {usd(hits_microusd)}; requests that joined a load under way (collapsed) saved "
         f"{usd(total.coalesced_microusd)}."
     )
+    if total.derived:
+        text += f" Pictures made from others that were stored (derived) saved {usd(total.derived_microusd)}."
     if total.unasked_microusd:
         left = total.saved_microusd - total.unasked_microusd
         text += f" Less the {usd(total.unasked_microusd)} for pictures that no request was answered with: {usd(left)}."
@@ -58,9 +60,10 @@ def _saved_line(total: Figures) -> Headline:
 
 def _hit_line(total: Figures) -> Headline:
     tiers = ", ".join(f"{tier} {percent(total.tier_rate(tier))}" for tier in total.hits_by_tier) or "no tier had any"
+    derived = f" and {count(total.derived)} derived from others" if total.derived else ""
     return "Hit rate:", (
         f"{percent(total.hit_rate)} of {count(total.answered)} pictures answered. By tier: {tiers}. "
-        f"{count(total.collapsed)} more were collapsed, so {percent(total.unpaid_rate)} were not paid for."
+        f"{count(total.collapsed)} more were collapsed{derived}, so {percent(total.unpaid_rate)} were not paid for."
     )
 
 

@@ -14,14 +14,16 @@ from cacheserver.client import StatsField, StatsRow, StatsSpan
 from cacheserver.model import Outcome, TierName
 
 DEFINITIONS: Final = {
-    "answered": "Pictures that a caller got: hits, collapsed and misses (and observed ones).",
+    "answered": "Pictures that a caller got: hits, collapsed, derived and misses (and observed ones).",
     "hit": "A tier had the picture; nothing was paid. A stale hit is one too: older than its freshness lifetime.",
     "collapsed": "A load that another caller had begun answered it: no hit, as no tier had it, and not paid either.",
+    "derived": "No tier had it, but a better one of the same prompt that it was made from: no hit, and not paid "
+    "either. Asked for again, it is a hit.",
     "miss": "No tier had it: it was generated and paid for.",
     "observed": "A tier had it, but the namespace only observes: it was generated all the same.",
     "hit rate": "Hits / answered; the rates of the tiers add up to it. What is negative, not cached, pending or an "
     "error is not in it.",
-    "not paid": "Hits and collapsed / answered.",
+    "not paid": "Hits, collapsed and derived / answered.",
     "negative": "Refused from memory: an upstream had refused the same before.",
     "not cached": "Asked for only if cached, or by key, and not there. Nothing was made.",
     "pending": "Answered before the picture was ready; it counts when it is collected.",
@@ -30,8 +32,9 @@ DEFINITIONS: Final = {
     "spent": "Paid for calls to upstreams that ended and whose cost is known.",
     "unknown": "The most that calls can have cost whose outcome nobody knows. Not in spent.",
     "open": "The most that calls may cost that have not ended. Neither in spent nor in unknown.",
-    "saved": "An estimate: what hits and collapsed requests would have cost at the prices of their time.",
+    "saved": "An estimate: what hits, collapsed and derived requests would have cost at the prices of their time.",
     "coalesced": "The part of saved that is due to collapsed requests.",
+    "saved by derivation": "The part of saved that is due to derived pictures, when they were made.",
     "would have cost": "An estimate: saved, and what was paid for misses and observed ones. What made pictures that no "
     "request was answered with, as warm-ups do, is in spent alone.",
     "latency": "From a histogram: so many per cent of the answers took at most this long. Bounds, not exact times.",
@@ -40,6 +43,7 @@ DEFINITIONS: Final = {
 
 UPSTREAM: Final = "upstream"
 COLLAPSED: Final = "collapsed"
+DERIVED: Final = "derived"
 OTHER: Final = "other"
 
 ENOUGH_ANSWERED: Final = 100
@@ -56,7 +60,7 @@ _SPAN_LENGTH: Final = {
 _HITS = frozenset({Outcome.HIT, Outcome.STALE})
 _GENERATED = frozenset({Outcome.MISS, Outcome.OBSERVED})
 _TIERS = (TierName.MEMORY, TierName.REDIS, TierName.DISK, TierName.S3, TierName.JOURNAL)
-_WAYS = (*_TIERS, COLLAPSED, UPSTREAM)
+_WAYS = (*_TIERS, COLLAPSED, DERIVED, UPSTREAM)
 
 
 # ── sums ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -103,9 +107,10 @@ class Figures:
     Attributes:
         outcomes: Pictures (calls, for errors) by what became of them; None is a word this client does not know.
         hits_by_tier: Fastest tier first; only tiers that had any.
-        latency: By tier for hits, then "collapsed" and "upstream".
+        latency: By tier for hits, then "collapsed", "derived" and "upstream".
         observed_microusd: What hits would have saved that were only observed. It is a part of what all would have cost,
             and of nothing saved.
+        derived_microusd: The part of saved that is due to pictures derived from others.
     """
 
     outcomes: Mapping[Outcome | None, int] = field(default_factory=dict)
@@ -123,6 +128,7 @@ class Figures:
     coalesced_microusd: int = 0
     would_cost_microusd: int = 0
     observed_microusd: int = 0
+    derived_microusd: int = 0
 
     @property
     def requests(self) -> int:
@@ -145,6 +151,11 @@ class Figures:
         return self.count(Outcome.COLLAPSED)
 
     @property
+    def derived(self) -> int:
+        """Made from another stored picture, as no tier had it."""
+        return self.count(Outcome.DERIVED)
+
+    @property
     def observed(self) -> int:
         """Generated, though a tier had it."""
         return self.count(Outcome.OBSERVED)
@@ -152,7 +163,7 @@ class Figures:
     @property
     def answered(self) -> int:
         """What the hit rate is a share of."""
-        return self.hits + self.collapsed + self.misses + self.observed
+        return self.hits + self.collapsed + self.derived + self.misses + self.observed
 
     @property
     def hit_rate(self) -> float | None:
@@ -161,8 +172,8 @@ class Figures:
 
     @property
     def unpaid_rate(self) -> float | None:
-        """Hits and collapsed of what was answered, 0 to 1; None if nothing was."""
-        return ratio(self.hits + self.collapsed, self.answered)
+        """Hits, collapsed and derived of what was answered, 0 to 1; None if nothing was."""
+        return ratio(self.hits + self.collapsed + self.derived, self.answered)
 
     @property
     def spared_rate(self) -> float | None:
@@ -232,15 +243,24 @@ _SUMMED = (
     "coalesced_microusd",
     "would_cost_microusd",
     "observed_microusd",
+    "derived_microusd",
 )
+
+_OF_ONE_OUTCOME = {
+    Outcome.OBSERVED: ("observed_microusd", "would_cost_microusd"),
+    Outcome.DERIVED: ("derived_microusd", "saved_microusd"),
+}
+"""Sums over rows of one outcome alone, and of which column."""
 
 
 def _figures(row: StatsRow, bounds_s: Sequence[float]) -> Figures:
     way = _way(row) if row.requests else None
     latency = Latency(tuple(bounds_s), row.latency_counts, row.latency_sum_s, row.requests)
-    sums = {name: getattr(row, name) for name in _SUMMED if name != "observed_microusd"}
-    if row.outcome is Outcome.OBSERVED:
-        sums["observed_microusd"] = row.would_cost_microusd
+    of_one_outcome = {name for name, _ in _OF_ONE_OUTCOME.values()}
+    sums = {name: getattr(row, name) for name in _SUMMED if name not in of_one_outcome}
+    if row.outcome in _OF_ONE_OUTCOME:
+        name, column = _OF_ONE_OUTCOME[row.outcome]
+        sums[name] = getattr(row, column)
     return Figures(
         outcomes={row.outcome: row.requests} if row.requests else {},
         hits_by_tier={row.tier: row.requests} if row.outcome in _HITS and row.tier else {},
@@ -255,6 +275,8 @@ def _way(row: StatsRow) -> str | None:
         return row.tier
     if row.outcome in _GENERATED:
         return UPSTREAM
+    if row.outcome is Outcome.DERIVED:
+        return DERIVED
     return COLLAPSED if row.outcome is Outcome.COLLAPSED else None
 
 

@@ -203,6 +203,7 @@ def _tables_behind(report: Report) -> dict[str, Table]:
 
 def _answers_table(report: Report) -> Table:
     tiers = tuple(report.total.hits_by_tier)
+    derived = ("derived",) if report.total.derived else ()
     rows = tuple(
         (
             moment(point.start_time),
@@ -210,11 +211,12 @@ def _answers_table(report: Report) -> Table:
             percent(point.figures.hit_rate),
             *(percent(point.figures.tier_rate(tier)) for tier in tiers),
             count(point.figures.collapsed),
+            *((count(point.figures.derived),) if derived else ()),
             count(point.figures.misses + point.figures.observed),
         )
         for point in report.series
     )
-    columns = ("from (UTC)", "answered", "hit rate", *map(str, tiers), "collapsed", "upstream")
+    columns = ("from (UTC)", "answered", "hit rate", *map(str, tiers), "collapsed", *derived, "upstream")
     return Table(f"Answers each {step_name(report.period)}", columns, rows)
 
 
@@ -374,11 +376,11 @@ def _calculator(report: Report, contents: Contents) -> str:
     return (
         "<section><h2>What a month costs</h2><p>An estimate. It begins with this report's own figures: its pace over "
         "30 days, its mix of qualities, what a picture of each would have cost on average, and the part of that which "
-        f"hits and collapsed requests saved.{_text(beside + lists)}</p>"
+        f"hits, collapsed and derived requests saved.{_text(beside + lists)}</p>"
         "<form class=calculator>"
         "<label>Pictures a month <input type=number name=volume min=0 step=any "
         f"value={monthly_pictures(report)}></label>"
-        "<label>Saved by hits and collapsed requests, in every quality: "
+        "<label>Saved by hits, collapsed and derived requests, in every quality: "
         "<input type=range name=spared min=0 max=100 step=0.1></label> "
         "<button type=reset>As measured</button>"
         "<div class=scroll><table><thead><tr><th scope=col class=word>quality</th><th scope=col>share, %</th>"

@@ -140,8 +140,11 @@ def tables(report: Report) -> list[Table]:
 def hit_table(by: tuple[str, ...], groups: Sequence[Group], total: Figures) -> Table:
     """What was answered, and from where."""
     tiers = tuple(total.hits_by_tier)
-    observed = bool(total.observed)
+    derived, observed = bool(total.derived), bool(total.observed)
     columns = ("answered", "hit rate", *(str(tier) for tier in tiers), "collapsed", "misses", "not paid")
+    columns += (("derived",) if derived else ()) + (("observed",) if observed else ())
+
+    words = ("answered", "hit rate", "not paid", *(("derived",) if derived else ()))
 
     def cells(figures: Figures) -> tuple[str, ...]:
         return (
@@ -151,16 +154,17 @@ def hit_table(by: tuple[str, ...], groups: Sequence[Group], total: Figures) -> T
             count(figures.collapsed),
             count(figures.misses),
             percent(figures.unpaid_rate),
+            *((count(figures.derived),) if derived else ()),
             *((count(figures.observed),) if observed else ()),
         )
 
     return Table(
         title="Hits",
-        columns=(*by, *columns, *(("observed",) if observed else ())),
+        columns=(*by, *columns),
         rows=_rows(len(by), groups, total, cells),
         texts=len(by),
         has_total=True,
-        note="\n".join(f"{word}: {DEFINITIONS[word]}" for word in ("answered", "hit rate", "not paid")),
+        note="\n".join(f"{word}: {DEFINITIONS[word]}" for word in words),
     )
 
 
@@ -189,6 +193,7 @@ def rest_table(by: tuple[str, ...], groups: Sequence[Group], total: Figures) -> 
 
 def money_table(by: tuple[str, ...], groups: Sequence[Group], total: Figures) -> Table:
     """What was paid and what was not."""
+    derived = bool(total.derived)
 
     def cells(figures: Figures) -> tuple[str, ...]:
         return (
@@ -197,6 +202,7 @@ def money_table(by: tuple[str, ...], groups: Sequence[Group], total: Figures) ->
             usd(figures.open_microusd),
             usd(figures.saved_microusd),
             usd(figures.coalesced_microusd),
+            *((usd(figures.derived_microusd),) if derived else ()),
             usd(figures.would_cost_microusd),
             percent(figures.spared_rate),
         )
@@ -215,6 +221,7 @@ def money_table(by: tuple[str, ...], groups: Sequence[Group], total: Figures) ->
             "open ≤",
             "saved ~",
             "of it coalesced",
+            *(("of it derived",) if derived else ()),
             "would have cost ~",
             "saved, share",
         ),
@@ -321,6 +328,7 @@ def comparison(report: Report, other: Report) -> Table:
         ("answered", now.answered, then.answered),
         ("hits", now.hits, then.hits),
         ("collapsed", now.collapsed, then.collapsed),
+        *((("derived", now.derived, then.derived),) if now.derived or then.derived else ()),
         ("misses", now.misses, then.misses),
         ("errors", now.count(Outcome.ERROR), then.count(Outcome.ERROR)),
         ("degraded", now.degraded, then.degraded),

@@ -114,7 +114,7 @@ class TraceRecorder:
             key.variant,
             image.quality,
             len(image.data),
-            image.paid_microusd,
+            served.saved_microusd if served.entry.derived_by else image.paid_microusd,
             served.tier,
             outcome,
         )

@@ -35,8 +35,8 @@ COLUMNS = (
     "sample",
 )
 """Of a recorded trace. `key` is the fingerprint the picture was asked for by; `exact`, `standard` and `catalog` those
-it has under each profile, empty where it was asked for by its key. `cost_microusd` is what it cost when it was made;
-`sample` the share of all keys that were recorded then, 0 to 1."""
+it has under each profile, empty where it was asked for by its key. `cost_microusd` is what it cost when it was made; of
+one derived from another it is what that spared. `sample` is the share of all keys that were recorded then, 0 to 1."""
 
 RECORDED = "recorded"
 """In place of a profile: the keys as they were."""
