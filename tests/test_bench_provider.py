@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import hashlib
 import io
 import json
 import math
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from random import Random
@@ -23,6 +25,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
+from cacheserver.clock import SystemClock
+from cacheserver.errors import UpstreamDownError
+from cacheserver.generation.prices import PriceTable
+from cacheserver.generation.providers.openai import Endpoint, OpenAIUpstream
+from cacheserver.model import ImageRequest, InputImage, InputRole, PartialImage
 from scripts.bench.provider import (
     Call,
     Fault,
@@ -41,6 +48,7 @@ from scripts.bench.provider_ledger import read_ledger
 from scripts.bench.provider_limits import Bucket, Limits, admit, told
 from scripts.bench.provider_wire import go_duration
 from tests.fakes import FakeClock
+from tests.provider import small_image
 from tests.waiting import until
 
 KEY = "sk-1"
@@ -366,7 +374,10 @@ async def flags(http: httpx.AsyncClient, provider: Provider, given: object) -> l
         (KEY, {"size": "large"}, (400, "invalid_request_error", "invalid_value")),
         (KEY, {"output_compression": 50}, (400, "invalid_request_error", "invalid_value")),
         (KEY, {"background": "transparent", "output_format": "jpeg"}, (400, "invalid_request_error", "invalid_value")),
-        (KEY, {"stream": True}, (400, "invalid_request_error", "unsupported_value")),
+        (KEY, {"stream": "yes"}, (400, "invalid_request_error", "invalid_value")),
+        (KEY, {"stream": True, "n": 2}, (400, "invalid_request_error", "invalid_value")),
+        (KEY, {"stream": True, "partial_images": 4}, (400, "invalid_request_error", "invalid_value")),
+        (KEY, {"partial_images": 1}, (400, "invalid_request_error", "invalid_value")),
     ],
 )
 async def test_what_the_real_api_refuses_is_refused_and_not_billed(
@@ -943,3 +954,77 @@ def test_a_configuration_survives_json_and_mistakes_in_it_are_told() -> None:
     for wrong in ({"keys": (KeyConfig(key="a", group="a"),)}, {"auto_size": "big"}, {"color": 1}, {"compression": 0}):
         with pytest.raises(ValidationError):
             config(**wrong)
+
+
+# Edits and streams
+
+
+async def edit(
+    http: httpx.AsyncClient, provider: Provider, *images: tuple[str, bytes], **fields: str
+) -> httpx.Response:
+    files = [(name, ("a.png", data, "image/png")) for name, data in images]
+    said = {"model": "gpt-image-2", "prompt": "a red fox", "quality": "low", **fields}
+    headers = {"authorization": f"Bearer {KEY}"}
+    return await http.post(f"{provider.base_url}/images/edits", data=said, files=files, headers=headers)
+
+
+async def test_an_edit_is_billed_with_its_input_images(provider: Provider, http: httpx.AsyncClient) -> None:
+    response = await edit(http, provider, ("image[]", b"one"), ("image[]", b"two"), ("mask", b"three"), n="2")
+    assert len(response.json()["data"]) == 2
+    usage = response.json()["usage"]
+    assert usage["input_tokens_details"] == {"text_tokens": 3, "image_tokens": 3 * 2 * 1_024}
+    assert provider.bill_microusd == 3 * 5 + 6 * 1_024 * 8 + usage["output_tokens"] * 30
+
+
+@pytest.mark.parametrize(
+    ("images", "fields", "code"),
+    [
+        ([], {}, None),  # no form at all without a file
+        ([("mask", b"x")], {}, "missing_required_parameter"),
+        ([("image", b"x"), ("other", b"x")], {}, "unknown_parameter"),
+        ([("image", b"x")], {"n": "eleven"}, "invalid_value"),
+        ([("image", b"x")], {"steps": "3"}, "unknown_parameter"),
+        ([("image", b"x")], {"prompt": ""}, "invalid_value"),
+    ],
+)
+async def test_an_edit_that_the_real_api_refuses_is_refused(
+    provider: Provider,
+    http: httpx.AsyncClient,
+    images: list[tuple[str, bytes]],
+    fields: dict[str, str],
+    code: str | None,
+) -> None:
+    assert error_of(await edit(http, provider, *images, **fields)) == (400, "invalid_request_error", code)
+    assert provider.bill_microusd == 0
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp"])
+async def test_our_adapter_reads_its_streams_and_books_its_bills(provider: Provider, image_format: str) -> None:
+    endpoint = Endpoint(
+        name="main", base_url=provider.base_url, api_key=lambda: KEY, models={"gpt-image-2": "gpt-image-2"}
+    )
+    upstream = OpenAIUpstream(endpoint, prices=PriceTable.load(), clock=SystemClock())
+    fox = small_image(1)
+    image = InputImage(InputRole.IMAGE, hashlib.sha256(fox).hexdigest(), "image/png", fox)
+    request = ImageRequest("a red fox", "gpt-image-2", quality="low", output_format=image_format, inputs=(image,))
+    seen: list[PartialImage] = []
+    [edited] = await upstream.generate(request, [0], partial_images=3, on_partial=seen.append)
+    [generated] = await upstream.generate(replace(request, inputs=()), [0], partial_images=1, on_partial=seen.append)
+    await upstream.aclose()
+    assert [partial.index for partial in seen] == [0, 1, 2, 0]
+    assert [call.billed_microusd for call in provider.calls()] == [edited.paid_microusd, generated.paid_microusd]
+    assert edited.paid_microusd - generated.paid_microusd == 1_024 * 8 + 2 * 100 * 30
+
+
+async def test_a_stream_that_is_cut_has_cost_nobody_knows_what(provider: Provider) -> None:
+    endpoint = Endpoint(
+        name="main", base_url=provider.base_url, api_key=lambda: KEY, models={"gpt-image-2": "gpt-image-2"}
+    )
+    upstream = OpenAIUpstream(endpoint, prices=PriceTable.load(), clock=SystemClock())
+    provider.fail_next(KEY, Fault.RESET_MID_BODY)
+    request = ImageRequest("a red fox", "gpt-image-2", quality="low")
+    with pytest.raises(UpstreamDownError) as caught:
+        await upstream.generate(request, [0], partial_images=1, on_partial=lambda _: None)
+    await upstream.aclose()
+    assert caught.value.cost_microusd is None
+    assert provider.bill_microusd > 0

@@ -20,8 +20,9 @@ which prints one line of JSON when it listens, and is told what to do by HTTP:
     GET  /_control/ledger   the calls themselves; ?since= as well
     GET  /_control/state    what runs now, and what foreign traffic has taken
 
-A generation's way: key -> parameters -> faults that strike at once -> limits of the key and its group -> latency ->
-faults that strike in place of pictures -> the bill is written down -> the answer. A caller that hangs up stops nothing.
+The way of a generation or edit: key -> parameters -> faults that strike at once -> limits of the key and its group
+-> latency -> faults that strike in place of pictures -> the bill is written down -> the answer, all of its stream at
+once. A caller that hangs up stops nothing.
 
 All times are emulated seconds, which `compression` lets pass faster than real ones. Nothing here is a secret: the
 keys are made up, and stand in the ledger as they are.
@@ -67,7 +68,9 @@ from scripts.bench.provider_wire import (
     generation_result,
     limited,
     moderation_result,
+    parse_edit,
     parse_generation,
+    streamed_result,
 )
 
 __all__ = [
@@ -84,8 +87,9 @@ __all__ = [
     "images_per_interval",
 ]
 
-_GENERATIONS = re.compile(r"/v1/images/generations|/openai/v1/images/generations")
-_DEPLOYMENT = re.compile(r"/openai/deployments/([^/]+)/images/generations")
+_KINDS = r"/images/(?:generations|edits)"
+_MAKING = re.compile(rf"(?:/openai)?/v1{_KINDS}|/openai/deployments/(?P<deployment>[^/]+){_KINDS}")
+_EDITS = "/images/edits"
 _MODELS = re.compile(r"/(?:openai/)?v1/models|/openai/models")
 _CREATED_S = 1_800_000_000
 _KEPT_FILES = 4_096
@@ -347,10 +351,10 @@ class Provider:
         return Reply(reply.status, reply.body, reply.content_type, headers, reply.end)
 
     async def _answer(self, request: Request, request_id: str) -> Reply:
-        deployment = _DEPLOYMENT.fullmatch(request.path)
+        making = _MAKING.fullmatch(request.path)
         match request.method:
-            case "POST" if deployment or _GENERATIONS.fullmatch(request.path):
-                return await self._generation(request, request_id, deployment[1] if deployment else None)
+            case "POST" if making:
+                return await self._generation(request, request_id, making["deployment"])
             case "POST" if request.path == "/v1/moderations":
                 self._key(request)
                 self.moderations += 1
@@ -411,7 +415,7 @@ class Provider:
         draft.key, draft.group = key.key, key.group
         owners = (self._limits[key.key], self._limits[key.group])
         azure = request.path.startswith("/openai/")
-        draft.asked = asked = parse_generation(request.body, self._config, deployment)
+        draft.asked = asked = self._asked(request, deployment)
         if key.models is not None and asked.model not in key.models:
             message = f"Project '{key.group}' does not have access to model '{asked.model}'"
             raise ApiError(403, "model_not_found", message)
@@ -429,6 +433,11 @@ class Provider:
         with self._running(owners):
             await self._work(key, asked, draft.strike)
         return await self._result(asked, draft)
+
+    def _asked(self, request: Request, deployment: str | None) -> Asked:
+        if request.path.endswith(_EDITS):
+            return parse_edit(request.body, request.headers.get("content-type", ""), self._config, deployment)
+        return parse_generation(request.body, self._config, deployment)
 
     def _tell_limits(self, owners: tuple[Limits, ...], draft: _Draft, *, azure: bool) -> None:
         if self._config.rate_limit_headers:
@@ -467,7 +476,12 @@ class Provider:
         price = self._config.models[asked.model]
         if strike is None or strike.billed:
             draft.billed_microusd = price.bill_microusd(
-                prompt=asked.prompt, size=asked.billed_size, quality=asked.quality, n=asked.n
+                prompt=asked.prompt,
+                size=asked.billed_size,
+                quality=asked.quality,
+                n=asked.n,
+                inputs=asked.inputs,
+                partials=asked.partials,
             )
         match strike.fault if strike else None:
             case Fault.HANG:
@@ -480,8 +494,12 @@ class Provider:
                 draft.images = asked.n
                 data = [await self._picture(asked, fault) for _ in range(asked.n)]
                 created_s = _CREATED_S + int(self.now_s)
-                body = generation_result(asked, price, data, created_s)
-                return Reply(body=body, end=End.MID_BODY if fault is Fault.RESET_MID_BODY else End.WHOLE)
+                end = End.MID_BODY if fault is Fault.RESET_MID_BODY else End.WHOLE
+                if asked.streams:
+                    coarse = [await self._picture(asked, None) for _ in range(asked.partials)]
+                    body = streamed_result(asked, price, coarse, data[0], created_s)
+                    return Reply(body=body, content_type="text/event-stream", end=end)
+                return Reply(body=generation_result(asked, price, data, created_s), end=end)
 
     async def _picture(self, asked: Asked, fault: Fault | None) -> dict[str, str]:
         """One item of the answer's data."""

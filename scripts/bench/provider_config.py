@@ -65,6 +65,12 @@ _BILLED = frozenset(
 )
 
 
+INPUT_IMAGE_TOKENS = 1_024
+"""What an input image counts here, for each picture made of it: as one of 1024x1024 does."""
+
+PARTIAL_TOKENS = 100
+
+
 class _Values(BaseModel, frozen=True, extra="forbid"):
     pass
 
@@ -78,12 +84,15 @@ class Price(_Values):
     """
 
     text_input_usd_per_million_tokens: Decimal = Decimal(5)
+    image_input_usd_per_million_tokens: Decimal = Decimal(8)
     image_output_usd_per_million_tokens: Decimal = Decimal(30)
     usd_per_image: Mapping[str, Mapping[str, Decimal]] = Field(default_factory=dict)
     """By quality, then size."""
 
-    def bill_microusd(self, *, prompt: str, size: str, quality: str, n: int) -> int:
-        """What one call for `n` pictures costs, rounded half-even once.
+    def bill_microusd(  # noqa: PLR0913 - what a bill depends on
+        self, *, prompt: str, size: str, quality: str, n: int, inputs: int = 0, partials: int = 0
+    ) -> int:
+        """What one call for `n` pictures costs, rounded half-even once; with its input images and partial pictures.
 
         Raises:
             KeyError: priced per image, and not this quality and size.
@@ -93,7 +102,9 @@ class Price(_Values):
         else:
             # USD per million tokens is micro-dollars per token.
             text_microusd = self.text_input_usd_per_million_tokens * input_tokens(prompt)
-            microusd = text_microusd + self.image_output_usd_per_million_tokens * output_tokens(size, quality) * n
+            image_microusd = self.image_input_usd_per_million_tokens * INPUT_IMAGE_TOKENS * inputs * n
+            tokens_out = output_tokens(size, quality) * n + PARTIAL_TOKENS * partials
+            microusd = text_microusd + image_microusd + self.image_output_usd_per_million_tokens * tokens_out
         return int(microusd.to_integral_value(ROUND_HALF_EVEN))
 
 

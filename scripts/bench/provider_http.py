@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from http import HTTPStatus
 
-_BODY_MAX_BYTES = 4 * 1024 * 1024
+_BODY_MAX_BYTES = 64 * 1024 * 1024
 _BACKLOG = 4096
 
 

@@ -9,7 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from scripts.bench.provider_config import Fault, Kind, Price, ProviderConfig, input_tokens, output_tokens, sides
+from scripts.bench.provider_config import (
+    INPUT_IMAGE_TOKENS,
+    PARTIAL_TOKENS,
+    Fault,
+    Kind,
+    Price,
+    ProviderConfig,
+    input_tokens,
+    output_tokens,
+    sides,
+)
 from scripts.bench.provider_http import Reply
 from scripts.bench.provider_limits import Refusal, Told
 
@@ -28,6 +38,8 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "moderation": ("low", "auto"),
 }
 _WHOLE: Mapping[str, tuple[int, int]] = {"n": (1, 10), "output_compression": (0, 100), "partial_images": (0, 3)}
+_IMAGE_PARTS = frozenset({"image", "image[]"})
+_DISPOSITION = re.compile(r'(name|filename)="([^"]*)"')
 _PROMPT_MAX_CHARS = 32_000
 _SIZE = re.compile(r"\d{1,4}x\d{1,4}")
 _SIDE_STEP = 16
@@ -81,7 +93,10 @@ class ApiError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A generation that the API would make. `size` and `quality` are resolved; `billed_size` is never auto's own."""
+    """A generation that the API would make. `size` and `quality` are resolved; `billed_size` is never auto's own.
+
+    It starts from `inputs` images if it is an edit, and shows `partials` before its picture if it streams.
+    """
 
     prompt: str
     model: str
@@ -91,11 +106,29 @@ class Asked:
     quality: str
     background: str
     output_format: str
+    inputs: int = 0
+    streams: bool = False
+    partials: int = 0
+
+    @property
+    def text_tokens(self) -> int:
+        """What its prompt counts."""
+        return input_tokens(self.prompt)
+
+    @property
+    def image_tokens(self) -> int:
+        """What its input images count."""
+        return self.inputs * self.n * INPUT_IMAGE_TOKENS
+
+    @property
+    def tokens_out(self) -> int:
+        """What its pictures count, partial ones too."""
+        return self.n * output_tokens(self.billed_size, self.quality) + self.partials * PARTIAL_TOKENS
 
     @property
     def amounts(self) -> dict[Kind, float]:
         """What it takes of each limit."""
-        tokens = input_tokens(self.prompt) + self.n * output_tokens(self.billed_size, self.quality)
+        tokens = self.text_tokens + self.image_tokens + self.tokens_out
         return {"requests": 1, "images": self.n, "tokens": tokens}
 
 
@@ -105,7 +138,56 @@ def parse_generation(body: bytes, config: ProviderConfig, deployment: str | None
     Raises:
         ApiError: what the real API refuses.
     """
-    fields = {name: value for name, value in parse_object(body).items() if value is not None}
+    return _parse(parse_object(body), config, deployment)
+
+
+def parse_edit(body: bytes, content_type: str, config: ProviderConfig, deployment: str | None) -> Asked:
+    """The edit a form asks for; otherwise as `parse_generation`.
+
+    Raises:
+        ApiError: what the real API refuses.
+    """
+    texts, files = read_form(body, content_type)
+    if not any(name in _IMAGE_PARTS for name in files):
+        raise ApiError(400, "missing_required_parameter", "Missing required parameter: 'image'.", param="image")
+    if unknown := sorted({*files} - _IMAGE_PARTS - {"mask"}):
+        raise _unknown_parameter(unknown[0])
+    return _parse({name: _of_form(name, text) for name, text in texts.items()}, config, deployment, inputs=len(files))
+
+
+def read_form(body: bytes, content_type: str) -> tuple[dict[str, str], list[str]]:
+    """The texts of a form by name, and the names of its files in order.
+
+    Raises:
+        ApiError: it is no form.
+    """
+    _, _, boundary = content_type.partition("boundary=")
+    parts = body.split(b"--" + boundary.strip('"').encode("latin-1", "replace")) if boundary else []
+    texts: dict[str, str] = {}
+    files: list[str] = []
+    for part in parts[1:-1]:
+        head, _, data = part.partition(b"\r\n\r\n")
+        said = dict(_DISPOSITION.findall(head.decode("latin-1")))
+        if "name" not in said:
+            raise ApiError(400, None, "We could not parse the multipart form of your request.")
+        if "filename" in said:
+            files.append(said["name"])
+        else:
+            texts[said["name"]] = data.removesuffix(b"\r\n").decode(errors="replace")
+    if not texts:
+        raise ApiError(400, None, "We could not parse the multipart form of your request.")
+    return texts, files
+
+
+def _of_form(name: str, text: str) -> object:
+    """A text of a form as JSON would have it."""
+    if name in _WHOLE and re.fullmatch(r"-?\d{1,9}", text):
+        return int(text)
+    return {"true": True, "false": False}.get(text, text) if name == "stream" else text
+
+
+def _parse(given: Mapping[str, Any], config: ProviderConfig, deployment: str | None, *, inputs: int = 0) -> Asked:
+    fields = {name: value for name, value in given.items() if value is not None}
     if deployment is not None:
         if "model" in fields:
             raise _unknown_parameter("model")
@@ -128,6 +210,9 @@ def parse_generation(body: bytes, config: ProviderConfig, deployment: str | None
         quality=_AUTO_QUALITY if quality == _AUTO else quality,
         background="transparent" if fields.get("background") == "transparent" else "opaque",
         output_format=fields.get("output_format", "png"),
+        inputs=inputs,
+        streams=fields.get("stream", False),
+        partials=fields.get("partial_images", 0),
     )
     price = config.models[model]
     if price.usd_per_image and asked.billed_size not in price.usd_per_image.get(asked.quality, {}):
@@ -177,8 +262,12 @@ def _check_together(fields: Mapping[str, Any]) -> None:
         raise _invalid("output_compression", "100 for png")
     if fields.get("background") == "transparent" and fields.get("output_format") == "jpeg":
         raise _invalid("background", "'opaque' for jpeg")
-    if fields.get("stream", False) is not False:
-        raise ApiError(400, "unsupported_value", "Streaming is not emulated.", param="stream")
+    if not isinstance(fields.get("stream", False), bool):
+        raise _invalid("stream", "true, false")
+    if fields.get("stream") and fields.get("n", 1) > 1:
+        raise _invalid("n", "1 with stream")
+    if fields.get("partial_images") and not fields.get("stream"):
+        raise _invalid("partial_images", "0 without stream")
 
 
 def _is_size(size: object) -> bool:
@@ -329,15 +418,41 @@ def generation_result(asked: Asked, price: Price, data: list[dict[str, str]], cr
         "data": data,
     }
     if not price.usd_per_image:
-        tokens_in, tokens_out = input_tokens(asked.prompt), asked.n * output_tokens(asked.billed_size, asked.quality)
-        answer["usage"] = {
-            "total_tokens": tokens_in + tokens_out,
-            "input_tokens": tokens_in,
-            "output_tokens": tokens_out,
-            "input_tokens_details": {"text_tokens": tokens_in, "image_tokens": 0},
-            "output_tokens_details": {"image_tokens": tokens_out, "text_tokens": 0},
-        }
+        answer["usage"] = _usage(asked)
     return json.dumps(answer).encode()
+
+
+def streamed_result(
+    asked: Asked, price: Price, coarse: list[dict[str, str]], picture: dict[str, str], created_s: int
+) -> bytes:
+    """The answer as a stream of events: partial pictures, then the picture."""
+    kind = "image_edit" if asked.inputs else "image_generation"
+    facts: dict[str, Any] = {
+        "created_at": created_s,
+        "background": asked.background,
+        "output_format": asked.output_format,
+        "quality": asked.quality,
+        "size": asked.size,
+    }
+    events = [
+        {"type": f"{kind}.partial_image", "partial_image_index": index, **facts, **each}
+        for index, each in enumerate(coarse)
+    ]
+    completed = {"type": f"{kind}.completed", **facts, **picture}
+    if not price.usd_per_image:
+        completed["usage"] = _usage(asked)
+    return b"".join(f"event: {each['type']}\ndata: {json.dumps(each)}\n\n".encode() for each in [*events, completed])
+
+
+def _usage(asked: Asked) -> dict[str, Any]:
+    tokens_in = asked.text_tokens + asked.image_tokens
+    return {
+        "total_tokens": tokens_in + asked.tokens_out,
+        "input_tokens": tokens_in,
+        "output_tokens": asked.tokens_out,
+        "input_tokens_details": {"text_tokens": asked.text_tokens, "image_tokens": asked.image_tokens},
+        "output_tokens_details": {"image_tokens": asked.tokens_out, "text_tokens": 0},
+    }
 
 
 def moderation_result(body: bytes, marker: str | None, request_id: str) -> bytes:
