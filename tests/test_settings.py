@@ -293,6 +293,10 @@ def test_loopback_is_told_without_asking_dns(host: str, loopback: bool) -> None:
             f"[server]\ngrpc_host = '::'\n[[callers]]\nname = 'a'\ntoken_sha256 = '{TOKEN_SHA256}'",
             ["tokens travel in the clear", "no Redis"],
         ),
+        (
+            f"[server]\nhttp_host = '::'\n[[callers]]\nname = 'a'\ntoken_sha256 = '{TOKEN_SHA256}'",
+            ["http_host: without http_tls_cert_file callers' tokens travel in the clear", "no Redis"],
+        ),
         ("[limit_groups.openai]\nimages_per_minute = 271", ["100 calls at a time make 270 images a minute"]),
         ("[limit_groups.openai]\nimages_per_minute = 270", []),
         ("[limit_groups.openai]\nconcurrent = 1", []),

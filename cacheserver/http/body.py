@@ -41,7 +41,8 @@ async def body_pieces(request: Request, *, max_bytes: int) -> AsyncIterator[byte
                 message = await request.receive()
         except TimeoutError:
             text = "The body of the request came too slowly."
-            raise HttpError(HTTPStatus.REQUEST_TIMEOUT, text, code="request_timeout", headers=_CLOSE) from None
+            headers = {"connection": "close"}
+            raise HttpError(HTTPStatus.REQUEST_TIMEOUT, text, code="request_timeout", headers=headers) from None
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
         piece: bytes = message.get("body", b"")
@@ -79,8 +80,7 @@ def read_json(request: Request, body: bytes) -> dict[str, JsonValue]:
 
 
 _MOST_DIGITS = 18
-_CLOSE = {"connection": "close"}
-"""Goes with answers to requests of which not everything was read."""
+"""Of a stated length: more are no number of bytes."""
 
 
 def _check_stated_length(request: Request, max_bytes: int) -> None:
@@ -91,7 +91,7 @@ def _check_stated_length(request: Request, max_bytes: int) -> None:
 
 def _too_long(max_bytes: int) -> HttpError:
     text = f"The body of the request is larger than {max_bytes:,} bytes."
-    return HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text, code="request_too_large", headers=_CLOSE)
+    return HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text, code="request_too_large")
 
 
 def _not_json(problem: str) -> HttpError:

@@ -87,6 +87,9 @@ _REASONS = {
     HTTPStatus.UNAUTHORIZED: "UNAUTHENTICATED",
     HTTPStatus.FORBIDDEN: "PERMISSION_DENIED",
 }
+_SPEC = "spec."
+"""Begins the paths of parameters where gRPC has them."""
+
 _DEFAULT_RETRY_S = 1.0
 _LONGEST_WAIT_S = 60
 """openai 1.x takes no longer Retry-After for one: it would ask again after half a second."""
@@ -140,21 +143,22 @@ def status_of(error: Exception, *, request_id: str) -> HttpStatus:
         return HttpStatus(error.status, error.reason, told, {**error.headers, "x-should-retry": "false"})
     if not isinstance(error, CacheServerError) or error.reason not in KINDS:
         error = CacheServerError(f"Internal error. The service's log has it under request id {request_id}.")
-    param = _param(error)
+    param, message = _told(error)
     is_unserved = isinstance(error, InvalidRequestError) and param == "model"
     kind = _MODEL_NOT_FOUND if is_unserved else KINDS[error.reason]
-    message = str(error)
     if len(message) > _LONGEST_MESSAGE:
         message = message[: _LONGEST_MESSAGE - 1] + "…"
     told = {"message": message, "type": kind.type, "param": param, "code": kind.code}
     return HttpStatus(kind.status, error.reason, told, _headers(error, kind))
 
 
-def _param(error: CacheServerError) -> str | None:
-    """Which parameter is to blame, if one is."""
+def _told(error: CacheServerError) -> tuple[str | None, str]:
+    """Which parameter is to blame, if one is, and the message."""
     if isinstance(error, InvalidRequestError):
-        return next(iter(error.violations), None)
-    return error.field or None if isinstance(error, UpstreamInvalidError) else None
+        path, text = next(iter(error.violations.items()))
+        param = path.removeprefix(_SPEC)
+        return param, f"Invalid '{param}': {text}."
+    return (error.field or None if isinstance(error, UpstreamInvalidError) else None), str(error)
 
 
 def _headers(error: CacheServerError, kind: Kind) -> dict[str, str]:

@@ -66,6 +66,8 @@ class Pictures:
         if isinstance(answer, Pending):
             return in_review(call.request_id)
         self._asking.book(answer, asked, call)
+        seconds = self._clock.monotonic_s() - call.started_s
+        call.trailers.append(("openai-processing-ms", str(round(seconds * 1_000))))
         return pictures_answer(
             answer,
             urls=self._urls_of(answer, request) if asked.by_url else None,
