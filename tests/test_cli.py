@@ -226,6 +226,40 @@ async def test_get_of_a_picture_in_review_writes_nothing_and_says_how_to_collect
     assert printed(told)["images"][0]["state"] == "pending_review"
 
 
+async def test_an_edit_is_made_of_files_and_found_explained_and_purged_by_their_digests(
+    run: Run, front: Front, tmp_path: Path
+) -> None:
+    files = [tmp_path / name for name in ("fox.png", "style.jpg", "mask.png")]
+    for number, (file, image_format) in enumerate(zip(files, ("png", "jpeg", "png"), strict=True)):
+        file.write_bytes(small_image(number, image_format))
+    given = ["--input", str(files[0]), "--input", str(files[1]), "--mask", str(files[2])]
+    assert (await run("find", "a hat", *given)).exit_code == 3
+    made = printed(await run("get", "a hat", *given, "--json"))["images"][0]
+    [(asked, _)] = front.house.upstream.asked
+    assert [(each.role, each.content_type, each.data) for each in asked.inputs] == [
+        ("image", "image/png", files[0].read_bytes()),
+        ("image", "image/jpeg", files[1].read_bytes()),
+        ("mask", "image/png", files[2].read_bytes()),
+    ]
+    found = printed(await run("find", "a hat", *given, "--json"))["items"][0]
+    explained = printed(await run("explain", "a hat", *given, "--json"))["explanation"]
+    assert found["key"] == explained["key"] == made["key"]
+    another = printed(await run("get", "a hat", *given, "--next", "--json"))["images"][0]
+    assert another["key"] != made["key"]
+    assert printed(await run("purge", "a hat", *given, "--yes", "--json"))["images"] == 2
+
+
+async def test_an_input_that_cannot_be_read_or_is_none_is_said(run: Run, front: Front, tmp_path: Path) -> None:
+    absent = await run("get", "a hat", "--input", str(tmp_path / "absent.png"))
+    assert absent.exit_code == 1
+    assert "absent.png" in absent.stderr
+    (tmp_path / "notes.txt").write_text("no image")
+    wrong = await run("get", "a hat", "--input", str(tmp_path / "notes.txt"))
+    assert wrong.exit_code == 2
+    assert "inputs[0].data" in wrong.stderr
+    assert front.house.upstream.calls == 0
+
+
 async def test_get_of_what_is_not_cached_exits_3(run: Run, tmp_path: Path) -> None:
     result = await run("get", "a red fox", "--policy", "only_if_cached", "-o", str(tmp_path / "fox.png"))
     assert result.exit_code == 3

@@ -16,6 +16,7 @@ import pytest
 from cacheserver.client import (
     CachePolicy,
     ImageSpec,
+    InputImage,
     QuotaExhaustedError,
     State,
     TierName,
@@ -252,6 +253,12 @@ async def test_the_ready_made_fallback_asks_an_images_api_for_the_very_same_pict
         "size": "1024x1024",
         "quality": "low",
     }
+
+
+async def test_it_makes_no_picture_of_an_edits_prompt_alone(kind: str, provider: OpenAIStandIn) -> None:
+    with pytest.raises(ValueError, match="makes no edits"):
+        await make(kind, ImageSpec("a hat on it", inputs=[InputImage(b"\x89PNG")]), provider)
+    assert provider.calls == 0
 
 
 async def test_a_key_it_refuses_is_said_and_neither_key_nor_prompt_is_repeated(

@@ -8,23 +8,25 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cacheserver.cli.options import Link, Namespace, Spec
+from cacheserver.cli.options import Inputs, Link, Namespace, Spec
 from cacheserver.cli.session import session
 from cacheserver.client import ExplainResult, Explanation, ImageSpec
 
 
-def explain(
+def explain(  # noqa: PLR0913 - one parameter per option
     prompt: Annotated[str, typer.Argument(help="The prompt to explain.")],
     other: Annotated[str | None, typer.Argument(help="A second prompt to compare it with.")] = None,
     *,
     spec: Spec,
+    inputs: Inputs,
     namespace: Namespace = None,
     link: Link,
 ) -> None:
     """Show how a request becomes its key and, for two, why their keys differ."""
     with session(link) as (client, output):
-        second = None if other is None else ImageSpec(other, **spec.options())
-        result = client.explain(ImageSpec(prompt, **spec.options()), second, namespace=namespace)
+        options = spec.options(inputs.named())
+        second = None if other is None else ImageSpec(other, **options)
+        result = client.explain(ImageSpec(prompt, **options), second, namespace=namespace)
         facts = asdict(result) | {"same_key": None if other is None else not result.differences}
         output.result(facts, lambda console: _draw(result, console))
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cacheserver.cli.options import Link, Namespace, Spec
+from cacheserver.cli.options import Inputs, Link, Namespace, Spec
 from cacheserver.cli.output import NOT_THERE
 from cacheserver.cli.session import session
 from cacheserver.client import Client, FindResult, ImageSpec, Presence
@@ -18,13 +18,14 @@ from cacheserver.client import Client, FindResult, ImageSpec, Presence
 _ITEMS_PER_CALL = 10_000
 
 
-def find(
+def find(  # noqa: PLR0913 - one parameter per option
     prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Prompts to look for.")] = None,
     *,
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="File with one prompt a line; - is standard input.")
     ] = None,
     spec: Spec,
+    inputs: Inputs,
     namespace: Namespace = None,
     link: Link,
 ) -> None:
@@ -36,7 +37,8 @@ def find(
         wanted = [*(prompts or []), *_lines(file)]
         if not wanted:
             raise typer.BadParameter("pass prompts, or --file")
-        result = _find(client, [ImageSpec(prompt, **spec.options()) for prompt in wanted], namespace)
+        options = spec.options(inputs.named())
+        result = _find(client, [ImageSpec(prompt, **options) for prompt in wanted], namespace)
         counts = Counter(str(item.presence) for item in result.items)
         facts = {
             "counts": dict(counts),

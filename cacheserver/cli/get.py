@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
-from cacheserver.cli.options import Link, Namespace, Spec
+from cacheserver.cli.options import Inputs, Link, Namespace, Spec
 from cacheserver.cli.output import NOT_THERE, Output, dollars, size
 from cacheserver.cli.session import session
 from cacheserver.client import (
@@ -23,6 +23,7 @@ from cacheserver.client import (
     ImageHeader,
     ImageSpec,
     Presence,
+    SpecOptions,
     State,
     StreamEvent,
     VariantPolicy,
@@ -56,6 +57,7 @@ def get(  # noqa: PLR0913 - one parameter per option
     n: Annotated[int, typer.Option("-n", min=1, max=10, help="How many pictures.")] = 1,
     key: Annotated[str | None, typer.Option(help="Fetch the picture of this key instead.")] = None,
     spec: Spec,
+    inputs: Inputs,
     namespace: Namespace = None,
     policy: Annotated[CachePolicy | None, typer.Option(help="How the cache is used.", show_default="use_cache")] = None,
     another: Annotated[
@@ -93,13 +95,13 @@ def get(  # noqa: PLR0913 - one parameter per option
             n=n,
             cache_policy=policy,
             variant_policy=VariantPolicy.NEXT if another else None,
-            exclude_keys=_seen(client, ImageSpec(prompt, **spec.options()), namespace) if another and prompt else (),
+            exclude_keys=_seen(client, prompt, spec.options(inputs.named()), namespace) if another and prompt else (),
             tags=tag or (),
             allow_degraded=allow_degraded,
             use=use,
             candidates=candidates,
             max_wait_s=max_wait,
-            **spec.options(),
+            **spec.options(inputs.whole()),
         )
         with contextlib.closing(events):
             if output is None:
@@ -111,9 +113,9 @@ def get(  # noqa: PLR0913 - one parameter per option
         raise typer.Exit(NOT_THERE)
 
 
-def _seen(client: Client, spec: ImageSpec, namespace: str | None) -> list[str]:
+def _seen(client: Client, prompt: str, options: SpecOptions, namespace: str | None) -> list[str]:
     """The key of the first picture, if it is cached: whoever asks for another one has seen that."""
-    found = client.find_cached([spec], namespace=namespace)
+    found = client.find_cached([ImageSpec(prompt, **options)], namespace=namespace)
     return [item.key for item in found.items if item.presence is Presence.CACHED]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from cacheserver.client import DEFAULT_ADDRESS, SpecOptions
+from cacheserver.client import DEFAULT_ADDRESS, InputImage, InputRole, SpecOptions
 
 _MAX_USD = 1_000_000_000
 
@@ -51,8 +52,8 @@ class Spec:
     seed: Annotated[int | None, typer.Option(help="For models that take one.")] = None
     extra: Annotated[str | None, typer.Option(help="Further parameters of the provider, a JSON object.")] = None
 
-    def options(self) -> SpecOptions:
-        """The same for the client.
+    def options(self, inputs: Sequence[InputImage] | None = None) -> SpecOptions:
+        """The same for the client, with the images that an edit starts from.
 
         Raises:
             typer.BadParameter: `extra` is no JSON object.
@@ -67,7 +68,28 @@ class Spec:
             moderation=self.moderation,
             seed=self.seed,
             extra=None if self.extra is None else _json_object(self.extra),
+            inputs=inputs,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What an edit starts from."""
+
+    images: Annotated[
+        list[Path] | None, typer.Option("--input", help="Image to edit: png, jpeg or webp; repeatable.")
+    ] = None
+    mask: Annotated[Path | None, typer.Option(help="Where to edit the first --input: png, as large as that.")] = None
+
+    def whole(self) -> Sequence[InputImage] | None:
+        """The images, for a call that may have something made of them; None if there are none. Raises OSError."""
+        images = [InputImage(file.read_bytes()) for file in self.images or ()]
+        masks = [] if self.mask is None else [InputImage(self.mask.read_bytes(), InputRole.MASK)]
+        return images + masks or None
+
+    def named(self) -> Sequence[InputImage] | None:
+        """The same by their digests, for a call that only looks. Raises OSError."""
+        return [InputImage(role=each.role, digest=_digest(each.data or b"")) for each in self.whole() or ()] or None
 
 
 def flat(command: Callable[..., None]) -> Callable[..., None]:
@@ -93,6 +115,10 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
     )
     run.__annotations__ = {}
     return run
+
+
+def _digest(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 def microusd(text: str, option: str) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from cacheserver.cli.options import Link, Namespace, Spec
+from cacheserver.cli.options import Inputs, Link, Namespace, Spec
 from cacheserver.cli.session import session
 from cacheserver.client import ImageSpec, PurgeResult
 
@@ -22,6 +22,7 @@ def purge(  # noqa: PLR0913 - one parameter per option
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before removing several.")] = False,
     spec: Spec,
+    inputs: Inputs,
     namespace: Namespace = None,
     link: Link,
 ) -> None:
@@ -31,14 +32,14 @@ def purge(  # noqa: PLR0913 - one parameter per option
     """
     if [prompt is not None, key is not None, tag is not None, everything].count(True) != 1:
         raise typer.BadParameter("pass one of: a prompt, --key, --tag, --everything")
-    selector: dict[str, Any] = {
-        "prompt": None if prompt is None else ImageSpec(prompt, **spec.options()),
-        "key": key,
-        "tag": tag,
-        "everything": everything,
-        "namespace": namespace,
-    }
     with session(link) as (client, output):
+        selector: dict[str, Any] = {
+            "prompt": None if prompt is None else ImageSpec(prompt, **spec.options(inputs.named())),
+            "key": key,
+            "tag": tag,
+            "everything": everything,
+            "namespace": namespace,
+        }
         if not (dry_run or yes or key):
             _ask(client.purge(**selector, dry_run=True).images)
         result = client.purge(**selector, dry_run=dry_run)

@@ -31,6 +31,7 @@ from cacheserver.client.values import (
     Image,
     ImageResult,
     ImageSpec,
+    InputImage,
     Live,
     NearMiss,
     Presence,
@@ -44,6 +45,7 @@ from cacheserver.client.values import (
 )
 from cacheserver.model import (
     CachePolicy,
+    InputRole,
     MatchLevel,
     Outcome,
     Priority,
@@ -98,6 +100,10 @@ def spec_message(prompt: str | ImageSpec, **options: Unpack[SpecOptions]) -> pb.
             moderation=spec.moderation,
             seed=spec.seed,
             extra=None if spec.extra is None else dict(spec.extra),
+            inputs=[
+                pb.InputImage(role=f"INPUT_ROLE_{image.role.name}", data=image.data, digest=image.digest)
+                for image in spec.inputs or ()
+            ],
         )
     except (TypeError, ValueError) as exc:
         raise unsendable("spec", exc) from None  # the cause may carry the prompt
@@ -457,7 +463,14 @@ def read_spec(spec: pb.ImageSpec) -> ImageSpec:
         moderation=spec.moderation or None,
         seed=spec.seed if spec.HasField("seed") else None,
         extra=MessageToDict(spec.extra) if spec.HasField("extra") else None,
+        inputs=[_read_input(image) for image in spec.inputs] or None,
     )
+
+
+def _read_input(image: pb.InputImage) -> InputImage:
+    role = member(InputRole, pb.InputRole, "INPUT_ROLE", image.role) or InputRole.IMAGE  # which unspecified means
+    is_whole = image.WhichOneof("source") == "data"
+    return InputImage(image.data if is_whole else None, role, image.digest or None)
 
 
 def read_usage(usage: pb.Usage | admin_pb.TokenUsage) -> Usage:

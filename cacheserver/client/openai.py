@@ -38,7 +38,7 @@ def openai_fallback(*, api_key: str, model: str, base_url: str = OPENAI_URL, tim
         timeout_s: Seconds after which a picture has failed, with or without a byte from the API.
 
     What it makes raises httpx.HTTPError where the API cannot be reached, refuses or takes too long, and ValueError
-    where its answer holds no picture.
+    where its answer holds no picture, or the spec wants an edit.
     """
 
     def make(spec: ImageSpec) -> bytes:
@@ -83,6 +83,8 @@ def _headers(api_key: str) -> dict[str, str]:
 
 
 def _body(spec: ImageSpec, model: str) -> dict[str, Any]:
+    if spec.inputs:
+        raise ValueError("this fallback makes no edits: the spec has input images")
     stated = {name: value for name in _PARAMETERS if (value := getattr(spec, name)) is not None}
     return {**(spec.extra or {}), **stated, "prompt": spec.prompt, "model": model, "n": 1}
 

@@ -10,7 +10,17 @@ from enum import StrEnum
 from itertools import accumulate
 from typing import TypedDict
 
-from cacheserver.model import CachePolicy, JsonValue, MatchLevel, Outcome, Priority, TierName, Usage, VariantPolicy
+from cacheserver.model import (
+    CachePolicy,
+    InputRole,
+    JsonValue,
+    MatchLevel,
+    Outcome,
+    Priority,
+    TierName,
+    Usage,
+    VariantPolicy,
+)
 
 
 class Delivery(StrEnum):
@@ -38,6 +48,21 @@ class Presence(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class InputImage:
+    """An image that an edit starts from: `data`, or the `digest` of what is only to be found in the cache.
+
+    Attributes:
+        data: The encoded image: png, jpeg or webp; a mask is a png.
+        role: What it is for: IMAGE (the picture to edit), MASK (where; at most one) or STYLE (what to follow).
+        digest: "sha256:" and 64 hexadecimal digits over the encoded image.
+    """
+
+    data: bytes | None = field(default=None, repr=False)
+    role: InputRole = InputRole.IMAGE
+    digest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ImageSpec:
     """A prompt and its parameters: what decides the picture. None means the service's default.
 
@@ -52,6 +77,7 @@ class ImageSpec:
         moderation: auto or low.
         seed: For models that take one.
         extra: Further parameters of the provider, as JSON values.
+        inputs: What an edit starts from, at most 16 images.
     """
 
     prompt: str
@@ -64,6 +90,7 @@ class ImageSpec:
     moderation: str | None = None
     seed: int | None = None
     extra: Mapping[str, JsonValue] | None = None
+    inputs: Sequence[InputImage] | None = None
 
 
 class SpecOptions(TypedDict, total=False):
@@ -78,6 +105,7 @@ class SpecOptions(TypedDict, total=False):
     moderation: str | None
     seed: int | None
     extra: Mapping[str, JsonValue] | None
+    inputs: Sequence[InputImage] | None
 
 
 class ImageOptions(SpecOptions, total=False):
