@@ -41,6 +41,7 @@ from cacheserver.model import (
     GroupLimits,
     ImageRequest,
     Order,
+    PartialImage,
     Priority,
 )
 from tests.fakes import FakeClock
@@ -68,6 +69,7 @@ class MissPath:
         )
         self.spending = 0
         self.spares: list[GeneratedImage] = []
+        self.partials: list[PartialImage] = []
 
     @property
     def one(self) -> FakeUpstream:
@@ -79,7 +81,13 @@ class MissPath:
 
     async def make(self, request: ImageRequest = CAT, *, n: int = 1, **facts: Any) -> list[GeneratedImage]:
         order = Order(request, n, **{"namespace": "shop", "caller": "ann", **facts})
-        return await self.generator.generate(order, range(n), on_spending=self._spend, on_spare=self.spares.append)
+        return await self.generator.generate(
+            order,
+            range(n),
+            on_spending=self._spend,
+            on_spare=self.spares.append,
+            on_partial=self.partials.append if order.partial_images else None,
+        )
 
     async def make_with_pauses(self, request: ImageRequest = CAT, **facts: Any) -> list[GeneratedImage]:
         """Make it while time passes, so that pauses between tries end."""
@@ -111,6 +119,36 @@ class MissPath:
 
 def day(limit: int, scope: BudgetScope = BudgetScope.GLOBAL, subject: str = "") -> Budget:
     return Budget(scope, subject, BudgetPeriod.DAY, limit)
+
+
+# ── partial pictures ────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_partial_pictures_of_every_try_are_passed_on(clock: FakeClock) -> None:
+    path = MissPath(clock)
+    path.one.partials = [b"coarse", b"finer"]
+    path.one.fail_next(UpstreamDownError("500"))
+    await path.make_with_pauses(partial_images=2)
+    assert [partial.index for partial in path.partials] == [0, 1, 0, 1]
+    assert path.one.partials_asked == [2, 2]
+
+
+@pytest.mark.parametrize("facts", [{"n": 2}, {"candidates": 2}, {"n": 3, "candidates": 2}])
+async def test_of_several_pictures_no_partial_ones_are_asked_for(clock: FakeClock, facts: dict[str, Any]) -> None:
+    path = MissPath(clock, terms={"max_n": 1})
+    await path.make(partial_images=2, **facts)
+    assert set(path.one.partials_asked) == {0}
+    assert set(path.one.on_partials) == {None}
+
+
+async def test_a_budget_has_room_for_partial_pictures_or_there_is_no_call(clock: FakeClock) -> None:
+    plain = MissPath(clock).generator.estimate_microusd(CAT, 1)
+    path = MissPath(clock, budget=[day(plain + 8_999)])
+    with pytest.raises(CannotAffordError):
+        await path.make(partial_images=3)  # 300 output tokens: 9,000 micro-dollars
+    assert path.one.calls == 0
+    await path.make(partial_images=2)
+    assert [row.estimate_microusd for row in await path.settled()] == [plain + 6_000]
 
 
 # ── one call ────────────────────────────────────────────────────────────────────────────────────────────────
