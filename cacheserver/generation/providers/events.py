@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-_LINE_END = re.compile(rb"\r\n|\r|\n")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -30,7 +28,7 @@ class EventReader:
     def __init__(self, *, max_event_bytes: int) -> None:
         """`max_event_bytes` is the most that one event may have, its lines' names and comments included."""
         self._max_event_bytes = max_event_bytes
-        self._line = bytearray()
+        self._line: list[bytes] = []
         self._kind = ""
         self._data: list[bytes] = []
         self._event_bytes = 0
@@ -41,13 +39,15 @@ class EventReader:
         """The events that `chunk` completes. Raises EventTooLargeError."""
         if not chunk:
             return
-        begin = 1 if self._ended_in_cr and chunk.startswith(b"\n") else 0
+        if self._ended_in_cr:
+            chunk = chunk.removeprefix(b"\n")
+        # A search for any of the ends, byte by byte, takes twenty times as long.
+        *ended, begun = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         self._ended_in_cr = chunk.endswith(b"\r")
-        for end in _LINE_END.finditer(chunk, begin):
-            self._add(chunk[begin : end.start()])
-            begin = end.end()
+        for part in ended:
+            self._add(part)
             yield from self._end_line()
-        self._add(chunk[begin:])
+        self._add(begun)
 
     def end(self) -> Iterator[Event]:
         """The event that was under way when the stream ended, if any was."""
@@ -58,23 +58,23 @@ class EventReader:
         self._event_bytes += len(part)
         if self._event_bytes > self._max_event_bytes:
             raise EventTooLargeError
-        self._line += part
+        self._line.append(part)
 
     def _end_line(self) -> Iterator[Event]:
-        line = bytes(self._line)
-        self._line.clear()
+        line, self._line = b"".join(self._line), []
         if self._is_first_line:
             line = line.removeprefix(_BYTE_ORDER_MARK)
             self._is_first_line = False
         if not line:
             yield from self._end_event()
             return
-        name, _, value = line.partition(b":")  # a comment has no name
-        value = value.removeprefix(b" ")
+        colon = line.index(b":") if b":" in line else len(line)
+        # A copy of a value at most: it may be an image. A comment has no name.
+        name, begin = line[:colon], colon + (2 if line[colon + 1 : colon + 2] == b" " else 1)
         if name == b"data":
-            self._data.append(value)
+            self._data.append(line[begin:])
         elif name == b"event":
-            self._kind = value.decode("utf-8", "replace")
+            self._kind = line[begin:].decode("utf-8", "replace")
 
     def _end_event(self) -> Iterator[Event]:
         if self._data:
