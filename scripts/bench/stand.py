@@ -34,6 +34,7 @@ class ServiceProcess:
     def __init__(self, directory: Path, config: str) -> None:
         grpc_port, http_port = free_ports(2)
         self.address = f"127.0.0.1:{grpc_port}"
+        self.http_address = f"127.0.0.1:{http_port}"
         self._directory = directory
         server = f"[server]\ngrpc_port = {grpc_port}\nhttp_port = {http_port}\n"
         self._config = f'data_dir = "{directory}"\n{config}\n{server}'
