@@ -574,7 +574,7 @@ class Books(Protocol):
     def delivered(self, namespace: str, *, status: int, is_rendition: bool, size_bytes: int) -> None:
         """A picture's URL was answered with this HTTP status: no request, whoever asked for the picture was booked.
 
-        `namespace` is that of the picture, empty where there was none.
+        `namespace` is that of the picture, or one it would be read in; empty where the call was not let in.
         """
         ...
 

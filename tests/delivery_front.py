@@ -14,7 +14,7 @@ from cacheserver.calls.auth import Authenticator
 from cacheserver.calls.reception import Reception
 from cacheserver.http.application import application
 from cacheserver.http.calls import HttpCalls
-from cacheserver.http.delivery.images import ImageDelivery, Rendered, Renditions
+from cacheserver.http.delivery.images import ImageDelivery
 from cacheserver.http.delivery.partitions import Partitions
 from cacheserver.http.delivery.urls import ImageUrls
 from cacheserver.http.guard import Guard
@@ -24,24 +24,19 @@ from cacheserver.model import (
     Caller,
     GeneratedImage,
     Namespace,
-    Pending,
     Permission,
 )
 from cacheserver.recall import Recall
+from cacheserver.renditions.renderer import ThreadRenderer
+from cacheserver.renditions.renditions import Renditions
 from tests.house import MODEL, House
 
 ANYONE = Caller("anonymous", frozenset(Permission))
 SECRET = b"a secret of more than thirty-two characters"
 EXPIRES_S = 3600
+RENDITION_TTL_S = 2_592_000.0
 PUBLIC = Namespace("default", "default", public_images=True)
 PRIVATE = Namespace("default", "default")
-
-
-class NoRenditions:
-    """Where a test asks for none."""
-
-    async def get(self, *_: Any, **__: Any) -> Rendered | Pending:
-        raise AssertionError("this test makes no renditions")
 
 
 @dataclass
@@ -51,7 +46,7 @@ class DeliveryFront:
     house: House
     client: httpx.AsyncClient
     urls: ImageUrls
-    reception: Reception
+    renderer: ThreadRenderer
     base_url: str
 
     async def stored(
@@ -99,7 +94,7 @@ async def open_delivery(
     *namespaces: Namespace,
     callers: Sequence[tuple[bytes, Caller]] = (),
     secrets: Sequence[bytes] = (SECRET,),
-    renditions: Renditions | None = None,
+    queue_max: int = 64,
     widths: Sequence[int] = (),
     max_concurrent_calls: int = 100,
     recall: Recall | None = None,
@@ -114,10 +109,19 @@ async def open_delivery(
         recall=recall,
     )
     urls = ImageUrls(secrets, partitions=Partitions(namespaces or (PUBLIC,)), expires_s=EXPIRES_S, clock=house.clock)
+    renderer = ThreadRenderer(max_pixels=50_000_000, max_bytes=50_000_000, threads=1, queue_max=queue_max)
+    renditions = Renditions(
+        memory=house.memory,
+        tiers=[house.redis, house.s3],
+        keeper=house.keeper,
+        renderer=renderer,
+        find_master=house.cache.get_by_key,
+        clock=house.clock,
+        ttl_s=RENDITION_TTL_S,
+    )
     delivery = ImageDelivery(
         cache=house.cache,
-        renditions=renditions or NoRenditions(),
-        partitions=urls.partitions,
+        renditions=renditions,
         urls=urls,
         calls=HttpCalls(reception, Guard(has_callers=bool(callers), is_open=False, hosts=())),
         books=house.books,
@@ -129,6 +133,8 @@ async def open_delivery(
     base_url = f"http://127.0.0.1:{server.port}"
     try:
         async with httpx.AsyncClient(base_url=base_url, trust_env=False) as client:
-            yield DeliveryFront(house, client, urls, reception, base_url)
+            yield DeliveryFront(house, client, urls, renderer, base_url)
     finally:
         await server.stop()
+        await renditions.aclose()
+        await renderer.aclose()

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from cacheserver.embedded.child import free_ports
 from cacheserver.identity import fingerprint
 from cacheserver.pb import promptcache_pb2 as pb
 from tests.provider import OpenAIStandIn
@@ -197,6 +198,28 @@ async def test_a_url_is_refused_before_any_spend_where_no_tier_can_sign(
             await stub.GetImage(ask(delivery=pb.DELIVERY_URL))
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert provider.calls == 0
+
+
+async def test_a_browser_fetches_by_url_what_was_made_in_another_size_and_after_a_restart(
+    tmp_path: Path, provider: OpenAIStandIn
+) -> None:
+    [port] = free_ports(1)
+    public = {"http_port": port, "delivery__public_url": f"http://127.0.0.1:{port}/"}
+    env = environment(tmp_path, provider=provider, **public)
+    async with running(env) as service, calling(service) as stub, httpx.AsyncClient(trust_env=False) as browser:
+        image = (await stub.GetImage(ask(delivery=pb.DELIVERY_URL))).images[0]
+        fetched = await browser.get(image.url)
+        small = await browser.get(f"{image.url}&w=32&format=webp")
+        unsigned = await browser.get(image.url.partition("?")[0] + "?signature=x")
+    async with running(env), httpx.AsyncClient(trust_env=False) as browser:
+        again = await browser.get(image.url)
+        small_again = await browser.get(f"{image.url}&w=32&format=webp")
+    assert image.digest == f"sha256:{hashlib.sha256(fetched.content).hexdigest()}"
+    assert again.content == fetched.content
+    assert small.headers["content-type"] == "image/webp"
+    assert small_again.content == small.content
+    assert unsigned.status_code == 403
+    assert provider.calls == 1
 
 
 async def test_a_stored_object_is_the_plain_picture(stub: Stub, s3_server: S3Server, tmp_path: Path) -> None:

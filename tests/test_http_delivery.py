@@ -382,12 +382,14 @@ async def test_a_fetch_is_no_request_and_saves_nothing(public: DeliveryFront) ->
     await public.get(path_of(entry), headers={"if-none-match": "*"})
     await public.client.head(path_of(entry))
     await public.get("/images/nothing")
+    await public.get(f"/images/{entry.key.with_variant(1).name}")
     total = public.house.books.snapshot(None).total
     assert (total.requests, total.saved_microusd) == (0, 0)
     sample = public.house.registry.get_sample_value
     labels = {"namespace": "default", "kind": "image"}
     assert sample("cacheserver_delivered_total", {**labels, "status": "200"}) == 4
     assert sample("cacheserver_delivered_total", {**labels, "status": "304"}) == 1
+    assert sample("cacheserver_delivered_total", {**labels, "status": "404"}) == 1
     assert sample("cacheserver_delivered_total", {"namespace": "", "kind": "image", "status": "404"}) == 1
     assert sample("cacheserver_delivered_bytes_total", labels) == 3 * entry.size_bytes
 
@@ -397,7 +399,7 @@ async def test_a_namespace_that_is_no_longer_configured_has_no_series_of_its_own
         entry = await front.stored(small_image(1))
         house.memory.put(entry.key, replace(entry, namespace="gone"))
         await front.get(path_of(entry))
-    labels = {"namespace": "", "kind": "image", "status": "200"}
+    labels = {"namespace": "default", "kind": "image", "status": "200"}
     assert house.registry.get_sample_value("cacheserver_delivered_total", labels) == 1
 
 

@@ -17,6 +17,8 @@ from cacheserver.identity import QUALITIES, identify
 from cacheserver.interfaces import Clock, Replays
 from cacheserver.keep import Keeper
 from cacheserver.paying import UnknownPolicy
+from cacheserver.renditions.renderer import ThreadRenderer
+from cacheserver.renditions.renditions import Renditions
 from cacheserver.reviews import Reviews
 from cacheserver.settings import Settings
 from cacheserver.tiers.memory import MemoryCache
@@ -37,6 +39,7 @@ class Core:
     miss_path: MissPath
     reviews: Reviews
     cache: PromptCache
+    renditions: Renditions
 
 
 async def build_core(settings: Settings, *, patience: Patience, clock: Clock, undo: AsyncExitStack) -> Core:
@@ -79,6 +82,24 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
         url_expires_s=settings.s3.url_expires_s,
     )
     undo.push_async_callback(lambda: cache.aclose(patience.for_calls_s()))
+    delivery = settings.delivery
+    renderer = ThreadRenderer(
+        max_pixels=settings.generation.max_image_pixels,
+        max_bytes=settings.generation.max_image_bytes,
+        threads=delivery.threads,
+        queue_max=delivery.queue_max,
+    )
+    undo.push_async_callback(renderer.aclose)
+    renditions = Renditions(
+        memory=memory,
+        tiers=lower.tiers,
+        keeper=keeper,
+        renderer=renderer,
+        find_master=cache.get_by_key,
+        clock=clock,
+        ttl_s=delivery.derived_ttl_s,
+    )
+    undo.push_async_callback(renditions.aclose)
     cache.remakes.start(settings.generation.off_peak_hours)
     return Core(
         settings=settings,
@@ -91,6 +112,7 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
         miss_path=miss_path,
         reviews=reviews,
         cache=cache,
+        renditions=renditions,
     )
 
 

@@ -121,7 +121,7 @@ async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack) -> Fr
         further=[admin],
         max_receive_bytes=server.max_receive_bytes,
     )
-    return Front(rpc, build_routes(core, asking=asking, reception=reception))
+    return Front(rpc, build_routes(core, asking=asking, reception=reception, urls=urls))
 
 
 def _warming(core: Core) -> Warming:

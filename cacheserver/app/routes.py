@@ -8,6 +8,8 @@ from cacheserver.app.core import Core
 from cacheserver.calls.asking import Asking
 from cacheserver.calls.reception import Reception
 from cacheserver.http.calls import HttpCalls
+from cacheserver.http.delivery.images import ImageDelivery
+from cacheserver.http.delivery.urls import ImageUrls
 from cacheserver.http.guard import Guard
 from cacheserver.http.openai.generations import Generations
 from cacheserver.http.openai.models import Models
@@ -15,15 +17,24 @@ from cacheserver.http.openai.pictures import Pictures
 from cacheserver.http.openai.routes import openai_routes
 
 
-def build_routes(core: Core, *, asking: Asking, reception: Reception) -> list[BaseRoute]:
+def build_routes(core: Core, *, asking: Asking, reception: Reception, urls: ImageUrls) -> list[BaseRoute]:
     """Every route that callers of pictures use."""
     settings = core.settings
     guard = Guard(has_callers=bool(settings.callers), is_open=settings.insecure, hosts=settings.server.http_hosts)
     calls = HttpCalls(reception, guard)
-    return _openai(core, calls, asking=asking)
+    delivery = ImageDelivery(
+        cache=core.cache,
+        renditions=core.renditions,
+        urls=urls,
+        calls=calls,
+        books=core.books,
+        clock=core.clock,
+        widths=settings.delivery.widths,
+    )
+    return [*_openai(core, calls, asking=asking, urls=urls), *delivery.routes]
 
 
-def _openai(core: Core, calls: HttpCalls, *, asking: Asking) -> list[BaseRoute]:
-    pictures = Pictures(asking=asking, clock=core.clock, urls=None)
+def _openai(core: Core, calls: HttpCalls, *, asking: Asking, urls: ImageUrls) -> list[BaseRoute]:
+    pictures = Pictures(asking=asking, clock=core.clock, urls=urls)
     models = Models(core.miss_path.pool.models, started_s=core.clock.now_s())
     return openai_routes(calls, generations=Generations(pictures, asking=asking), models=models)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from cacheserver.calls.call import BY_URL, Call
 from cacheserver.errors import KeyGoneError
 from cacheserver.http.delivery.asked import UrlAsked
-from cacheserver.http.delivery.partitions import Partitions
 from cacheserver.http.delivery.urls import ImageUrls
 from cacheserver.model import CacheKey, Namespace
 
@@ -35,9 +34,9 @@ class Access:
 class Gate:
     """Lets in: everybody to public pictures, who has a signed URL, and callers with the right to read."""
 
-    def __init__(self, *, partitions: Partitions, urls: ImageUrls, authenticate: Callable[[Call], None]) -> None:
+    def __init__(self, *, urls: ImageUrls, authenticate: Callable[[Call], None]) -> None:
         """`authenticate` finds out who calls, or raises what the caller must hear."""
-        self._partitions = partitions
+        self._partitions = urls.partitions
         self._urls = urls
         self._authenticate = authenticate
 

@@ -10,7 +10,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
-from typing import Protocol
 
 from starlette.requests import Request
 from starlette.routing import BaseRoute, Route
@@ -25,7 +24,6 @@ from cacheserver.http.delivery.access import GONE, Access, Gate
 from cacheserver.http.delivery.asked import UrlAsked, read_asked
 from cacheserver.http.delivery.conditions import Verdict, allows_range, judge, write_date
 from cacheserver.http.delivery.headers import SAFETY, cache_control, disposition, sharing
-from cacheserver.http.delivery.partitions import Partitions
 from cacheserver.http.delivery.ranges import (
     Multipart,
     NotSatisfiableError,
@@ -42,13 +40,11 @@ from cacheserver.model import (
     REVIEW_PREFIX,
     CachedImage,
     CacheKey,
-    Caller,
-    Namespace,
     Pending,
     Rendition,
     Terms,
-    TierName,
 )
+from cacheserver.renditions.renditions import Renditions
 
 _WAIT_S = 10.0
 """How long a browser waits for a picture that is just being made, or that slow tiers have."""
@@ -58,41 +54,6 @@ _RENDERED = "rendered"
 """Who had a rendition that was made for this answer: its master was stored, so it is a hit all the same."""
 
 _LISTED = ("if-match", "if-none-match")
-
-
-class Rendered(Protocol):
-    """A rendition, and the tier that had it; None: it was made for this answer."""
-
-    @property
-    def entry(self) -> CachedImage:
-        """The rendition."""
-        ...
-
-    @property
-    def tier(self) -> TierName | None:
-        """Who had it."""
-        ...
-
-
-class Renditions(Protocol):
-    """Makes renditions of stored pictures, or has them."""
-
-    async def get(  # noqa: PLR0913 - those of get_by_key, and which rendition of it
-        self,
-        key: CacheKey,
-        rendition: Rendition,
-        *,
-        namespace: Namespace,
-        caller: Caller,
-        terms: Terms,
-        if_digest: str = "",
-    ) -> Rendered | Pending:
-        """The rendition of the picture of `key`, if that one's SHA-256 begins with `if_digest`.
-
-        Raises what `PromptCache.get_by_key` does, ImageChangedError for another picture, InvalidRequestError for what
-        cannot be made of this one, and OverloadedError.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +73,6 @@ class ImageDelivery:
         *,
         cache: PromptCache,
         renditions: Renditions,
-        partitions: Partitions,
         urls: ImageUrls,
         calls: HttpCalls,
         books: Books,
@@ -122,8 +82,8 @@ class ImageDelivery:
         """`widths` are those that renditions may have, empty for any."""
         self._cache = cache
         self._renditions = renditions
-        self._partitions = partitions
-        self._gate = Gate(partitions=partitions, urls=urls, authenticate=calls.authenticate)
+        self._partitions = urls.partitions
+        self._gate = Gate(urls=urls, authenticate=calls.authenticate)
         self._calls = calls
         self._books = books
         self._clock = clock
@@ -154,9 +114,11 @@ class ImageDelivery:
     async def _answer(self, request: Request, asked: UrlAsked, call: Call) -> Answer:
         key = _key(request.path_params["key"])
         access = self._gate.admit(key, asked, call)
+        call.namespace = access.namespace.name
         found = await self._find(key, asked, access, call)
         entry = found.entry
-        call.namespace = self._partitions.label(entry.namespace)
+        if self._partitions.are_shared_by(entry.namespace):  # no series of its own for one that is gone
+            call.namespace = entry.namespace
         headers = self._headers(found, asked, access)
         etag, modified_s = headers["etag"], _modified_s(entry)
         verdict = judge(_conditions(request), etag=etag, modified_s=modified_s)

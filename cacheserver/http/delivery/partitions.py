@@ -14,7 +14,9 @@ class Partitions:
 
     def __init__(self, namespaces: Iterable[Namespace]) -> None:
         self._sharing: dict[str, list[Namespace]] = {}
+        self._names: set[str] = set()
         for namespace in namespaces:
+            self._names.add(namespace.name)
             # A key names one picture, however it came to be: what may be derived is asked where prompts are.
             reader = replace(namespace, answer_from=frozenset(AnswerFrom))
             self._sharing.setdefault(namespace.partition, []).append(reader)
@@ -40,7 +42,6 @@ class Partitions:
                 return namespace
         raise PermissionDeniedError("This caller may not read in a namespace of this image.")
 
-    def label(self, name: str) -> str:
-        """A namespace's name as it is counted under: empty for one that is no longer configured."""
-        known = any(namespace.name == name for sharing in self._sharing.values() for namespace in sharing)
-        return name if known else ""
+    def are_shared_by(self, namespace: str) -> bool:
+        """Whether there is a namespace of this name."""
+        return namespace in self._names
