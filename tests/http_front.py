@@ -17,9 +17,10 @@ from cacheserver.calls.reception import Reception
 from cacheserver.http.application import application
 from cacheserver.http.calls import HttpCalls
 from cacheserver.http.guard import Guard
+from cacheserver.http.openai.events import Streams
 from cacheserver.http.openai.generations import Generations
 from cacheserver.http.openai.models import Models
-from cacheserver.http.openai.pictures import Pictures, Streaming
+from cacheserver.http.openai.pictures import Pictures
 from cacheserver.http.openai.routes import GENERATIONS, openai_routes
 from cacheserver.http.server import HttpServer
 from cacheserver.interfaces import Prompts
@@ -80,7 +81,6 @@ async def open_http_front(
     max_concurrent_calls: int = 4_096,
     policies: Mapping[str, PromptPolicy] | None = None,
     prompts: Prompts | None = None,
-    streaming: Streaming | None = None,
     routes: Sequence[BaseRoute] = (),
     hosts: Sequence[str] = (),
 ) -> AsyncIterator[HttpFront]:
@@ -103,6 +103,7 @@ async def open_http_front(
         prompts=prompts,
     )
     calls = HttpCalls(reception, Guard(has_callers=bool(callers), is_open=False, hosts=hosts))
+    streaming = Streams(asking=asking, clock=house.clock)
     pictures = Pictures(asking=asking, clock=house.clock, urls=PlainUrls(), streaming=streaming)
     ours = openai_routes(
         calls,

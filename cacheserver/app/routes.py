@@ -11,6 +11,7 @@ from cacheserver.http.calls import HttpCalls
 from cacheserver.http.delivery.images import ImageDelivery
 from cacheserver.http.delivery.urls import ImageUrls
 from cacheserver.http.guard import Guard
+from cacheserver.http.openai.events import Streams
 from cacheserver.http.openai.generations import Generations
 from cacheserver.http.openai.models import Models
 from cacheserver.http.openai.pictures import Pictures
@@ -35,6 +36,7 @@ def build_routes(core: Core, *, asking: Asking, reception: Reception, urls: Imag
 
 
 def _openai(core: Core, calls: HttpCalls, *, asking: Asking, urls: ImageUrls) -> list[BaseRoute]:
-    pictures = Pictures(asking=asking, clock=core.clock, urls=urls)
+    streaming = Streams(asking=asking, clock=core.clock)
+    pictures = Pictures(asking=asking, clock=core.clock, urls=urls, streaming=streaming)
     models = Models(core.miss_path.pool.models, started_s=core.clock.now_s())
     return openai_routes(calls, generations=Generations(pictures, asking=asking), models=models)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterable, Iterable, Mapping
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from starlette.types import Receive, Scope, Send
@@ -15,16 +15,27 @@ Chunk = bytes | memoryview
 class Answer:
     """An ASGI response. A body in pieces is sent as they are made: as fast as its client reads them.
 
-    `length_bytes` None sends the body chunked, as long as it goes on.
+    `length_bytes` None sends the body chunked, as long as it goes on: only at its end is the call answered. `error` is
+    what such a body ended with, as it told the client itself. `on_end` is called once nothing of it is sent any more,
+    however that came.
     """
 
     status: int
     headers: dict[str, str]
     body: Chunk | Iterable[Chunk] | AsyncIterable[Chunk] = field(default=b"", repr=False)
     length_bytes: int | None = 0
+    error: Exception | None = field(default=None, repr=False)
+    on_end: Callable[[], Awaitable[None]] | None = field(default=None, repr=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
         """Send it. To HEAD the server sends no body."""
+        try:
+            await self._send(scope, send)
+        finally:
+            if self.on_end is not None:
+                await self.on_end()
+
+    async def _send(self, scope: Scope, send: Send) -> None:
         headers = [(name.encode("ascii"), value.encode("latin-1")) for name, value in self.headers.items()]
         if self.length_bytes is not None:
             headers.append((b"content-length", b"%d" % self.length_bytes))

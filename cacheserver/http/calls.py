@@ -17,7 +17,7 @@ from cacheserver.calls.reception import Reception
 from cacheserver.errors import UnauthenticatedError
 from cacheserver.http.answer import Answer
 from cacheserver.http.guard import Guard
-from cacheserver.http.status import HttpError, status_of
+from cacheserver.http.status import HttpError, HttpStatus, status_of
 from cacheserver.tasks import end
 
 T = TypeVar("T")
@@ -87,32 +87,52 @@ class Endpoint:
         call = self._reception.begin(self._name, metadata, deadline_s=_deadline_s(metadata))
         try:
             with structlog.contextvars.bound_contextvars(**call.ids):
-                answer = await self._answer(Request(scope, receive, send), call)
-                await answer(scope, receive, send)
+                await self._serve(Request(scope, receive, send), call, send)
         except ClientDisconnect:
             pass  # there is nobody to answer
         finally:
             self._reception.end()
 
+    async def _serve(self, request: Request, call: Call, send: Send) -> None:
+        try:
+            answer = await self._answer(request, call)
+            if answer.length_bytes is None:  # only at its end it is known how the call went
+                await answer(request.scope, request.receive, send)
+                self._conclude(call, answer)
+                return
+        except (asyncio.CancelledError, ClientDisconnect):
+            self._reception.conclude(call, _GONE)
+            raise
+        await answer(request.scope, request.receive, send)
+
     async def _answer(self, request: Request, call: Call) -> Answer:
         try:
             self._admit(call)
             answer = await self._handler(request, call)
-        except (asyncio.CancelledError, ClientDisconnect):
-            self._reception.conclude(call, _GONE)
+        except ClientDisconnect:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it was, the caller gets an answer that fits
-            status = status_of(error, request_id=call.request_id)
-            exc_info = error if status.status is HTTPStatus.INTERNAL_SERVER_ERROR else None
-            self._reception.failed(call, str(int(status.status)), status.reason, exc_info=exc_info)
-            answer = status.answer()
+            answer = self._failed(call, error).answer()
         else:
-            self._reception.succeeded(call)
+            if answer.length_bytes is not None:
+                self._conclude(call, answer)
         answer.headers.update(call.trailers)
         answer.headers["x-request-id"] = call.request_id
         if self._reception.going_down.is_set():
             answer.headers["connection"] = "close"
         return answer
+
+    def _conclude(self, call: Call, answer: Answer) -> None:
+        if answer.error is None:
+            self._reception.succeeded(call)
+        else:
+            self._failed(call, answer.error)
+
+    def _failed(self, call: Call, error: Exception) -> HttpStatus:
+        status = status_of(error, request_id=call.request_id)
+        exc_info = error if status.status is HTTPStatus.INTERNAL_SERVER_ERROR else None
+        self._reception.failed(call, str(int(status.status)), status.reason, exc_info=exc_info)
+        return status
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -162,10 +182,15 @@ class _Listener:
         self._listening = asyncio.create_task(self._listen(), name="client_gone")
 
     async def _listen(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
-            pass
+        await gone(self._request)
         self._is_gone = True
         self._task.cancel()
+
+
+async def gone(request: Request) -> None:
+    """Return when the client of a request goes away. To be called once the body is read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _metadata(headers: list[tuple[bytes, bytes]]) -> Mapping[str, str]:

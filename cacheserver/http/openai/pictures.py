@@ -44,7 +44,7 @@ class Streaming(Protocol):
 class Pictures:
     """Answers with pictures."""
 
-    def __init__(self, *, asking: Asking, clock: Clock, urls: Urls | None, streaming: Streaming | None = None) -> None:
+    def __init__(self, *, asking: Asking, clock: Clock, urls: Urls | None, streaming: Streaming) -> None:
         """`urls` are handed out where a call wants those; `streaming` answers calls that want a stream."""
         self._asking = asking
         self._clock = clock
@@ -59,8 +59,6 @@ class Pictures:
         """What the cache answers; to be called where failures are booked, once the body is read."""
         asked = await self._asking.screened(self._asked(call, namespace, wanted))
         if wanted.stream:
-            if self._streaming is None:
-                raise NotImplementedYetError("stream is not served in this release; ask without it.")
             return await self._streaming.answer(request, call, asked)
         answer = await while_connected(request, self._asking.answer(asked, call))
         if isinstance(answer, Pending):
@@ -101,8 +99,12 @@ class Pictures:
 
 
 def in_review(request_id: str) -> Answer:
-    """The answer where the picture is made and a person has to approve it first: nobody knows how long that takes."""
+    """The answer where the picture is made and a person has to approve it first."""
+    return status_of(review_error(), request_id=request_id).answer()
+
+
+def review_error() -> HttpError:
+    """The same as an error. Nobody knows how long it takes."""
     text = "The image is made, and waits for a person's approval; ask again later, at no further cost."
     headers = {"retry-after": str(_REVIEW_RETRY_S)}
-    error = HttpError(HTTPStatus.CONFLICT, text, code="pending_review", headers=headers)
-    return status_of(error, request_id=request_id).answer()
+    return HttpError(HTTPStatus.CONFLICT, text, code="pending_review", headers=headers)
