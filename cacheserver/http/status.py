@@ -65,7 +65,8 @@ KINDS: Mapping[str, Kind] = {
     "BUDGET_EXHAUSTED": Kind(HTTPStatus.TOO_MANY_REQUESTS, _QUOTA, _QUOTA),
     "UPSTREAM_QUOTA_EXHAUSTED": Kind(HTTPStatus.TOO_MANY_REQUESTS, _QUOTA, _QUOTA),
     "VARIANTS_EXHAUSTED": Kind(HTTPStatus.CONFLICT, _INVALID, "variants_exhausted"),
-    "QUEUE_FULL": Kind(HTTPStatus.SERVICE_UNAVAILABLE, _BUSY, "server_is_overloaded", retry=True),
+    # Callers ask for more than the upstreams' limits allow, which OpenAI tells by 429; this service itself is well.
+    "QUEUE_FULL": Kind(HTTPStatus.TOO_MANY_REQUESTS, _LIMITED, "rate_limit_exceeded", retry=True),
     "UPSTREAM_LIMITED": Kind(HTTPStatus.TOO_MANY_REQUESTS, _LIMITED, "rate_limit_exceeded", retry=True),
     "UPSTREAM_DOWN": Kind(HTTPStatus.SERVICE_UNAVAILABLE, _BUSY, "upstream_down", retry=True),
     "UPSTREAM_BAD_IMAGE": Kind(HTTPStatus.SERVICE_UNAVAILABLE, _BUSY, "upstream_bad_image", retry=True),
