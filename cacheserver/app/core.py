@@ -64,6 +64,13 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
     undo.push_async_callback(lambda: miss_path.generator.aclose(patience.for_calls_s()))
     namespaces = settings.namespaces.values()
     reviews = Reviews(memory=memory, tiers=lower.tiers, keeper=keeper, namespaces=namespaces)
+    renderer = ThreadRenderer(
+        max_pixels=settings.generation.max_image_pixels,
+        max_bytes=settings.generation.max_image_bytes,
+        threads=settings.delivery.threads,
+        queue_max=settings.delivery.queue_max,
+    )
+    undo.push_async_callback(renderer.aclose)
     cache = PromptCache(
         memory=memory,
         tiers=lower.tiers,
@@ -79,17 +86,10 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
             budget_microusd_per_hour=settings.generation.unknown_budget_microusd_per_hour,
         ),
         signer=lower.signer,
+        renderer=renderer,
         url_expires_s=settings.s3.url_expires_s,
     )
     undo.push_async_callback(lambda: cache.aclose(patience.for_calls_s()))
-    delivery = settings.delivery
-    renderer = ThreadRenderer(
-        max_pixels=settings.generation.max_image_pixels,
-        max_bytes=settings.generation.max_image_bytes,
-        threads=delivery.threads,
-        queue_max=delivery.queue_max,
-    )
-    undo.push_async_callback(renderer.aclose)
     renditions = Renditions(
         memory=memory,
         tiers=lower.tiers,
@@ -97,7 +97,7 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
         renderer=renderer,
         find_master=cache.get_by_key,
         clock=clock,
-        ttl_s=delivery.derived_ttl_s,
+        ttl_s=settings.delivery.derived_ttl_s,
     )
     undo.push_async_callback(renditions.aclose)
     cache.remakes.start(settings.generation.off_peak_hours)
