@@ -165,7 +165,7 @@ async def test_only_the_widths_that_are_set_are_made(house: House) -> None:
         entry = await stored(front)
         assert shape(await front.get(f"{path_of(entry)}?w=16")) == ("PNG", (16, 12))
         refused = await front.get(f"{path_of(entry)}?w=17")
-    assert refused.json()["error"]["message"] == "w: must be one of 16, 32"
+    assert refused.json()["error"]["message"] == "Invalid 'w': must be one of 16, 32."
 
 
 async def test_when_too_many_wait_for_one_it_is_to_be_fetched_again(house: House) -> None:
