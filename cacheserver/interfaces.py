@@ -216,7 +216,7 @@ class Generation(Protocol):
         from then on cancelling it loses what was paid. `on_spare` gets every picture that was paid for beyond
         those asked for, and may be called after the return. `on_partial` gets the partial pictures of an order for one
         picture, `order.partial_images` at most. Raises UpstreamError, CannotAffordError,
-        LedgerUnavailableError, or InvalidRequestError for a model nobody serves.
+        LedgerUnavailableError, or InvalidRequestError for a model nobody serves or an input image that is none.
         """
         ...
 

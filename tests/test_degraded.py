@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,8 @@ from cacheserver.model import (
     BudgetScope,
     CachePolicy,
     Caller,
+    InputImage,
+    InputRole,
     Pending,
     Permission,
     Priority,
@@ -31,6 +34,7 @@ from cacheserver.model import (
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.remakes import is_between
 from tests.house import EVERYTHING, House
+from tests.provider import small_image
 from tests.rpc_front import ask as request
 from tests.rpc_front import open_front
 from tests.waiting import until
@@ -307,6 +311,18 @@ class TestMadeGood:
         house.cache.remakes.start((0, 24))
         await until(lambda: house.clock.sleepers > 0)
         assert (len(house.cache.remakes), made(house)) == (1, ["medium"])
+
+    async def test_an_edit_is_not_made_good_for_its_images_are_not_kept_until_then(self, house: House) -> None:
+        house.namespace = replace(house.namespace, remake_degraded=True)
+        house.restart(budget=[day(100_000)])
+        data = small_image(1)
+        image = InputImage(InputRole.IMAGE, hashlib.sha256(data).hexdigest(), "image/png", data)
+        request, identity = house.identity(quality="high", size="1024x1024", inputs=(image,))
+        terms = Terms(allow_degraded=True)
+        answer = await house.cache.get(request, identity, namespace=house.namespace, caller=EVERYTHING, terms=terms)
+        assert isinstance(answer, list)
+        assert answer[0].degraded
+        assert len(house.cache.remakes) == 0
 
     async def test_what_was_to_be_kept_nowhere_is_not_made_good(self, house: House) -> None:
         house.namespace = replace(house.namespace, remake_degraded=True)

@@ -189,7 +189,9 @@ async def test_a_warm_up_makes_no_edits(house: House) -> None:
         ]
         answers = [answer async for answer in front.stub.WarmImages(iter(parts))]
     outcomes = [outcome for answer in answers for outcome in answer.outcomes]
-    assert [outcome.result for outcome in outcomes] == [pb.WARM_RESULT_FAILED] * 2
+    assert [(outcome.result, outcome.failure.reason) for outcome in outcomes] == [
+        (pb.WARM_RESULT_FAILED, "INVALID_FIELD")
+    ] * 2
     assert house.upstream.calls == 0
 
 

@@ -145,6 +145,8 @@ class WarmImages:
             asked = self._read(item.request, call)
             request = _checked(asked)
             namespace = asked.namespace
+            if makes and request.inputs:
+                raise InvalidRequestError({"spec.inputs": "a warm-up makes no edits: ask for each with GetImage"})
             if makes and not call.caller.may(Permission.GENERATE, namespace.name):
                 raise PermissionDeniedError("This caller may not generate in this namespace.")
             moderate = None
@@ -194,10 +196,8 @@ def _checked(asked: Asked) -> ImageRequest:
     problems.check()
     if isinstance(asked.what, CacheKey):
         raise InvalidRequestError({"key": "names a picture that is made: warm with a spec"})
-    if any(image.data is not None for image in asked.what.inputs):
-        # All its items are held until their turn comes.
-        raise InvalidRequestError({"spec.inputs": "a warm-up makes no edits: ask for each with GetImage"})
-    return asked.what
+    # All its items are held until their turn comes.
+    return asked.what.without_bytes
 
 
 async def _first_options(parts: Parts[pb.WarmImagesRequest]) -> _Options:
