@@ -122,6 +122,13 @@ async def test_an_edit_that_waits_takes_of_the_queue_what_its_images_take(house:
     await asyncio.gather(first, waiting)
 
 
+def test_a_request_without_its_bytes_is_the_same_request(house: House) -> None:
+    request, identity = edit(house, WHOLE, BY_DIGEST)
+    bare = request.without_bytes
+    assert [image.data for image in bare.inputs] == [None, None]
+    assert (bare, identify(bare, house.namespace)) == (request, identity)
+
+
 async def test_nobody_keeps_the_bytes_of_an_edit_when_it_is_over(house: House) -> None:
     house.namespace = replace(house.namespace, remake_degraded=True)
     await ask(house, own_copy("made"))
