@@ -188,6 +188,7 @@ TABLE = [
     bad("a key of another version", pb.GetImageRequest(key=KEY.name.replace("v1", "v9")), "key"),
     bad("a key of another partition", pb.GetImageRequest(key=CacheKey("x", bytes(16), bytes(16), 0).name), "key"),
     bad("a key of a stand-in", pb.GetImageRequest(key=KEY.stand_in.name), "key"),
+    bad("a key of a rendition", pb.GetImageRequest(key=KEY.rendition(bytes(32)).name), "key"),
     bad("several by key", pb.GetImageRequest(key=KEY.name, n=2), "n"),
     bad("refresh by key", pb.GetImageRequest(key=KEY.name, cache_policy="CACHE_POLICY_REFRESH"), "cache_policy"),
     bad("another one by key", pb.GetImageRequest(key=KEY.name, variant_policy="VARIANT_POLICY_NEXT"), "variant_policy"),

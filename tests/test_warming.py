@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -398,6 +399,11 @@ class TestFill:
 
     async def test_without_items_it_is_everything_of_the_namespace(self, front: Front) -> None:
         await _only_in_s3(front.house, *(f"prompt {i}" for i in range(7)))
+        key = front.house.identity("prompt 0")[1].key
+        master = await front.house.s3.get(key)
+        assert master is not None
+        rendition = key.rendition(bytes(32))  # no picture of its own
+        await front.house.s3.put(rendition, replace(master, key=rendition, derived_from=key.name), replace=False)
         run = await warm(front, options(fill=pb.TIER_REDIS, namespace="default", concurrency=3))
         assert (run.outcomes, run.totals.items, run.totals.filled) == ([], 7, 7)
         again = await warm(front, options(fill=pb.TIER_REDIS, namespace="default"))
