@@ -1,9 +1,9 @@
 """A picture in another size, format or compression: what happens to its pixels.
 
-The encoders' settings are the fastest that cost little, measured on pictures of 1024x1024, see
-scripts/bench/renditions.py. WebP's method 0 takes a quarter of the time of its default, for files up to a quarter larger
-or smaller; PNG's run-length strategy takes a seventh of the time of its default, for files as small of photographs and a
-tenth larger of drawings.
+The encoders' settings are the fastest that cost little, see scripts/bench/renditions.py. Of a picture of 1024x1024,
+WebP's method 0 takes a quarter of the time of its default, for files up to a quarter larger or smaller; PNG's
+run-length strategy takes a seventh of the time of its default, for files as small of photographs and a tenth larger of
+drawings.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ _CLOSE_S = 10.0
 class ThreadRenderer:
     """A `Renderer` with threads of its own. The same rendition of the same picture is made once for all who wait.
 
-    Threads and not processes: Pillow lets go of the interpreter while it decodes, resizes and encodes, so that two of
-    them do almost twice as much as one, and no picture has to be sent to another process and back.
+    Threads and not processes: Pillow lets go of the interpreter while it works, so that the event loop runs on, and no
+    picture has to be sent to another process and back. scripts/bench/renditions.py compares both.
 
     Args:
         max_pixels: a picture that has more is not decoded.
