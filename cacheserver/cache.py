@@ -441,7 +441,7 @@ class PromptCache:
         )
 
     def _served(self, loaded: Loaded, waiter: Waiter) -> Served:
-        pays = loaded.payer is waiter
+        pays = loaded.payer is waiter.ticket
         return Served(
             entry=loaded.entry,
             tier=loaded.tier,
@@ -612,7 +612,7 @@ class PromptCache:
         elif isinstance(kept, BaseException):
             raise kept
         else:
-            flight.land(variant, Loaded(kept, TierName.UPSTREAM, payer=payer))
+            flight.land(variant, Loaded(kept, TierName.UPSTREAM, payer=payer.ticket))
 
     def _keep_spare(self, lead: Waiter, variant: int, image: GeneratedImage) -> None:
         """Keep a picture that was paid for beyond those asked for: as a further variant, if it is good enough."""

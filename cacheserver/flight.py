@@ -39,14 +39,14 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """One picture a flight brought in. `payer` is the waiter that is told its cost, None if a tier had it.
+    """One picture a flight brought in. `payer` is the `ticket` of the waiter told its cost, None if a tier had it.
 
     `derived`: the tier had another one, which this flight made it from.
     """
 
     entry: CachedImage
     tier: TierName
-    payer: Waiter | None = None
+    payer: object | None = None
     derived: bool = False
 
 
@@ -58,7 +58,8 @@ class Waiter:
     waiter without one may pay. `not_before_s` refuses older pictures; `refresh` refuses every picture whose
     generation began before the waiter came. `until_s` is the caller's deadline (monotonic), None without one.
     `spare_microusd` is what pictures cost that were paid for it beyond those it asked for. `asked` is None for a
-    call by key. `listens` until its call is over; it has `heard` so many partial pictures.
+    call by key. `listens` until its call is over; it has `heard` so many partial pictures. `ticket` stands for it in
+    its own answer, which would otherwise keep it, and its request's images, until someone collects garbage.
     """
 
     key: CacheKey
@@ -75,6 +76,7 @@ class Waiter:
     spare_microusd: int = 0
     listens: bool = True
     heard: int = 0
+    ticket: object = field(default_factory=object)
     answer: asyncio.Future[list[Loaded]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
@@ -344,6 +346,7 @@ class Flights:
         row.remove(flight)
         if not row:
             del self._flights[flight.key.identity_name]
+        flight.task = None  # a task keeps where it failed, and with that the flight and every request in it
         if task.cancelled():
             flight.fail(ShuttingDownError("The service is shutting down; try another replica."))
         elif (error := task.exception()) is not None:

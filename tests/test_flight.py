@@ -42,7 +42,7 @@ def waiter(*variants: int, refresh: bool = False, by_key: bool = False) -> Waite
 def made(variant: int, payer: Waiter) -> Loaded:
     image = GeneratedImage(b"bytes", "image/png", 1, 1, "digest", "gpt-image-2", "1x1", "low", "opaque")
     entry = CachedImage(IDENTITY.key.with_variant(variant), image, "default", IDENTITY.prompt_digest, 0.0)
-    return Loaded(entry, TierName.UPSTREAM, payer=payer)
+    return Loaded(entry, TierName.UPSTREAM, payer=payer.ticket)
 
 
 class Loads:
