@@ -160,7 +160,7 @@ class WarmResult(StrEnum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class InputImage:
     """An image that an edit starts from; it counts by its digest.
 

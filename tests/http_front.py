@@ -17,11 +17,13 @@ from cacheserver.calls.reception import Reception
 from cacheserver.http.application import application
 from cacheserver.http.calls import HttpCalls
 from cacheserver.http.guard import Guard
+from cacheserver.http.openai.edits import Edits
 from cacheserver.http.openai.events import Streams
 from cacheserver.http.openai.generations import Generations
 from cacheserver.http.openai.models import Models
 from cacheserver.http.openai.pictures import Pictures
 from cacheserver.http.openai.routes import GENERATIONS, openai_routes
+from cacheserver.http.openai.uploads import Uploads
 from cacheserver.http.server import HttpServer
 from cacheserver.interfaces import Prompts
 from cacheserver.model import CachedImage, Caller, Namespace, Permission
@@ -29,6 +31,7 @@ from cacheserver.precheck import PromptPolicy
 from cacheserver.recall import Recall
 from tests.house import MODEL, House
 
+MAX_UPLOAD_BYTES = 64 * 1024 * 1024
 ANYONE = Caller("anonymous", frozenset(Permission))
 
 
@@ -81,6 +84,7 @@ async def open_http_front(
     max_concurrent_calls: int = 4_096,
     policies: Mapping[str, PromptPolicy] | None = None,
     prompts: Prompts | None = None,
+    uploads: Uploads | None = None,
     routes: Sequence[BaseRoute] = (),
     hosts: Sequence[str] = (),
 ) -> AsyncIterator[HttpFront]:
@@ -105,9 +109,11 @@ async def open_http_front(
     calls = HttpCalls(reception, Guard(has_callers=bool(callers), is_open=False, hosts=hosts))
     streaming = Streams(asking=asking, clock=house.clock)
     pictures = Pictures(asking=asking, clock=house.clock, urls=PlainUrls(), streaming=streaming)
+    uploads = uploads or Uploads(max_bytes=MAX_UPLOAD_BYTES, memory_bytes=4 * MAX_UPLOAD_BYTES)
     ours = openai_routes(
         calls,
         generations=Generations(pictures, asking=asking),
+        edits=Edits(pictures, asking=asking, uploads=uploads, max_pixels=50_000_000),
         models=Models([MODEL, "org/other"], started_s=house.clock.now_s()),
     )
     server = HttpServer(application(ours, routes), host="127.0.0.1", port=0)

@@ -11,11 +11,13 @@ from cacheserver.http.calls import HttpCalls
 from cacheserver.http.delivery.images import ImageDelivery
 from cacheserver.http.delivery.urls import ImageUrls
 from cacheserver.http.guard import Guard
+from cacheserver.http.openai.edits import Edits
 from cacheserver.http.openai.events import Streams
 from cacheserver.http.openai.generations import Generations
 from cacheserver.http.openai.models import Models
 from cacheserver.http.openai.pictures import Pictures
 from cacheserver.http.openai.routes import openai_routes
+from cacheserver.http.openai.uploads import Uploads
 
 
 def build_routes(core: Core, *, asking: Asking, reception: Reception, urls: ImageUrls) -> list[BaseRoute]:
@@ -38,5 +40,12 @@ def build_routes(core: Core, *, asking: Asking, reception: Reception, urls: Imag
 def _openai(core: Core, calls: HttpCalls, *, asking: Asking, urls: ImageUrls) -> list[BaseRoute]:
     streaming = Streams(asking=asking, clock=core.clock)
     pictures = Pictures(asking=asking, clock=core.clock, urls=urls, streaming=streaming)
+    server = core.settings.server
+    edits = Edits(
+        pictures,
+        asking=asking,
+        uploads=Uploads(max_bytes=server.max_upload_bytes, memory_bytes=server.upload_memory_bytes),
+        max_pixels=core.settings.generation.max_image_pixels,
+    )
     models = Models(core.miss_path.pool.models, started_s=core.clock.now_s())
-    return openai_routes(calls, generations=Generations(pictures, asking=asking), models=models)
+    return openai_routes(calls, generations=Generations(pictures, asking=asking), edits=edits, models=models)

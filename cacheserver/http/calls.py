@@ -132,7 +132,15 @@ class Endpoint:
         status = status_of(error, request_id=call.request_id)
         exc_info = error if status.status is HTTPStatus.INTERNAL_SERVER_ERROR else None
         self._reception.failed(call, str(int(status.status)), status.reason, exc_info=exc_info)
+        _let_go(error)
         return status
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Cut an error off from where it was raised: those frames hold requests with all their images, and hold it too."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -114,6 +114,7 @@ class HttpServer:
         try:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind((self._host, self._wanted_port))
+            listening.listen()  # who connects from now on is served once the server runs
         except OSError as error:
             listening.close()
             raise ConfigError(

@@ -149,6 +149,7 @@ class Wait:
     async def aclose(self) -> None:
         """Wait no more. What is being made goes on."""
         await end([self._answering, self._leaving])
+        del self._answering  # a task keeps where it was cancelled, and with that the request and its images, and us
 
     async def _answer(self, asked: HttpAsked, call: Call) -> list[Served] | Pending:
         answer = await self._asking.answer(asked, call)

@@ -9,11 +9,12 @@ from cacheserver.http.openai.generations import variations
 from cacheserver.http.openai.models import Models
 
 GENERATIONS = "/v1/images/generations"
+EDITS = "/v1/images/edits"
 VARIATIONS = "/v1/images/variations"
 MODELS = "/v1/models"
 
 
-def openai_routes(calls: HttpCalls, *, generations: Handler, models: Models) -> list[BaseRoute]:
+def openai_routes(calls: HttpCalls, *, generations: Handler, edits: Handler, models: Models) -> list[BaseRoute]:
     """The routes; the one that is asked most comes first."""
 
     def route(method: str, path: str, handler: Handler) -> BaseRoute:
@@ -21,6 +22,7 @@ def openai_routes(calls: HttpCalls, *, generations: Handler, models: Models) -> 
 
     return [
         route("POST", GENERATIONS, generations),
+        route("POST", EDITS, edits),
         route("POST", VARIATIONS, variations),
         route("GET", MODELS, models.listed),
         route("GET", f"{MODELS}/{{model:path}}", models.one),

@@ -1,71 +1,74 @@
-"""Large bodies: how much of them is taken, and how much all of them may take of memory together."""
+"""How much memory large bodies may take together: each has a bound of its own, and many come at a time."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from http import HTTPStatus
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
 from types import TracebackType
 from typing import Self
+from weakref import finalize
 
 from starlette.requests import Request
 
 from cacheserver.errors import OverloadedError
-from cacheserver.http.status import HttpError
+from cacheserver.http.body import body_pieces
+from cacheserver.model import InputImage
 
 
 class Uploads:
-    """Bounds what bodies may have of memory: each by itself, and those of all calls in progress together."""
+    """The memory that the bodies of all calls in progress may take."""
 
     def __init__(self, *, max_bytes: int, memory_bytes: int) -> None:
-        """A body may have `max_bytes`; together they take `memory_bytes` at most."""
+        """One body may have `max_bytes`; together they take `memory_bytes` at most."""
         self._max_bytes = max_bytes
         self._free_bytes = memory_bytes
+        self._given_back: deque[int] = deque()
 
     @property
     def free_bytes(self) -> int:
         """What is left for further bodies."""
+        while self._given_back:
+            self._free_bytes += self._given_back.popleft()
         return self._free_bytes
 
     def hold(self) -> Hold:
-        """What the body of one call is going to take."""
+        """What the body of one call takes, nothing yet."""
         return Hold(self)
 
     async def pieces(self, request: Request, hold: Hold, *, copies: int = 1) -> AsyncIterator[bytes]:
         """The body of `request` as it comes, counted into `hold` as often as it is going to be in memory.
 
+        What is announced and has not come is not counted: whoever only announces keeps nobody out.
+
         Raises:
-            HttpError: 413, as soon as it is known to be too large.
+            HttpError: 413, it is too large; 408, it comes too slowly.
             OverloadedError: the bodies of others leave no room for it now.
             ClientDisconnect: its client went away before the end.
         """
-        announced = _content_length(request)
-        self._check(announced)
-        if announced * copies > self._free_bytes:
+        if self.announced_bytes(request) * copies > self.free_bytes:
             raise _overloaded()
-        size_bytes = 0
-        async for piece in request.stream():
-            size_bytes += len(piece)
-            self._check(size_bytes)
+        async for piece in body_pieces(request, max_bytes=self._max_bytes):
             hold.take(len(piece) * copies)
             yield piece
 
-    def _check(self, size_bytes: int) -> None:
-        if size_bytes > self._max_bytes:
-            raise HttpError(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"The body is larger than the {self._max_bytes:,} bytes that are taken (server.max_upload_bytes).",
-                code="request_too_large",
-            )
+    def announced_bytes(self, request: Request) -> int:
+        """What the body is announced to have, as far as it is going to be taken; 0 where it is not announced."""
+        stated = request.headers.get("content-length", "")
+        return min(int(stated[:20]), self._max_bytes) if stated.isascii() and stated.isdecimal() else 0
 
     def take(self, size_bytes: int) -> None:
-        """Count so much more as taken, or less. Raises OverloadedError where there is no room for it."""
-        if size_bytes > self._free_bytes:
+        """So much more is taken. Raises OverloadedError where there is no room for it."""
+        if size_bytes > self.free_bytes:
             raise _overloaded()
         self._free_bytes -= size_bytes
 
+    def give_back(self, size_bytes: int) -> None:
+        """So much is free again. May be called from any thread, at any point of what another one does."""
+        self._given_back.append(size_bytes)
+
 
 class Hold:
-    """What one call's body takes of memory, until nothing refers to it any more: a context that ends then."""
+    """What the body of one call takes of that memory while it is read: a context."""
 
     def __init__(self, uploads: Uploads) -> None:
         self._uploads = uploads
@@ -77,22 +80,23 @@ class Hold:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.release()
+        self._uploads.give_back(self._taken_bytes)
+        self._taken_bytes = 0
 
     def take(self, size_bytes: int) -> None:
         """So much more of it has come. Raises OverloadedError where there is no room for it."""
         self._uploads.take(size_bytes)
         self._taken_bytes += size_bytes
 
-    def release(self) -> None:
-        """It is gone."""
-        self._uploads.take(-self._taken_bytes)
-        self._taken_bytes = 0
+    def hand_over(self, images: Iterable[InputImage]) -> None:
+        """From now on these images stand for what they take, each until nothing refers to it any more.
 
-
-def _content_length(request: Request) -> int:
-    """What the body is announced to have; 0 where it comes in chunks. The server has read it as a number already."""
-    return int(request.headers.get("content-length", "0"))
+        A load whose callers have all gone still needs them.
+        """
+        for image in images:
+            size_bytes = len(image.data or b"")
+            self._taken_bytes -= size_bytes
+            finalize(image, self._uploads.give_back, size_bytes).atexit = False
 
 
 def _overloaded() -> OverloadedError:
