@@ -38,6 +38,7 @@ class ServiceProcess:
         self._directory = directory
         server = f"[server]\ngrpc_port = {grpc_port}\nhttp_port = {http_port}\n"
         self._config = f'data_dir = "{directory}"\n{config}\n{server}'
+        self.http_port = http_port
         self._http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{http_port}", trust_env=False)
         self._process: Process
 
