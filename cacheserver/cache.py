@@ -297,6 +297,7 @@ class PromptCache:
     ) -> tuple[CachedImage, bool]:
         """Store an image the caller already has: as variant 0 with `replace`, else as the next free variant.
 
+        What was only derived from another request's picture makes room for it.
         Returns the entry and whether it is new: bytes that are there already are not stored again. Raises
         VariantsExhaustedError, and CacheUnknownError when the last tier cannot say which variants it has.
         """
@@ -304,12 +305,14 @@ class PromptCache:
         if not replace:
             for variant in range(namespace.max_variants):
                 found, is_unknown = await self._walk(identity.key.with_variant(variant))
-                if found is not None and found.entry.image.sha256 == image.sha256:
-                    return found.entry, False
+                holder = None if found is None or found.entry.derived_by else found.entry
+                if holder is not None and holder.image.sha256 == image.sha256:
+                    return holder, False
                 if is_unknown:
                     raise CacheUnknownError("The last tier cannot say which variants it has; put again later.")
-                if found is None:
+                if holder is None:
                     entry = with_fields(entry, key=identity.key.with_variant(variant))
+                    replace = found is not None
                     break
             else:
                 text = f"All {namespace.max_variants} variants of this request are taken; purge one or replace."

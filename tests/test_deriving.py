@@ -416,6 +416,17 @@ async def test_with_memory_alone_it_is_derived_and_kept_there(studio: Studio) ->
     assert studio.calls == 1
 
 
+async def test_it_makes_room_for_a_picture_that_is_put(studio: Studio) -> None:
+    house = studio.house
+    await studio.get()
+    derived = await studio.get(quality="low")
+    _, identity = studio.identity(quality="low")
+    entry, is_new = await house.cache.put(derived.entry.image, identity, namespace=house.namespace)
+    assert (entry.key, entry.derived_by, is_new) == (derived.entry.key, frozenset(), True)
+    assert (await studio.get(namespace=STRICT, quality="low")).entry == entry
+    assert await house.cache.put(entry.image, identity, namespace=house.namespace) == (entry, False)
+
+
 async def test_without_a_renderer_nothing_is_derived(studio: Studio) -> None:
     studio.house.renderer = None
     studio.house.restart()
