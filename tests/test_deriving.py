@@ -45,13 +45,15 @@ from cacheserver.model import (
 )
 from cacheserver.paying import UnknownPolicy
 from cacheserver.pb import promptcache_pb2 as pb
+from cacheserver.renditions.renderer import ThreadRenderer
 from cacheserver.tiers.redis import RedisTier, connect
 from cacheserver.tiers.s3 import S3Tier
 from tests.fakes import FakeClock
 from tests.house import EVERYTHING, FaultyTier, House
-from tests.provider import FakeUpstream, small_image
+from tests.provider import FakeUpstream, OpenAIStandIn, small_image
 from tests.rpc_front import ask as request
 from tests.rpc_front import failure, open_front, spec
+from tests.running import calling, environment, running
 from tests.servers import S3Server, ValkeyServer
 from tests.test_cli import command, printed
 from tests.waiting import until
@@ -84,10 +86,11 @@ class SizedUpstream(FakeUpstream):
         return replace(made, data=data, width=width, height=height, sha256=hashlib.sha256(data).hexdigest())
 
 
-class PillowRenderer:
-    """A Renderer that does its work at once, or fails when told to."""
+class WatchedRenderer:
+    """The real renderer, which notes what is asked of it, waits at a gate, and fails when told to."""
 
     def __init__(self) -> None:
+        self._renderer = ThreadRenderer(max_pixels=1_000_000, max_bytes=1_000_000, threads=1)
         self.rendered: list[Rendition] = []
         self.errors: list[CacheServerError] = []
         self.gate = asyncio.Event()
@@ -98,22 +101,10 @@ class PillowRenderer:
         await self.gate.wait()
         if self.errors:
             raise self.errors.pop(0)
-        picture = Image.open(io.BytesIO(image.data))
-        picture.thumbnail((rendition.width or picture.width, rendition.height or picture.height))
-        file = io.BytesIO()
-        image_format = rendition.output_format or "png"
-        picture.save(file, format=image_format, quality=rendition.output_compression or 100)
-        data = file.getvalue()
-        return replace(
-            image,
-            data=data,
-            content_type=f"image/{image_format}",
-            width=picture.width,
-            height=picture.height,
-            size=f"{picture.width}x{picture.height}",
-            sha256=hashlib.sha256(data).hexdigest(),
-            paid_microusd=0,
-        )
+        return await self._renderer.render(image, rendition)
+
+    async def aclose(self) -> None:
+        await self._renderer.aclose()
 
 
 class Studio:
@@ -121,7 +112,7 @@ class Studio:
 
     def __init__(self, house: House) -> None:
         self.house = house
-        self.renderer = PillowRenderer()
+        self.renderer = WatchedRenderer()
         house.upstream = SizedUpstream()
         house.namespace = replace(house.namespace, answer_from=frozenset(AnswerFrom))
         house.renderer = self.renderer
@@ -157,8 +148,10 @@ class Studio:
 
 
 @pytest.fixture
-async def studio(house: House) -> Studio:
-    return Studio(house)
+async def studio(house: House) -> AsyncIterator[Studio]:
+    studio = Studio(house)
+    yield studio
+    await studio.renderer.aclose()
 
 
 # ---- What is answered
@@ -613,7 +606,9 @@ async def on_servers(
         secret_key=s3_server.secret_key,
     )
     house = House(clock=clock, redis=FaultyTier(redis, TierName.REDIS), s3=FaultyTier(s3, TierName.S3))
-    yield Studio(house)
+    studio = Studio(house)
+    yield studio
+    await studio.renderer.aclose()
     await house.aclose()
     await redis.aclose()
     await s3.aclose()
@@ -633,6 +628,29 @@ async def test_every_real_tier_keeps_what_it_was_derived_from(on_servers: Studio
     house.restart()
     assert (await studio.get(namespace=STRICT, output_format="webp", size=SMALL)).tier is TierName.UPSTREAM
     assert studio.calls == 2
+
+
+async def test_a_service_that_is_told_to_derives_and_pays_nothing(
+    tmp_path: Path, valkey_server: ValkeyServer, s3_server: S3Server
+) -> None:
+    config = """
+        [namespaces.default]
+        answer_from = ["quality", "format"]
+        [namespaces.strict]
+        partition = "default"
+    """
+    async with OpenAIStandIn() as provider:
+        env = environment(tmp_path, provider=provider, redis=valkey_server, s3=s3_server)
+        async with running(env, config) as service, calling(service) as stub:
+            high = await stub.GetImage(request(of={"quality": "high"}))
+            low = request(of={"quality": "low", "output_format": "jpeg", "output_compression": 80})
+            derived = await stub.GetImage(low)
+            assert provider.calls == 1
+            low.namespace = "strict"
+            made = await stub.GetImage(low)
+    assert derived.images[0].content_type == "image/jpeg"
+    assert derived.status.derived_from == high.images[0].key
+    assert (made.status.derived_from, made.status.tier, provider.calls) == ("", pb.TIER_UPSTREAM, 2)
 
 
 # ---- As callers see it
