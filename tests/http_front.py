@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute
 from cacheserver.calls.asking import Asking
 from cacheserver.calls.auth import Authenticator
 from cacheserver.calls.reception import Reception
-from cacheserver.http.application import application
+from cacheserver.http.application import Application
 from cacheserver.http.calls import HttpCalls
 from cacheserver.http.guard import Guard
 from cacheserver.http.openai.edits import Edits
@@ -116,7 +116,7 @@ async def open_http_front(
         edits=Edits(pictures, asking=asking, uploads=uploads, max_pixels=50_000_000),
         models=Models([MODEL, "org/other"], started_s=house.clock.now_s()),
     )
-    server = HttpServer(application(ours, routes), host="127.0.0.1", port=0)
+    server = HttpServer(Application(ours, routes), host="127.0.0.1", port=0)
     await server.start()
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", trust_env=False) as client:

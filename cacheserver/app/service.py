@@ -21,7 +21,7 @@ from cacheserver.app.patience import Patience
 from cacheserver.app.tiers import describe_tiers, tier_states
 from cacheserver.app.watching import watch
 from cacheserver.clock import SystemClock
-from cacheserver.http.application import application
+from cacheserver.http.application import Application
 from cacheserver.http.operations import operations
 from cacheserver.http.server import HttpServer
 from cacheserver.interfaces import Clock
@@ -82,7 +82,7 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
         ready = asyncio.Event()
         tiers = functools.partial(tier_states, core.lower.tiers)
         http = HttpServer(
-            application(front.routes, operations(registry=core.registry, is_ready=ready.is_set, tiers=tiers)),
+            Application(front.routes, operations(registry=core.registry, is_ready=ready.is_set, tiers=tiers)),
             host=settings.server.http_host,
             port=settings.server.http_port,
             tls_cert_file=settings.server.http_tls_cert_file,

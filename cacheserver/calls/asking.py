@@ -26,7 +26,9 @@ from cacheserver.errors import (
 from cacheserver.identity import identify
 from cacheserver.interfaces import Books, Clock, Prompts
 from cacheserver.model import (
+    Ask,
     CacheKey,
+    Identity,
     ImageRequest,
     MatchLevel,
     Namespace,
@@ -141,6 +143,19 @@ class Asking:
         """The request as it is keyed, for calls that look and never make: nothing is refused."""
         policy = self._policies.get(namespace.name)
         return request if policy is None else replace(request, prompt=policy.redacted(request.prompt))
+
+    def hit(self, asked: Asked, identity: Identity, call: Call) -> list[Served] | None:
+        """What the cache answers to a call without waiting: pictures in memory. None: screen it, and ask for an answer.
+
+        `identity` is that of the request asked for. A namespace that screens or records prompts answers none like this.
+        """
+        namespace = asked.namespace
+        if isinstance(asked.what, CacheKey) or namespace.store_prompts or namespace.name in self._policies:
+            return None
+        served = self._cache.hit(Ask(asked.what, identity, namespace, call.caller, asked.terms))
+        if served is not None:
+            call.wanted, call.answer = identity, served
+        return served
 
     async def answer(self, asked: Asked, call: Call) -> list[Served] | Pending:
         """What the cache answers to a screened call."""

@@ -9,20 +9,36 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cacheserver.calls.call import request_id_of
+from cacheserver.http.calls import Endpoint
 from cacheserver.http.status import HttpError, status_of
 
 
-def application(*parts: Sequence[BaseRoute]) -> Starlette:
-    """The routes of all `parts`. A path or method that none of them has is answered in the shape of every error."""
-    app = Starlette(
-        routes=[route for part in parts for route in part],
-        exception_handlers={HTTPException: _no_route},
-    )
-    app.router.redirect_slashes = False  # a library would send its POST elsewhere, and as a GET
-    return app
+class Application:
+    """The routes of all `parts`. A path or method that none of them has is answered in the shape of every error.
+
+    Calls of a path without parameters reach their endpoint straight away: it answers whatever happens in it, and
+    needs nothing of what starlette puts around a route.
+    """
+
+    def __init__(self, *parts: Sequence[BaseRoute]) -> None:
+        routes = [route for part in parts for route in part]
+        self._rest = Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
+        self._rest.router.redirect_slashes = False  # a library would send its POST elsewhere, and as a GET
+        self._straight: dict[tuple[str, str], ASGIApp] = {
+            (method, route.path): route.app
+            for route in routes
+            if isinstance(route, Route) and isinstance(route.app, Endpoint) and not route.param_convertors
+            for method in route.methods or ()
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        app = self._straight.get((scope["method"], scope["path"]), self._rest)
+        await app(scope, receive, send)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

@@ -25,7 +25,19 @@ async def read_body(request: Request, *, max_bytes: int) -> bytes:
         HttpError: 413, it is longer than `max_bytes`; 408, it came too slowly.
         ClientDisconnect: the client went away before its end.
     """
-    pieces = [piece async for piece in body_pieces(request, max_bytes=max_bytes)]
+    _check_stated_length(request, max_bytes)
+    pieces: list[bytes] = []
+    left_bytes, is_whole = max_bytes, False
+    try:
+        async with asyncio.timeout(_TO_BEGIN_S + max_bytes / _LEAST_BYTES_PER_S):
+            while not is_whole:
+                piece, is_whole = await _next_piece(request)
+                pieces.append(piece)
+                left_bytes -= len(piece)
+                if left_bytes < 0:
+                    raise _too_long(max_bytes)
+    except TimeoutError:
+        raise _too_slow() from None
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
@@ -33,25 +45,26 @@ async def body_pieces(request: Request, *, max_bytes: int) -> AsyncIterator[byte
     """The body as it comes. Raises as `read_body` does, before more than `max_bytes` were handed out."""
     _check_stated_length(request, max_bytes)
     until_s = asyncio.get_running_loop().time() + _TO_BEGIN_S + max_bytes / _LEAST_BYTES_PER_S
-    left_bytes = max_bytes
-    is_whole = False
+    left_bytes, is_whole = max_bytes, False
     while not is_whole:
         try:
             async with asyncio.timeout_at(until_s):
-                message = await request.receive()
+                piece, is_whole = await _next_piece(request)
         except TimeoutError:
-            text = "The body of the request came too slowly."
-            headers = {"connection": "close"}
-            raise HttpError(HTTPStatus.REQUEST_TIMEOUT, text, code="request_timeout", headers=headers) from None
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        piece: bytes = message.get("body", b"")
+            raise _too_slow() from None
         left_bytes -= len(piece)
         if left_bytes < 0:
             raise _too_long(max_bytes)
-        is_whole = not message.get("more_body", False)
         if piece:
             yield piece
+
+
+async def _next_piece(request: Request) -> tuple[bytes, bool]:
+    """The next bytes of the body, and whether they are the last."""
+    message = await request.receive()
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    return message.get("body", b""), not message.get("more_body", False)
 
 
 def read_json(request: Request, body: bytes) -> dict[str, JsonValue]:
@@ -87,6 +100,11 @@ def _check_stated_length(request: Request, max_bytes: int) -> None:
     stated = request.headers.get("content-length", "")
     if len(stated) > _MOST_DIGITS or (stated.isascii() and stated.isdecimal() and int(stated) > max_bytes):
         raise _too_long(max_bytes)
+
+
+def _too_slow() -> HttpError:
+    text = "The body of the request came too slowly."
+    return HttpError(HTTPStatus.REQUEST_TIMEOUT, text, code="request_timeout", headers={"connection": "close"})
 
 
 def _too_long(max_bytes: int) -> HttpError:

@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 
 from cacheserver.http.status import HttpError
 
+_MOST_KNOWN = 256
+
 
 class Guard:
     """Which requests may be served at all.
@@ -22,6 +24,7 @@ class Guard:
         """`is_open`: the operator wants everybody who can connect to be served. `hosts` are further names of ours."""
         self._lets_all_in = has_callers or is_open
         self._hosts = {host.lower() for host in hosts}
+        self._known: dict[str, bool] = {}
 
     def check(self, metadata: Mapping[str, str]) -> None:
         """Return if the request may be served.
@@ -31,15 +34,24 @@ class Guard:
         """
         if self._lets_all_in:
             return
-        if not self._is_ours(_host_of(f"//{metadata.get('host', '')}")):
+        if not self._is_ours(f"//{metadata.get('host', '')}"):
             text = "This name is not one of server.http_hosts; set it there, or use the address itself."
             raise HttpError(HTTPStatus.FORBIDDEN, text, code="host_not_allowed")
         origin = metadata.get("origin")
-        if origin is not None and not self._is_ours(_host_of(origin)):
+        if origin is not None and not self._is_ours(origin):
             text = "Pages of other origins may not ask a service without callers; add [[callers]] and send a token."
             raise HttpError(HTTPStatus.FORBIDDEN, text, code="origin_not_allowed")
 
-    def _is_ours(self, host: str | None) -> bool:
+    def _is_ours(self, origin: str) -> bool:
+        """Whether `origin` leads to this machine by an address or name of ours. Remembered: few are asked often."""
+        known = self._known.get(origin)
+        if known is None:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            known = self._known[origin] = self._leads_here(_host_of(origin))
+        return known
+
+    def _leads_here(self, host: str | None) -> bool:
         if host is None:
             return False
         try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cacheserver.errors import ConfigError
@@ -43,7 +43,7 @@ class HttpServer:
 
     def __init__(  # noqa: PLR0913 - where and how it listens, by keyword
         self,
-        application: Starlette,
+        application: ASGIApp,
         *,
         host: str,
         port: int,

@@ -15,6 +15,9 @@ from cacheserver.model import CachedImage, CachePolicy, GeneratedImage, Served, 
 SLICE_BYTES = 192 * 1024
 """So much of a picture is turned into base64 at a time: whole groups of three bytes, so that slices join."""
 
+SMALL_BYTES = 256 * 1024
+"""An answer up to this length is sent whole."""
+
 OPENAI_VERSION = "2020-10-01"
 
 _UNRESOLVED = ("", "auto")
@@ -28,28 +31,32 @@ class Urls(Protocol):
         ...
 
 
-def pictures_answer(
-    answer: Sequence[Served], *, urls: Sequence[str] | None, safety_identifier: str, policy: CachePolicy, now_s: float
-) -> Answer:
-    """The whole answer; `urls` are those of the pictures where they are wanted in place of their bytes."""
+def answer_with_bytes(answer: Sequence[Served], safety_identifier: str, headers: dict[str, str]) -> Answer:
+    """The answer with the pictures themselves: whole if it is small, else in slices that are made as they are sent."""
     images = [served.entry.image for served in answer]
     head, tail = _around(answer, safety_identifier)
     middles = [_members(image) for image in images]
-    headers = {"content-type": "application/json", **answer_headers(answer, policy, now_s)}
-    if urls is not None:
-        listed = ",".join(f'{{"url":{json.dumps(url)}{rest}}}' for url, rest in zip(urls, middles, strict=True))
-        document = f"{head}{listed}{tail}".encode("ascii")
-        return Answer(200, headers, document, len(document))
-    pieces = _pieces(images, middles, head, tail)
-    length = len(head) + len(tail) + len(images) - 1
+    length = len(head) + len(tail) + len(images) - 1 + sum(map(len, middles))
     length += sum(len(_BEFORE) + base64_length(len(image.data)) + len(_AFTER) for image in images)
-    length += sum(map(len, middles))
-    return Answer(200, headers, b"".join(pieces) if length <= SLICE_BYTES else pieces, length)
+    pieces = _pieces(images, middles, head, tail)
+    return Answer(200, headers, b"".join(pieces) if length <= SMALL_BYTES else pieces, length)
+
+
+def answer_by_url(
+    answer: Sequence[Served], urls: Sequence[str], safety_identifier: str, headers: dict[str, str]
+) -> Answer:
+    """The answer with URLs in place of the pictures."""
+    head, tail = _around(answer, safety_identifier)
+    middles = (_members(served.entry.image) for served in answer)
+    listed = ",".join(f'{{"url":{json.dumps(url)}{rest}}}' for url, rest in zip(urls, middles, strict=True))
+    body = f"{head}{listed}{tail}".encode("ascii")
+    return Answer(200, headers, body, len(body))
 
 
 def answer_headers(answer: Sequence[Served], policy: CachePolicy, now_s: float) -> dict[str, str]:
     """What the headers of an answer say of its pictures: where they came from, how old they are, what they cost."""
     headers = {
+        "content-type": "application/json",
         "cache-control": "private",
         "cache-status": cache_status(slowest(answer), policy, now_s),
         "etag": _etag(answer),

@@ -11,6 +11,7 @@ from cacheserver.calls.asking import Asking
 from cacheserver.calls.call import Call
 from cacheserver.http.answer import Answer
 from cacheserver.http.body import read_body, read_json
+from cacheserver.http.openai.memo import name_of
 from cacheserver.http.openai.pictures import Pictures
 from cacheserver.http.openai.reading import MAX_JSON_BYTES, Fields, read_wanted
 from cacheserver.http.status import HttpError
@@ -28,8 +29,11 @@ class Generations:
         with self._asking.booked(call):
             namespace = self._pictures.namespace(call)
             body = await read_body(request, max_bytes=MAX_JSON_BYTES)
+            name = name_of(call, namespace, body)
+            if name is not None and (hit := self._pictures.hit(name, request, call)) is not None:
+                return hit
             wanted = read_wanted(Fields(read_json(request, body)), namespace)
-            return await self._pictures.answer(request, call, namespace, wanted)
+            return await self._pictures.answer(request, call, namespace, wanted, name)
 
 
 async def variations(request: Request, call: Call) -> NoReturn:  # noqa: ARG001 - as every handler

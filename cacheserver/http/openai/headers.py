@@ -30,7 +30,10 @@ _MATCH_LEVEL = f"{OURS}match-level"
 _VARIANT_POLICY = f"{OURS}variant-policy"
 _CANDIDATES = f"{OURS}candidates"
 _TTL = f"{OURS}ttl"
-_IDEMPOTENCY_KEY = "idempotency-key"
+IDEMPOTENCY_KEY = "idempotency-key"
+
+READ = ("cache-control", _USE, _PRIORITY, _TAGS, _ALLOW_DEGRADED, _MATCH_LEVEL, _VARIANT_POLICY, _CANDIDATES, _TTL)
+"""The headers that terms are read from, but for the namespace's and the idempotency key."""
 
 T = TypeVar("T")
 
@@ -115,9 +118,9 @@ def _read_candidates(said: Mapping[str, str], namespace: Namespace) -> int:
 
 
 def _read_request_id(said: Mapping[str, str]) -> str:
-    value = said.get(_IDEMPOTENCY_KEY, "")
+    value = said.get(IDEMPOTENCY_KEY, "")
     if len(value) > MAX_REQUEST_ID or not value.isprintable():
-        raise _wrong(_IDEMPOTENCY_KEY, f"should be at most {MAX_REQUEST_ID} printable characters")
+        raise _wrong(IDEMPOTENCY_KEY, f"should be at most {MAX_REQUEST_ID} printable characters")
     return value
 
 

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Protocol
 
 from starlette.requests import Request
 
-from cacheserver.calls.asking import Asked, Asking
+from cacheserver.calls.asking import Asking
 from cacheserver.calls.bounds import at_use
 from cacheserver.calls.call import Call
 from cacheserver.errors import NotImplementedYetError
 from cacheserver.http.answer import Answer
 from cacheserver.http.calls import while_connected
-from cacheserver.http.openai.answers import Urls, pictures_answer
+from cacheserver.http.openai.answers import Urls, answer_by_url, answer_headers, answer_with_bytes
+from cacheserver.http.openai.asked import HttpAsked
 from cacheserver.http.openai.headers import OURS, namespace_name, read_match_level, read_terms, unknown_use, use_of
+from cacheserver.http.openai.memo import Memo, Memos, Name, Told
 from cacheserver.http.openai.reading import Wanted, wrong
 from cacheserver.http.status import HttpError, status_of
 from cacheserver.interfaces import Clock
 from cacheserver.model import CachePolicy, Namespace, Pending, Permission, Served
 
 _REVIEW_RETRY_S = 60
-
-
-@dataclass(frozen=True, slots=True)
-class HttpAsked(Asked):
-    """What a call asks for, and how it is to be answered."""
-
-    wanted: Wanted
-    by_url: bool
 
 
 class Streaming(Protocol):
@@ -50,29 +43,58 @@ class Pictures:
         self._clock = clock
         self._urls = urls
         self._streaming = streaming
+        self._memos = Memos()
 
     def namespace(self, call: Call) -> Namespace:
         """The namespace of a call. Raises PermissionDeniedError, and InvalidRequestError where there is none."""
         return self._asking.namespace(namespace_name(call), Permission.READ, call, prefix=OURS)
 
-    async def answer(self, request: Request, call: Call, namespace: Namespace, wanted: Wanted) -> Answer:
-        """What the cache answers; to be called where failures are booked, once the body is read."""
+    def hit(self, name: Name, request: Request, call: Call) -> Answer | None:
+        """The answer to a call that came before, byte for byte, if memory has it. None: read it, and ask for one."""
+        memo = self._memos.find(name)
+        answer = None if memo is None else self._asking.hit(memo.asked, memo.identity, call)
+        if memo is None or answer is None:
+            return None
+        call.model, call.quality = memo.asked.model_and_quality
+        told = memo.told
+        if told is not None and len(answer) == 1 and told.is_of(answer[0].entry):
+            self._asking.book(answer, memo.asked, call)
+            headers = self._headers(answer, memo.asked, call)
+            return Answer(200, headers, told.body, len(told.body))
+        made = self._tell(answer, memo.asked, request, call)
+        if len(answer) == 1 and isinstance(made.body, bytes) and not memo.asked.by_url:
+            self._memos.tell(name, memo, Told(answer[0].entry, made.body))
+        return made
+
+    async def answer(
+        self, request: Request, call: Call, namespace: Namespace, wanted: Wanted, name: Name | None = None
+    ) -> Answer:
+        """What the cache answers; to be called where failures are booked, once the body is read.
+
+        `name` is what the call may be remembered by.
+        """
         asked = await self._asking.screened(self._asked(call, namespace, wanted))
         if wanted.stream:
             return await self._streaming.answer(request, call, asked)
         answer = await while_connected(request, self._asking.answer(asked, call))
         if isinstance(answer, Pending):
             return in_review(call.request_id)
+        if name is not None and call.wanted is not None:
+            self._memos.keep(name, Memo(asked, call.wanted))
+        return self._tell(answer, asked, request, call)
+
+    def _tell(self, answer: list[Served], asked: HttpAsked, request: Request, call: Call) -> Answer:
         self._asking.book(answer, asked, call)
+        headers = self._headers(answer, asked, call)
+        if asked.by_url:
+            return answer_by_url(answer, self._urls_of(answer, request), asked.wanted.safety_identifier, headers)
+        return answer_with_bytes(answer, asked.wanted.safety_identifier, headers)
+
+    def _headers(self, answer: Sequence[Served], asked: HttpAsked, call: Call) -> dict[str, str]:
         seconds = self._clock.monotonic_s() - call.started_s
-        call.trailers.append(("openai-processing-ms", str(round(seconds * 1_000))))
-        return pictures_answer(
-            answer,
-            urls=self._urls_of(answer, request) if asked.by_url else None,
-            safety_identifier=wanted.safety_identifier,
-            policy=asked.terms.cache_policy,
-            now_s=self._clock.now_s(),
-        )
+        headers = answer_headers(answer, asked.terms.cache_policy, self._clock.now_s())
+        headers["openai-processing-ms"] = str(round(seconds * 1_000))
+        return headers
 
     def _urls_of(self, answer: Sequence[Served], request: Request) -> list[str]:
         base_url = f"{request.url.scheme}://{request.url.netloc}"
@@ -82,7 +104,6 @@ class Pictures:
         request = at_use(wanted.request, use_of(call), namespace)
         if request is None:
             raise unknown_use(namespace)
-        call.model, call.quality = request.model, request.quality
         terms = read_terms(call, wanted, namespace)
         if wanted.n > namespace.max_variants:
             text = f"Invalid 'n': expected an integer of at most {namespace.max_variants} in this namespace."
@@ -95,7 +116,9 @@ class Pictures:
                 text = "With 'Cache-Control: no-store' nothing is kept that a URL could lead to: ask for 'b64_json'."
                 raise wrong("response_format", text, "invalid_value")
             by_url = False
-        return HttpAsked(namespace, request, terms, read_match_level(call), wanted, by_url)
+        asked = HttpAsked(namespace, request, terms, read_match_level(call), wanted, by_url)
+        call.model, call.quality = asked.model_and_quality
+        return asked
 
 
 def in_review(request_id: str) -> Answer:
