@@ -26,19 +26,20 @@ async def read_body(request: Request, *, max_bytes: int) -> bytes:
         ClientDisconnect: the client went away before its end.
     """
     _check_stated_length(request, max_bytes)
-    pieces: list[bytes] = []
-    left_bytes, is_whole = max_bytes, False
+    piece, is_whole = await _next_piece(request)  # the server waits for a first one only so long
+    if is_whole and len(piece) <= max_bytes:
+        return piece
+    pieces = [piece]
     try:
         async with asyncio.timeout(_TO_BEGIN_S + max_bytes / _LEAST_BYTES_PER_S):
-            while not is_whole:
+            while not is_whole and sum(map(len, pieces)) <= max_bytes:
                 piece, is_whole = await _next_piece(request)
                 pieces.append(piece)
-                left_bytes -= len(piece)
-                if left_bytes < 0:
-                    raise _too_long(max_bytes)
     except TimeoutError:
         raise _too_slow() from None
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    if sum(map(len, pieces)) > max_bytes:
+        raise _too_long(max_bytes)
+    return b"".join(pieces)
 
 
 async def body_pieces(request: Request, *, max_bytes: int) -> AsyncIterator[bytes]:

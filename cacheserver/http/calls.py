@@ -31,6 +31,9 @@ _MAX_DEADLINE_S = 24 * 3600.0
 _DEADLINES = ("x-stainless-read-timeout", "x-stainless-timeout")
 """In which OpenAI's libraries for Python and for JavaScript say how long they wait, in seconds."""
 
+_MOST_KNOWN, _MOST_KNOWN_BYTES = 500, 4_096
+"""So many heads are remembered, of at most so many bytes each."""
+
 _CHALLENGE = {"www-authenticate": "Bearer"}
 
 
@@ -80,11 +83,12 @@ class Endpoint:
         self._handler = handler
         self._reception = reception
         self._admit = admit
+        self._known = _Known()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one call."""
-        metadata = _metadata(scope["headers"])
-        call = self._reception.begin(self._name, metadata, deadline_s=_deadline_s(metadata))
+        metadata, deadline_s = self._known.of(scope["headers"])
+        call = self._reception.begin(self._name, metadata, deadline_s=deadline_s)
         try:
             with structlog.contextvars.bound_contextvars(**call.ids):
                 await self._serve(Request(scope, receive, send), call, send)
@@ -199,6 +203,26 @@ async def gone(request: Request) -> None:
     """Return when the client of a request goes away. To be called once the body is read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+class _Known:
+    """Headers as metadata, and the deadline in them. Remembered: most clients send the same again and again."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[tuple[bytes, bytes], ...], tuple[Mapping[str, str], float | None]] = {}
+
+    def of(self, headers: list[tuple[bytes, bytes]]) -> tuple[Mapping[str, str], float | None]:
+        """What these headers say."""
+        name = tuple(headers)
+        known = self._known.get(name)
+        if known is None:
+            metadata = _metadata(headers)
+            known = metadata, _deadline_s(metadata)
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            if sum(len(value) for _, value in headers) <= _MOST_KNOWN_BYTES:
+                self._known[name] = known
+        return known
 
 
 def _metadata(headers: list[tuple[bytes, bytes]]) -> Mapping[str, str]:

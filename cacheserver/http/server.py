@@ -22,14 +22,15 @@ from cacheserver.errors import ConfigError
 
 _GRACE_S = 2
 _MAX_CONNECTIONS = 16_384
+_BACKLOG = 2_048
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """How long a connection may take, in seconds, and how many bytes the head of a request.
 
-    `head_s` for the head of a request to come whole, `stalled_s` for a client to take a little more of its answer,
-    `idle_s` between an answer and the next request.
+    `head_s` for the head of a request to come whole, and its body to begin; `stalled_s` for a client to take a little
+    more of its answer; `idle_s` between an answer and the next request.
     """
 
     head_s: float = 30.0
@@ -114,7 +115,7 @@ class HttpServer:
         try:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind((self._host, self._wanted_port))
-            listening.listen()  # who connects from now on is served once the server runs
+            listening.listen(_BACKLOG)  # who connects from now on is served once the loop comes to it
         except OSError as error:
             listening.close()
             raise ConfigError(
@@ -183,8 +184,11 @@ class _Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._is_in_head = False
-        self._wait_no_longer()
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._wait_no_longer()  # whoever reads it sees to it that it comes to an end
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._wait_no_longer()
@@ -234,7 +238,7 @@ class _Connection(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _wait_is_over(self) -> None:
-        if self._is_answering:
+        if self._is_answering and not self.cycle.more_body:
             self._wait()  # the answer before it is still on its way
         else:
             self.transport.abort()

@@ -24,7 +24,6 @@ from typing import Annotated, Any
 import httpx
 import typer
 
-from cacheserver.embedded.child import leashed
 from scripts.bench.figures import BusyCores, percentile, print_table, print_verdict, write_json
 from scripts.bench.hit_cost import cpu_s
 from scripts.bench.http_load import Answered, ask_from_a_process
@@ -143,8 +142,8 @@ async def _hit(address: str) -> bytes:
 @asynccontextmanager
 async def _floor(body_file: Path) -> AsyncIterator[tuple[str, Process]]:
     """The bare route, and where it is."""
-    argv = leashed([sys.executable, "-m", "scripts.bench.http_floor", _PATH, str(body_file)])
-    process = await asyncio.create_subprocess_exec(*argv, stdin=PIPE, stdout=PIPE, cwd=_ROOT)
+    argv = [sys.executable, "-m", "scripts.bench.http_floor", _PATH, str(body_file)]
+    process = await asyncio.create_subprocess_exec(*argv, stdout=PIPE, cwd=_ROOT)
     try:
         port = (await process.stdout.readline()).decode().strip() if process.stdout else ""
         yield f"127.0.0.1:{port}", process

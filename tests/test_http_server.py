@@ -1,0 +1,267 @@
+"""The HTTP server and what surrounds every call: bounds on connections, TLS, clients that go away, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import socket
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from cacheserver.errors import ConfigError
+from cacheserver.http.answer import Answer
+from cacheserver.http.application import Application
+from cacheserver.http.server import Bounds, HttpServer
+from cacheserver.model import Caller, Permission
+from tests.house import House
+from tests.http_front import error_of, open_http_front, pictures_of
+from tests.waiting import until
+
+SOON = Bounds(head_s=0.05, stalled_s=0.05, idle_s=0.05, max_head_bytes=1_000)
+
+
+async def answers(scope: object, receive: object, send: Callable[[object], object]) -> None:
+    """An application that answers without reading anything."""
+    await Answer(200, {}, b"ok", 2)(scope, receive, send)  # type: ignore[arg-type]  # as ASGI has it
+
+
+async def floods(scope: object, receive: object, send: Callable[[object], object]) -> None:
+    """An application whose answer no buffer holds."""
+    body = (bytes(1_000_000) for _ in range(64))
+    await Answer(200, {}, body, 64_000_000)(scope, receive, send)  # type: ignore[arg-type]  # as ASGI has it
+
+
+@asynccontextmanager
+async def listening(application: object, bounds: Bounds = SOON) -> AsyncIterator[HttpServer]:
+    server = HttpServer(application, host="127.0.0.1", port=0, bounds=bounds)  # type: ignore[arg-type]  # as above
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+def connections(server: HttpServer) -> list[Any]:
+    """Those that the server has now."""
+    return [*server._server.server_state.connections]
+
+
+async def exchange(port: int, sent: bytes) -> bytes:
+    """All that comes back until the server closes the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(sent)
+        async with asyncio.timeout(10):
+            return await reader.read()
+    except ConnectionResetError:
+        return b""
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\nhost: a\r\nx-slow: ",
+        b"\r\n\r\n",
+        b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: a\r\n\r\nGET / HTTP/1.1\r\n",
+    ],
+    ids=["nothing", "half a head", "blank lines", "no body", "half a second head"],
+)
+async def test_a_client_that_says_little_is_not_waited_for(sent: bytes) -> None:
+    async with listening(answers) as server:
+        await exchange(server.port, sent)  # it comes to an end
+
+
+async def test_a_client_that_reads_nothing_is_not_waited_for() -> None:
+    async with listening(floods) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+            await until(lambda: any(each.flow.write_paused for each in connections(server)))
+            await until(lambda: not connections(server))
+
+
+async def test_too_long_a_head_is_refused() -> None:
+    async with listening(answers, Bounds(max_head_bytes=1_000)) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"GET / HTTP/1.1\r\nhost: a\r\nx-long: ")
+        await until(lambda: any(each.headers for each in connections(server)))
+        writer.write(b"y" * 1_001)
+        answer = await reader.read()
+        writer.close()
+    assert answer.startswith(b"HTTP/1.1 431 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+
+
+async def test_what_is_no_http_is_answered_in_the_shape_of_every_error() -> None:
+    async with listening(answers) as server:
+        answer = await exchange(server.port, b"HELLO\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"x-request-id: " in answer
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"].keys() == {"message", "type", "param", "code"}
+
+
+def certificate(directory: Path) -> tuple[Path, Path]:
+    cert, key = directory / "cert.pem", directory / "key.pem"
+    argv = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    argv += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    subprocess.run(argv, check=True, capture_output=True)  # noqa: S603 - no input of others
+    return cert, key
+
+
+async def test_tls_is_spoken_where_there_is_a_certificate(tmp_path: Path) -> None:
+    cert, key = await asyncio.to_thread(certificate, tmp_path)
+    server = HttpServer(Application(), host="127.0.0.1", port=0, tls_cert_file=cert, tls_key_file=key)
+    await server.start()
+    try:
+        context = ssl.create_default_context(cafile=str(cert))
+        async with httpx.AsyncClient(verify=context, trust_env=False) as client:
+            response = await client.get(f"https://127.0.0.1:{server.port}/v1/nothing")
+        assert (response.status_code, error_of(response)["code"]) == (404, "unknown_url")
+    finally:
+        await server.stop()
+
+
+async def test_a_certificate_that_cannot_be_used_keeps_the_service_from_starting(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.pem"
+    bad.write_text("no certificate")
+    server = HttpServer(Application(), host="127.0.0.1", port=0, tls_cert_file=bad, tls_key_file=bad)
+    with pytest.raises(ConfigError, match="no PEM certificate chain"):
+        await server.start()
+    with pytest.raises(ConfigError, match="set both or none"):
+        await HttpServer(Application(), host="127.0.0.1", port=0, tls_cert_file=bad).start()
+
+
+async def test_paths_and_methods_that_are_not_there_are_answered_in_shape(house: House) -> None:
+    async with open_http_front(house) as front:
+        missing = await front.client.get("/v1/nothing")
+        other = await front.client.get("/v1/images/generations")
+        retired = await front.client.post("/v1/images/variations")
+        slash = await front.client.post("/v1/images/generations/")
+    told = [(each.status_code, error_of(each)["code"]) for each in (missing, other, retired, slash)]
+    assert told == [
+        (404, "unknown_url"),
+        (405, "method_not_supported"),
+        (410, "endpoint_retired"),
+        (404, "unknown_url"),
+    ]
+    assert other.headers["allow"] == "POST"
+
+
+async def test_models_are_those_that_are_served(house: House) -> None:
+    async with open_http_front(house) as front:
+        listed = (await front.client.get("/v1/models")).json()
+        one = (await front.client.get("/v1/models/org/other")).json()
+        missing = await front.client.get("/v1/models/gpt-99")
+    assert [each["id"] for each in listed["data"]] == ["gpt-image-2", "org/other"]
+    assert one == listed["data"][1]
+    assert one.keys() == {"id", "object", "created", "owned_by"}
+    assert (missing.status_code, error_of(missing)["code"]) == (404, "model_not_found")
+
+
+async def test_models_are_told_to_callers_only(house: House) -> None:
+    caller = Caller("shop", frozenset({Permission.READ}))
+    async with open_http_front(house, callers=[(hashlib.sha256(b"sk-x").digest(), caller)], anonymous=None) as front:
+        assert (await front.client.get("/v1/models")).status_code == 401
+        assert (await front.client.get("/v1/models", headers={"authorization": "Bearer sk-x"})).is_success
+
+
+async def test_a_client_that_times_out_and_asks_again_joins_the_running_job(house: House) -> None:
+    async with open_http_front(house) as front:
+        house.upstream.hold()
+        asking = asyncio.create_task(front.generate())
+        await house.upstream.arrived(1)
+        asking.cancel()
+        await until(lambda: front.reception._in_progress == 0)
+        again = asyncio.create_task(front.generate())
+        await until(lambda: front.reception._in_progress == 1)
+        house.upstream.release()
+        assert pictures_of(await again)
+        assert house.upstream.calls == 1
+
+
+async def test_a_call_whose_client_has_gone_is_concluded_and_not_answered(house: House) -> None:
+    async with open_http_front(house) as front:
+        house.upstream.hold()
+        asking = asyncio.create_task(front.generate(headers={"x-request-id": "call-7"}))
+        await house.upstream.arrived(1)
+        asking.cancel()
+        await until(lambda: front.reception._in_progress == 0)
+        assert front.recall.explain("call-7", Caller("anonymous", frozenset(Permission))).reason == "CLIENT_GONE"
+
+
+async def test_a_service_that_ends_answers_what_has_begun_and_nothing_more(house: House) -> None:
+    async with open_http_front(house) as front:
+        house.upstream.hold()
+        asking = asyncio.create_task(front.generate())
+        await house.upstream.arrived(1)
+        ending = asyncio.create_task(front.reception.idle())
+        await until(front.reception.going_down.is_set)
+        refused = await front.generate("a blue fox")
+        assert (refused.status_code, error_of(refused)["code"]) == (503, "shutting_down")
+        assert refused.headers["connection"] == "close"
+        house.upstream.release()
+        assert pictures_of(await asking)
+        await ending
+
+
+async def test_too_many_calls_at_a_time_are_turned_away(house: House) -> None:
+    async with open_http_front(house, max_concurrent_calls=1) as front:
+        house.upstream.hold()
+        asking = asyncio.create_task(front.generate())
+        await house.upstream.arrived(1)
+        refused = await front.generate("a blue fox")
+        assert (refused.status_code, error_of(refused)["code"]) == (503, "server_is_overloaded")
+        assert refused.headers["retry-after"] == "1"
+        house.upstream.release()
+        assert pictures_of(await asking)
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        ({"host": "evil.example"}, "host_not_allowed"),
+        ({"origin": "https://evil.example"}, "origin_not_allowed"),
+        ({"origin": "null"}, "origin_not_allowed"),
+    ],
+)
+async def test_a_web_page_cannot_spend_money_where_there_are_no_callers(
+    house: House, headers: dict[str, str], code: str
+) -> None:
+    async with open_http_front(house, hosts=["images.example"]) as front:
+        refused = await front.generate(headers=headers)
+        assert (refused.status_code, error_of(refused)["code"]) == (403, code)
+        assert house.upstream.calls == 0
+        assert pictures_of(await front.generate(headers={"host": "images.example", "origin": "http://localhost:3000"}))
+
+
+async def test_the_same_body_is_answered_to_each_caller_by_its_own_rights(house: House) -> None:
+    """What is remembered of one caller's request is nothing to another."""
+    reader = Caller("reader", frozenset({Permission.READ}), frozenset({"elsewhere"}))
+    shop = Caller("shop", frozenset(Permission))
+    callers = [(hashlib.sha256(token).digest(), caller) for token, caller in ((b"sk-r", reader), (b"sk-s", shop))]
+    async with open_http_front(house, callers=callers, anonymous=None) as front:
+        for _ in range(3):
+            assert pictures_of(await front.generate(headers={"authorization": "Bearer sk-s"}))
+        named = {"authorization": "Bearer sk-r", "x-cacheserver-namespace": "default"}
+        assert (await front.generate(headers=named)).status_code == 403
+        assert (await front.generate(headers={"authorization": "Bearer sk-wrong"})).status_code == 401
+
+
+async def test_a_picture_that_was_replaced_is_not_answered_from_what_was_told_before(house: House) -> None:
+    async with open_http_front(house) as front:
+        first = [pictures_of(await front.generate()) for _ in range(3)]
+        assert first[0] == first[1] == first[2]
+        await house.cache.purge(house.namespace, dry_run=False)
+        second = [pictures_of(await front.generate()) for _ in range(3)]
+        assert second[0] == second[1] == second[2] != first[0]
