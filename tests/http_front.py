@@ -26,7 +26,7 @@ from cacheserver.http.openai.routes import GENERATIONS, openai_routes
 from cacheserver.http.openai.uploads import Uploads
 from cacheserver.http.server import HttpServer
 from cacheserver.interfaces import Prompts
-from cacheserver.model import CachedImage, Caller, Namespace, Permission
+from cacheserver.model import CachedImage, Caller, Namespace, Permission, RateLimit
 from cacheserver.precheck import PromptPolicy
 from cacheserver.recall import Recall
 from tests.house import MODEL, House
@@ -87,6 +87,7 @@ async def open_http_front(
     uploads: Uploads | None = None,
     routes: Sequence[BaseRoute] = (),
     hosts: Sequence[str] = (),
+    limit: RateLimit | None = None,
 ) -> AsyncIterator[HttpFront]:
     """Serve `house` on a free port until the block ends."""
     recall = Recall()
@@ -108,7 +109,7 @@ async def open_http_front(
     )
     calls = HttpCalls(reception, Guard(has_callers=bool(callers), is_open=False, hosts=hosts))
     streaming = Streams(asking=asking, clock=house.clock)
-    pictures = Pictures(asking=asking, clock=house.clock, urls=PlainUrls(), streaming=streaming)
+    pictures = Pictures(asking=asking, clock=house.clock, urls=PlainUrls(), streaming=streaming, limit_of=lambda _: limit)
     uploads = uploads or Uploads(max_bytes=MAX_UPLOAD_BYTES, memory_bytes=4 * MAX_UPLOAD_BYTES)
     ours = openai_routes(
         calls,

@@ -11,6 +11,7 @@ import pytest
 
 from cacheserver.errors import PromptRefusedError
 from cacheserver.http.openai.answers import SLICE_BYTES, base64_length, base64_slices
+from cacheserver.http.openai.rates import go_duration, limit_of
 from cacheserver.identity import identify
 from cacheserver.model import (
     Budget,
@@ -21,8 +22,10 @@ from cacheserver.model import (
     ImageRequest,
     Namespace,
     Outcome,
+    Outlook,
     Permission,
     Priority,
+    RateLimit,
     StatsField,
     Usage,
 )
@@ -320,6 +323,34 @@ async def test_a_callers_highest_priority_holds(house: House) -> None:
     async with open_http_front(house, callers=[(DIGEST, caller)]) as front:
         await front.generate(headers={**AUTHORIZED, "x-cacheserver-priority": "interactive"})
         assert pictures_of(await front.generate(headers=AUTHORIZED))
+
+
+async def test_what_is_made_tells_of_the_limits_it_took_from_and_a_hit_does_not(house: House) -> None:
+    async with open_http_front(house, limit=RateLimit(60, 59, 1.5)) as front:
+        made, hit = await front.generate(), await front.generate()
+        told = {name: value for name, value in made.headers.items() if name.startswith("x-ratelimit")}
+        assert told == {
+            "x-ratelimit-limit-images": "60",
+            "x-ratelimit-remaining-images": "59",
+            "x-ratelimit-reset-images": "1.5s",
+        }
+        assert not any(name.startswith("x-ratelimit") for name in hit.headers)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (0.0119, "12ms"), (1, "1s"), (1.5, "1.5s"), (59.9999, "1m0s"), (360, "6m0s"), (3_661, "1h1m1s")],
+)
+def test_durations_are_written_as_go_writes_them(seconds: float, text: str) -> None:
+    assert go_duration(seconds) == text
+
+
+def test_the_limit_is_that_of_the_groups_less_what_is_taken(house: House) -> None:
+    request, _ = house.identity()
+    assert limit_of(house.generator, lambda _: 0.0)(request) is None
+    outlook = Outlook(frozenset({"a", "b"}), 60.0, 20.0)
+    house.generator.outlook = lambda _: outlook  # type: ignore[method-assign]  # as if there were limits
+    assert limit_of(house.generator, {"a": 30.0, "b": 45.0}.__getitem__)(request) == RateLimit(60, 30, 30.0)
 
 
 # ── what fails ──────────────────────────────────────────────────────────────────────────────────────────────────

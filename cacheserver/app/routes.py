@@ -16,6 +16,7 @@ from cacheserver.http.openai.events import Streams
 from cacheserver.http.openai.generations import Generations
 from cacheserver.http.openai.models import Models
 from cacheserver.http.openai.pictures import Pictures
+from cacheserver.http.openai.rates import limit_of
 from cacheserver.http.openai.routes import openai_routes
 from cacheserver.http.openai.uploads import Uploads
 
@@ -39,7 +40,8 @@ def build_routes(core: Core, *, asking: Asking, reception: Reception, urls: Imag
 
 def _openai(core: Core, calls: HttpCalls, *, asking: Asking, urls: ImageUrls) -> list[BaseRoute]:
     streaming = Streams(asking=asking, clock=core.clock)
-    pictures = Pictures(asking=asking, clock=core.clock, urls=urls, streaming=streaming)
+    limit = limit_of(core.miss_path.generator, core.miss_path.limits.next_s)
+    pictures = Pictures(asking=asking, clock=core.clock, urls=urls, streaming=streaming, limit_of=limit)
     server = core.settings.server
     edits = Edits(
         pictures,

@@ -11,17 +11,18 @@ from starlette.requests import Request
 from cacheserver.calls.asking import Asking
 from cacheserver.calls.bounds import at_use
 from cacheserver.calls.call import Call
-from cacheserver.errors import NotImplementedYetError
+from cacheserver.errors import NotImplementedYetError, UpstreamLimitedError
 from cacheserver.http.answer import Answer
 from cacheserver.http.calls import while_connected
 from cacheserver.http.openai.answers import Urls, answer_by_url, answer_headers, answer_with_bytes
 from cacheserver.http.openai.asked import HttpAsked
 from cacheserver.http.openai.headers import OURS, namespace_name, read_match_level, read_terms, unknown_use, use_of
 from cacheserver.http.openai.memo import Memo, Memos, Name, Told
+from cacheserver.http.openai.rates import LimitOf, rate_headers
 from cacheserver.http.openai.reading import Wanted, wrong
 from cacheserver.http.status import HttpError, status_of
 from cacheserver.interfaces import Clock
-from cacheserver.model import CachePolicy, Namespace, Pending, Permission, Served
+from cacheserver.model import CachePolicy, Namespace, Pending, Permission, Served, TierName
 
 _REVIEW_RETRY_S = 60
 
@@ -37,12 +38,24 @@ class Streaming(Protocol):
 class Pictures:
     """Answers with pictures."""
 
-    def __init__(self, *, asking: Asking, clock: Clock, urls: Urls | None, streaming: Streaming) -> None:
-        """`urls` are handed out where a call wants those; `streaming` answers calls that want a stream."""
+    def __init__(
+        self,
+        *,
+        asking: Asking,
+        clock: Clock,
+        urls: Urls | None,
+        limit_of: LimitOf,
+        streaming: Streaming,
+    ) -> None:
+        """`urls` are handed out where a call wants those; `streaming` answers calls that want a stream.
+
+        `limit_of` tells how fast pictures can be made.
+        """
         self._asking = asking
         self._clock = clock
         self._urls = urls
         self._streaming = streaming
+        self._limit_of = limit_of
         self._memos = Memos()
 
     def namespace(self, call: Call) -> Namespace:
@@ -76,11 +89,17 @@ class Pictures:
         asked = await self._asking.screened(self._asked(call, namespace, wanted))
         if wanted.stream:
             return await self._streaming.answer(request, call, asked)
-        answer = await while_connected(request, self._asking.answer(asked, call))
+        try:
+            answer = await while_connected(request, self._asking.answer(asked, call))
+        except UpstreamLimitedError:
+            call.trailers += rate_headers(self._limit_of(wanted.request))
+            raise
         if isinstance(answer, Pending):
             return in_review(call.request_id)
         if name is not None and call.wanted is not None:
             self._memos.keep(name, Memo(asked, call.wanted))
+        if any(served.tier is TierName.UPSTREAM for served in answer):  # a hit takes nothing of any limit
+            call.trailers += rate_headers(self._limit_of(wanted.request))
         return self._tell(answer, asked, request, call)
 
     def _tell(self, answer: list[Served], asked: HttpAsked, request: Request, call: Call) -> Answer:
