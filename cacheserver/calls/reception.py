@@ -37,6 +37,7 @@ class Reception:
         self._authenticator = authenticator
         self._books = books
         self._clock = clock
+        self._log = _log.bind()  # once: to find out anew how to log takes as long as to write the line
         self._in_progress = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -134,7 +135,7 @@ class Reception:
                 answer=call.answer,
                 wanted=call.wanted,
             )
-        log = _log.error if exc_info else _log.info
+        log = self._log.error if exc_info else self._log.info
         log(
             "call",
             rpc=call.rpc,
