@@ -1,0 +1,53 @@
+"""What is remembered of requests that come again: bounded in number and in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import cast
+
+from cacheserver.calls.call import Call
+from cacheserver.http.openai.asked import HttpAsked
+from cacheserver.http.openai.memo import _MOST_MEMOS, _MOST_TOLD_BYTES, Memo, Memos, Told, name_of
+from cacheserver.model import Identity, Namespace
+from tests.house import House
+
+NAMESPACE = Namespace("default", "default")
+
+
+def memo() -> Memo:
+    return Memo(cast("HttpAsked", None), cast("Identity", None))
+
+
+def test_the_oldest_of_too_many_are_forgotten() -> None:
+    memos = Memos()
+    for number in range(_MOST_MEMOS + 1):
+        memos.keep((number,), memo())
+    assert memos.find((0,)) is None
+    assert memos.find((1,)) is not None
+    assert memos.find((_MOST_MEMOS,)) is not None
+
+
+async def test_what_was_told_is_bounded_in_bytes_and_of_one_entry(house: House) -> None:
+    entry = (await house.get()).entry
+    memos, body = Memos(), bytes(_MOST_TOLD_BYTES // 2)
+    kept = {name: memo() for name in (("a",), ("b",), ("c",))}
+    for name, each in kept.items():
+        memos.keep(name, each)
+        memos.tell(name, each, Told(entry, body))
+    assert [each.told is not None for each in kept.values()] == [False, True, True]
+    told = kept["c",].told
+    assert told is not None
+    assert told.is_of(entry)
+    assert not told.is_of(replace(entry, create_time_s=entry.create_time_s + 1))
+
+
+def test_a_call_is_remembered_by_all_it_was_read_from() -> None:
+    def name(body: bytes = b"{}", **metadata: str) -> object:
+        said = {key.replace("_", "-"): value for key, value in metadata.items()}
+        return name_of(Call("POST", said, "id", None, 0.0), NAMESPACE, body)
+
+    names = [name(), name(b"{ }"), name(cache_control="no-store"), name(x_cacheserver_ttl="5"), name(content_type="a")]
+    assert len({*names}) == len(names)
+    assert name() == name(user_agent="another")
+    assert name(idempotency_key="x") is None
+    assert name(b" " * 5_000) is None
