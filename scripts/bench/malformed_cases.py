@@ -479,7 +479,7 @@ def _cut(made: _Made) -> Iterator[Malformed]:
         made.image("an image"),
     )
     for case in whole:
-        for eighths in range(8):
+        for eighths in range(1, 8):
             yield Malformed(f"{case.kind}, cut", case.data[: len(case.data) * eighths // 8], is_cut=True)
     for path in (GENERATIONS, EDITS):
         for length in (10**9, 10**18, 500):
