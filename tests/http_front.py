@@ -109,7 +109,9 @@ async def open_http_front(
     )
     calls = HttpCalls(reception, Guard(has_callers=bool(callers), is_open=False, hosts=hosts))
     streaming = Streams(asking=asking, clock=house.clock)
-    pictures = Pictures(asking=asking, clock=house.clock, urls=PlainUrls(), streaming=streaming, limit_of=lambda _: limit)
+    pictures = Pictures(
+        asking=asking, clock=house.clock, urls=PlainUrls(), streaming=streaming, limit_of=lambda _: limit
+    )
     uploads = uploads or Uploads(max_bytes=MAX_UPLOAD_BYTES, memory_bytes=4 * MAX_UPLOAD_BYTES)
     ours = openai_routes(
         calls,

@@ -16,11 +16,11 @@ from starlette.routing import Route
 from cacheserver.http.server import HttpServer
 
 
-async def _serve(path: str, body: bytes) -> None:
+async def _serve(path: str, body: bytes, media_type: str) -> None:
     async def answer(_: Request) -> Response:
-        return Response(body, media_type="application/json")
+        return Response(body, media_type=media_type)
 
-    server = HttpServer(Starlette(routes=[Route(path, answer, methods=["POST"])]), host="127.0.0.1", port=0)
+    server = HttpServer(Starlette(routes=[Route(path, answer, methods=["GET", "POST"])]), host="127.0.0.1", port=0)
     await server.start()
     print(server.port, flush=True)
     await asyncio.Event().wait()
@@ -29,9 +29,11 @@ async def _serve(path: str, body: bytes) -> None:
 def main(
     path: Annotated[str, typer.Argument(help="Path of the route.")],
     body_file: Annotated[Path, typer.Argument(help="File that holds what it returns.")],
+    *,
+    media_type: Annotated[str, typer.Option(help="What it is.")] = "application/json",
 ) -> None:
     """Serve it until killed; prints the port."""
-    uvloop.run(_serve(path, body_file.read_bytes()))
+    uvloop.run(_serve(path, body_file.read_bytes(), media_type))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import json as json_format
 import statistics
 import sys
 import tempfile
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -36,6 +36,9 @@ _BODY = json_format.dumps({"model": "gpt-image-2", "prompt": "a red fox", "quali
 _AT_A_TIME = (1, 32)
 _GOAL = 0.7
 _WARM_UP = 500
+
+Server = tuple[str, int]
+"""A server's address, as host:port, and its process's id."""
 
 
 @dataclass(slots=True)
@@ -85,8 +88,7 @@ def _median_ratio(ones: list[float], others: list[float]) -> float:
 
 
 async def measure(*, rounds: int, count: int, image_bytes: int) -> dict[int, Pair]:
-    """Rounds of both, in turn and each time in the other order."""
-    pairs = {at_a_time: Pair() for at_a_time in _AT_A_TIME}
+    """The service, with one picture in memory, and the bare route."""
     async with AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         provider = await stack.enter_async_context(OpenAIStandIn())
@@ -98,18 +100,24 @@ async def measure(*, rounds: int, count: int, image_bytes: int) -> dict[int, Pai
         request_file, body_file = directory / "request", directory / "body"
         request_file.write_bytes(_request())
         body_file.write_bytes(await _hit(service.http_address))
-        floor_address, floor = await stack.enter_async_context(_floor(body_file))
-        addresses = {"service": (service.http_address, service.pid), "floor": (floor_address, floor.pid)}
-        for address, _ in addresses.values():
-            await ask_from_a_process(address, request_file, at_a_time=8, count=_WARM_UP)
-        for number in range(rounds):
-            for at_a_time, pair in pairs.items():
-                for name in sorted(addresses, reverse=bool(number % 2)):
-                    address, pid = addresses[name]
-                    before_s = cpu_s(pid)
-                    answered = await ask_from_a_process(address, request_file, at_a_time=at_a_time, count=count)
-                    getattr(pair, name).add(answered, (cpu_s(pid) - before_s) / answered.count * 1e6)
-            _progress(pairs)
+        floor = await stack.enter_async_context(bare_route(_PATH, body_file))
+        return await paired((service.http_address, service.pid), floor, request_file, rounds=rounds, count=count)
+
+
+async def paired(service: Server, floor: Server, request_file: Path, *, rounds: int, count: int) -> dict[int, Pair]:
+    """Rounds of the same request to both, in turn and each time in the other order."""
+    pairs = {at_a_time: Pair() for at_a_time in _AT_A_TIME}
+    servers = {"service": service, "floor": floor}
+    for address, _ in servers.values():
+        await ask_from_a_process(address, request_file, at_a_time=8, count=_WARM_UP)
+    for number in range(rounds):
+        for at_a_time, pair in pairs.items():
+            for name in sorted(servers, reverse=bool(number % 2)):
+                address, pid = servers[name]
+                before_s = cpu_s(pid)
+                answered = await ask_from_a_process(address, request_file, at_a_time=at_a_time, count=count)
+                getattr(pair, name).add(answered, (cpu_s(pid) - before_s) / answered.count * 1e6)
+        _progress(pairs)
     return pairs
 
 
@@ -140,15 +148,18 @@ async def _hit(address: str) -> bytes:
 
 
 @asynccontextmanager
-async def _floor(body_file: Path) -> AsyncIterator[tuple[str, Process]]:
-    """The bare route, and where it is."""
-    argv = [sys.executable, "-m", "scripts.bench.http_floor", _PATH, str(body_file)]
-    process = await asyncio.create_subprocess_exec(*argv, stdout=PIPE, cwd=_ROOT)
+async def bare_route(path: str, body_file: Path, *, media_type: str = "application/json") -> AsyncIterator[Server]:
+    """A bare route that returns the bytes of a file, in a process of its own."""
+    argv = leashed([sys.executable, "-m", "scripts.bench.http_floor", path, str(body_file), "--media-type", media_type])
+    process = await asyncio.create_subprocess_exec(*argv, stdin=PIPE, stdout=PIPE, cwd=_ROOT)
     try:
         port = (await process.stdout.readline()).decode().strip() if process.stdout else ""
-        yield f"127.0.0.1:{port}", process
+        yield f"127.0.0.1:{port}", process.pid
     finally:
         process.kill()
+        if process.stdin is not None:
+            process.stdin.write(b"\n")  # lets it off the leash, which else would hold its output open
+            process.stdin.close()
         await process.wait()
 
 
@@ -157,7 +168,28 @@ def _progress(pairs: dict[int, Pair]) -> None:
     print("  ".join(told), file=sys.stderr, flush=True)
 
 
-def _figures(pairs: dict[int, Pair]) -> dict[str, Any]:
+def print_pairs(title: str, pairs: dict[int, Pair]) -> None:
+    """Print what was measured."""
+    print_table(
+        title,
+        ("server", "requests/s", "CPU a request", "p50", "p99"),
+        [
+            (f"{name}, {n} at a time", f"{t['per_second']:.0f}", f"{t['cpu_us']:.0f} us", *_latencies(t))
+            for n, pair in pairs.items()
+            for name, t in (("service", pair.service.told()), ("bare route", pair.floor.told()))
+        ],
+    )
+    _progress(pairs)
+
+
+def shortfalls_of(pairs: dict[int, Pair]) -> list[str]:
+    """What is not as it should be."""
+    ratio = pairs[_AT_A_TIME[-1]].throughput
+    return [] if ratio >= _GOAL else [f"throughput is {ratio:.3f} of the bare route's, not {_GOAL}"]
+
+
+def figures_of(pairs: dict[int, Pair]) -> dict[str, Any]:
+    """The figures, for JSON."""
     return {
         str(n): {"throughput": p.throughput, "cpu": p.cpu, "service": p.service.told(), "floor": p.floor.told()}
         for n, p in pairs.items()
@@ -174,20 +206,10 @@ def main(
     """A hit over HTTP against a bare route that returns the same bytes."""
     busy = BusyCores()
     pairs = asyncio.run(measure(rounds=rounds, count=count, image_bytes=image_bytes))
-    print_table(
-        f"A hit of {image_bytes:,} bytes over HTTP, {rounds} rounds of {count:,}",
-        ("server", "requests/s", "CPU a request", "p50", "p99"),
-        [
-            (f"{name}, {n} at a time", f"{t['per_second']:.0f}", f"{t['cpu_us']:.0f} us", *_latencies(t))
-            for n, pair in pairs.items()
-            for name, t in (("service", pair.service.told()), ("bare route", pair.floor.told()))
-        ],
-    )
-    _progress(pairs)
-    ratio = pairs[_AT_A_TIME[-1]].throughput
-    shortfalls = [] if ratio >= _GOAL else [f"throughput is {ratio:.3f} of the bare route's, not {_GOAL}"]
+    print_pairs(f"A hit of {image_bytes:,} bytes over HTTP, {rounds} rounds of {count:,}", pairs)
+    shortfalls = shortfalls_of(pairs)
     print_verdict(shortfalls)
-    write_json(json, "http_hit", {"busy_cores": busy.read(), "shortfalls": shortfalls, **_figures(pairs)})
+    write_json(json, "http_hit", {"busy_cores": busy.read(), "shortfalls": shortfalls, **figures_of(pairs)})
     raise typer.Exit(bool(shortfalls))
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import Enum
+from functools import lru_cache
 
 _DATE_FORMS = ("%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y")
 """RFC 9110 section 5.6.7: the one to be written, and the two older ones that are still to be read."""
@@ -52,6 +53,8 @@ def allows_range(if_range: str | None, *, etag: str, modified_s: int) -> bool:
 
 def read_date(text: str) -> int | None:
     """An HTTP date in seconds since 1970; None if it is none."""
+    if not text:
+        return None
     for form in _DATE_FORMS:
         try:
             return int(datetime.strptime(text, form).replace(tzinfo=UTC).timestamp())
@@ -60,6 +63,7 @@ def read_date(text: str) -> int | None:
     return None
 
 
+@lru_cache(maxsize=1024)  # those of the pictures that are fetched most: to write one takes as long as to find a picture
 def write_date(seconds: int) -> str:
     """Seconds since 1970 as an HTTP date."""
     return datetime.fromtimestamp(seconds, UTC).strftime(_DATE_FORMS[0])

@@ -27,7 +27,8 @@ from cacheserver.calls.call import Call
 from cacheserver.http.answer import Answer
 from cacheserver.http.calls import gone
 from cacheserver.http.openai.answers import answer_headers, base64_slices, resolved, usage_of
-from cacheserver.http.openai.pictures import HttpAsked, in_review, review_error
+from cacheserver.http.openai.asked import HttpAsked
+from cacheserver.http.openai.pictures import in_review, review_error
 from cacheserver.http.status import status_of
 from cacheserver.interfaces import Clock
 from cacheserver.model import GeneratedImage, ImageRequest, PartialImage, Pending, Served
