@@ -11,6 +11,7 @@ import random
 import socket
 import tracemalloc
 from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,6 +24,7 @@ from cacheserver.model import Caller, InputRole, Permission
 from tests.house import House
 from tests.http_front import HttpFront, error_of, open_http_front, pictures_of
 from tests.provider import large_png, small_image
+from tests.running import environment, running
 from tests.waiting import until
 
 PNG, OTHER, JPEG, WEBP = small_image(1), small_image(2), small_image(3, "jpeg"), small_image(4, "webp")
@@ -125,6 +127,11 @@ async def test_an_edit_is_another_one_with_other_images_another_order_or_a_mask(
     assert front.house.upstream.calls == len(edits)
 
 
+async def test_an_edit_of_as_many_images_as_there_may_be_has_room_for_a_mask(front: HttpFront) -> None:
+    assert len(pictures_of(await edit(front, [*[("image", PNG)] * 16, ("mask", MASK)]))) == 1
+    assert len(inputs_of(front)) == 17
+
+
 async def test_an_edit_streams_events_of_its_own_kind(front: HttpFront) -> None:
     front.house.upstream.partials = [b"\x89PNG coarse"]
     response = await edit(front, stream="true", partial_images="1")
@@ -134,6 +141,21 @@ async def test_an_edit_streams_events_of_its_own_kind(front: HttpFront) -> None:
 
 async def test_several_pictures_of_one_edit_are_different(front: HttpFront) -> None:
     assert len({*pictures_of(await edit(front, n="2"))}) == 2
+
+
+async def test_a_service_edits_with_partial_pictures_and_knows_the_edit_again(tmp_path: Path) -> None:
+    painter = '[[upstreams]]\nname = "painter"\nkind = "painter"\nmodels = ["painter"]\n'
+    async with running(environment(tmp_path), painter) as service:
+        address = f"http://{service.http_address}{EDITS}"
+        texts = {"prompt": "a red hat on it", "size": "256x256"}
+        files = [("image[]", ("a.png", PNG)), ("mask", ("m.png", MASK))]
+        async with httpx.AsyncClient(timeout=30) as client:
+            made = await client.post(address, data={**texts, "stream": "true", "partial_images": "2"}, files=files)
+            again = await client.post(address, data=texts, files=files)
+    *partials, completed = [json.loads(line[6:]) for line in made.text.splitlines() if line.startswith("data: ")]
+    assert [each["type"] for each in partials] == ["image_edit.partial_image"] * 2
+    assert pictures_of(again) == [base64.b64decode(completed["b64_json"])]
+    assert "hit" in again.headers["cache-status"]
 
 
 # ── what is refused ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,7 +8,7 @@ import hashlib
 import json
 import socket
 import tracemalloc
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,13 +80,15 @@ class Stream:
 
 
 @asynccontextmanager
-async def streaming(front: HttpFront, **fields: Any) -> AsyncIterator[Stream]:
+async def streaming(
+    front: HttpFront, *, headers: Mapping[str, str] | None = None, **fields: Any
+) -> AsyncIterator[Stream]:
     """A client that streams; at the end of the block it goes away."""
     stream = Stream()
 
     async def read() -> None:
         body = {"prompt": "a red fox", "stream": True, **fields}
-        async with front.client.stream("POST", GENERATIONS, json=body, timeout=None) as response:
+        async with front.client.stream("POST", GENERATIONS, json=body, headers=headers, timeout=None) as response:
             stream.response = response
             async for text in response.aiter_text():
                 stream.text += text
@@ -212,6 +214,19 @@ async def test_a_stream_that_has_nothing_to_say_yet_begins_in_time_and_says_that
         front.house.upstream.release()
         [completed] = await stream.whole()
         assert completed["type"] == "image_generation.completed"
+
+
+async def test_who_waits_only_so_long_for_a_byte_gets_one_in_time_and_the_picture_later(front: HttpFront) -> None:
+    front.house.upstream.hold()
+    idle = front.house.clock.sleepers
+    async with streaming(front, headers={"x-stainless-read-timeout": "4"}) as stream:
+        await front.house.upstream.arrived(1)
+        for comments in (1, 2, 3):
+            await until(lambda: front.house.clock.sleepers > idle)
+            front.house.clock.advance(2)
+            await until(lambda comments=comments: stream.comments == comments)  # type: ignore[misc]
+        front.house.upstream.release()
+        assert [each["type"] for each in await stream.whole()] == ["image_generation.completed"]
 
 
 async def test_who_goes_away_ends_its_wait_and_not_the_load(front: HttpFront) -> None:

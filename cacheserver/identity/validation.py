@@ -121,8 +121,10 @@ def _is_size(size: str) -> bool:
 
 
 def _inputs(request: ImageRequest) -> Iterator[Violation]:
-    if len(request.inputs) > _MAX_INPUTS:
-        yield Violation("inputs", f"must be at most {_MAX_INPUTS} images, and are {len(request.inputs):,}")
+    masks = [index for index, image in enumerate(request.inputs) if image.role is InputRole.MASK]
+    images = len(request.inputs) - len(masks[:1])
+    if images > _MAX_INPUTS:
+        yield Violation("inputs", f"must be at most {_MAX_INPUTS} images, and are {images:,}")
         return
     for index, image in enumerate(request.inputs):
         if not _SHA256.fullmatch(image.sha256):
@@ -131,7 +133,6 @@ def _inputs(request: ImageRequest) -> Iterator[Violation]:
             yield Violation(f"inputs[{index}].data", "must be a PNG, JPEG or WebP image")
         elif image.role is InputRole.MASK and image.content_type not in {"", _MASK_TYPE}:
             yield Violation(f"inputs[{index}].data", "must be a PNG image: it is a mask")
-    masks = [index for index, image in enumerate(request.inputs) if image.role is InputRole.MASK]
     if len(masks) > 1:
         yield Violation(f"inputs[{masks[1]}].role", "is a second mask: there can be one")
     if request.inputs and len(masks) == len(request.inputs):

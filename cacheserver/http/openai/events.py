@@ -79,7 +79,7 @@ class Streams:
         """
         wait = Wait(self._asking, asked, call, request=request, clock=self._clock)
         try:
-            first = await wait.next(HOLD_S)
+            first = await wait.next(_within(HOLD_S, call))
         except BaseException:
             await wait.aclose()
             raise
@@ -103,7 +103,7 @@ class Streams:
                 for piece in (_KEEPALIVE,) if come is None else _partial_event(come, asked, self._clock.now_s()):
                     yield piece
                 with self._asking.booked(call):
-                    come = await wait.next(KEEPALIVE_S)
+                    come = await wait.next(_within(KEEPALIVE_S, call))
         except ClientDisconnect:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it was, the client is told
@@ -126,7 +126,8 @@ class Wait:
         self._clock = clock
         self._unread: deque[PartialImage] = deque()
         self._news = asyncio.Event()
-        asked = replace(asked, terms=replace(asked.terms, on_partial=self._take))
+        # A client that hears from us goes on waiting: its deadline is one between bytes.
+        asked = replace(asked, terms=replace(asked.terms, on_partial=self._take, deadline_s=None))
         self._answering = asyncio.create_task(self._answer(asked, call), name="http stream")
         self._leaving = asyncio.create_task(gone(request), name="http stream: client")
         for task in (self._answering, self._leaving):
@@ -172,6 +173,11 @@ class Wait:
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         finally:
             await end(waiting)
+
+
+def _within(seconds: float, call: Call) -> float:
+    """So long, but in time for a client that says how long it waits for a sign of life."""
+    return seconds if call.deadline_s is None else min(seconds, call.deadline_s / 2)
 
 
 def _partial_event(partial: PartialImage, asked: HttpAsked, now_s: float) -> Iterator[bytes]:
