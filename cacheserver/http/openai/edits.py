@@ -123,9 +123,8 @@ class Edits:
         return _Read("image", Fields(texts, are_text=True), images, masks[0] if masks else None)
 
     async def _read_json(self, request: Request, hold: Hold) -> _Read:
-        body = b"".join([piece async for piece in self._uploads.pieces(request, hold, copies=_COPIES_OF_JSON)])
-        # In a thread: nearly all of it is images.
-        values = await asyncio.to_thread(read_json, request, body)
+        pieces = [piece async for piece in self._uploads.pieces(request, hold, copies=_COPIES_OF_JSON)]
+        values = await asyncio.to_thread(_read_large_json, request, pieces)
         images = values.pop("images", None) or []
         mask = values.pop(_MASK, None)
         if not isinstance(images, list):
@@ -197,6 +196,13 @@ def _text(name: str, data: bytes) -> str:
         return data.decode()
     except UnicodeDecodeError:
         raise wrong(name, f"Invalid '{name}': it is not UTF-8.", "invalid_value") from None
+
+
+def _read_large_json(request: Request, pieces: list[bytes]) -> dict[str, JsonValue]:
+    """The object that a body is, which it takes: nearly all of it is images. For a thread. Raises HttpError."""
+    body = b"".join(pieces)
+    pieces.clear()
+    return read_json(request, body)
 
 
 def _image_in_json(param: str, value: JsonValue) -> _Image:
