@@ -407,6 +407,13 @@ async def test_an_upload_takes_little_more_memory_than_it_is_large(
     front: HttpFront, most: float, *, as_json: bool
 ) -> None:
     images = [large_png(1, 3_000_000)] * 16
+    images_bytes = sum(map(len, images))
+    held_bytes: list[int] = []
+
+    async def measure() -> None:
+        held_bytes.append(tracemalloc.get_traced_memory()[0])
+
+    front.house.upstream.during = measure
     if as_json:
         urls = [{"image_url": data_url(image)} for image in images]
         kind, body = "application/json", json.dumps({"prompt": "a red hat on it", "images": urls}).encode()
@@ -422,6 +429,7 @@ async def test_an_upload_takes_little_more_memory_than_it_is_large(
     assert status == b"HTTP/1.1 200"
     assert len(front.house.upstream.asked[0][0].inputs) == 16
     assert peak_bytes < most * len(body)
+    assert held_bytes[0] < 1.1 * images_bytes  # while the picture is made, of a body nothing else is left
 
 
 def send_slowly(port: int, kind: str, body: bytes) -> bytes:

@@ -82,15 +82,20 @@ class Edits:
         """Answer one call."""
         with self._asking.booked(call):
             namespace = self._pictures.namespace(call)
-            with self._uploads.hold() as hold:
-                read = await self._read(request, hold)
-                inputs = await self._inputs(read)
-                hold.hand_over(inputs)
-            wanted = read_wanted(read.fields, namespace, inputs)
+            fields, inputs, params = await self._taken(request)
+            wanted = read_wanted(fields, namespace, inputs)
             try:
                 return await self._pictures.answer(request, call, namespace, wanted)
             except InvalidRequestError as error:
-                raise _in_words_of(read, error) from error
+                raise _in_words_of(params, error) from error
+
+    async def _taken(self, request: Request) -> tuple[Fields, tuple[InputImage, ...], list[str]]:
+        """A body's parameters, its images, and what each of them is called there. Nothing else of it is kept."""
+        with self._uploads.hold() as hold:
+            read = await self._read(request, hold)
+            inputs = await self._inputs(read)
+            hold.hand_over(inputs)
+        return read.fields, inputs, [image.param for image in (*read.images, read.mask) if image is not None]
 
     async def _read(self, request: Request, hold: Hold) -> _Read:
         content_type = request.headers.get("content-type", "")
@@ -168,11 +173,10 @@ def _look(image: _Image, role: InputRole, *, max_pixels: int) -> tuple[InputImag
     return InputImage(role, hashlib.sha256(data).hexdigest(), content_type_of(data), data), size
 
 
-def _in_words_of(read: _Read, error: InvalidRequestError) -> InvalidRequestError:
+def _in_words_of(params: Sequence[str], error: InvalidRequestError) -> InvalidRequestError:
     """The error with its input images called what the request calls them."""
-    named = [*read.images, *([read.mask] if read.mask is not None else [])]
-    params = {f"spec.inputs[{index}].data": image.param for index, image in enumerate(named)}
-    return InvalidRequestError({params.get(path, path): text for path, text in error.violations.items()})
+    called = {f"spec.inputs[{index}].data": param for index, param in enumerate(params)}
+    return InvalidRequestError({called.get(path, path): text for path, text in error.violations.items()})
 
 
 def _check_mask(mask: InputImage, size: tuple[int, int], *, of: tuple[int, int]) -> None:
