@@ -24,6 +24,7 @@ from typing import Annotated, Any
 import httpx
 import typer
 
+from cacheserver.embedded.child import leashed
 from scripts.bench.figures import BusyCores, percentile, print_table, print_verdict, write_json
 from scripts.bench.hit_cost import cpu_s
 from scripts.bench.http_load import Answered, ask_from_a_process
