@@ -28,9 +28,9 @@ from cacheserver.http.delivery.ranges import (
     Multipart,
     NotSatisfiableError,
     Part,
+    body_of,
     content_range,
     read_range,
-    slices,
 )
 from cacheserver.http.delivery.urls import PATH, ImageUrls, is_version_name, version_of
 from cacheserver.http.status import HttpError, status_of
@@ -220,10 +220,10 @@ def _whole_or_parts(entry: CachedImage, headers: dict[str, str], wanted: str | N
         told = {"content-range": f"bytes */{size}"}
         raise HttpError(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, text, headers=told) from None
     if parts is None:
-        return Answer(HTTPStatus.OK, headers, slices(data, Part(0, size)), size)
+        return Answer(HTTPStatus.OK, headers, body_of(data, Part(0, size)), size)
     if len(parts) > 1:
         body = Multipart(data, parts, content_type)
         headers["content-type"] = body.content_type
         return Answer(HTTPStatus.PARTIAL_CONTENT, headers, body, body.length_bytes)
     headers["content-range"] = content_range(parts[0], size)
-    return Answer(HTTPStatus.PARTIAL_CONTENT, headers, slices(data, parts[0]), parts[0].size)
+    return Answer(HTTPStatus.PARTIAL_CONTENT, headers, body_of(data, parts[0]), parts[0].size)

@@ -71,6 +71,11 @@ def content_range(part: Part, size: int) -> str:
     return f"bytes {part.start}-{part.end - 1}/{size}"
 
 
+def body_of(data: bytes, part: Part) -> Chunk | Iterator[Chunk]:
+    """The bytes of a part as a body: in one piece if it is small."""
+    return memoryview(data)[part.start : part.end] if part.size <= _CHUNK_BYTES else slices(data, part)
+
+
 def slices(data: bytes, part: Part) -> Iterator[Chunk]:
     """The bytes of a part as views of the picture, which is copied nowhere."""
     view = memoryview(data)
