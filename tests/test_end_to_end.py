@@ -259,6 +259,7 @@ async def test_health_readiness_and_metrics_are_served_over_http(tmp_path: Path,
         await stub.GetImage(ask("a prompt nobody may see"))
         async with httpx.AsyncClient(base_url=f"http://{service.http_address}") as http:
             assert (await http.get("/healthz")).status_code == 200
+            assert "/v1/images/generations" in (await http.get("/openapi.json")).json()["paths"]
             ready = (await http.get("/readyz")).json()
             metrics = (await http.get("/metrics")).text
     assert ready == {"status": "ready", "tiers": {"redis": "ok", "disk": "ok"}}
