@@ -220,6 +220,10 @@ class PromptCache:
         hits = self._in_memory(waiter)
         return None if hits is None else [self._served(loaded, waiter) for loaded in hits]
 
+    def still_has(self, key: CacheKey, entry: CachedImage) -> bool:
+        """Whether memory answers `key` with this very entry."""
+        return self._memory.get(key) is entry
+
     async def _get_as_asked(self, ask: Ask) -> list[Served] | Pending:
         terms, namespace = ask.terms, ask.namespace
         if terms.n > namespace.max_variants:

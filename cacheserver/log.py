@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+from datetime import UTC, datetime
 
+import orjson
 import structlog
 
 
@@ -15,21 +18,36 @@ def set_up_logging(*, level: str, form: str) -> None:
     and JSON elsewhere. What the caller of an rpc bound (request id, trace id) is in every line of that call.
     """
     is_console = form == "console" or (form == "auto" and sys.stderr.isatty())
-    renderer: structlog.typing.Processor = _console() if is_console else structlog.processors.JSONRenderer()
     structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *([] if is_console else [structlog.processors.format_exc_info]),
-            renderer,
-        ],
+        processors=_for_people() if is_console else [_json_line],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=(
+            structlog.PrintLoggerFactory(sys.stderr) if is_console else structlog.BytesLoggerFactory(sys.stderr.buffer)
+        ),
         cache_logger_on_first_use=False,
     )
 
 
-def _console() -> structlog.dev.ConsoleRenderer:
-    # The default formatter prints local variables, and with them prompts.
-    return structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
+def _json_line(_: object, level: str, event: structlog.typing.EventDict) -> bytes:
+    """The whole chain in one: there is a line for every call, and it is a good part of what a hit costs."""
+    fields = {**structlog.contextvars.get_contextvars(), **event}
+    fields["level"] = level
+    fields["timestamp"] = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    if fields.get("exc_info"):
+        fields = dict(structlog.processors.format_exc_info(None, level, fields))
+    else:
+        fields.pop("exc_info", None)
+    try:
+        return orjson.dumps(fields, default=repr, option=orjson.OPT_NON_STR_KEYS)
+    except orjson.JSONEncodeError:  # of a huge number or half a surrogate pair, which json takes
+        return json.dumps(fields, default=repr).encode()
+
+
+def _for_people() -> list[structlog.typing.Processor]:
+    return [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        # The default formatter prints local variables, and with them prompts.
+        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback),
+    ]

@@ -237,7 +237,9 @@ class CacheKey:
 
     def with_variant(self, variant: int) -> CacheKey:
         """The same identity's key for another variant."""
-        return replace(self, variant=variant)
+        if variant == self.variant:
+            return self
+        return CacheKey(self.partition, self.fingerprint, self.digest, variant)
 
     @property
     def stand_in(self) -> CacheKey:
@@ -629,7 +631,7 @@ class Outlook:
     call_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class CachedImage:
     """An entry: a stored picture with its metadata. Times are wall-clock seconds since 1970: entries outlive us.
 

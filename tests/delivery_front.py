@@ -12,7 +12,7 @@ import httpx
 
 from cacheserver.calls.auth import Authenticator
 from cacheserver.calls.reception import Reception
-from cacheserver.http.application import application
+from cacheserver.http.application import Application
 from cacheserver.http.calls import HttpCalls
 from cacheserver.http.delivery.images import ImageDelivery
 from cacheserver.http.delivery.partitions import Partitions
@@ -128,7 +128,7 @@ async def open_delivery(
         clock=house.clock,
         widths=widths,
     )
-    server = HttpServer(application(delivery.routes), host="127.0.0.1", port=0)
+    server = HttpServer(Application(delivery.routes), host="127.0.0.1", port=0)
     await server.start()
     base_url = f"http://127.0.0.1:{server.port}"
     try:

@@ -403,3 +403,24 @@ async def test_a_call_can_be_looked_up_by_its_id(front: HttpFront) -> None:
     assert (call.rpc, call.reason, len(call.images)) == ("POST /v1/images/generations", "", 1)
     await front.generate(headers={"x-request-id": "call-8"}, n=11)
     assert front.recall.explain("call-8", EVERYTHING).reason == "INVALID_FIELD"
+
+
+async def test_what_is_told_again_is_what_memory_has_now(front: HttpFront) -> None:
+    house = front.house
+    await front.generate()
+    first, told = [(await front.generate()).content for _ in range(2)]
+    again = await front.generate(headers={"cache-control": "no-cache"})
+    await house.settle()
+    assert first == told
+    assert (await front.generate()).content == again.content != told
+    house.memory.delete(house.identity()[1].key)
+    assert "detail=redis" in (await front.generate()).headers["cache-status"]
+
+
+async def test_what_a_picture_saves_is_asked_again_after_a_minute(front: HttpFront) -> None:
+    for _ in range(3):
+        before = await front.generate()
+    front.house.clock.advance(61)
+    after = await front.generate()
+    assert after.headers["x-cacheserver-saved-usd"] == before.headers["x-cacheserver-saved-usd"]
+    assert after.headers["age"] == "61"

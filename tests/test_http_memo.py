@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import cast
 
 from cacheserver.calls.call import Call
 from cacheserver.http.openai.asked import HttpAsked
 from cacheserver.http.openai.memo import _MOST_MEMOS, _MOST_TOLD_BYTES, Memo, Memos, Told, name_of
-from cacheserver.model import Identity, Namespace
+from cacheserver.model import Identity, Namespace, TierName
 from tests.house import House
 
 NAMESPACE = Namespace("default", "default")
@@ -27,18 +28,22 @@ def test_the_oldest_of_too_many_are_forgotten() -> None:
     assert memos.find((_MOST_MEMOS,)) is not None
 
 
-async def test_what_was_told_is_bounded_in_bytes_and_of_one_entry(house: House) -> None:
-    entry = (await house.get()).entry
+async def test_what_was_told_is_bounded_in_bytes_and_keeps_no_picture(house: House) -> None:
+    served = replace(await house.get(), tier=TierName.MEMORY, cost_microusd=0, saved_microusd=5, collapsed=False)
     memos, body = Memos(), bytes(_MOST_TOLD_BYTES // 2)
     kept = {name: memo() for name in (("a",), ("b",), ("c",))}
     for name, each in kept.items():
         memos.keep(name, each)
-        memos.tell(name, each, Told(entry, body))
+        memos.tell(name, each, Told(served, body, until_s=60.0))
     assert [each.told is not None for each in kept.values()] == [False, True, True]
     told = kept["c",].told
     assert told is not None
-    assert told.is_of(entry)
-    assert not told.is_of(replace(entry, create_time_s=entry.create_time_s + 1))
+    assert told.served() == served
+    await house.settle()
+    house.memory.delete(served.entry.key)
+    del served
+    gc.collect()
+    assert told.served() is None
 
 
 def test_a_call_is_remembered_by_all_it_was_read_from() -> None:

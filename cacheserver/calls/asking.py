@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -157,6 +157,16 @@ class Asking:
             call.wanted, call.answer = identity, served
         return served
 
+    def hit_again(self, served: Served, asked: Asked, identity: Identity, call: Call) -> bool:
+        """Whether `hit` would answer what it answered to such a call a moment ago, at a fraction of its cost.
+
+        It may have been at most a minute: prices change.
+        """
+        if asked.terms.max_age_s is not None or not self._cache.still_has(served.entry.key, served.entry):
+            return False
+        call.wanted, call.answer = identity, (served,)
+        return True
+
     async def answer(self, asked: Asked, call: Call) -> list[Served] | Pending:
         """What the cache answers to a screened call."""
         if isinstance(asked.what, CacheKey):
@@ -199,7 +209,7 @@ class Asking:
 
     # ── booking ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def book(self, answer: list[Served], asked: Asked, call: Call) -> None:
+    def book(self, answer: Sequence[Served], asked: Asked, call: Call) -> None:
         """Book the pictures of an answer, once nothing keeps them from going out."""
         seconds = self._clock.monotonic_s() - call.started_s
         what = asked.what if isinstance(asked.what, CacheKey) else asked.what.without_bytes

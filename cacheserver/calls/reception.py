@@ -123,7 +123,7 @@ class Reception:
     def conclude(self, call: Call, code: str, *, reason: str = "", exc_info: Exception | None = None) -> None:
         """Write the call's one line, and remember it if its caller is known."""
         seconds = self.seconds(call)
-        if self._recall is not None and call.caller not in (NOBODY, BY_URL):
+        if self._recall is not None and call.caller is not NOBODY and call.caller is not BY_URL:
             self._recall.note(
                 call.request_id,
                 rpc=call.rpc,

@@ -98,8 +98,8 @@ _MOST_DIGITS = 18
 
 
 def _check_stated_length(request: Request, max_bytes: int) -> None:
-    stated = request.headers.get("content-length", "")
-    if len(stated) > _MOST_DIGITS or (stated.isascii() and stated.isdecimal() and int(stated) > max_bytes):
+    stated = next((value for name, value in request.scope["headers"] if name == b"content-length"), b"")
+    if len(stated) > _MOST_DIGITS or (stated.isdigit() and int(stated) > max_bytes):
         raise _too_long(max_bytes)
 
 

@@ -90,8 +90,8 @@ class Endpoint:
         metadata, deadline_s = self._known.of(scope["headers"])
         call = self._reception.begin(self._name, metadata, deadline_s=deadline_s)
         try:
-            with structlog.contextvars.bound_contextvars(**call.ids):
-                await self._serve(Request(scope, receive, send), call, send)
+            structlog.contextvars.bind_contextvars(**call.ids)  # each call has a task, and so a context, of its own
+            await self._serve(Request(scope, receive, send), call, send)
         except ClientDisconnect:
             pass  # there is nobody to answer
         finally:

@@ -142,6 +142,40 @@ def _protocol(bounds: Bounds) -> type[asyncio.Protocol]:
     return Bounded
 
 
+class _HeadWithBody:
+    """A transport that sends the head of an answer together with what follows it: in one packet where that is small.
+
+    uvicorn writes them one by one, each of which wakes the client: a fifth of what a hit of 100 KB costs.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._head: bytes | None = None
+
+    def write(self, data: bytes | memoryview) -> None:
+        if self._head is not None:
+            head, self._head = self._head, None
+            self._transport.writelines((head, data))
+        elif data[:5] == b"HTTP/":
+            self._head = bytes(data)
+            self._loop.call_soon(self._flush)  # no body, or one that is still to be made
+        else:
+            self._transport.write(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._head is not None:
+            head, self._head = self._head, None
+            self._transport.write(head)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 class _Connection(HttpToolsProtocol):
     """A connection that cannot be held by saying little, sending slowly or reading nothing, as uvicorn's can.
 
@@ -159,7 +193,7 @@ class _Connection(HttpToolsProtocol):
         self._stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
-        super().connection_made(transport)
+        super().connection_made(_HeadWithBody(transport, self.loop))  # type: ignore[arg-type]  # all it uses of one
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -1,29 +1,32 @@
-"""The floor under an HTTP hit: a bare route that returns the bytes of a file, on the server the service runs on."""
+"""The floor under an HTTP hit: a bare route that returns the bytes of a file, on uvicorn as it comes.
+
+With what makes it fast: httptools, uvloop, and no log of accesses.
+"""
 
 from __future__ import annotations
 
-import asyncio
+import socket
 from pathlib import Path
 from typing import Annotated
 
 import typer
+import uvicorn
 import uvloop
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from cacheserver.http.server import HttpServer
-
 
 async def _serve(path: str, body: bytes, media_type: str) -> None:
     async def answer(_: Request) -> Response:
         return Response(body, media_type=media_type)
 
-    server = HttpServer(Starlette(routes=[Route(path, answer, methods=["GET", "POST"])]), host="127.0.0.1", port=0)
-    await server.start()
-    print(server.port, flush=True)
-    await asyncio.Event().wait()
+    listening = socket.create_server(("127.0.0.1", 0), backlog=2_048)
+    print(listening.getsockname()[1], flush=True)
+    application = Starlette(routes=[Route(path, answer, methods=["GET", "POST"])])
+    config = uvicorn.Config(application, http="httptools", lifespan="off", log_config=None, access_log=False)
+    await uvicorn.Server(config).serve([listening])
 
 
 def main(

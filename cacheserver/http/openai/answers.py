@@ -55,16 +55,25 @@ def answer_by_url(
 
 def answer_headers(answer: Sequence[Served], policy: CachePolicy, now_s: float) -> dict[str, str]:
     """What the headers of an answer say of its pictures: where they came from, how old they are, what they cost."""
-    headers = {
+    return lasting_headers(answer) | passing_headers(answer, policy, now_s)
+
+
+def lasting_headers(answer: Sequence[Served]) -> dict[str, str]:
+    """Those that are the same for every equal answer."""
+    return {
         "content-type": "application/json",
         "cache-control": "private",
-        "cache-status": cache_status(slowest(answer), policy, now_s),
         "etag": _etag(answer),
         "openai-version": OPENAI_VERSION,
         "x-cacheserver-cost-usd": dollars(sum(served.cost_microusd for served in answer)),
         "x-cacheserver-saved-usd": dollars(sum(served.saved_microusd for served in answer)),
         "x-cacheserver-keys": ", ".join(served.entry.key.name for served in answer),
     }
+
+
+def passing_headers(answer: Sequence[Served], policy: CachePolicy, now_s: float) -> dict[str, str]:
+    """Those that tell of this moment."""
+    headers = {"cache-status": cache_status(slowest(answer), policy, now_s)}
     if all(served.tier is not TierName.UPSTREAM for served in answer):
         oldest_s = min(served.entry.create_time_s for served in answer)
         headers["age"] = str(max(0, int(now_s - oldest_s)))

@@ -7,11 +7,13 @@ asked every time. One is kept by everything it was read from: the body, the head
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import ref
 
 from cacheserver.calls.call import Call
+from cacheserver.http.openai.answers import lasting_headers
 from cacheserver.http.openai.asked import HttpAsked
 from cacheserver.http.openai.headers import IDEMPOTENCY_KEY, READ
-from cacheserver.model import CachedImage, Identity, Namespace
+from cacheserver.model import Identity, Namespace, Served, TierName
 
 _MOST_MEMOS = 2_000
 _MOST_BODY_BYTES = 4_096
@@ -25,19 +27,23 @@ Name = tuple[object, ...]
 
 
 class Told:
-    """The finished body of an answer with the picture of `entry`, which it does not keep in memory."""
+    """The finished body of an answer with one picture, and its lasting headers. Keeps no picture in memory."""
 
-    def __init__(self, entry: CachedImage, body: bytes) -> None:
+    def __init__(self, served: Served, body: bytes, *, until_s: float) -> None:
+        """To be told until then (monotonic): what a picture would cost now is to be asked again."""
         self.body = body
-        self._told_apart_by = _facts(entry)
+        lasting = lasting_headers([served]).items()
+        self.head = [(name.encode("ascii"), value.encode("latin-1")) for name, value in lasting]
+        self.until_s = until_s
+        self._entry = ref(served.entry)
+        self._matched, self._saved_microusd, self._derived = served.matched, served.saved_microusd, served.derived
 
-    def is_of(self, entry: CachedImage) -> bool:
-        """Whether this tells of this very entry, and not of one that took its place."""
-        return _facts(entry) == self._told_apart_by
-
-
-def _facts(entry: CachedImage) -> tuple[float, str]:
-    return entry.create_time_s, entry.image.sha256
+    def served(self) -> Served | None:
+        """What was served; None once its entry has left memory."""
+        entry = self._entry()
+        if entry is None:
+            return None
+        return Served(entry, TierName.MEMORY, self._matched, saved_microusd=self._saved_microusd, derived=self._derived)
 
 
 @dataclass(slots=True)

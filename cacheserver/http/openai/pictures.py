@@ -14,7 +14,7 @@ from cacheserver.calls.call import Call
 from cacheserver.errors import NotImplementedYetError, UpstreamLimitedError
 from cacheserver.http.answer import Answer
 from cacheserver.http.calls import while_connected
-from cacheserver.http.openai.answers import Urls, answer_by_url, answer_headers, answer_with_bytes
+from cacheserver.http.openai.answers import Urls, answer_by_url, answer_headers, answer_with_bytes, passing_headers
 from cacheserver.http.openai.asked import HttpAsked
 from cacheserver.http.openai.headers import OURS, namespace_name, read_match_level, read_terms, unknown_use, use_of
 from cacheserver.http.openai.memo import Memo, Memos, Name, Told
@@ -25,6 +25,8 @@ from cacheserver.interfaces import Clock
 from cacheserver.model import CachePolicy, Namespace, Pending, Permission, Served, TierName
 
 _REVIEW_RETRY_S = 60
+_TOLD_S = 60.0
+"""How long an answer may be told again as it is."""
 
 
 class Streaming(Protocol):
@@ -65,19 +67,31 @@ class Pictures:
     def hit(self, name: Name, request: Request, call: Call) -> Answer | None:
         """The answer to a call that came before, byte for byte, if memory has it. None: read it, and ask for one."""
         memo = self._memos.find(name)
-        answer = None if memo is None else self._asking.hit(memo.asked, memo.identity, call)
-        if memo is None or answer is None:
+        if memo is None:
+            return None
+        if (told := self._told_again(memo, call)) is not None:
+            return told
+        answer = self._asking.hit(memo.asked, memo.identity, call)
+        if answer is None:
             return None
         call.model, call.quality = memo.asked.model_and_quality
-        told = memo.told
-        if told is not None and len(answer) == 1 and told.is_of(answer[0].entry):
-            self._asking.book(answer, memo.asked, call)
-            headers = self._headers(answer, memo.asked, call)
-            return Answer(200, headers, told.body, len(told.body))
         made = self._tell(answer, memo.asked, request, call)
         if len(answer) == 1 and isinstance(made.body, bytes) and not memo.asked.by_url:
-            self._memos.tell(name, memo, Told(answer[0].entry, made.body))
+            until_s = self._clock.monotonic_s() + _TOLD_S
+            self._memos.tell(name, memo, Told(answer[0], made.body, until_s=until_s))
         return made
+
+    def _told_again(self, memo: Memo, call: Call) -> Answer | None:
+        """The answer that such a call was given lately, if memory still has that picture."""
+        told = memo.told
+        served = None if told is None or told.until_s < call.started_s else told.served()
+        if told is None or served is None or not self._asking.hit_again(served, memo.asked, memo.identity, call):
+            return None
+        call.model, call.quality = memo.asked.model_and_quality
+        self._asking.book((served,), memo.asked, call)
+        headers = passing_headers((served,), memo.asked.terms.cache_policy, self._clock.now_s())
+        headers["openai-processing-ms"] = self._milliseconds(call)
+        return Answer(200, headers, told.body, len(told.body), told.head)
 
     async def answer(
         self, request: Request, call: Call, namespace: Namespace, wanted: Wanted, name: Name | None = None
@@ -110,10 +124,12 @@ class Pictures:
         return answer_with_bytes(answer, asked.wanted.safety_identifier, headers)
 
     def _headers(self, answer: Sequence[Served], asked: HttpAsked, call: Call) -> dict[str, str]:
-        seconds = self._clock.monotonic_s() - call.started_s
         headers = answer_headers(answer, asked.terms.cache_policy, self._clock.now_s())
-        headers["openai-processing-ms"] = str(round(seconds * 1_000))
+        headers["openai-processing-ms"] = self._milliseconds(call)
         return headers
+
+    def _milliseconds(self, call: Call) -> str:
+        return str(round((self._clock.monotonic_s() - call.started_s) * 1_000))
 
     def _urls_of(self, answer: Sequence[Served], request: Request) -> list[str]:
         base_url = f"{request.url.scheme}://{request.url.netloc}"
