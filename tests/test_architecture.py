@@ -70,6 +70,7 @@ LIBRARIES: dict[str, set[str]] = {
     "redis": {"tiers/redis.py", "control"},
     "boto3": {"tiers/s3_client.py"},
     "botocore": {"tiers/s3.py", "tiers/s3_client.py", "tiers/objects.py"},
+    "orjson": {"log"},
     "PIL": {"generation", "images", "renditions"},
     "aiohttp": {"generation"},
     "httpx": {"generation", "alarms", "cli", "embedded", "client/openai.py"},
