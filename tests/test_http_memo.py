@@ -9,7 +9,7 @@ from typing import cast
 from cacheserver.calls.call import Call
 from cacheserver.http.openai.asked import HttpAsked
 from cacheserver.http.openai.memo import _MOST_MEMOS, _MOST_TOLD_BYTES, Memo, Memos, Told, name_of
-from cacheserver.model import Identity, Namespace, TierName
+from cacheserver.model import CachePolicy, Identity, Namespace, TierName
 from tests.house import House
 
 NAMESPACE = Namespace("default", "default")
@@ -34,7 +34,7 @@ async def test_what_was_told_is_bounded_in_bytes_and_keeps_no_picture(house: Hou
     kept = {name: memo() for name in (("a",), ("b",), ("c",))}
     for name, each in kept.items():
         memos.keep(name, each)
-        memos.tell(name, each, Told(served, body, until_s=60.0))
+        memos.tell(name, each, Told(served, body, CachePolicy.USE_CACHE, until_s=60.0))
     assert [each.told is not None for each in kept.values()] == [False, True, True]
     told = kept["c",].told
     assert told is not None

@@ -6,14 +6,15 @@ asked every time. One is kept by everything it was read from: the body, the head
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from weakref import ref
 
 from cacheserver.calls.call import Call
-from cacheserver.http.openai.answers import lasting_headers
+from cacheserver.http.openai.answers import lasting_headers, passing_headers
 from cacheserver.http.openai.asked import HttpAsked
 from cacheserver.http.openai.headers import IDEMPOTENCY_KEY, READ
-from cacheserver.model import Identity, Namespace, Served, TierName
+from cacheserver.model import CachePolicy, Identity, Namespace, Served, TierName
 
 _MOST_MEMOS = 2_000
 _MOST_BODY_BYTES = 4_096
@@ -27,16 +28,25 @@ Name = tuple[object, ...]
 
 
 class Told:
-    """The finished body of an answer with one picture, and its lasting headers. Keeps no picture in memory."""
+    """The finished body of an answer with one picture, and its headers. Keeps no picture in memory."""
 
-    def __init__(self, served: Served, body: bytes, *, until_s: float) -> None:
+    def __init__(self, served: Served, body: bytes, policy: CachePolicy, *, until_s: float) -> None:
         """To be told until then (monotonic): what a picture would cost now is to be asked again."""
         self.body = body
-        lasting = lasting_headers([served]).items()
-        self.head = [(name.encode("ascii"), value.encode("latin-1")) for name, value in lasting]
         self.until_s = until_s
+        self._policy = policy
+        self._lasting = _as_sent(lasting_headers([served]))
+        self._second = 0
+        self._head: list[tuple[bytes, bytes]] = []
         self._entry = ref(served.entry)
         self._matched, self._saved_microusd, self._derived = served.matched, served.saved_microusd, served.derived
+
+    def head(self, served: Served, now_s: float) -> list[tuple[bytes, bytes]]:
+        """The headers as they are sent: what changes in them changes once a second."""
+        if int(now_s) != self._second:
+            self._second = int(now_s)
+            self._head = self._lasting + _as_sent(passing_headers([served], self._policy, now_s))
+        return self._head
 
     def served(self) -> Served | None:
         """What was served; None once its entry has left memory."""
@@ -44,6 +54,10 @@ class Told:
         if entry is None:
             return None
         return Served(entry, TierName.MEMORY, self._matched, saved_microusd=self._saved_microusd, derived=self._derived)
+
+
+def _as_sent(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode("ascii"), value.encode("latin-1")) for name, value in headers.items()]
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from cacheserver.calls.call import Call
 from cacheserver.errors import NotImplementedYetError, UpstreamLimitedError
 from cacheserver.http.answer import Answer
 from cacheserver.http.calls import while_connected
-from cacheserver.http.openai.answers import Urls, answer_by_url, answer_headers, answer_with_bytes, passing_headers
+from cacheserver.http.openai.answers import Urls, answer_by_url, answer_headers, answer_with_bytes
 from cacheserver.http.openai.asked import HttpAsked
 from cacheserver.http.openai.headers import OURS, namespace_name, read_match_level, read_terms, unknown_use, use_of
 from cacheserver.http.openai.memo import Memo, Memos, Name, Told
@@ -78,7 +78,7 @@ class Pictures:
         made = self._tell(answer, memo.asked, request, call)
         if len(answer) == 1 and isinstance(made.body, bytes) and not memo.asked.by_url:
             until_s = self._clock.monotonic_s() + _TOLD_S
-            self._memos.tell(name, memo, Told(answer[0], made.body, until_s=until_s))
+            self._memos.tell(name, memo, Told(answer[0], made.body, memo.asked.terms.cache_policy, until_s=until_s))
         return made
 
     def _told_again(self, memo: Memo, call: Call) -> Answer | None:
@@ -89,9 +89,8 @@ class Pictures:
             return None
         call.model, call.quality = memo.asked.model_and_quality
         self._asking.book((served,), memo.asked, call)
-        headers = passing_headers((served,), memo.asked.terms.cache_policy, self._clock.now_s())
-        headers["openai-processing-ms"] = self._milliseconds(call)
-        return Answer(200, headers, told.body, len(told.body), told.head)
+        headers = {"openai-processing-ms": self._milliseconds(call)}
+        return Answer(200, headers, told.body, len(told.body), told.head(served, self._clock.now_s()))
 
     async def answer(
         self, request: Request, call: Call, namespace: Namespace, wanted: Wanted, name: Name | None = None
