@@ -216,6 +216,22 @@ async def test_a_stream_that_has_nothing_to_say_yet_begins_in_time_and_says_that
         assert completed["type"] == "image_generation.completed"
 
 
+async def test_a_stream_says_that_it_lives_only_after_a_silence(front: HttpFront) -> None:
+    front.house.upstream.hold()
+    idle = front.house.clock.sleepers
+    async with streaming(front, partial_images=2) as stream:
+        give = await given(front)
+        for index in (0, 1):
+            give(PartialImage(COARSE, index))
+            await until(lambda index=index: len(stream.events) == index + 1)  # type: ignore[misc]
+            await until(lambda: front.house.clock.sleepers > idle)
+            front.house.clock.advance(KEEPALIVE_S - 0.1)
+        assert stream.comments == 0
+        front.house.upstream.release()
+        await stream.whole()
+    assert stream.comments == 0
+
+
 async def test_who_waits_only_so_long_for_a_byte_gets_one_in_time_and_the_picture_later(front: HttpFront) -> None:
     front.house.upstream.hold()
     idle = front.house.clock.sleepers

@@ -140,12 +140,13 @@ class Wait:
             ClientDisconnect: the client has gone.
             Exception: what the pictures cannot be had for.
         """
-        await self._wait_for_news(within_s)
+        if not self._has_news:
+            self._news.clear()
+            await self._wait_for_news(within_s)
         if self._leaving.done():
             raise ClientDisconnect
         if self._unread:
             return self._unread.popleft()
-        self._news.clear()
         return self._answering.result() if self._answering.done() else None
 
     async def aclose(self) -> None:
@@ -165,9 +166,11 @@ class Wait:
             self._unread.popleft()
         self._news.set()
 
+    @property
+    def _has_news(self) -> bool:
+        return bool(self._unread) or self._leaving.done() or self._answering.done()
+
     async def _wait_for_news(self, within_s: float) -> None:
-        if self._news.is_set():
-            return
         waiting = [asyncio.ensure_future(self._news.wait()), asyncio.ensure_future(self._clock.sleep(within_s))]
         try:
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
