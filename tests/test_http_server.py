@@ -111,6 +111,44 @@ async def test_what_is_no_http_is_answered_in_the_shape_of_every_error() -> None
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"].keys() == {"message", "type", "param", "code"}
 
 
+async def test_a_connection_too_many_is_turned_away_in_the_shape_of_every_error() -> None:
+    async with listening(answers, Bounds(max_connections=1)) as server:
+        request = b"GET / HTTP/1.1\r\nhost: a\r\nx-request-id: call-7\r\n\r\n"
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        await until(lambda: len(connections(server)) == 1)
+        refused = await exchange(server.port, request)
+        writer.write(request)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")  # whoever was there before is served on
+        writer.close()
+    head, _, body = refused.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert {b"retry-after: 1", b"x-request-id: call-7", b"connection: close"} <= {*head.split(b"\r\n")}
+    assert json.loads(body)["error"]["code"] == "server_is_overloaded"
+
+
+@pytest.mark.parametrize("has_begun", [False, True], ids=["nothing sent", "in the middle of its answer"])
+async def test_a_server_that_stops_ends_what_takes_too_long_and_says_so_where_it_can(*, has_begun: bool) -> None:
+    async def dawdles(_: object, receive: Callable[[], Any], send: Callable[[object], Any]) -> None:
+        if has_begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        async with asyncio.timeout(10):
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+    async with listening(dawdles, Bounds(grace_s=0.01)) as server:
+        asking = asyncio.create_task(exchange(server.port, b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"))
+        await until(
+            lambda: any(each.cycle and each.cycle.response_started == has_begun for each in connections(server))
+        )
+    head, _, body = (await asking).partition(b"\r\n\r\n")
+    if has_begun:
+        assert not body
+        return
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert b"retry-after: 1" in head
+    assert json.loads(body)["error"]["code"] == "shutting_down"
+
+
 def certificate(directory: Path) -> tuple[Path, Path]:
     cert, key = directory / "cert.pem", directory / "key.pem"
     argv = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]

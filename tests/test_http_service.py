@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from pathlib import Path
 
@@ -35,3 +36,24 @@ async def test_a_picture_made_over_http_is_one_hit_over_grpc_and_the_other_way_r
             assert [image.key for image in explained.images] == [made.headers["x-cacheserver-keys"]]
             models = (await client.get("/models")).json()
             assert "gpt-image-2" in [model["id"] for model in models["data"]]
+
+
+async def test_a_service_that_is_stopped_answers_first_what_waits_and_what_streams(tmp_path: Path) -> None:
+    async with OpenAIStandIn() as provider, running(environment(tmp_path, provider=provider)) as service:
+        base_url = f"http://{service.http_address}/v1"
+        async with httpx.AsyncClient(base_url=base_url, trust_env=False, timeout=60) as client:
+            provider.hold()
+            fox = {"model": "gpt-image-2", "prompt": "a red fox"}
+            calls = [
+                asyncio.create_task(client.post("/images/generations", json=body))
+                for body in (fox, {**fox, "prompt": "a blue fox", "stream": True})
+            ]
+            await provider.arrived(2)
+            stopping = asyncio.create_task(service.stop())
+            while (await client.get("/models")).status_code != 503:  # noqa: ASYNC110 - the answer tells, no event does
+                await asyncio.sleep(0)
+            provider.release()
+            waited, streamed = [await call for call in calls]
+            await stopping
+    assert waited.json()["data"]
+    assert "event: image_generation.completed" in streamed.text

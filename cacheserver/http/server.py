@@ -15,28 +15,34 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from cacheserver.errors import ConfigError
+from cacheserver.calls.call import request_id_of
+from cacheserver.errors import ConfigError, OverloadedError, ShuttingDownError
+from cacheserver.http.status import HttpError, status_of
 
-_GRACE_S = 2
-_MAX_CONNECTIONS = 16_384
+_LAST_S = 2
+"""For calls whose connection was ended to notice it."""
+
 _BACKLOG = 2_048
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How long a connection may take, in seconds, and how many bytes the head of a request.
+    """How long a connection may take, in seconds, how many bytes the head of a request, and how many there may be.
 
     `head_s` for the head of a request to come whole, and its body to begin; `stalled_s` for a client to take a little
-    more of its answer; `idle_s` between an answer and the next request.
+    more of its answer; `idle_s` between an answer and the next request; `grace_s` for what runs when the server stops.
     """
 
     head_s: float = 30.0
     stalled_s: float = 60.0
     idle_s: float = 75.0
+    grace_s: float = 2.0
     max_head_bytes: int = 64 * 1024
+    max_connections: int = 16_384
 
 
 class HttpServer:
@@ -55,20 +61,21 @@ class HttpServer:
         self._host = host
         self._wanted_port = port
         self._tls_files = tls_cert_file, tls_key_file
+        bounds = bounds or Bounds()
         self._server = _Server(
             uvicorn.Config(
                 application,
-                http=_protocol(bounds or Bounds()),
+                http=_protocol(bounds),
                 lifespan="off",
                 ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=_MAX_CONNECTIONS,
-                timeout_keep_alive=(bounds or Bounds()).idle_s,  # type: ignore[arg-type]  # it goes to call_later
-                timeout_graceful_shutdown=_GRACE_S,
-            )
+                timeout_keep_alive=bounds.idle_s,  # type: ignore[arg-type]  # it goes to call_later
+                timeout_graceful_shutdown=bounds.grace_s + _LAST_S,  # type: ignore[arg-type]  # it goes to wait_for
+            ),
+            grace_s=bounds.grace_s,
         )
         self._task: asyncio.Task[None] | None = None
         self.port = 0
@@ -86,7 +93,7 @@ class HttpServer:
         self._task = asyncio.create_task(self._server.serve([listening]), name="http")
 
     async def stop(self) -> None:
-        """Take no new requests, let those that run end within two seconds."""
+        """Take no new requests, let those that run end within `Bounds.grace_s`, then end them."""
         if self._task is None:
             return
         self._server.should_exit = True
@@ -126,11 +133,30 @@ class HttpServer:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn takes SIGTERM for itself otherwise; here the service alone decides what a signal means."""
+    """uvicorn takes SIGTERM for itself otherwise; here the service alone decides what a signal means.
+
+    uvicorn ends calls by cancelling them, which it tells their clients as a failure of ours, and the log as a bug.
+    """
+
+    def __init__(self, config: uvicorn.Config, *, grace_s: float) -> None:
+        super().__init__(config)
+        self._grace_s = grace_s
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.get_running_loop().call_later(self._grace_s, self._end_connections)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    def _end_connections(self) -> None:
+        for connection in [*self.server_state.connections]:
+            if isinstance(connection, _Connection):
+                connection.end()
 
 
 def _protocol(bounds: Bounds) -> type[asyncio.Protocol]:
@@ -194,6 +220,8 @@ class _Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(_HeadWithBody(transport, self.loop))  # type: ignore[arg-type]  # all it uses of one
+        if len(self.connections) > self.allowed.max_connections:
+            self.app = _turn_away
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -206,8 +234,8 @@ class _Connection(HttpToolsProtocol):
             self._head_bytes += len(data)
         super().data_received(data)
         if self._is_in_head and self._head_bytes > self.allowed.max_head_bytes and not self.transport.is_closing():
-            status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-            self._refuse(status, f"The head of the request is larger than {self.allowed.max_head_bytes:,} bytes.")
+            text = f"The head of the request is larger than {self.allowed.max_head_bytes:,} bytes."
+            self._refuse(HttpError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, text))
         elif not self._is_answering and self.timeout_keep_alive_task is None and self._waiting is None:
             self._wait()  # for more than blank lines
 
@@ -244,18 +272,33 @@ class _Connection(HttpToolsProtocol):
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(HTTPStatus.BAD_REQUEST, msg)
+        self._refuse(HttpError(HTTPStatus.BAD_REQUEST, msg))
 
-    def _refuse(self, status: HTTPStatus, text: str) -> None:
-        """Answer what is no request, and close: nobody knows where the next one would begin."""
-        error = {"message": text, "type": "invalid_request_error", "param": None, "code": None}
-        body = json.dumps({"error": error})
-        head = (
-            f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\nx-should-retry: false\r\nx-request-id: {secrets.token_hex(16)}\r\n"
-            "connection: close\r\n\r\n"
-        )
-        self.transport.write(f"{head}{body}".encode("ascii"))
+    def end(self) -> None:
+        """Wait for its answer no more; a client that has heard nothing yet is told that it may ask another replica."""
+        if self._is_answering and not self.cycle.response_started:
+            self._refuse(ShuttingDownError("The service is shutting down; try another replica."))
+        else:
+            self.transport.abort()
+
+    def _refuse(self, error: Exception) -> None:
+        """Answer with an error, and close: nobody knows where the next request would begin, if there is to be one."""
+        request_id = secrets.token_hex(16)
+        told = status_of(error, request_id=request_id)
+        body = json.dumps({"error": told.error})
+        headers = {
+            "content-type": "application/json",
+            "content-length": str(len(body)),
+            "cache-control": "no-store",
+            "x-request-id": request_id,
+            **told.headers,
+            "connection": "close",
+        }
+        lines = [
+            f"HTTP/1.1 {told.status.value} {told.status.phrase}",
+            *(f"{name}: {value}" for name, value in headers.items()),
+        ]
+        self.transport.write("\r\n".join([*lines, "", body]).encode("ascii"))
         self.transport.close()
 
     def _wait(self) -> None:
@@ -276,3 +319,12 @@ class _Connection(HttpToolsProtocol):
             self._wait()  # the answer before it is still on its way
         else:
             self.transport.abort()
+
+
+async def _turn_away(scope: Scope, receive: Receive, send: Send) -> None:
+    """The application of connections that are too many."""
+    request_id = request_id_of(Headers(scope=scope))
+    error = OverloadedError("There are too many connections; try again.")
+    answer = status_of(error, request_id=request_id).answer()
+    answer.headers |= {"x-request-id": request_id, "connection": "close"}
+    await answer(scope, receive, send)
