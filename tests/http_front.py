@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute
 
 from cacheserver.calls.asking import Asking
@@ -106,6 +107,7 @@ async def open_http_front(
         clock=house.clock,
         policies=policies or {},
         prompts=prompts,
+        gone=(ClientDisconnect,),
     )
     calls = HttpCalls(reception, Guard(has_callers=bool(callers), is_open=False, hosts=hosts))
     streaming = Streams(asking=asking, clock=house.clock)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from contextlib import suppress
+from http import HTTPStatus
 from pathlib import Path
 
+import grpc
 import httpx
+import pytest
 
 from cacheserver.pb import promptcache_pb2 as pb
 from tests.provider import OpenAIStandIn
 from tests.running import ask, calling, environment, running
+from tests.waiting import until
 
 
 async def test_a_picture_made_over_http_is_one_hit_over_grpc_and_the_other_way_round(tmp_path: Path) -> None:
@@ -38,6 +43,33 @@ async def test_a_picture_made_over_http_is_one_hit_over_grpc_and_the_other_way_r
             assert "gpt-image-2" in [model["id"] for model in models["data"]]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_goes_away_is_no_error_in_the_figures(tmp_path: Path, *, stream: bool) -> None:
+    async with OpenAIStandIn() as provider, running(environment(tmp_path, provider=provider)) as service:
+        base_url = f"http://{service.http_address}/v1"
+        async with (
+            httpx.AsyncClient(base_url=base_url, trust_env=False, timeout=60) as client,
+            calling(service) as stub,
+        ):
+
+            async def is_gone() -> bool:
+                with suppress(grpc.aio.AioRpcError):  # what has not ended yet is not known
+                    explained = await stub.ExplainCall(pb.ExplainCallRequest(request_id="call-7"))
+                    return bool(explained.reason == "CLIENT_GONE")
+                return False
+
+            provider.hold()
+            body = {"model": "gpt-image-2", "prompt": "a red fox", "stream": stream}
+            headers = {"x-request-id": "call-7"}
+            asking = asyncio.create_task(client.post("/images/generations", json=body, headers=headers))
+            await provider.arrived(1)
+            asking.cancel()
+            await until(is_gone)
+            stats = await stub.GetStats(pb.GetStatsRequest())
+            assert [pb.Outcome.Name(row.outcome) for row in stats.rows if row.requests] == []
+            provider.release()
+
+
 async def test_a_service_that_is_stopped_answers_first_what_waits_and_what_streams(tmp_path: Path) -> None:
     async with OpenAIStandIn() as provider, running(environment(tmp_path, provider=provider)) as service:
         base_url = f"http://{service.http_address}/v1"
@@ -50,8 +82,11 @@ async def test_a_service_that_is_stopped_answers_first_what_waits_and_what_strea
             ]
             await provider.arrived(2)
             stopping = asyncio.create_task(service.stop())
-            while (await client.get("/models")).status_code != 503:  # noqa: ASYNC110 - the answer tells, no event does
-                await asyncio.sleep(0)
+
+            async def takes_no_more() -> bool:
+                return (await client.get("/models")).status_code == HTTPStatus.SERVICE_UNAVAILABLE
+
+            await until(takes_no_more)
             provider.release()
             waited, streamed = [await call for call in calls]
             await stopping

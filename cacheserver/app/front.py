@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from prometheus_client import Gauge
+from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute
 
 from cacheserver.alarms import Alarms
@@ -70,6 +71,7 @@ async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack) -> Fr
         policies=policies,
         prompts=prompts,
         trace=await _trace(core, undo=undo),
+        gone=(ClientDisconnect,),
     )
     urls = await build_image_urls(core)
     inspect = functools.partial(

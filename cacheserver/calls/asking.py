@@ -87,10 +87,12 @@ class Asking:
         policies: Mapping[str, PromptPolicy] = MappingProxyType({}),
         prompts: Prompts | None = None,
         trace: Trace | None = None,
+        gone: tuple[type[Exception], ...] = (),
     ) -> None:
         """`default_model` is that of namespaces that have none of their own; `policies` are by namespace.
 
         `prompts` is where those of namespaces with store_prompts are recorded. `trace` is None where nothing is.
+        `gone` is what a transport raises where a caller no longer waits.
         """
         self._cache = cache
         self._namespaces = {
@@ -102,6 +104,7 @@ class Asking:
         self._policies = policies
         self._prompts = prompts
         self._trace = trace
+        self._gone = gone
 
     def namespace(self, name: str, permission: Permission, call: Call, prefix: str = "") -> Namespace:
         """The namespace a call names. Rights come first, so that nobody learns which others exist.
@@ -233,9 +236,14 @@ class Asking:
 
     @contextmanager
     def booked(self, call: Call) -> Iterator[None]:
-        """Books the call if it fails. Without a known namespace there is no row for it."""
+        """Books the call if it fails. Without a known namespace there is no row for it.
+
+        A caller that has gone is no failure: where it sends again, that call is booked.
+        """
         try:
             yield
+        except self._gone:
+            raise
         except Exception as error:
             if call.namespace:
                 self._book_without_picture(call, _outcome_of_failure(error))
