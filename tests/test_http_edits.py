@@ -103,10 +103,17 @@ async def test_an_edit_is_made_of_its_images_in_their_order_and_its_mask(front: 
 
 
 async def test_the_same_edit_is_a_hit_however_it_comes(front: HttpFront) -> None:
-    first = await edit(front, [("image", PNG), ("image", JPEG), ("mask", MASK)], size="1024x1024", n="1", user="a")
-    again = await edit(front, [("mask", MASK), ("image[]", PNG), ("image[]", JPEG)], size="1024x1024")
+    first = await edit(
+        front, [("image", PNG), ("image", JPEG), ("mask", MASK)], size="1024x1024", n="1", user="a", steps="20"
+    )
+    again = await edit(front, [("mask", MASK), ("image[]", PNG), ("image[]", JPEG)], size="1024x1024", steps="20")
     as_json = await edit_json(
-        front, data_url(PNG), data_url(JPEG, "image/gif"), mask={"image_url": data_url(MASK)}, size="1024x1024"
+        front,
+        data_url(PNG),
+        data_url(JPEG, "image/gif"),
+        mask={"image_url": data_url(MASK)},
+        size="1024x1024",
+        steps=20,
     )
     assert pictures_of(first) == pictures_of(again) == pictures_of(as_json)
     assert again.headers["cache-status"].startswith("cacheserver; hit; detail=memory")
@@ -200,6 +207,7 @@ async def test_a_field_of_a_form_is_checked_as_strictly_as_one_of_json(
         ([("image", PNG), ("mask", large_png(1, 4 * MIB + 1))], "mask", "4,194,304 bytes"),
         ([("image", PNG), ("size", b"\xff")], "size", "not UTF-8"),
         ([("image", PNG), ("prompt", b"another one")], "prompt", "Duplicate parameter"),
+        ([("images", PNG)], "images", "A form has its images as files in 'image'"),
     ],
 )
 async def test_what_cannot_be_edited_is_told_by_the_name_of_its_field(
@@ -237,7 +245,7 @@ async def test_an_image_that_only_looks_whole_is_found_out_before_anything_is_sp
         ([data_url(PNG)], {"mask": "data:image/png;base64,"}, "mask", "expected an object"),
         ([data_url(PNG)], {"mask": {"file_id": "file-1"}}, "mask", "no files are kept here"),
         ([data_url(PNG)], {"n": "1"}, "n", "expected an integer, but got a string"),
-        ([data_url(PNG)], {"image": data_url(PNG)}, "image", "Unknown parameter"),
+        ([data_url(PNG)], {"image": data_url(PNG)}, "image", "JSON has its images in 'images'"),
     ],
 )
 async def test_json_has_its_images_with_it(

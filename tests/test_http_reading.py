@@ -10,6 +10,7 @@ from starlette.requests import Request
 from cacheserver.http.body import read_json
 from cacheserver.http.openai.reading import MAX_JSON_BYTES, Fields, ResponseFormat, read_wanted
 from cacheserver.http.status import HttpError
+from cacheserver.identity import identify
 from cacheserver.model import JsonValue, Namespace
 
 NAMESPACE = Namespace("default", "default", default_model="gpt-image-2")
@@ -95,6 +96,26 @@ def test_in_a_form_numbers_and_booleans_are_text() -> None:
     wanted = read_wanted(Fields(values, are_text=True), NAMESPACE)
     assert (wanted.n, wanted.stream, wanted.request.seed) == (2, True, -7)
     assert wanted.response_format is ResponseFormat.URL
+
+
+@pytest.mark.parametrize("text", ["0", "-7", "20", "0.5", "7.50", "1e-05", "true", "false", str(10**15 - 1)])
+def test_a_provider_s_parameter_counts_as_the_same_in_a_form_and_in_json(text: str) -> None:
+    form, parsed = (
+        read_wanted(fields, NAMESPACE).request
+        for fields in (
+            Fields({"prompt": "a red fox", "steps": text}, are_text=True),
+            Fields({"prompt": "a red fox", "steps": json.loads(text)}),
+        )
+    )
+    assert identify(form, NAMESPACE) == identify(parsed, NAMESPACE)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "007", "1.", ".5", "+1", " 1", "1e400", "NaN", "True", "null", "9" * 30, "\u0661"]
+)
+def test_text_of_a_form_that_is_no_plain_number_stays_text(text: str) -> None:
+    wanted = read_wanted(Fields({"prompt": "a red fox", "style": text}, are_text=True), NAMESPACE)
+    assert wanted.request.extra == {"style": text}
 
 
 @pytest.mark.parametrize("text", ["", "1.0", "01", "+1", " 1", "one", "9" * 30, "\u0661"])

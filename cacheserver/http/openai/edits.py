@@ -130,6 +130,9 @@ class Edits:
     async def _read_json(self, request: Request, hold: Hold) -> _Read:
         pieces = [piece async for piece in self._uploads.pieces(request, hold, copies=_COPIES_OF_JSON)]
         values = await asyncio.to_thread(_read_large_json, request, pieces)
+        if values.get("image") is not None:
+            text = """JSON has its images in 'images', each as {"image_url": "data:image/png;base64,..."}."""
+            raise wrong("image", f"Unknown parameter: 'image'. {text}", "unknown_parameter")
         images = values.pop("images", None) or []
         mask = values.pop(_MASK, None)
         if not isinstance(images, list):
@@ -190,6 +193,10 @@ def _check_mask(mask: InputImage, size: tuple[int, int], *, of: tuple[int, int])
 
 
 def _max_bytes(name: str) -> int:
+    """How large the part of a form may be. Raises HttpError for the one that JSON has in place of `image`."""
+    if name == "images":
+        text = "A form has its images as files in 'image' or 'image[]'."
+        raise wrong(name, f"Unknown parameter: 'images'. {text}", "unknown_parameter")
     if name in _IMAGES:
         return MAX_IMAGE_BYTES
     return MAX_MASK_BYTES if name == _MASK else _MAX_TEXT_BYTES

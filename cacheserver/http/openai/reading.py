@@ -6,6 +6,7 @@ the picture's identity. The first thing that is wrong is told, by the parameter'
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ _WORD = re.compile(r"[A-Za-z0-9._:-]{1,32}")
 """What may be repeated in an error: too short and too plain to be a prompt."""
 
 _WHOLE = re.compile(r"-?(?:0|[1-9][0-9]{0,18})")
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,14})(?:\.[0-9]{1,20})?(?:e-[0-9]{1,2})?")
+"""As JSON and OpenAI's libraries write numbers, as far as a double tells each whole one apart."""
+
 _KINDS: Mapping[type, str] = {
     str: "a string",
     bool: "a boolean",
@@ -68,7 +72,8 @@ class Wanted:
 class Fields:
     """The parameters of a body, taken out one by one; what is left are the provider's.
 
-    In a form numbers and booleans are text.
+    In a form numbers and booleans are text. A provider's parameter that looks like one counts as one, so that an edit
+    has one identity however it comes; providers get edits as forms, where both look alike.
     """
 
     def __init__(self, values: Mapping[str, JsonValue], *, are_text: bool = False) -> None:
@@ -112,7 +117,9 @@ class Fields:
     @property
     def rest(self) -> Mapping[str, JsonValue]:
         """What nobody has taken."""
-        return MappingProxyType(self._left)
+        if not self._are_text:
+            return MappingProxyType(self._left)
+        return MappingProxyType({name: _as_in_json(value) for name, value in self._left.items()})
 
 
 def read_wanted(fields: Fields, namespace: Namespace, inputs: tuple[InputImage, ...] = ()) -> Wanted:
@@ -140,6 +147,13 @@ def read_wanted(fields: Fields, namespace: Namespace, inputs: tuple[InputImage, 
         partial_images=partial_images if stream else 0,
         safety_identifier=safety_identifier,
     )
+
+
+def _as_in_json(value: JsonValue) -> JsonValue:
+    """What JSON would have in place of a form's text."""
+    if isinstance(value, str) and (value in ("true", "false") or _NUMBER.fullmatch(value)):
+        value = json.loads(value)
+    return value
 
 
 def _read_request(fields: Fields, namespace: Namespace, inputs: tuple[InputImage, ...]) -> ImageRequest:
