@@ -18,7 +18,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from cacheserver.errors import PromptRefusedError, UpstreamDownError
-from cacheserver.http.openai.events import HOLD_S, KEEPALIVE_S, MAX_UNREAD_BYTES
+from cacheserver.http.openai.events import HOLD_S, KEEPALIVE_S, LEAST_PAUSE_S, MAX_UNREAD_BYTES
 from cacheserver.http.openai.routes import GENERATIONS
 from cacheserver.model import (
     Budget,
@@ -243,6 +243,21 @@ async def test_who_waits_only_so_long_for_a_byte_gets_one_in_time_and_the_pictur
             await until(lambda comments=comments: stream.comments == comments)  # type: ignore[misc]
         front.house.upstream.release()
         assert [each["type"] for each in await stream.whole()] == ["image_generation.completed"]
+
+
+async def test_who_claims_to_wait_no_time_at_all_does_not_keep_us_busy(front: HttpFront) -> None:
+    front.house.upstream.hold()
+    idle = front.house.clock.sleepers
+    async with streaming(front, headers={"x-stainless-read-timeout": "1e-9"}) as stream:
+        await front.house.upstream.arrived(1)
+        for comments in (1, 2):
+            await until(lambda: front.house.clock.sleepers > idle)
+            front.house.clock.advance(LEAST_PAUSE_S - 0.1)
+            assert front.house.clock.sleepers > idle
+            front.house.clock.advance(0.1)
+            await until(lambda comments=comments: stream.comments == comments)  # type: ignore[misc]
+        front.house.upstream.release()
+        await stream.whole()
 
 
 async def test_who_goes_away_ends_its_wait_and_not_the_load(front: HttpFront) -> None:

@@ -43,6 +43,9 @@ Proxies give an answer 30 s to begin at the least, most of them 60.
 KEEPALIVE_S = 15.0
 """After so long without an event a comment is sent, so that nobody takes the connection for dead."""
 
+LEAST_PAUSE_S = 0.5
+"""No client, however little patience it claims, is sent comments closer together."""
+
 MAX_UNREAD_BYTES = 4 * 1024 * 1024
 """How much of partial pictures waits for a client that has not read them yet, but for the newest one."""
 
@@ -180,7 +183,7 @@ class Wait:
 
 def _within(seconds: float, call: Call) -> float:
     """So long, but in time for a client that says how long it waits for a sign of life."""
-    return seconds if call.deadline_s is None else min(seconds, call.deadline_s / 2)
+    return seconds if call.deadline_s is None else max(LEAST_PAUSE_S, min(seconds, call.deadline_s / 2))
 
 
 def _partial_event(partial: PartialImage, asked: HttpAsked, now_s: float) -> Iterator[bytes]:
