@@ -10,7 +10,7 @@ import socket
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -329,6 +329,32 @@ async def test_a_failure_of_ours_in_mid_stream_reveals_nothing(front: HttpFront)
     assert error["error"]["type"] == "server_error"
     assert stream.response is not None
     assert stream.response.headers["x-request-id"] in error["error"]["message"]
+
+
+async def test_what_waits_for_a_person_is_told_so_and_is_no_failure(house: House) -> None:
+    house.namespace = replace(house.namespace, min_score=0.999)
+    house.restart()
+    async with open_http_front(house) as front:
+        headers = {"x-cacheserver-candidates": "2", "x-request-id": "call-7"}
+        house.upstream.hold()
+        idle = house.clock.sleepers
+        async with streaming(front, headers=headers) as stream:
+            await house.upstream.arrived(1)
+            await until(lambda: house.clock.sleepers > idle)
+            house.clock.advance(HOLD_S)
+            await until(lambda: stream.comments == 1)
+            house.upstream.release()
+            [error] = await stream.whole()
+        assert error["error"]["code"] == "pending_review"
+        await front.reception.idle()
+        assert front.recall.explain("call-7", ANYONE).reason == ""
+    async with open_http_front(house) as front:
+        for stream_again in (True, False):
+            refused = await front.generate(stream=stream_again, headers=headers)
+            assert (refused.status_code, error_of(refused)["code"]) == (409, "pending_review")
+            assert (refused.headers["retry-after"], refused.headers["x-should-retry"]) == ("60", "false")
+        assert outcomes(front) == {Outcome.PENDING: 3}
+        assert house.upstream.images == 2
 
 
 # ── the books ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -112,7 +112,7 @@ class Streams:
         except Exception as error:  # noqa: BLE001 - whatever it was, the client is told
             answer.error = error
         if isinstance(come, Pending):
-            answer.error = review_error()
+            yield _error_event(status_of(review_error(), request_id=call.request_id).error)
         elif isinstance(come, list):
             for served in come:
                 for piece in _completed_event(served.entry.image, asked, self._clock.now_s()):
