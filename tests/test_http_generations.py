@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from importlib import resources
 
 import pytest
 
 from cacheserver.errors import PromptRefusedError
 from cacheserver.http.openai.answers import SLICE_BYTES, base64_length, base64_slices
 from cacheserver.http.openai.rates import go_duration, limit_of
+from cacheserver.http.openai.routes import GENERATIONS
 from cacheserver.identity import identify
 from cacheserver.model import (
     Budget,
@@ -335,6 +338,16 @@ async def test_what_is_made_tells_of_the_limits_it_took_from_and_a_hit_does_not(
             "x-ratelimit-reset-images": "1.5s",
         }
         assert not any(name.startswith("x-ratelimit") for name in hit.headers)
+
+
+async def test_whatever_header_an_answer_has_is_described(house: House) -> None:
+    text = resources.files("cacheserver.http").joinpath("openapi.json").read_text()
+    responses = json.loads(text)["paths"][GENERATIONS]["post"]["responses"]
+    described = {name.lower() for name in responses["200"]["headers"]}
+    async with open_http_front(house, limit=RateLimit(60, 59, 1.5)) as front:
+        for answer in (await front.generate(), await front.generate()):
+            sent = {*answer.headers} - {"date", "content-type", "content-length", "cache-control"}
+            assert sent <= described
 
 
 @pytest.mark.parametrize(
