@@ -356,6 +356,26 @@ async def test_a_connection_that_is_cut_in_mid_stream_has_cost_nobody_knows_what
     assert (error.cost_microusd, error.upstream_request_id) == (None, "req_1")
 
 
+@pytest.mark.parametrize("missing", [1, 2], ids=["blank-line", "end-of-line"])
+async def test_a_connection_that_is_cut_behind_the_whole_picture_has_it(
+    upstream: OpenAIUpstream, provider: OpenAIStandIn, seen: Seen, missing: int
+) -> None:
+    body = events(PARTIAL, COMPLETED)
+    provider.answer_next(stream(body, cut_after=len(body) - missing))
+    [image] = await generate(upstream, seen)
+    assert image.data == base64.b64decode(PICTURE)
+    assert (image.paid_microusd, image.upstream_request_id) == (COST_MICROUSD, "req_1")
+
+
+async def test_a_connection_that_is_cut_behind_an_error_is_that_error(
+    upstream: OpenAIUpstream, provider: OpenAIStandIn, seen: Seen
+) -> None:
+    said = {"message": "No.", "type": "image_generation_user_error", "param": None, "code": "moderation_blocked"}
+    body = events({"type": "error", "error": said})
+    provider.answer_next(stream(body, cut_after=len(body) - 1))
+    assert isinstance(await failure(upstream, seen), PromptRefusedError)
+
+
 async def test_a_stream_that_falls_silent_ends_at_the_deadline(make: Make, provider: OpenAIStandIn, seen: Seen) -> None:
     body = events(PARTIAL, COMPLETED)
     provider.answer_next(stream(body, hang_after=len(body) - 100))

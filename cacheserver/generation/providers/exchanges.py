@@ -57,6 +57,10 @@ class Listener(Protocol):
         """A part of its body; True if nothing more of it is wanted."""
         ...
 
+    async def is_whole(self) -> bool:
+        """Whether all that was wanted of it came before the connection failed."""
+        ...
+
 
 class CannotConnectError(Exception):
     """There is no connection to the provider, so nothing was sent."""
@@ -227,10 +231,14 @@ class _Bytes(aiohttp.payload.Payload):
 
 
 async def _pass_on(response: aiohttp.ClientResponse, listener: Listener) -> None:
-    async for chunk in response.content.iter_any():
-        if await listener.take(chunk):
-            response.close()
-            return
+    try:
+        async for chunk in response.content.iter_any():
+            if await listener.take(chunk):
+                response.close()
+                return
+    except aiohttp.ClientError:
+        if not await listener.is_whole():
+            raise
 
 
 async def _read_at_most(response: aiohttp.ClientResponse, max_bytes: int) -> bytes | None:

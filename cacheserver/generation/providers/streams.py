@@ -99,6 +99,18 @@ class PictureStream:
         if self.completed is None:
             raise self._broken("ended without a picture")
 
+    async def is_whole(self) -> bool:
+        """Whether the picture is there though the connection failed: it may have come without the line that ends it.
+
+        Raises:
+            UpstreamError: the stream says that the call has failed.
+        """
+        try:
+            await self.end()
+        except UpstreamBadImageError:
+            return False
+        return True
+
     async def _read(self, event: Event) -> None:
         if event.data.strip() == _END_MARK:
             return
