@@ -132,6 +132,15 @@ async def test_an_edit_streams_as_well(upstream: OpenAIUpstream, provider: OpenA
     assert (texts(provider)["stream"], texts(provider)["partial_images"]) == ("true", "2")
 
 
+async def test_an_edit_that_streams_and_has_no_usage_costs_what_it_may(
+    upstream: OpenAIUpstream, provider: OpenAIStandIn
+) -> None:
+    provider.edit_next(lambda answer: answer.update(usage=None))
+    request = edit(FOX, STYLE, size="1024x1024", quality="low")
+    [image] = await upstream.generate(request, [0], partial_images=2, on_partial=lambda _: None)
+    assert image.paid_microusd == 6_000 + 2 * (64 * 5 + 1_536 * 8) + 2 * 100 * 30
+
+
 async def test_an_edit_that_is_refused_means_what_a_refused_generation_does(
     upstream: OpenAIUpstream, provider: OpenAIStandIn
 ) -> None:

@@ -1037,7 +1037,7 @@ async def test_an_answer_with_long_headers_is_not_lost(upstream: OpenAIUpstream,
 async def test_an_error_of_our_own_is_not_taken_for_the_providers(
     upstream: OpenAIUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PriceTable, "cost_microusd", lambda *_: 1 // 0)
+    monkeypatch.setattr(PriceTable, "cost_microusd", lambda *_, **__: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         await upstream.generate(asked(), [0])
 

@@ -267,6 +267,28 @@ def test_no_bill_of_an_edit_is_above_its_estimate(inputs: int, text: int, partia
     assert cost <= TABLE.estimate_microusd(edit(inputs), 1, partial_images=partials)
 
 
+def test_without_usage_input_images_and_partial_pictures_count_as_much_as_they_may_cost() -> None:
+    cost = TABLE.cost_microusd("gpt-image-2", SQUARE, "low", None, 2, inputs=3, partial_images=2)
+    assert cost == 2 * 6_000 + 3 * (64 * 5 + 2 * 1_536 * 8) + 2 * 100 * 30
+    assert TABLE.cost_microusd("gpt-image-1-mini", SQUARE, "low", None, 1, Decimal("0.5"), partial_images=1) == 2_900
+
+
+@pytest.mark.parametrize(
+    ("counts", "input_microusd"),
+    [
+        ({"output_tokens": 196, "input_tokens": 1_100}, 1_100 * 8),
+        (usage(196, text=1_100), 1_100 * 8),
+        (usage(196, text=76, image=1_024), 76 * 5 + 1_024 * 8),
+        ({"output_tokens": 196}, 2 * (64 * 5 + 1_536 * 8)),
+    ],
+    ids=["no-kinds", "text-alone", "told", "no-input"],
+)
+def test_what_the_usage_of_an_edit_does_not_tell_counts_as_much_as_it_may_cost(
+    counts: dict[str, JsonValue], input_microusd: int
+) -> None:
+    assert TABLE.cost_microusd("gpt-image-2", SQUARE, "low", counts, 1, inputs=2) == input_microusd + 196 * 30
+
+
 def test_a_partial_picture_counts_a_hundred_output_tokens() -> None:
     request = edit(0)
     more = TABLE.estimate_microusd(request, 1, Decimal("0.5"), partial_images=3) - TABLE.estimate_microusd(

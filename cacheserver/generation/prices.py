@@ -46,6 +46,16 @@ class ModelPrice:
     most_usd_per_image: Mapping[str, Mapping[str, Decimal]]
     most_input_image_tokens: int = 0
 
+    def most_microusd_beside(self, n: int, *, inputs: int = 0, partial_images: int = 0) -> Decimal:
+        """The most that input images and partial pictures add to the price of a call for `n` pictures."""
+        tokens = {
+            "text_input": inputs * _TEXT_TOKENS_OF_AN_INPUT,
+            # The provider takes a call for several pictures as so many calls.
+            "image_input": inputs * self.most_input_image_tokens * n,
+            "image_output": partial_images * _TOKENS_OF_A_PARTIAL,
+        }
+        return sum((self.usd_per_million_tokens.get(kind, Decimal(0)) * tokens[kind] for kind in tokens), Decimal(0))
+
 
 @dataclass(frozen=True, slots=True)
 class PriceTable:
@@ -85,19 +95,28 @@ class PriceTable:
         usage: Mapping[str, JsonValue] | None,
         n: int,
         factor: Decimal = Decimal(1),
+        *,
+        inputs: int = 0,
+        partial_images: int = 0,
     ) -> int | None:
         """What a call that made `n` pictures cost; `usage` is the provider's own count, as its answer has it.
 
-        Token counts win over the table. `factor` is what the list price is multiplied by. Exact until it is
-        rounded half-even, once for the call. None where neither usage nor table tells.
+        Token counts win over the table. What they do not tell of so many `inputs`, which are input images, and
+        `partial_images` counts as much as it may have cost. `factor` is what the list price is multiplied by. Exact
+        until it is rounded half-even, once for the call. None where neither usage nor table tells.
         """
         price = self._price(model)
         if price is None:
             return None
         if usage is not None and price.usd_per_million_tokens and token_count(usage, "output_tokens"):
-            return _round(_token_cost(price.usd_per_million_tokens, usage) * factor)
+            untold = 0 if token_count(usage, "input_tokens") else inputs
+            microusd = _token_cost(price.usd_per_million_tokens, usage, is_edit=inputs > 0)
+            return _round((microusd + price.most_microusd_beside(n, inputs=untold)) * factor)
         usd = price.usd_per_image.get(quality, {}).get(size)
-        return None if usd is None else _round(usd * _MICRO * n * factor)
+        if usd is None:
+            return None
+        beside = price.most_microusd_beside(n, inputs=inputs, partial_images=partial_images)
+        return _round((usd * _MICRO * n + beside) * factor)
 
     def estimate_microusd(
         self, request: ImageRequest, n: int, factor: Decimal = Decimal(1), *, partial_images: int = 0
@@ -111,15 +130,10 @@ class PriceTable:
         price = self._price(request.model)
         if price is None:
             return 0
-        inputs = len(request.inputs)
+        text_tokens = len(request.prompt.encode()) + _TOKENS_AROUND_A_PROMPT
         microusd = self._dearest_usd(price, request) * n * _MICRO
-        for kind, tokens in (
-            ("text_input", len(request.prompt.encode()) + _TOKENS_AROUND_A_PROMPT + inputs * _TEXT_TOKENS_OF_AN_INPUT),
-            # The provider takes a call for several pictures as so many calls.
-            ("image_input", inputs * price.most_input_image_tokens * n),
-            ("image_output", partial_images * _TOKENS_OF_A_PARTIAL),
-        ):
-            microusd += price.usd_per_million_tokens.get(kind, Decimal(0)) * tokens
+        microusd += price.usd_per_million_tokens.get("text_input", Decimal(0)) * text_tokens
+        microusd += price.most_microusd_beside(n, inputs=len(request.inputs), partial_images=partial_images)
         return int((microusd * factor).to_integral_value(ROUND_CEILING))
 
     def has_images_of(self, model: str) -> bool:
@@ -168,16 +182,22 @@ def token_count(usage: Mapping[str, JsonValue], *path: str) -> int:
     return value if 0 <= value <= _MAX_TOKENS else 0
 
 
-def _token_cost(usd: Mapping[str, Decimal], usage: Mapping[str, JsonValue]) -> Decimal:
-    """Micro-dollars: USD per million tokens is micro-dollars per token."""
+def _token_cost(usd: Mapping[str, Decimal], usage: Mapping[str, JsonValue], *, is_edit: bool) -> Decimal:
+    """Micro-dollars: USD per million tokens is micro-dollars per token.
+
+    An edit's input tokens that nobody says the kinds of count as the dearer kind.
+    """
     image_in = token_count(usage, "input_tokens_details", "image_tokens")
     text_in = max(token_count(usage, "input_tokens") - image_in, 0)
     text_out = token_count(usage, "output_tokens_details", "text_tokens")
     image_out = max(token_count(usage, "output_tokens") - text_out, 0)
     image_usd = usd.get("image_output", Decimal(0))
+    text_in_usd, image_in_usd = usd.get("text_input", Decimal(0)), usd.get("image_input", Decimal(0))
+    if is_edit and not image_in:
+        text_in_usd = max(text_in_usd, image_in_usd)
     return (
-        text_in * usd.get("text_input", Decimal(0))
-        + image_in * usd.get("image_input", Decimal(0))
+        text_in * text_in_usd
+        + image_in * image_in_usd
         + image_out * image_usd
         + text_out * usd.get("text_output", image_usd)
     )

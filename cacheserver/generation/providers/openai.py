@@ -121,7 +121,7 @@ class Endpoint:
 class _Answer:
     """A 200 of the provider. `private` says that it came from an address that is not on the internet.
 
-    Of a stream there is no body, but the event that `completed` it.
+    Of a stream there is no body, but the event that `completed` it; it was asked for so many `partial_images`.
     """
 
     body: bytes
@@ -130,6 +130,7 @@ class _Answer:
     told: RateLimits | None
     is_stream: bool
     completed: Mapping[str, JsonValue] | None = None
+    partial_images: int = 0
 
 
 @dataclass(slots=True)
@@ -270,7 +271,7 @@ class OpenAIUpstream:
             )
             if stream is not None and answer.is_stream:
                 await stream.end()
-                answer = replace(answer, completed=stream.completed)
+                answer = replace(answer, completed=stream.completed, partial_images=stream.max_partials)
         except UpstreamError as error:
             if stream is not None and stream.headers:
                 error.upstream_request_id, error.told = request_id(stream.headers), read_limits(stream.headers)
@@ -431,7 +432,14 @@ class OpenAIUpstream:
         size, quality, _ = bill.resolved
         reply = bill.reply
         cost = self._prices.cost_microusd(
-            bill.request.model, size, quality, reply.usage, len(reply.items), bill.price_factor
+            bill.request.model,
+            size,
+            quality,
+            reply.usage,
+            len(reply.items),
+            bill.price_factor,
+            inputs=len(bill.request.inputs),
+            partial_images=bill.answer.partial_images,
         )
         return 0 if cost is None and not bill.most_microusd else cost
 
