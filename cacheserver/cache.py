@@ -533,7 +533,7 @@ class PromptCache:
 
     async def _waiting_for_review(self, flight: Flight, variants: list[int]) -> set[int]:
         """Those of `variants` that are made and wait for approval: another picture would be paid for in vain."""
-        if all(waiter.namespace.min_score is None for waiter in flight.payers):
+        if all(waiter.namespace.min_score is None for waiter in flight.asking):
             return set()
         lacking = [variant for variant in variants if variant in flight.lacking]
         found = await asyncio.gather(*(self._reviews.find(flight.key.with_variant(v)) for v in lacking))
@@ -733,7 +733,7 @@ async def _once_kept_in_review(kept: Awaitable[CachedImage]) -> CachedImage:
 
 def _leave_to_review(flight: Flight, in_review: set[int]) -> None:
     """Tell those who lack a picture that waits for review so, but for who wants a new one."""
-    for waiter in flight.payers:
+    for waiter in flight.asking:
         if not waiter.refresh and not in_review.isdisjoint(waiter.lacks(flight.loaded)):
             flight.refuse(waiter, InReviewError("It waits for review."))
 

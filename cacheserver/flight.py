@@ -185,6 +185,11 @@ class Flight:
         return [waiter for waiter in self.waiters if waiter.refusal is None]
 
     @property
+    def asking(self) -> list[Waiter]:
+        """The waiters who say what they want made, though some may not pay for it: all but the calls by key."""
+        return [waiter for waiter in self.waiters if waiter.asked is not None]
+
+    @property
     def priority(self) -> Priority:
         """The highest of its waiters'."""
         return max(waiter.terms.priority for waiter in self.waiters)

@@ -90,6 +90,17 @@ async def test_who_gives_a_digest_has_the_picture_that_another_pays_for(house: H
     assert house.upstream.calls == 1
 
 
+async def test_who_gives_a_digest_hears_that_the_picture_waits_for_review(house: House) -> None:
+    house.namespace = replace(house.namespace, min_score=0.999)
+    house.restart()
+    made = await ask(house, WHOLE, candidates=2)
+    assert isinstance(made, Pending)
+    assert made.in_review
+    assert await ask(house, BY_DIGEST) == made
+    with pytest.raises(InvalidRequestError):
+        await ask(house, BY_DIGEST, cache_policy=CachePolicy.REFRESH)
+
+
 @pytest.mark.parametrize(
     ("data", "said", "text"),
     [
