@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import hashlib
+import threading
 from dataclasses import replace
 
 import pytest
@@ -24,6 +25,7 @@ from cacheserver.model import (
     Terms,
 )
 from cacheserver.pb import promptcache_pb2 as pb
+from cacheserver.rpc import inputs
 from tests.house import EVERYTHING, MODEL, House
 from tests.provider import small_image
 from tests.rpc_front import ask as request
@@ -190,6 +192,34 @@ async def test_what_only_looks_takes_input_images_either_way(house: House) -> No
         answer = await front.stub.GetImage(request(of={"inputs": [SENT]}))
         assert answer.images[0].data == small_image(7)
     assert house.upstream.calls == 1
+
+
+async def test_no_rpc_digests_input_images_where_others_wait_for_their_turn(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+
+    class Digests:
+        @staticmethod
+        def sha256(data: bytes) -> object:
+            threads.append(threading.current_thread())
+            return hashlib.sha256(data)
+
+    monkeypatch.setattr(inputs, "hashlib", Digests)
+    spec = request(of={"inputs": [SENT]}).spec
+    async with open_front(house) as front:
+        await front.put(pb.PutImageHeader(spec=spec), small_image(7))
+        await front.stub.GetImage(request(of={"inputs": [SENT]}))
+        await front.stub.FindCached(pb.FindCachedRequest(items=[pb.FindItem(spec=spec)]))
+        await front.stub.ExplainKey(pb.ExplainKeyRequest(spec=spec, other=spec))
+        await front.stub.PurgeImages(pb.PurgeImagesRequest(spec=spec))
+        parts = [
+            pb.WarmImagesRequest(options=pb.WarmOptions(job="night")),
+            pb.WarmImagesRequest(items=pb.WarmItems(items=[pb.WarmItem(request=request(of={"inputs": [SENT]}))])),
+        ]
+        assert [answer async for answer in front.stub.WarmImages(iter(parts))]
+    assert len(threads) == 7
+    assert threading.current_thread() not in threads
 
 
 async def test_a_warm_up_makes_no_edits(house: House) -> None:

@@ -23,6 +23,7 @@ from cacheserver.precheck import PromptPolicy
 from cacheserver.rpc import messages, replies
 from cacheserver.rpc.admin import check_right, page_token, read_page
 from cacheserver.rpc.calls import Parts
+from cacheserver.rpc.inputs import reading
 from cacheserver.rpc.messages import Problems
 from cacheserver.rpc.status import status_of
 from cacheserver.tasks import end
@@ -136,7 +137,7 @@ class AdminImages:
         if is_export:
             origin = _exported(message, namespace, problems)
         else:
-            request = messages.read_spec(message.spec, "spec", namespace, problems)
+            request = await reading(message.spec.inputs, messages.read_spec, message.spec, "spec", namespace, problems)
         if not 0 <= message.paid_microusd <= messages.MAX_PAID_MICROUSD:
             problems.add("paid_microusd", f"must be 0 to {messages.MAX_PAID_MICROUSD}")
         create_time_s = None

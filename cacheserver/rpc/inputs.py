@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import ParamSpec, TypeVar
 
 from cacheserver.images import content_type_of
 from cacheserver.model import InputImage, InputRole
 from cacheserver.pb import promptcache_pb2 as pb
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _ROLES: Mapping[int, InputRole] = {
     pb.INPUT_ROLE_UNSPECIFIED: InputRole.IMAGE,
@@ -17,6 +22,14 @@ _ROLES: Mapping[int, InputRole] = {
 }
 _NO_DIGEST = "0" * 64
 """What stands for a digest that could not be read; the violation noted with it keeps it from being used."""
+
+
+async def reading(inputs: Sequence[pb.InputImage], read: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """What `read` returns for these arguments; it runs in a thread if what it reads has input images.
+
+    To digest large ones takes longer than others should wait for their turn.
+    """
+    return await asyncio.to_thread(read, *args, **kwargs) if inputs else read(*args, **kwargs)
 
 
 def read_inputs(inputs: Iterable[pb.InputImage], path: str, add: Callable[[str, str], None]) -> tuple[InputImage, ...]:

@@ -48,6 +48,7 @@ from cacheserver.recall import Recall
 from cacheserver.rpc import messages, replies, wire
 from cacheserver.rpc.batch import Batch
 from cacheserver.rpc.calls import Calls, Parts
+from cacheserver.rpc.inputs import reading
 from cacheserver.rpc.live import live_message
 from cacheserver.rpc.messages import Delivery, Problems, PutHeader, Resume, RpcAsked
 from cacheserver.rpc.stats import read_query
@@ -224,10 +225,7 @@ class PromptCacheService:
         return batch.answers(parts, call)
 
     async def _read(self, message: pb.GetImageRequest, call: Call, prefix: str = "") -> RpcAsked:
-        if message.spec.inputs:
-            # To digest large images takes longer than others should wait for their turn.
-            return await asyncio.to_thread(self._asked, message, call, prefix)
-        return self._asked(message, call, prefix)
+        return await reading(message.spec.inputs, self._asked, message, call, prefix)
 
     def _asked(self, message: pb.GetImageRequest, call: Call, prefix: str = "") -> RpcAsked:
         namespace = self._asking.namespace(message.namespace, Permission.READ, call, prefix)
@@ -323,7 +321,7 @@ class PromptCacheService:
         for i, item in enumerate(message.items):
             if i % _ITEMS_PER_TURN == _ITEMS_PER_TURN - 1:
                 await asyncio.sleep(0)
-            what = messages.read_find_item(item, f"items[{i}]", namespace, problems)
+            what = await reading(item.spec.inputs, messages.read_find_item, item, f"items[{i}]", namespace, problems)
             if problems.are_enough:
                 break
             if problems.are_none:
@@ -340,7 +338,9 @@ class PromptCacheService:
         """Store an image the caller already has."""
         message = await _first_header(parts)
         namespace = self._asking.namespace(message.namespace, Permission.PUT, call, prefix="header.")
-        header = messages.read_put_header(message, namespace, self._clock.now_s(), Problems("header."))
+        header = await reading(
+            message.spec.inputs, messages.read_put_header, message, namespace, self._clock.now_s(), Problems("header.")
+        )
         header = replace(header, request=await self._asking.passed(header.request, namespace))
         image = await self._inspected(await _rest(parts, self._limits.max_image_bytes), header)
         entry, created = await self._cache.put(
@@ -385,7 +385,9 @@ class PromptCacheService:
             case "key":
                 key = messages.read_key(message.key, "key", namespace, problems)
             case "spec":
-                request = messages.read_spec(message.spec, "spec", namespace, problems)
+                request = await reading(
+                    message.spec.inputs, messages.read_spec, message.spec, "spec", namespace, problems
+                )
             case "tag":
                 tag = messages.read_tag(message.tag, "tag", problems)
             case _ if not message.everything:
@@ -408,7 +410,10 @@ class PromptCacheService:
         problems = Problems()
         level = messages.read_match_level(message.match_level, problems)
         paths = ["spec", "other"] if message.HasField("other") else ["spec"]
-        requests = [messages.read_spec(getattr(message, path), path, namespace, problems) for path in paths]
+        specs = [(getattr(message, path), path) for path in paths]
+        requests = [
+            await reading(spec.inputs, messages.read_spec, spec, path, namespace, problems) for spec, path in specs
+        ]
         problems.check()
         first, *others = [identify(self._asking.redacted(request, namespace), namespace, level) for request in requests]
         response = pb.ExplainKeyResponse(explanation=replies.explanation(first))

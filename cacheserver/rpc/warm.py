@@ -35,6 +35,7 @@ from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.precheck import PromptPolicy
 from cacheserver.rpc import replies
 from cacheserver.rpc.calls import Parts
+from cacheserver.rpc.inputs import reading
 from cacheserver.rpc.messages import Problems
 from cacheserver.rpc.status import status_of
 from cacheserver.warming import Batch, JobOptions, Progress, Warming, WarmItem, WarmOutcome, WarmTotals
@@ -135,14 +136,14 @@ class WarmImages:
             for i, item in enumerate(part.items.items):
                 if i % _ITEMS_PER_TURN == _ITEMS_PER_TURN - 1:
                     await asyncio.sleep(0)
-                batch.append(self._item(item, call, options))
+                batch.append(await self._item(item, call, options))
             yield batch
 
-    def _item(self, item: pb.WarmItem, call: Call, options: _Options) -> WarmItem | WarmOutcome:
+    async def _item(self, item: pb.WarmItem, call: Call, options: _Options) -> WarmItem | WarmOutcome:
         """An item, or why it can be none."""
         makes = options.fill is None
         try:
-            asked = self._read(item.request, call)
+            asked = await reading(item.request.spec.inputs, self._read, item.request, call)
             request = _checked(asked)
             namespace = asked.namespace
             if makes and request.inputs:
