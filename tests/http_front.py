@@ -15,6 +15,7 @@ from starlette.routing import BaseRoute
 from cacheserver.calls.asking import Asking
 from cacheserver.calls.auth import Authenticator
 from cacheserver.calls.reception import Reception
+from cacheserver.calls.uploads import UploadMemory
 from cacheserver.http.application import Application
 from cacheserver.http.calls import HttpCalls
 from cacheserver.http.guard import Guard
@@ -114,7 +115,7 @@ async def open_http_front(
     pictures = Pictures(
         asking=asking, clock=house.clock, urls=PlainUrls(), streaming=streaming, limit_of=lambda _: limit
     )
-    uploads = uploads or Uploads(max_bytes=MAX_UPLOAD_BYTES, memory_bytes=4 * MAX_UPLOAD_BYTES)
+    uploads = uploads or Uploads(UploadMemory(4 * MAX_UPLOAD_BYTES), max_bytes=MAX_UPLOAD_BYTES)
     ours = openai_routes(
         calls,
         generations=Generations(pictures, asking=asking),

@@ -17,6 +17,7 @@ from google.rpc.status_pb2 import Status
 from cacheserver.calls.asking import Asking
 from cacheserver.calls.auth import Authenticator
 from cacheserver.calls.reception import Reception
+from cacheserver.calls.uploads import UploadMemory
 from cacheserver.generation.images import inspect_in_thread
 from cacheserver.http.delivery.partitions import Partitions
 from cacheserver.http.delivery.urls import ImageUrls
@@ -135,6 +136,7 @@ async def open_front(
     prompts: Prompts | None = None,
     figures: FigureSource | None = None,
     urls: ImageLinks | None = None,
+    uploads: UploadMemory | None = None,
 ) -> AsyncIterator[Front]:
     """Serve `house` on a free port until the block ends."""
     policies, recall = policies or {}, Recall()
@@ -163,6 +165,7 @@ async def open_front(
         clock=house.clock,
         limits=limits or Limits(),
         recall=recall,
+        uploads=uploads or UploadMemory(256 * 1024 * 1024),
         figures=figures,
         warming=Warming(
             cache=house.cache,

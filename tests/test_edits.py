@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from cacheserver.calls.uploads import UploadMemory
 from cacheserver.errors import InvalidRequestError, NotCachedError, PermissionDeniedError, UpstreamDownError
 from cacheserver.identity import identify
 from cacheserver.model import (
@@ -29,7 +30,7 @@ from cacheserver.rpc import inputs
 from tests.house import EVERYTHING, MODEL, House
 from tests.provider import small_image
 from tests.rpc_front import ask as request
-from tests.rpc_front import open_front
+from tests.rpc_front import failure, open_front
 from tests.waiting import until
 
 PNG = small_image(1)
@@ -220,6 +221,26 @@ async def test_no_rpc_digests_input_images_where_others_wait_for_their_turn(
         assert [answer async for answer in front.stub.WarmImages(iter(parts))]
     assert len(threads) == 7
     assert threading.current_thread() not in threads
+
+
+async def test_input_images_of_all_calls_take_so_much_memory_until_their_picture_is_made(house: House) -> None:
+    memory = UploadMemory(5 * len(PNG))
+    async with open_front(house, uploads=memory) as front:
+        house.upstream.hold()
+        asking = front.stub.GetImage(request(of={"inputs": [SENT]}))
+        await house.upstream.arrived(1)
+        again = request(of={"inputs": [SENT]})
+        for refused in (front.stub.GetImage(again), front.stream(pb.StreamImageRequest(request=again))):
+            assert (await failure(refused)).reason == "OVERLOADED"
+        asking.cancel()
+        await until(lambda: memory.free_bytes == 4 * len(PNG))  # the load goes on, and still needs them
+        house.upstream.release()
+        await until(lambda: house.upstream.images == 1)
+        await front.stub.GetImage(request(of={"inputs": [SENT]}))
+        house.upstream.asked.clear()
+        await house.settle()
+        gc.collect()
+        await until(lambda: memory.free_bytes == 5 * len(PNG))
 
 
 async def test_a_warm_up_makes_no_edits(house: House) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from cacheserver.calls.uploads import UploadMemory
 from cacheserver.errors import UpstreamDownError
 from cacheserver.http.openai.routes import EDITS
 from cacheserver.http.openai.uploads import Uploads
@@ -286,8 +287,8 @@ async def test_who_may_only_read_gets_what_is_cached_and_pays_for_nothing(house:
 # ── sizes, hostile bodies, memory ───────────────────────────────────────────────────────────────────────────────
 
 
-def uploads(**bounds: int) -> Uploads:
-    return Uploads(**({"max_bytes": MIB, "memory_bytes": 4 * MIB} | bounds))
+def uploads(memory: UploadMemory | None = None) -> Uploads:
+    return Uploads(memory or UploadMemory(4 * MIB), max_bytes=MIB)
 
 
 async def test_a_body_that_is_too_large_is_turned_away_announced_or_not(house: House) -> None:
@@ -313,8 +314,8 @@ def uncollected() -> Iterator[None]:
 
 @pytest.mark.usefixtures("uncollected")
 async def test_what_was_uploaded_is_let_go_of_with_its_answer_whatever_that_is(house: House) -> None:
-    ours = uploads()
-    async with open_http_front(house, uploads=ours) as front:
+    ours = UploadMemory(4 * MIB)
+    async with open_http_front(house, uploads=uploads(ours)) as front:
 
         async def is_free() -> None:
             house.upstream.asked.clear()
@@ -335,8 +336,8 @@ async def test_what_was_uploaded_is_let_go_of_with_its_answer_whatever_that_is(h
 @pytest.mark.usefixtures("uncollected")
 @pytest.mark.parametrize("stream", ["false", "true"])
 async def test_images_count_until_what_they_are_for_is_made_though_nobody_waits(house: House, stream: str) -> None:
-    ours = uploads()
-    async with open_http_front(house, uploads=ours) as front:
+    ours = UploadMemory(4 * MIB)
+    async with open_http_front(house, uploads=uploads(ours)) as front:
         house.upstream.hold()
         asking = asyncio.create_task(edit(front, [("image", large_png(1, 900_000))], stream=stream))
         await house.upstream.arrived(1)
@@ -350,8 +351,8 @@ async def test_images_count_until_what_they_are_for_is_made_though_nobody_waits(
 
 
 async def test_uploads_wait_for_nobody_where_all_their_memory_is_taken(house: House) -> None:
-    ours = uploads(memory_bytes=2 * MIB)
-    async with open_http_front(house, uploads=ours) as front:
+    ours = UploadMemory(2 * MIB)
+    async with open_http_front(house, uploads=uploads(ours)) as front:
         house.upstream.hold()
         large = large_png(1, 900_000)
         first = asyncio.create_task(edit(front, [("image", large)]))
@@ -368,8 +369,8 @@ async def test_uploads_wait_for_nobody_where_all_their_memory_is_taken(house: Ho
 
 
 async def test_a_client_that_goes_away_in_the_middle_of_its_body_leaves_nothing_behind(house: House) -> None:
-    ours = uploads()
-    async with open_http_front(house, uploads=ours) as front:
+    ours = UploadMemory(4 * MIB)
+    async with open_http_front(house, uploads=uploads(ours)) as front:
         body = form(("prompt", b"a red hat"), ("image", large_png(1, 900_000)))
         _, writer = await asyncio.open_connection("127.0.0.1", front.server.port)
         writer.write(head(len(body)) + body[: len(body) // 2])

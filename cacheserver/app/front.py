@@ -22,6 +22,7 @@ from cacheserver.app.tiers import CONTROL_TIMEOUT_S
 from cacheserver.calls.asking import Asking
 from cacheserver.calls.auth import Authenticator
 from cacheserver.calls.reception import Reception
+from cacheserver.calls.uploads import UploadMemory
 from cacheserver.control.prompts import LocalPrompts, RedisPrompts
 from cacheserver.generation.images import inspect_in_thread
 from cacheserver.imports import Imports, Inspect
@@ -74,6 +75,7 @@ async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack) -> Fr
         gone=(ClientDisconnect,),
     )
     urls = await build_image_urls(core)
+    uploads = UploadMemory(server.upload_memory_bytes)
     inspect = functools.partial(
         inspect_in_thread, max_pixels=generation.max_image_pixels, max_bytes=generation.max_image_bytes
     )
@@ -90,6 +92,7 @@ async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack) -> Fr
         ),
         warming=_warming(core),
         recall=recall,
+        uploads=uploads,
         policies=policies,
         figures=core.miss_path.figures,
         live=live_view(core),
@@ -123,7 +126,7 @@ async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack) -> Fr
         further=[admin],
         max_receive_bytes=server.max_receive_bytes,
     )
-    return Front(rpc, build_routes(core, asking=asking, reception=reception, urls=urls))
+    return Front(rpc, build_routes(core, asking=asking, reception=reception, urls=urls, uploads=uploads))
 
 
 def _warming(core: Core) -> Warming:

@@ -7,6 +7,7 @@ from starlette.routing import BaseRoute
 from cacheserver.app.core import Core
 from cacheserver.calls.asking import Asking
 from cacheserver.calls.reception import Reception
+from cacheserver.calls.uploads import UploadMemory
 from cacheserver.http.calls import HttpCalls
 from cacheserver.http.delivery.images import ImageDelivery
 from cacheserver.http.delivery.urls import ImageUrls
@@ -21,7 +22,9 @@ from cacheserver.http.openai.routes import openai_routes
 from cacheserver.http.openai.uploads import Uploads
 
 
-def build_routes(core: Core, *, asking: Asking, reception: Reception, urls: ImageUrls) -> list[BaseRoute]:
+def build_routes(
+    core: Core, *, asking: Asking, reception: Reception, urls: ImageUrls, uploads: UploadMemory
+) -> list[BaseRoute]:
     """Every route that callers of pictures use."""
     settings = core.settings
     guard = Guard(has_callers=bool(settings.callers), is_open=settings.insecure, hosts=settings.server.http_hosts)
@@ -35,18 +38,17 @@ def build_routes(core: Core, *, asking: Asking, reception: Reception, urls: Imag
         clock=core.clock,
         widths=settings.delivery.widths,
     )
-    return [*_openai(core, calls, asking=asking, urls=urls), *delivery.routes]
+    return [*_openai(core, calls, asking=asking, urls=urls, uploads=uploads), *delivery.routes]
 
 
-def _openai(core: Core, calls: HttpCalls, *, asking: Asking, urls: ImageUrls) -> list[BaseRoute]:
+def _openai(core: Core, calls: HttpCalls, *, asking: Asking, urls: ImageUrls, uploads: UploadMemory) -> list[BaseRoute]:
     streaming = Streams(asking=asking, clock=core.clock)
     limit = limit_of(core.miss_path.generator, core.miss_path.limits.next_s)
     pictures = Pictures(asking=asking, clock=core.clock, urls=urls, streaming=streaming, limit_of=limit)
-    server = core.settings.server
     edits = Edits(
         pictures,
         asking=asking,
-        uploads=Uploads(max_bytes=server.max_upload_bytes, memory_bytes=server.upload_memory_bytes),
+        uploads=Uploads(uploads, max_bytes=core.settings.server.max_upload_bytes),
         max_pixels=core.settings.generation.max_image_pixels,
     )
     models = Models(core.miss_path.pool.models, started_s=core.clock.now_s())

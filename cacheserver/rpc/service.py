@@ -17,6 +17,7 @@ from cacheserver.calls import directives
 from cacheserver.calls.asking import Asking
 from cacheserver.calls.call import Call
 from cacheserver.calls.reception import Reception
+from cacheserver.calls.uploads import Hold, UploadMemory
 from cacheserver.errors import (
     ImageChangedError,
     ImageTooLargeError,
@@ -59,6 +60,10 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["PromptCacheService"].full_name
 
 _ITEMS_PER_TURN = 200
 """Keying so many requests takes about 10 ms; then other calls get their turn."""
+
+
+_COPIES_OF_INPUTS = 3
+"""How often input images are in memory until their call is over: as they came, in their message, and on their own."""
 
 
 class Inspect(Protocol):
@@ -118,12 +123,13 @@ class PromptCacheService:
         limits: Limits,
         warming: Warming,
         recall: Recall,
+        uploads: UploadMemory,
         policies: Mapping[str, PromptPolicy] = MappingProxyType({}),
         figures: FigureSource | None = None,
         live: Callable[[], LiveState] | None = None,
         urls: ImageLinks | None = None,
     ) -> None:
-        """`policies` are by namespace, those that `asking` has too.
+        """`uploads` is for the input images of calls. `policies` are by namespace, those that `asking` has too.
 
         `figures` are those of all replicas; None where none are kept. `live` tells how the process stands now.
         `urls` are those where no tier signs any; None where nobody knows where callers would reach us.
@@ -138,6 +144,7 @@ class PromptCacheService:
         self._clock = clock
         self._limits = limits
         self._recall = recall
+        self._uploads = uploads
         self._reception = reception
         self._calls = Calls(reception)
         self._warm = WarmImages(
@@ -176,8 +183,8 @@ class PromptCacheService:
 
     async def get_image(self, message: pb.GetImageRequest, call: Call) -> bytes:
         """Images from the fastest tier that has them; what is missing is generated."""
-        with self._asking.booked(call):
-            asked = await self._asking.screened(await self._read(message, call))
+        with self._asking.booked(call), self._uploads.hold() as hold:
+            asked = await self._asking.screened(await self._read(message, call, hold))
             self._check_delivery(asked)
             answer = await self._asking.answer(asked, call)
             if isinstance(answer, Pending):
@@ -192,8 +199,8 @@ class PromptCacheService:
 
     async def stream_image(self, message: pb.StreamImageRequest, call: Call) -> AsyncGenerator[bytes, None]:
         """Progress while waiting, then each image as a header and chunks."""
-        with self._asking.booked(call):
-            asked = await self._asking.screened(await self._read(message.request, call, prefix="request."))
+        with self._asking.booked(call), self._uploads.hold() as hold:
+            asked = await self._asking.screened(await self._read(message.request, call, hold, prefix="request."))
             resume = messages.read_resume(message, asked.terms, Problems())
             waiting = asyncio.create_task(self._asking.answer(asked, call), name="stream_image")
             try:
@@ -224,8 +231,12 @@ class PromptCacheService:
         batch = Batch(calls=self._calls, get_image=self.get_image, in_flight=self._limits.batch_in_flight)
         return batch.answers(parts, call)
 
-    async def _read(self, message: pb.GetImageRequest, call: Call, prefix: str = "") -> RpcAsked:
-        return await reading(message.spec.inputs, self._asked, message, call, prefix)
+    async def _read(self, message: pb.GetImageRequest, call: Call, hold: Hold, prefix: str = "") -> RpcAsked:
+        asked = await reading(message.spec.inputs, self._asked, message, call, prefix)
+        if isinstance(asked.what, ImageRequest) and asked.what.inputs:
+            hold.take(_COPIES_OF_INPUTS * sum(len(image.data or b"") for image in asked.what.inputs))
+            hold.hand_over(asked.what.inputs)
+        return asked
 
     def _asked(self, message: pb.GetImageRequest, call: Call, prefix: str = "") -> RpcAsked:
         namespace = self._asking.namespace(message.namespace, Permission.READ, call, prefix)

@@ -145,7 +145,10 @@ class ServerSettings(_Section):
     )
     upload_memory_bytes: Bytes = Field(
         default=256 * _MIB,
-        description="Memory that the uploads of all edits in progress may take together; beyond, they are refused.",
+        description=(
+            "Memory that the input images of all edits in progress may take together, over HTTP and gRPC; beyond, they "
+            "are refused."
+        ),
     )
     tls_cert_file: Path | None = Field(default=None, description="Certificate chain for gRPC, PEM; needs tls_key_file.")
     tls_key_file: Path | None = Field(default=None, description="Private key for gRPC, PEM; needs tls_cert_file.")
@@ -167,11 +170,15 @@ class ServerSettings(_Section):
 
     @check(mode="after")
     def _uploads_fit(self) -> Self:
-        if self.upload_memory_bytes < 3 * self.max_upload_bytes:
-            raise ValueError(
-                "upload_memory_bytes is less than three times max_upload_bytes; raise it, or lower the other: an edit "
-                "sent as JSON is in memory three times while it is read"
-            )
+        for name, size_bytes in (
+            ("max_upload_bytes", self.max_upload_bytes),
+            ("max_receive_bytes", self.max_receive_bytes),
+        ):
+            if self.upload_memory_bytes < 3 * size_bytes:
+                raise ValueError(
+                    f"upload_memory_bytes is less than three times {name}; raise it, or lower the other: an edit sent "
+                    "as JSON or by gRPC is in memory three times"
+                )
         return self
 
 

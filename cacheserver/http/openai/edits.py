@@ -20,13 +20,14 @@ from starlette.requests import Request
 
 from cacheserver.calls.asking import Asking
 from cacheserver.calls.call import Call
+from cacheserver.calls.uploads import Hold
 from cacheserver.errors import InvalidRequestError
 from cacheserver.http.answer import Answer
 from cacheserver.http.body import read_json
 from cacheserver.http.openai.multipart import FormReader
 from cacheserver.http.openai.pictures import Pictures
 from cacheserver.http.openai.reading import Fields, read_wanted, wrong, wrong_type
-from cacheserver.http.openai.uploads import Hold, Uploads
+from cacheserver.http.openai.uploads import Uploads
 from cacheserver.http.status import HttpError
 from cacheserver.images import BadImageError, content_type_of, opened
 from cacheserver.model import InputImage, InputRole, JsonValue
