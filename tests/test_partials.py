@@ -98,6 +98,20 @@ async def test_who_has_left_or_been_put_off_sees_no_more(house: House, max_wait_
     assert staying.seen == [0, 1]
 
 
+@pytest.mark.parametrize("policy", [CachePolicy.USE_CACHE, CachePolicy.REFRESH, CachePolicy.NO_STORE])
+async def test_nobody_sees_what_a_call_that_lost_gives_when_the_picture_is_there(
+    house: House, policy: CachePolicy
+) -> None:
+    house.upstream.hold()
+    viewer = Viewer(house, cache_policy=policy)
+    await begun(house)
+    draw(house, 0)
+    house.upstream.release()
+    await viewer.asking
+    draw(house, 1, 2)
+    assert viewer.seen == [0]
+
+
 async def test_a_viewer_that_fails_harms_neither_the_load_nor_the_others(house: House) -> None:
     calls = 0
 
