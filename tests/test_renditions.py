@@ -35,7 +35,7 @@ from cacheserver.model import (
 )
 from cacheserver.purge import Purger, PurgeSelector
 from cacheserver.renditions.renderer import ThreadRenderer
-from cacheserver.renditions.renditions import Rendered, Renditions, key_of
+from cacheserver.renditions.renditions import MOST_KEPT, Rendered, Renditions, key_of
 from cacheserver.tiers.disk import DiskTier
 from cacheserver.tiers.memory import MemoryCache
 from cacheserver.tiers.redis import RedisTier, connect
@@ -170,6 +170,23 @@ class TestFindingAndMaking:
             await gallery.get(master.key, if_digest="0" * 64)
         with pytest.raises(InvalidRequestError, match="at least 32"):
             await gallery.get(master.key, if_digest=master.image.sha256[:31])
+
+    async def test_of_one_picture_only_so_many_are_kept_and_further_ones_are_made_each_time(
+        self, gallery: Gallery
+    ) -> None:
+        master, other = await gallery.put(), await gallery.put("a blue fox", seed=2)
+        wanted = [Rendition(output_format="webp", output_compression=quality) for quality in range(MOST_KEPT + 3)]
+        for each in wanted:
+            await gallery.get(master.key, each)
+        kept = await gallery.house.s3.renditions(master.key)
+        assert len(kept) == len(await gallery.house.redis.renditions(master.key)) == MOST_KEPT
+        assert (await gallery.get(master.key, wanted[0])).tier is TierName.MEMORY
+        made = gallery.renderer.made
+        further = [await gallery.get(master.key, wanted[-1]) for _ in range(2)]
+        assert [(each.tier, each.entry.image.content_type) for each in further] == [(None, "image/webp")] * 2
+        assert gallery.renderer.made == made + 2
+        await gallery.get(other.key)
+        assert (await gallery.get(other.key)).tier is TierName.MEMORY  # each picture has room of its own
 
     async def test_many_callers_have_it_made_once(self, gallery: Gallery) -> None:
         master = await gallery.put()

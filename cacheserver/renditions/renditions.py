@@ -2,7 +2,8 @@
 
 A rendition lies beside its master in every tier, under the master's partition and fingerprint, see `key_of`. It is not
 paid for, so it is written behind the answer and may be lost: it is made again in milliseconds. It dies with its master,
-by a purge as by age.
+by a purge as by age. MOST_KEPT of one picture are kept, whatever its URLs are asked for: further ones are made for each
+answer, and written nowhere.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from cacheserver.tiers.memory import MemoryCache
 
 DIGEST_DIGITS = 32
 """How many hexadecimal digits of a master's SHA-256 name its renditions."""
+
+MOST_KEPT = 64
+"""Renditions kept of one picture. Without a bound whoever may have one picture could fill every tier with it."""
 
 
 class FindMaster(Protocol):
@@ -152,8 +156,19 @@ class Renditions:
             derived_from=key.name,
             expire_time_s=min(at_s for at_s in lifetimes_s if at_s is not None),
         )
-        self._keeper.promote(place, entry, self._tiers, changes=changes)
+        if await self._has_room(place):
+            self._keeper.promote(place, entry, self._tiers, changes=changes)
         return Rendered(entry, None)
+
+    async def _has_room(self, place: CacheKey) -> bool:
+        """Whether one more may be kept of this picture. A last tier that cannot say takes none anyway."""
+        if not self._tiers:
+            return True  # memory has a bound of its own
+        try:
+            kept = await self._tiers[-1].renditions(place)
+        except TierError:
+            return True
+        return sum(key.variant == place.variant for key in kept) < MOST_KEPT
 
 
 def key_of(key: CacheKey, master_sha256: str, rendition: Rendition) -> CacheKey:

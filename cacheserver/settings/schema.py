@@ -371,7 +371,11 @@ class DeliverySettings(_Section):
     )
     url_expires_s: int = Field(default=3600, ge=1, le=604_800, description="Seconds a signed URL is good for.")
     widths: tuple[int, ...] = Field(
-        default=(), description="The widths in pixels that an image may be asked for in. Empty: any."
+        default=(),
+        description=(
+            "The widths in pixels that an image may be asked for in. Empty: any. Of each image 64 renditions are kept; "
+            "further ones are made each time."
+        ),
     )
     derived_ttl_s: Seconds = Field(default=2_592_000.0, description="Seconds an image made from another one is kept.")
     threads: int = Field(default=2, ge=1, le=64, description="Images made from others at a time.")
