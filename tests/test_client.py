@@ -322,7 +322,11 @@ async def test_every_option_reaches_the_service(client: Any, service: Service) -
         moderation="low",
         seed=0,
         extra={"steps": 20, "nested": {"list": [1, None, "x"]}},
-        inputs=[InputImage(PNG), InputImage(PNG, InputRole.MASK), InputImage(digest=DIGEST, role=InputRole.STYLE)],
+        inputs=[
+            InputImage(PNG, digest=DIGEST),
+            InputImage(PNG, InputRole.MASK),
+            InputImage(digest=DIGEST, role=InputRole.STYLE),
+        ],
         namespace="shop",
         n=3,
         cache_policy=CachePolicy.ONLY_IF_CACHED,

@@ -101,7 +101,12 @@ def spec_message(prompt: str | ImageSpec, **options: Unpack[SpecOptions]) -> pb.
             seed=spec.seed,
             extra=None if spec.extra is None else dict(spec.extra),
             inputs=[
-                pb.InputImage(role=f"INPUT_ROLE_{image.role.name}", data=image.data, digest=image.digest)
+                pb.InputImage(
+                    role=f"INPUT_ROLE_{image.role.name}",
+                    data=image.data,
+                    # The message has one of them, the last that is set.
+                    digest=image.digest if image.data is None else None,
+                )
                 for image in spec.inputs or ()
             ],
         )

@@ -54,7 +54,7 @@ class InputImage:
     Attributes:
         data: The encoded image: png, jpeg or webp; a mask is a png.
         role: What it is for: IMAGE (the picture to edit), MASK (where; at most one) or STYLE (what to follow).
-        digest: "sha256:" and 64 hexadecimal digits over the encoded image.
+        digest: "sha256:" and 64 hexadecimal digits over the encoded image. Not looked at beside `data`.
     """
 
     data: bytes | None = field(default=None, repr=False)
@@ -190,7 +190,7 @@ class Image:
         data: The encoded image; None when it came by URL, in chunks, or is still being made.
         url: A signed URL, if asked for; it works until `url_expire_time`.
         content_type: image/png, image/jpeg or image/webp.
-        digest: "sha256:" and 64 hexadecimal digits over the encoded image.
+        digest: "sha256:" and 64 hexadecimal digits over the encoded image. Not looked at beside `data`.
         model: As the provider resolved it; so are `size`, `quality` and `background`.
         paid_microusd: What the picture cost when it was made.
         score: How good it was judged, 0 to 1, where it is the best of several candidates.
