@@ -346,6 +346,7 @@ _REFUSED: list[tuple[str, dict[str, str], str]] = [
     # Settings that do not go together.
     ("[server]\ntls_cert_file = 'x'", {}, r"server: one of tls_cert_file and tls_key_file is set and"),
     ("[server]\nupload_memory_bytes = 1000", {}, r"server: upload_memory_bytes is less than three times"),
+    ("[server]\nmax_receive_bytes = 100_000_000", {}, r"less than three times max_receive_bytes; raise it"),
     ("[server]\ntls_cert_file = 'x'\ntls_key_file = 'x'", {}, r"server\.tls_cert_file: x cannot be read"),
     ("[s3]\naccess_key = 'x'", {}, r"s3: one of access_key and secret_key is set and the"),
     ("[s3]\nendpoint = 'http://s3'", {}, r"s3: endpoint is set and bucket is not"),
