@@ -209,6 +209,8 @@ async def test_a_field_of_a_form_is_checked_as_strictly_as_one_of_json(
         ([("image", PNG), ("size", b"\xff")], "size", "not UTF-8"),
         ([("image", PNG), ("prompt", b"another one")], "prompt", "Duplicate parameter"),
         ([("images", PNG)], "images", "A form has its images as files in 'image'"),
+        ([("image[0]", large_png(1, MIB))], "image[0]", "A form has its images as files in 'image'"),
+        ([("image", PNG), ("markup", OTHER)], "markup", "no file is taken there"),
     ],
 )
 async def test_what_cannot_be_edited_is_told_by_the_name_of_its_field(

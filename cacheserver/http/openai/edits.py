@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from binascii import Error as NotBase64Error
 from binascii import a2b_base64
 from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ _MAX_TEXT_BYTES = 128 * 1024
 """Of a field that is no image: the longest prompt, every character of four bytes, fits."""
 
 _IMAGES, _MASK = ("image", "image[]"), "mask"
+_MISNAMED = re.compile(r"images(?:\[[0-9]{0,3}\])?|image\[[0-9]{1,3}\]")
 _LOOKED_AT_A_TIME = 2
 """To open a WebP takes memory for every pixel."""
 
@@ -194,10 +196,10 @@ def _check_mask(mask: InputImage, size: tuple[int, int], *, of: tuple[int, int])
 
 
 def _max_bytes(name: str) -> int:
-    """How large the part of a form may be. Raises HttpError for the one that JSON has in place of `image`."""
-    if name == "images":
+    """How large the part of a form may be. Raises HttpError for images by a name that they have elsewhere."""
+    if _MISNAMED.fullmatch(name):
         text = "A form has its images as files in 'image' or 'image[]'."
-        raise wrong(name, f"Unknown parameter: 'images'. {text}", "unknown_parameter")
+        raise wrong(name, f"Unknown parameter: '{name}'. {text}", "unknown_parameter")
     if name in _IMAGES:
         return MAX_IMAGE_BYTES
     return MAX_MASK_BYTES if name == _MASK else _MAX_TEXT_BYTES
@@ -207,7 +209,7 @@ def _text(name: str, data: bytes) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError:
-        raise wrong(name, f"Invalid '{name}': it is not UTF-8.", "invalid_value") from None
+        raise wrong(name, f"Invalid '{name}': it is not UTF-8, and no file is taken there.", "invalid_value") from None
 
 
 def _read_large_json(request: Request, pieces: list[bytes]) -> dict[str, JsonValue]:
