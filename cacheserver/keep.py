@@ -286,7 +286,7 @@ class Keeper:
     async def _offer(self, held: _Held) -> bool:
         """Offer an image to the last tier once; whether there is nothing more to do for it."""
         try:
-            kept = await self._store(held.entry, replace=held.replace)
+            kept = await self._store(held)
         except EntryTooLargeError:
             _log.error("image_too_large_for_last_tier", size_bytes=held.entry.size_bytes, tier=self._tiers[-1].name)
             await self._save(held)
@@ -300,13 +300,31 @@ class Keeper:
         _answer(held, kept)
         return True
 
-    async def _store(self, entry: CachedImage, *, replace: bool) -> CachedImage:
+    async def _store(self, held: _Held) -> CachedImage:
         """Write to the last tier, which alone decides who holds a variant number."""
-        for variant in range(entry.key.variant, MAX_VARIANT + 1):
+        entry = held.entry
+        if await self._take_number(entry, replace=held.replace) or await self._oust_derived(held):
+            return entry
+        for variant in range(entry.key.variant + 1, MAX_VARIANT + 1):
             numbered = with_fields(entry, key=entry.key.with_variant(variant))
-            if await self._take_number(numbered, replace=replace and variant == entry.key.variant):
+            if await self._take_number(numbered, replace=False):
                 return numbered
         raise TierError("every variant number of this identity is taken")
+
+    async def _oust_derived(self, held: _Held) -> bool:
+        """Take the number from a picture that was derived while this one was made: it makes room for any other."""
+        holder = await self._holder(held.entry.key)
+        if holder is None or not holder.derived_by or not await self._take_number(held.entry, replace=True):
+            return False
+        held.replace = True
+        return True
+
+    async def _holder(self, key: CacheKey) -> CachedImage | None:
+        """What holds a number; of one in the last tier all but the bytes."""
+        if not self._tiers:
+            return self._memory.get(key)
+        head = await self._tiers[-1].head(key)
+        return None if head is None else head.bare
 
     async def _take_number(self, entry: CachedImage, *, replace: bool) -> bool:
         if self._tiers:

@@ -373,6 +373,29 @@ async def test_who_may_and_who_may_not_share_a_load_and_each_gets_its_own(studio
     assert (await studio.get(quality="low")).entry == served[0].entry
 
 
+async def test_what_was_paid_for_takes_the_place_of_what_another_replica_derived_meanwhile(studio: Studio) -> None:
+    house = studio.house
+    master = (await studio.get()).entry
+    _, identity = studio.identity(quality="low")
+    derived = replace(master, key=identity.key, derived_from=master.key.name, derived_by=frozenset({QUALITY}))
+
+    async def another_replica_derives() -> None:
+        await house.s3.put(derived.key, derived, replace=False)
+        await house.redis.put(derived.key, derived, replace=False)
+
+    house.upstream.during = another_replica_derives
+    made = (await studio.get(namespace=STRICT, quality="low")).entry
+    house.upstream.during = None
+    await house.settle()
+    assert made.key == derived.key
+    for _ in range(2):
+        assert (await studio.get(quality="low")).entry == made
+        assert (await studio.get(namespace=STRICT, quality="low")).entry == made
+        house.restart()
+    assert [await tier.get(derived.key) for tier in (house.redis, house.s3)] == [made, made]
+    assert studio.calls == 2
+
+
 async def test_what_is_asked_for_anew_or_without_the_cache_is_made(studio: Studio) -> None:
     await studio.get()
     for policy in (CachePolicy.REFRESH, CachePolicy.NO_STORE):
