@@ -22,6 +22,7 @@ from cacheserver.imports import Imports
 from cacheserver.interfaces import Tier
 from cacheserver.keep import Keeper
 from cacheserver.model import (
+    AnswerFrom,
     CachedImage,
     CacheKey,
     GeneratedImage,
@@ -209,6 +210,17 @@ class TestFindingAndMaking:
         master = await gallery.put()
         assert (await gallery.get(master.key, Rendition(strip=True))).entry.key == master.key
         assert await gallery.house.s3.renditions(master.key) == []
+
+    async def test_one_of_a_derived_picture_says_whose_it_is_and_asks_for_nothing_else(self, gallery: Gallery) -> None:
+        stored = await gallery.put()
+        derived = replace(stored, derived_from="another", derived_by=frozenset({"quality"}))
+        reader = replace(gallery.house.namespace, answer_from=frozenset(AnswerFrom))
+        await gallery.house.s3.put(derived.key, derived, replace=True)
+        await gallery.house.redis.put(derived.key, derived, replace=True)
+        gallery.restart()
+        gallery.house.namespace = reader
+        entry = (await gallery.get(stored.key)).entry
+        assert (entry.derived_from, entry.derived_by) == (stored.key.name, frozenset())
 
     async def test_there_are_no_renditions_of_renditions(self, gallery: Gallery) -> None:
         master = await gallery.put()

@@ -154,6 +154,7 @@ class Renditions:
             key=place,
             image=image,
             derived_from=key.name,
+            derived_by=frozenset(),  # the URL asked for this key's picture, whatever that was made from
             expire_time_s=min(at_s for at_s in lifetimes_s if at_s is not None),
         )
         if await self._has_room(place):
