@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+import sys
+import threading
+from collections.abc import AsyncIterator, Generator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,24 @@ _PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 child._PORTS = child._PORTS[_PROCESS :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
 
 __all__ = ["own_s3", "own_valkey", "s3_server", "valkey_server"]
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """Trace nothing of a test that is marked `no_cover`.
+
+    pytest-cov sees to that, but in processes of xdist it has two tracers: where the upper one stops, the lower goes on.
+    """
+    if item.get_closest_marker("no_cover") is None:
+        return (yield)
+    tracer, tracer_of_threads = sys.gettrace(), threading.gettrace()
+    sys.settrace(None)
+    threading.settrace(None)
+    try:
+        return (yield)
+    finally:
+        sys.settrace(tracer)
+        threading.settrace(tracer_of_threads)
 
 
 @pytest.fixture
