@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jsonschema
 import pytest
 
@@ -80,3 +81,15 @@ def test_what_the_description_refers_to_is_there() -> None:
         there: Any = DESCRIPTION
         for step in reference.removeprefix("#/").split("/"):
             there = there[step]
+
+
+async def test_every_path_of_the_description_is_served(port: int) -> None:
+    async with httpx.AsyncClient(
+        base_url=f"http://127.0.0.1:{port}", headers={"authorization": f"Bearer {TOKEN}"}
+    ) as http:
+        for path, operations in DESCRIPTION["paths"].items():
+            for method in operations:
+                answer = await http.request(method, path.replace("{key}", "k").replace("{model}", "m"))
+                is_error = answer.status_code >= 400 and method != "head"
+                assert not is_error or answer.json()["error"]["code"] != "unknown_url", f"{method} {path}"
+                assert str(answer.status_code) in operations[method]["responses"], f"{method} {path}"
