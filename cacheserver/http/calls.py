@@ -220,7 +220,7 @@ class _Known:
             known = metadata, _deadline_s(metadata)
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
-            if sum(len(value) for _, value in headers) <= _MOST_KNOWN_BYTES:
+            if sum(len(name) + len(value) for name, value in headers) <= _MOST_KNOWN_BYTES:
                 self._known[name] = known
         return known
 

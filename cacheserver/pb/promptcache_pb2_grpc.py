@@ -40,7 +40,7 @@ class PromptCacheServiceStub:
     UNAUTHENTICATED (UNAUTHENTICATED): no bearer token, or one nobody knows.
     PERMISSION_DENIED (PERMISSION_DENIED): the caller may not use the namespace or the operation.
     UNIMPLEMENTED (NOT_IMPLEMENTED): a field or call marked experimental.
-    UNAVAILABLE (OVERLOADED, SHUTTING_DOWN): more calls than the service takes, or it is going down.
+    UNAVAILABLE (OVERLOADED, SHUTTING_DOWN): more calls, or input images, than the service takes, or it is going down.
     """
 
     def __init__(self, channel):
@@ -116,7 +116,7 @@ class PromptCacheServiceServicer:
     UNAUTHENTICATED (UNAUTHENTICATED): no bearer token, or one nobody knows.
     PERMISSION_DENIED (PERMISSION_DENIED): the caller may not use the namespace or the operation.
     UNIMPLEMENTED (NOT_IMPLEMENTED): a field or call marked experimental.
-    UNAVAILABLE (OVERLOADED, SHUTTING_DOWN): more calls than the service takes, or it is going down.
+    UNAVAILABLE (OVERLOADED, SHUTTING_DOWN): more calls, or input images, than the service takes, or it is going down.
     """
 
     def GetImage(self, request, context):
@@ -325,7 +325,7 @@ class PromptCacheService:
     UNAUTHENTICATED (UNAUTHENTICATED): no bearer token, or one nobody knows.
     PERMISSION_DENIED (PERMISSION_DENIED): the caller may not use the namespace or the operation.
     UNIMPLEMENTED (NOT_IMPLEMENTED): a field or call marked experimental.
-    UNAVAILABLE (OVERLOADED, SHUTTING_DOWN): more calls than the service takes, or it is going down.
+    UNAVAILABLE (OVERLOADED, SHUTTING_DOWN): more calls, or input images, than the service takes, or it is going down.
     """
 
     @staticmethod
