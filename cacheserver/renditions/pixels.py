@@ -3,7 +3,8 @@
 The encoders' settings are the fastest that cost little, see scripts/bench/renditions.py. Of a picture of 1024x1024,
 WebP's method 0 takes a quarter of the time of its default, for files up to a quarter larger or smaller; PNG's
 run-length strategy takes a seventh of the time of its default, for files as small of photographs and a tenth larger of
-drawings.
+drawings. Of photographs with much grain WebP's method 0 is only 0.92 like its default (SSIM; 0.97 of smooth ones), and
+0.01 less like the original; method 2 would be 0.96 like it, and take half as long again.
 """
 
 from __future__ import annotations
