@@ -41,6 +41,7 @@ def environment(
             "CACHESERVER_S3_PREFIX": f"{data_dir.name}/",
             "CACHESERVER_S3__ACCESS_KEY": s3.access_key,
             "CACHESERVER_S3__SECRET_KEY": s3.secret_key,
+            "CACHESERVER_S3__READ_TIMEOUT_S": "10",  # a busy machine must not look like a store that is down
         }
     return env | {f"CACHESERVER_{name.upper()}": str(value) for name, value in more.items()}
 
