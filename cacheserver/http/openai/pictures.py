@@ -11,7 +11,7 @@ from starlette.requests import Request
 from cacheserver.calls.asking import Asking
 from cacheserver.calls.bounds import at_use
 from cacheserver.calls.call import Call
-from cacheserver.errors import NotImplementedYetError, UpstreamLimitedError
+from cacheserver.errors import UpstreamLimitedError
 from cacheserver.http.answer import Answer
 from cacheserver.http.calls import while_connected
 from cacheserver.http.openai.answers import Urls, answer_by_url, answer_headers, answer_with_bytes
@@ -45,7 +45,7 @@ class Pictures:
         *,
         asking: Asking,
         clock: Clock,
-        urls: Urls | None,
+        urls: Urls,
         limit_of: LimitOf,
         streaming: Streaming,
     ) -> None:
@@ -132,7 +132,7 @@ class Pictures:
 
     def _urls_of(self, answer: Sequence[Served], request: Request) -> list[str]:
         base_url = f"{request.url.scheme}://{request.url.netloc}"
-        return [self._urls.url(served.entry, base_url=base_url)[0] for served in answer] if self._urls else []
+        return [self._urls.url(served.entry, base_url=base_url)[0] for served in answer]
 
     def _asked(self, call: Call, namespace: Namespace, wanted: Wanted) -> HttpAsked:
         request = at_use(wanted.request, use_of(call), namespace)
@@ -143,8 +143,6 @@ class Pictures:
             text = f"Invalid 'n': expected an integer of at most {namespace.max_variants} in this namespace."
             raise wrong("n", text, "integer_above_max_value")
         by_url = wanted.by_url and not wanted.stream
-        if by_url and self._urls is None:
-            raise NotImplementedYetError("URLs are not served in this release; ask for response_format b64_json.")
         if by_url and terms.cache_policy is CachePolicy.NO_STORE:
             if wanted.response_format is not None:
                 text = "With 'Cache-Control: no-store' nothing is kept that a URL could lead to: ask for 'b64_json'."
