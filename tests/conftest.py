@@ -16,6 +16,7 @@ from cacheserver.embedded import child  # noqa: E402 - assertions are rewritten 
 from cacheserver.model import TierName  # noqa: E402 - as above
 from tests.fakes import FakeClock  # noqa: E402 - as above
 from tests.house import House, open_tier  # noqa: E402 - as above
+from tests.provider import OpenAIStandIn  # noqa: E402 - as above
 from tests.servers import own_s3, own_valkey, s3_server, valkey_server  # noqa: E402 - as above
 
 # Processes side by side would now and then find the same port free.
@@ -46,6 +47,13 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
 @pytest.fixture
 def clock() -> FakeClock:
     return FakeClock()
+
+
+@pytest.fixture
+async def provider() -> AsyncIterator[OpenAIStandIn]:
+    """A stand-in for a provider that speaks OpenAI's API, on a real port."""
+    async with OpenAIStandIn() as server:
+        yield server
 
 
 @pytest.fixture

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
 import pytest
 
 from cacheserver.errors import PromptRefusedError, UpstreamInvalidError
-from cacheserver.generation.prices import PriceTable
-from cacheserver.generation.providers.openai import Endpoint, OpenAIUpstream, Style
+from cacheserver.generation.providers.openai import OpenAIUpstream, Style
 from cacheserver.model import ImageRequest, InputImage, InputRole, PartialImage
 from tests.fakes import FakeClock
+from tests.openai_upstreams import Make, openai_upstreams
 from tests.provider import API_KEY, FormPart, OpenAIStandIn, large_png, small_image
-
-Make = Callable[..., OpenAIUpstream]
 
 
 def given(number: int, role: InputRole = InputRole.IMAGE, image_format: str = "png") -> InputImage:
@@ -33,24 +31,9 @@ def edit(*inputs: InputImage, model: str = "gpt-image-2", **fields: Any) -> Imag
 
 
 @pytest.fixture
-async def provider() -> AsyncIterator[OpenAIStandIn]:
-    async with OpenAIStandIn() as server:
-        yield server
-
-
-@pytest.fixture
 async def make(provider: OpenAIStandIn, clock: FakeClock) -> AsyncIterator[Make]:
-    made: list[OpenAIUpstream] = []
-
-    def upstream(**fields: Any) -> OpenAIUpstream:
-        known: dict[str, Any] = {"name": "main", "base_url": provider.base_url, "api_key": lambda: API_KEY}
-        known["models"] = {model: model for model in provider.models}
-        made.append(OpenAIUpstream(Endpoint(**(known | fields)), prices=PriceTable.load(), clock=clock))
-        return made[-1]
-
-    yield upstream
-    for one in made:
-        await one.aclose()
+    async with openai_upstreams(provider, clock) as make:
+        yield make
 
 
 @pytest.fixture

@@ -37,10 +37,11 @@ from cacheserver.errors import (
 from cacheserver.generation.images import inspect
 from cacheserver.generation.prices import PriceTable
 from cacheserver.generation.providers import openai
-from cacheserver.generation.providers.openai import Endpoint, OpenAIUpstream, Style
+from cacheserver.generation.providers.openai import OpenAIUpstream, Style
 from cacheserver.images import ImageFacts
 from cacheserver.model import GeneratedImage, ImageRequest, JsonValue, RateLimit, RateLimits, Usage
 from tests.fakes import FakeClock
+from tests.openai_upstreams import Make, openai_upstreams
 from tests.provider import API_KEY, OpenAIStandIn, Reply, error_reply, small_image
 from tests.waiting import until
 
@@ -48,28 +49,11 @@ PROMPT = "a very private prompt about zebras"
 NOW_S = 1_800_000_000.0
 CHUNKED = {"transfer-encoding": "chunked", "content-length": ""}
 
-Make = Callable[..., OpenAIUpstream]
-
-
-@pytest.fixture
-async def provider() -> AsyncIterator[OpenAIStandIn]:
-    async with OpenAIStandIn() as server:
-        yield server
-
 
 @pytest.fixture
 async def make(provider: OpenAIStandIn, clock: FakeClock) -> AsyncIterator[Make]:
-    made: list[OpenAIUpstream] = []
-
-    def upstream(**fields: Any) -> OpenAIUpstream:
-        known: dict[str, Any] = {"name": "main", "base_url": provider.base_url, "api_key": lambda: API_KEY}
-        known["models"] = {model: model for model in provider.models}
-        made.append(OpenAIUpstream(Endpoint(**(known | fields)), prices=PriceTable.load(), clock=clock))
-        return made[-1]
-
-    yield upstream
-    for one in made:
-        await one.aclose()
+    async with openai_upstreams(provider, clock) as make:
+        yield make
 
 
 @pytest.fixture

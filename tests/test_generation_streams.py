@@ -7,7 +7,7 @@ import base64
 import json
 import logging
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -22,11 +22,11 @@ from cacheserver.errors import (
     UpstreamLimitedError,
     UpstreamQuotaError,
 )
-from cacheserver.generation.prices import PriceTable
-from cacheserver.generation.providers.openai import Endpoint, OpenAIUpstream, Style
+from cacheserver.generation.providers.openai import OpenAIUpstream, Style
 from cacheserver.model import Delivery, ImageRequest, PartialImage, RateLimit
 from tests.fakes import FakeClock
-from tests.provider import API_KEY, OpenAIStandIn, Reply, error_reply, events, partial_b64, small_image
+from tests.openai_upstreams import Make, openai_upstreams
+from tests.provider import OpenAIStandIn, Reply, error_reply, events, partial_b64, small_image
 
 PROMPT = "a very private prompt about zebras"
 REQUEST = ImageRequest(PROMPT, "gpt-image-2", size="1024x1024", quality="low")
@@ -43,8 +43,6 @@ COMPLETED = {
 }
 COST_MICROUSD = 10 * 5 + 296 * 30
 
-Make = Callable[..., OpenAIUpstream]
-
 
 class Seen(list[PartialImage]):
     """The partial pictures that came."""
@@ -55,24 +53,9 @@ class Seen(list[PartialImage]):
 
 
 @pytest.fixture
-async def provider() -> AsyncIterator[OpenAIStandIn]:
-    async with OpenAIStandIn() as server:
-        yield server
-
-
-@pytest.fixture
 async def make(provider: OpenAIStandIn, clock: FakeClock) -> AsyncIterator[Make]:
-    made: list[OpenAIUpstream] = []
-
-    def upstream(**fields: Any) -> OpenAIUpstream:
-        known: dict[str, Any] = {"name": "main", "base_url": provider.base_url, "api_key": lambda: API_KEY}
-        known["models"] = {model: model for model in provider.models}
-        made.append(OpenAIUpstream(Endpoint(**(known | fields)), prices=PriceTable.load(), clock=clock))
-        return made[-1]
-
-    yield upstream
-    for one in made:
-        await one.aclose()
+    async with openai_upstreams(provider, clock) as make:
+        yield make
 
 
 @pytest.fixture
