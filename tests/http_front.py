@@ -12,8 +12,6 @@ import httpx
 from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute
 
-from cacheserver.calls.asking import Asking
-from cacheserver.calls.auth import Authenticator
 from cacheserver.calls.reception import Reception
 from cacheserver.calls.uploads import UploadMemory
 from cacheserver.http.application import Application
@@ -31,6 +29,7 @@ from cacheserver.interfaces import Prompts
 from cacheserver.model import CachedImage, Caller, Namespace, Permission, RateLimit
 from cacheserver.precheck import PromptPolicy
 from cacheserver.recall import Recall
+from tests.calls_desk import desk
 from tests.house import MODEL, House
 
 MAX_UPLOAD_BYTES = 64 * 1024 * 1024
@@ -92,24 +91,17 @@ async def open_http_front(
     limit: RateLimit | None = None,
 ) -> AsyncIterator[HttpFront]:
     """Serve `house` on a free port until the block ends."""
-    recall = Recall()
-    reception = Reception(
-        authenticator=Authenticator(callers, anonymous=anonymous),
-        books=house.books,
-        clock=house.clock,
-        max_in_progress=max_concurrent_calls,
-        recall=recall,
-    )
-    asking = Asking(
-        cache=house.cache,
-        namespaces=(house.namespace, *namespaces),
-        default_model=MODEL,
-        books=house.books,
-        clock=house.clock,
+    at = desk(
+        house,
+        callers=callers,
+        anonymous=anonymous,
+        namespaces=namespaces,
+        max_concurrent_calls=max_concurrent_calls,
         policies=policies or {},
         prompts=prompts,
         gone=(ClientDisconnect,),
     )
+    reception, asking, recall = at.reception, at.asking, at.recall
     calls = HttpCalls(reception, Guard(has_callers=bool(callers), is_open=False, hosts=hosts))
     streaming = Streams(asking=asking, clock=house.clock)
     pictures = Pictures(

@@ -14,9 +14,6 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2 as details
 from google.rpc.status_pb2 import Status
 
-from cacheserver.calls.asking import Asking
-from cacheserver.calls.auth import Authenticator
-from cacheserver.calls.reception import Reception
 from cacheserver.calls.uploads import UploadMemory
 from cacheserver.generation.images import inspect_in_thread
 from cacheserver.http.delivery.partitions import Partitions
@@ -26,11 +23,11 @@ from cacheserver.model import CachedImage, Caller, Namespace, Permission
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.pb import promptcache_pb2_grpc as pb_grpc
 from cacheserver.precheck import PromptPolicy
-from cacheserver.recall import Recall
 from cacheserver.rpc.server import Listen, RpcServer
 from cacheserver.rpc.service import FigureSource, ImageLinks, Limits, PromptCacheService
 from cacheserver.warming import Warming
-from tests.house import MODEL, House
+from tests.calls_desk import desk
+from tests.house import House
 
 ANYONE = Caller("anonymous", frozenset(Permission))
 SERVICE = "/promptcache.v1.PromptCacheService"
@@ -139,23 +136,17 @@ async def open_front(
     uploads: UploadMemory | None = None,
 ) -> AsyncIterator[Front]:
     """Serve `house` on a free port until the block ends."""
-    policies, recall = policies or {}, Recall()
-    reception = Reception(
-        authenticator=Authenticator(callers, anonymous=anonymous),
-        books=house.books,
-        clock=house.clock,
-        max_in_progress=max_concurrent_calls,
-        recall=recall,
-    )
-    asking = Asking(
-        cache=house.cache,
-        namespaces=(house.namespace, *namespaces),
-        default_model=MODEL,
-        books=house.books,
-        clock=house.clock,
+    policies = policies or {}
+    at = desk(
+        house,
+        callers=callers,
+        anonymous=anonymous,
+        namespaces=namespaces,
+        max_concurrent_calls=max_concurrent_calls,
         policies=policies,
         prompts=prompts,
     )
+    reception, asking, recall = at.reception, at.asking, at.recall
     service = PromptCacheService(
         cache=house.cache,
         asking=asking,
