@@ -240,8 +240,13 @@ class NeverAboveALimit(RuleBasedStateMachine):
         self.clock = FakeClock()
         self.budgets = local(self.clock)
         self.ids = itertools.count()
-        self.open: dict[str, int] = {}
-        self.spent = 0
+        self.open: dict[str, tuple[int, Period]] = {}
+        """What was set aside, in which month."""
+        self.spent: Counter[Period] = Counter()
+
+    @property
+    def month(self) -> Period:
+        return Period.at(BudgetPeriod.MONTH, self.clock.now_s())
 
     @rule(
         microusd=st.integers(0, 500),
@@ -251,27 +256,27 @@ class NeverAboveALimit(RuleBasedStateMachine):
     )
     def reserve(self, microusd: int, namespace: str, caller: str, degradable: bool) -> None:  # noqa: FBT001 - hypothesis's
         attempt_id = str(next(self.ids))
-        call = reserve(self.budgets, attempt_id, microusd, namespace=namespace, caller=caller, degradable=degradable)
         before = at_once(standing(self.budgets))
+        call = reserve(self.budgets, attempt_id, microusd, namespace=namespace, caller=caller, degradable=degradable)
         try:
             at_once(call)
         except CannotAffordError:
             assert at_once(standing(self.budgets)) == before
         else:
-            self.open[attempt_id] = microusd
+            self.open[attempt_id] = (microusd, self.month)
 
     @precondition(lambda self: self.open)
     @rule(data=st.data(), share=st.floats(0, 1), ends=st.sampled_from(["settle", "release", "twice"]))
     def end(self, data: st.DataObject, share: float, ends: str) -> None:
         attempt_id = data.draw(st.sampled_from(sorted(self.open)))
-        microusd = 0 if ends == "release" else int(self.open.pop(attempt_id) * share)
-        self.open.pop(attempt_id, None)
+        set_aside, month = self.open.pop(attempt_id)
+        microusd = 0 if ends == "release" else int(set_aside * share)
         at_once(self.budgets.sent(attempt_id))
         at_once(self.budgets.release(attempt_id) if ends == "release" else self.budgets.settle(attempt_id, microusd))
         if ends == "twice":
             at_once(self.budgets.settle(attempt_id, microusd))
             at_once(self.budgets.release(attempt_id))
-        self.spent += microusd
+        self.spent[month] += microusd
 
     @rule(hours=st.integers(1, 30))
     def time_passes(self, hours: int) -> None:
@@ -286,12 +291,18 @@ class NeverAboveALimit(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_lost(self) -> None:
-        # Every attempt is in one month's global budget; 40 days at most go by before the first is forgotten.
+        # Every attempt is in one month's global budget: that in which it began.
         sums = self.budgets.accounts.sums.items()
-        monthly = [own for account, own in sums if account.budget == GLOBAL_MONTH]
-        assert sum(own.reserved for own in monthly) == sum(self.open.values())
-        if self.clock.monotonic_s() < 27 * DAY_S:
-            assert sum(own.spent for own in monthly) == self.spent
+        monthly = {account.period: own for account, own in sums if account.budget == GLOBAL_MONTH}
+        still_open: Counter[Period] = Counter()
+        for microusd, month in self.open.values():
+            still_open[month] += microusd
+        for month, own in monthly.items():
+            assert (own.spent, own.reserved) == (self.spent[month], still_open[month])
+        # A month is forgotten a day after its end at the earliest, and never while an attempt in it is open.
+        month_before = Period.at(BudgetPeriod.MONTH, self.clock.now_s() - DAY_S)
+        for month in {self.month, month_before, *(month for _, month in self.open.values())}:
+            assert month in monthly or self.spent[month] == still_open[month] == 0
 
 
 TestNeverAboveALimit = pytest.mark.no_cover(NeverAboveALimit.TestCase)
