@@ -114,7 +114,8 @@ async def open_http_front(
         edits=Edits(pictures, asking=asking, uploads=uploads, max_pixels=50_000_000),
         models=Models([MODEL, "org/other"], started_s=house.clock.now_s()),
     )
-    server = HttpServer(Application(ours, routes), host="127.0.0.1", port=0)
+    application = Application(ours, routes)
+    server = HttpServer(application, host="127.0.0.1", port=0, ready=application.ready)
     await server.start()
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", trust_env=False) as client:

@@ -81,8 +81,11 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
         rpc = front.rpc
         ready = asyncio.Event()
         tiers = functools.partial(tier_states, core.lower.tiers)
+        routes = operations(registry=core.registry, is_ready=ready.is_set, tiers=tiers)
+        application = Application(front.routes, routes)
         http = HttpServer(
-            Application(front.routes, operations(registry=core.registry, is_ready=ready.is_set, tiers=tiers)),
+            application,
+            ready=application.ready,
             host=settings.server.http_host,
             port=settings.server.http_port,
             tls_cert_file=settings.server.http_tls_cert_file,

@@ -5,17 +5,32 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from starlette.types import Receive, Scope, Send
 
 Chunk = bytes | memoryview
 
 
+class ReadyAnswer(NamedTuple):
+    """An answer that lies ready: the lines of its head between status and length, each ended, and its body."""
+
+    head: bytes
+    body: bytes
+
+
+ReadyAnswers = Callable[[Sequence[tuple[bytes, bytes]], bytes], ReadyAnswer | None]
+"""What a request with these headers and this body is answered with, status 200, without waiting for anything.
+
+None: its answer is not ready, and nothing has happened; the application answers it as any other.
+"""
+
+
 @dataclass(slots=True)
 class Answer:
     """An ASGI response. A body in pieces is sent as they are made: as fast as its client reads them.
 
-    `head` is further headers, as they are sent. `length_bytes` None sends the body chunked, as long as it goes on; only
+    `length_bytes` None sends the body chunked, as long as it goes on; only
     at its end is the call answered. `error` is what such a body ended with, as it told the client itself. `on_end` is
     called once nothing of it is sent any more, however that came.
     """
@@ -24,7 +39,6 @@ class Answer:
     headers: dict[str, str]
     body: Chunk | Iterable[Chunk] | AsyncIterable[Chunk] = field(default=b"", repr=False)
     length_bytes: int | None = 0
-    head: Sequence[tuple[bytes, bytes]] = ()
     error: Exception | None = field(default=None, repr=False)
     on_end: Callable[[], Awaitable[None]] | None = field(default=None, repr=False)
 
@@ -38,7 +52,6 @@ class Answer:
 
     async def _send(self, scope: Scope, send: Send) -> None:
         headers = [(name.encode("ascii"), value.encode("latin-1")) for name, value in self.headers.items()]
-        headers += self.head
         if self.length_bytes is not None:
             headers.append((b"content-length", b"%d" % self.length_bytes))
         await send({"type": "http.response.start", "status": self.status, "headers": headers})

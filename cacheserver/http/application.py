@@ -10,9 +10,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from cacheserver.calls.call import request_id_of
+from cacheserver.http.answer import ReadyAnswers
 from cacheserver.http.calls import Endpoint
 from cacheserver.http.status import HttpError, status_of
 
@@ -28,12 +29,18 @@ class Application:
         routes = [route for part in parts for route in part]
         self._rest = Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
         self._rest.router.redirect_slashes = False  # a library would send its POST elsewhere, and as a GET
-        self._straight: dict[tuple[str, str], ASGIApp] = {
+        self._straight: dict[tuple[str, str], Endpoint] = {
             (method, route.path): route.app
             for route in routes
             if isinstance(route, Route) and isinstance(route.app, Endpoint) and not route.param_convertors
             for method in route.methods or ()
         }
+        self.ready: dict[tuple[bytes, bytes], ReadyAnswers] = {
+            (method.encode("ascii"), path.encode("ascii")): app.ready
+            for (method, path), app in self._straight.items()
+            if app.has_ready
+        }
+        """What answers may be ready, by method and path."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -14,8 +15,8 @@ from starlette.types import Receive, Scope, Send
 
 from cacheserver.calls.call import Call
 from cacheserver.calls.reception import Reception
-from cacheserver.errors import UnauthenticatedError
-from cacheserver.http.answer import Answer
+from cacheserver.errors import CacheServerError, UnauthenticatedError
+from cacheserver.http.answer import Answer, ReadyAnswer
 from cacheserver.http.guard import Guard
 from cacheserver.http.status import HttpError, HttpStatus, status_of
 from cacheserver.tasks import end
@@ -23,6 +24,9 @@ from cacheserver.tasks import end
 T = TypeVar("T")
 
 Handler = Callable[[Request, Call], Awaitable[Answer]]
+
+ReadyHandler = Callable[[Call, bytes], ReadyAnswer | None]
+"""The answer to a call with this body if it is ready; None, and nothing has happened, if it is not."""
 
 _GONE = "CLIENT_GONE"
 """The code of a call whose client went away, in the log."""
@@ -44,13 +48,16 @@ class HttpCalls:
         self._reception = reception
         self._guard = guard
 
-    def endpoint(self, name: str, handler: Handler, *, is_open: bool = False) -> Endpoint:
+    def endpoint(
+        self, name: str, handler: Handler, *, is_open: bool = False, ready: ReadyHandler | None = None
+    ) -> Endpoint:
         """The endpoint of a route; `name` is what its calls are called in logs.
 
         With `is_open` whoever calls is let in, and the handler says `authenticate` where it has to know who does.
+        `ready` knows the answers that are ready.
         """
         admit = self._let_in if is_open else self._admit
-        return Endpoint(name, handler, reception=self._reception, admit=admit)
+        return Endpoint(name, handler, reception=self._reception, admit=admit, ready=ready)
 
     def authenticate(self, call: Call) -> None:
         """Find out who makes a call that was let in unseen.
@@ -78,9 +85,18 @@ class HttpCalls:
 class Endpoint:
     """One route, as an ASGI application."""
 
-    def __init__(self, name: str, handler: Handler, *, reception: Reception, admit: Callable[[Call], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        handler: Handler,
+        *,
+        reception: Reception,
+        admit: Callable[[Call], None],
+        ready: ReadyHandler | None = None,
+    ) -> None:
         self._name = name
         self._handler = handler
+        self._ready = ready
         self._reception = reception
         self._admit = admit
         self._known = _Known()
@@ -94,6 +110,33 @@ class Endpoint:
             await self._serve(Request(scope, receive, send), call, send)
         except ClientDisconnect:
             pass  # there is nobody to answer
+        finally:
+            self._reception.end()
+
+    @property
+    def has_ready(self) -> bool:
+        """Whether any of its answers is ever ready."""
+        return self._ready is not None
+
+    def ready(self, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> ReadyAnswer | None:
+        """The answer to a request with these headers and this body, if it is ready: then the call is over with it."""
+        return contextvars.Context().run(self._answer_at_once, headers, body)  # its log line has ids of its own
+
+    def _answer_at_once(self, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> ReadyAnswer | None:
+        if self._ready is None:
+            return None
+        metadata, deadline_s = self._known.of(headers)
+        call = self._reception.begin(self._name, metadata, deadline_s=deadline_s)
+        try:
+            self._admit(call)
+            answer = self._ready(call, body)
+            if answer is None:
+                return None
+            structlog.contextvars.bind_contextvars(**call.ids)
+            self._reception.succeeded(call)
+            return ReadyAnswer(b"%sx-request-id: %s\r\n" % (answer.head, call.request_id.encode("ascii")), answer.body)
+        except (CacheServerError, HttpError):
+            return None  # who is turned away here is turned away again, and told why, where calls are answered
         finally:
             self._reception.end()
 
@@ -211,7 +254,7 @@ class _Known:
     def __init__(self) -> None:
         self._known: dict[tuple[tuple[bytes, bytes], ...], tuple[Mapping[str, str], float | None]] = {}
 
-    def of(self, headers: list[tuple[bytes, bytes]]) -> tuple[Mapping[str, str], float | None]:
+    def of(self, headers: Sequence[tuple[bytes, bytes]]) -> tuple[Mapping[str, str], float | None]:
         """What these headers say."""
         name = tuple(headers)
         known = self._known.get(name)
@@ -225,7 +268,7 @@ class _Known:
         return known
 
 
-def _metadata(headers: list[tuple[bytes, bytes]]) -> Mapping[str, str]:
+def _metadata(headers: Sequence[tuple[bytes, bytes]]) -> Mapping[str, str]:
     """Headers by name; those sent more than once as one, with commas between (RFC 9110 section 5.3)."""
     metadata: dict[str, str] = {}
     for raw_name, raw_value in headers:

@@ -9,7 +9,7 @@ from starlette.requests import Request
 
 from cacheserver.calls.asking import Asking
 from cacheserver.calls.call import Call
-from cacheserver.http.answer import Answer
+from cacheserver.http.answer import Answer, ReadyAnswer
 from cacheserver.http.body import read_body, read_json
 from cacheserver.http.openai.memo import name_of
 from cacheserver.http.openai.pictures import Pictures
@@ -34,6 +34,11 @@ class Generations:
                 return hit
             wanted = read_wanted(Fields(read_json(request, body)), namespace)
             return await self._pictures.answer(request, call, namespace, wanted, name)
+
+    def ready(self, call: Call, body: bytes) -> ReadyAnswer | None:
+        """What a call was answered that came before, byte for byte, if it would be answered that again."""
+        name = name_of(call, self._pictures.namespace(call), body)
+        return None if name is None else self._pictures.ready(name, call)
 
 
 async def variations(request: Request, call: Call) -> NoReturn:  # noqa: ARG001 - as every handler

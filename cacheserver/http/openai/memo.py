@@ -37,12 +37,12 @@ class Told:
         self._policy = policy
         self._lasting = _as_sent(lasting_headers([served]))
         self._second = 0
-        self._head: list[tuple[bytes, bytes]] = []
+        self._head = b""
         self._entry = ref(served.entry)
         self._matched, self._saved_microusd, self._derived = served.matched, served.saved_microusd, served.derived
 
-    def head(self, served: Served, now_s: float) -> list[tuple[bytes, bytes]]:
-        """The headers as they are sent: what changes in them changes once a second."""
+    def head(self, served: Served, now_s: float) -> bytes:
+        """The lines of its headers: what changes in them changes once a second."""
         if int(now_s) != self._second:
             self._second = int(now_s)
             self._head = self._lasting + _as_sent(passing_headers([served], self._policy, now_s))
@@ -56,8 +56,8 @@ class Told:
         return Served(entry, TierName.MEMORY, self._matched, saved_microusd=self._saved_microusd, derived=self._derived)
 
 
-def _as_sent(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    return [(name.encode("ascii"), value.encode("latin-1")) for name, value in headers.items()]
+def _as_sent(headers: Mapping[str, str]) -> bytes:
+    return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1")
 
 
 @dataclass(slots=True)

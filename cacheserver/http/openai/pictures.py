@@ -12,7 +12,7 @@ from cacheserver.calls.asking import Asking
 from cacheserver.calls.bounds import at_use
 from cacheserver.calls.call import Call
 from cacheserver.errors import UpstreamLimitedError
-from cacheserver.http.answer import Answer
+from cacheserver.http.answer import Answer, ReadyAnswer
 from cacheserver.http.calls import while_connected
 from cacheserver.http.openai.answers import Urls, answer_by_url, answer_headers, answer_with_bytes
 from cacheserver.http.openai.asked import HttpAsked
@@ -69,8 +69,6 @@ class Pictures:
         memo = self._memos.find(name)
         if memo is None:
             return None
-        if (told := self._told_again(memo, call)) is not None:
-            return told
         answer = self._asking.hit(memo.asked, memo.identity, call)
         if answer is None:
             return None
@@ -81,16 +79,20 @@ class Pictures:
             self._memos.tell(name, memo, Told(answer[0], made.body, memo.asked.terms.cache_policy, until_s=until_s))
         return made
 
-    def _told_again(self, memo: Memo, call: Call) -> Answer | None:
-        """The answer that such a call was given lately, if memory still has that picture."""
-        told = memo.told
+    def ready(self, name: Name, call: Call) -> ReadyAnswer | None:
+        """What such a call was answered lately, with headers of now, if memory still has that picture."""
+        memo = self._memos.find(name)
+        told = None if memo is None else memo.told
         served = None if told is None or told.until_s < call.started_s else told.served()
-        if told is None or served is None or not self._asking.hit_again(served, memo.asked, memo.identity, call):
+        if memo is None or told is None or served is None:
+            return None
+        if not self._asking.hit_again(served, memo.asked, memo.identity, call):
             return None
         call.model, call.quality = memo.asked.model_and_quality
         self._asking.book((served,), memo.asked, call)
-        headers = {"openai-processing-ms": self._milliseconds(call)}
-        return Answer(200, headers, told.body, len(told.body), told.head(served, self._clock.now_s()))
+        milliseconds = self._milliseconds(call).encode("ascii")
+        head = b"%sopenai-processing-ms: %s\r\n" % (told.head(served, self._clock.now_s()), milliseconds)
+        return ReadyAnswer(head, told.body)
 
     async def answer(
         self, request: Request, call: Call, namespace: Namespace, wanted: Wanted, name: Name | None = None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from starlette.routing import BaseRoute, Route
 
-from cacheserver.http.calls import Handler, HttpCalls
-from cacheserver.http.openai.generations import variations
+from cacheserver.http.calls import Handler, HttpCalls, ReadyHandler
+from cacheserver.http.openai.generations import Generations, variations
 from cacheserver.http.openai.models import Models
 
 GENERATIONS = "/v1/images/generations"
@@ -14,14 +14,14 @@ VARIATIONS = "/v1/images/variations"
 MODELS = "/v1/models"
 
 
-def openai_routes(calls: HttpCalls, *, generations: Handler, edits: Handler, models: Models) -> list[BaseRoute]:
+def openai_routes(calls: HttpCalls, *, generations: Generations, edits: Handler, models: Models) -> list[BaseRoute]:
     """The routes; the one that is asked most comes first."""
 
-    def route(method: str, path: str, handler: Handler) -> BaseRoute:
-        return Route(path, calls.endpoint(f"{method} {path}", handler), methods=[method])
+    def route(method: str, path: str, handler: Handler, ready: ReadyHandler | None = None) -> BaseRoute:
+        return Route(path, calls.endpoint(f"{method} {path}", handler, ready=ready), methods=[method])
 
     return [
-        route("POST", GENERATIONS, generations),
+        route("POST", GENERATIONS, generations, generations.ready),
         route("POST", EDITS, edits),
         route("POST", VARIATIONS, variations),
         route("GET", MODELS, models.listed),

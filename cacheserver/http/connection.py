@@ -1,0 +1,296 @@
+"""A connection to the HTTP server: uvicorn's, bounded in every wait, and quick where an answer is ready."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from types import MappingProxyType
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from cacheserver.calls.call import request_id_of
+from cacheserver.errors import OverloadedError, ShuttingDownError
+from cacheserver.http.answer import ReadyAnswers
+from cacheserver.http.status import HttpError, status_of
+
+_MOST_HELD_BYTES = 4_096
+"""Of a request's body, before its application hears of it all the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How long a connection may take, in seconds, how many bytes the head of a request, and how many there may be.
+
+    `head_s` for the head of a request to come whole, and its body to begin (a short one may have to end, too);
+    `stalled_s` for a client to take a little more of its answer; `idle_s` between an answer and the next request;
+    `grace_s` for what runs when the server stops.
+    """
+
+    head_s: float = 30.0
+    stalled_s: float = 60.0
+    idle_s: float = 75.0
+    grace_s: float = 2.0
+    max_head_bytes: int = 64 * 1024
+    max_connections: int = 16_384
+
+
+def protocol(bounds: Bounds, ready: Mapping[tuple[bytes, bytes], ReadyAnswers]) -> type[Connection]:
+    """The protocol for connections that are only waited for so long; `ready` is by method and path."""
+
+    class Bounded(Connection):
+        allowed = bounds
+        ready_answers = ready
+
+    return Bounded
+
+
+class _HeadWithBody:
+    """A transport that sends the head of an answer together with what follows it: in one packet where that is small.
+
+    uvicorn writes them one by one, each of which wakes the client: a fifth of what a hit of 100 KB costs.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._head: bytes | None = None
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Send this, or keep it until what follows is known."""
+        if self._head is not None:
+            head, self._head = self._head, None
+            self._transport.writelines((head, data))
+        elif data[:5] == b"HTTP/":
+            self._head = bytes(data)
+            self._loop.call_soon(self._flush)  # no body, or one that is still to be made
+        else:
+            self._transport.write(data)
+
+    def write_whole(self, head: bytes, body: bytes) -> None:
+        """Send a whole answer."""
+        self._flush()
+        self._transport.writelines((head, body))
+
+    def close(self) -> None:
+        """Send what is left, and close."""
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._head is not None:
+            head, self._head = self._head, None
+            self._transport.write(head)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+class Connection(HttpToolsProtocol):
+    """A connection that cannot be held by saying little, sending slowly or reading nothing, as uvicorn's can.
+
+    uvicorn bounds only the time between an answer and the next request. What is malformed is answered in the shape of
+    every error.
+    """
+
+    allowed: Bounds
+    ready_answers: Mapping[tuple[bytes, bytes], ReadyAnswers] = MappingProxyType({})
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._head_bytes = 0
+        self._is_in_head = True
+        self._is_waiting = True
+        """For more of a head, or for a body to begin."""
+        self._held: list[bytes] | None = None
+        """What has come of the body of a request that may find its answer ready: its application knows nothing yet."""
+        self._ready: ReadyAnswers | None = None
+        self._waiting: asyncio.TimerHandle | None = None
+        self._stalled: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+        """Wait for a first request, unless there are too many connections."""
+        self._out = _HeadWithBody(transport, self.loop)
+        super().connection_made(self._out)  # type: ignore[arg-type]  # all it uses of one
+        if len(self.connections) > self.allowed.max_connections:
+            self.app = _turn_away
+            self.ready_answers = {}
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has gone, or we have."""
+        self._wait_no_longer()
+        self.resume_writing()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Read what has come, and wait only so long for what has not."""
+        if self._is_in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._is_in_head and self._head_bytes > self.allowed.max_head_bytes and not self.transport.is_closing():
+            text = f"The head of the request is larger than {self.allowed.max_head_bytes:,} bytes."
+            self._refuse(HttpError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, text))
+        elif not self._is_waiting and not self._has_sent_nothing:
+            self._wait_no_longer()
+        elif self._waiting is None and not self.transport.is_closing():
+            self._wait()
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self._is_in_head, self._head_bytes = True, 0
+        self._is_waiting = True
+        self._wait_no_longer()  # and begin anew, unless all of it is there
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Its head is there."""
+        self._is_in_head = False
+        if self._may_be_ready():
+            self._held = []
+        else:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A part of its body is there."""
+        if self._held is None:
+            if self._is_answering:
+                self._is_waiting = False  # whoever reads it sees to it that it comes to an end
+            super().on_body(body)
+            return
+        self._held.append(body)
+        if sum(map(len, self._held)) > _MOST_HELD_BYTES:
+            self._release()
+
+    def on_message_complete(self) -> None:
+        """All of it is there."""
+        self._is_waiting = False
+        if self._held is not None and self._answer_at_once(b"".join(self._held)):
+            self._held = None
+            return
+        self._release()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Its answer is written."""
+        super().on_response_complete()
+        if self.cycle.more_body:  # answered before its body was read, which may go on for ever
+            self._is_waiting = True
+            self._wait()
+
+    def pause_writing(self) -> None:
+        """The client reads more slowly than it is answered."""
+        super().pause_writing()
+        self._stalled = self.loop.call_later(self.allowed.stalled_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It has caught up."""
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """What has come is no HTTP."""
+        self._refuse(HttpError(HTTPStatus.BAD_REQUEST, msg))
+
+    def end(self) -> None:
+        """Wait for its answer no more; a client that has heard nothing yet is told that it may ask another replica."""
+        if self._is_answering and not self.cycle.response_started:
+            self._refuse(ShuttingDownError("The service is shutting down; try another replica."))
+        else:
+            self.transport.abort()
+
+    def _refuse(self, error: Exception) -> None:
+        """Answer with an error, and close: nobody knows where the next request would begin, if there is to be one."""
+        request_id = secrets.token_hex(16)
+        told = status_of(error, request_id=request_id)
+        body = json.dumps({"error": told.error})
+        headers = {
+            "content-type": "application/json",
+            "content-length": str(len(body)),
+            "cache-control": "no-store",
+            "x-request-id": request_id,
+            **told.headers,
+            "connection": "close",
+        }
+        lines = [
+            f"HTTP/1.1 {told.status.value} {told.status.phrase}",
+            *(f"{name}: {value}" for name, value in headers.items()),
+        ]
+        self.transport.write("\r\n".join([*lines, "", body]).encode("ascii"))
+        self.transport.close()
+
+    def _wait(self) -> None:
+        self._wait_no_longer()
+        self._waiting = self.loop.call_later(self.allowed.head_s, self._wait_is_over)
+
+    def _wait_no_longer(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+    @property
+    def _has_sent_nothing(self) -> bool:
+        """Whether what came last, after an answer, was no part of a request: blank lines."""
+        return not self._is_answering and self.timeout_keep_alive_task is None
+
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _wait_is_over(self) -> None:
+        if self._is_answering and not self.cycle.more_body:
+            self._wait()  # the answer before it is still on its way
+        else:
+            self.transport.abort()
+
+    # ── ready answers ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _may_be_ready(self) -> bool:
+        """Whether the answer to the request whose head has come may go out as soon as the rest is there."""
+        self._ready = self.ready_answers.get((self.parser.get_method(), self.url))
+        return (
+            self._ready is not None
+            and not self._is_answering
+            and not self.flow.write_paused
+            and not self.expect_100_continue
+            and self.parser.get_http_version() == "1.1"
+            and self.parser.should_keep_alive()
+            and not self.parser.should_upgrade()
+        )
+
+    def _answer_at_once(self, body: bytes) -> bool:
+        """Answer a whole request, if its answer is ready: without a task, and in one packet where that is small."""
+        answer = None if self._ready is None else self._ready(self.headers, body)
+        if answer is None:
+            return False
+        date = b"".join(b"%s: %s\r\n" % line for line in self.server_state.default_headers)
+        head = b"HTTP/1.1 200 OK\r\n%s%scontent-length: %d\r\n\r\n" % (date, answer.head, len(answer.body))
+        self._out.write_whole(head, answer.body)
+        super().on_response_complete()
+        return True
+
+    def _release(self) -> None:
+        """Let the application have a request that was held."""
+        if self._held is None:
+            return
+        held, self._held = b"".join(self._held), None
+        super().on_headers_complete()
+        if held:
+            self.on_body(held)
+
+
+async def _turn_away(scope: Scope, receive: Receive, send: Send) -> None:
+    """The application of connections that are too many."""
+    request_id = request_id_of(Headers(scope=scope))
+    error = OverloadedError("There are too many connections; try again.")
+    answer = status_of(error, request_id=request_id).answer()
+    answer.headers |= {"x-request-id": request_id, "connection": "close"}
+    await answer(scope, receive, send)
