@@ -11,6 +11,7 @@ from itertools import chain
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from cacheserver.accounting.answered import AnsweredMetrics
 from cacheserver.figures import BY_DEFAULT, LATENCY_BOUNDS_S, OTHER, Figures, Key, Row, Sums, total_of
 from cacheserver.interfaces import Clock
 from cacheserver.model import AttemptOutcome, Outcome, StatsField, TierName, UpstreamHealth
@@ -68,6 +69,7 @@ class CounterBooks:
         self._upstream_calls = 0
         self._corrupt: Tally[TierName] = Tally()
         self._metrics = _Metrics(registry)
+        registry.register(AnsweredMetrics(lambda: self.snapshot(None).rows))
 
     def answered(  # noqa: PLR0913 - as many columns as a row of the books
         self,
@@ -95,19 +97,12 @@ class CounterBooks:
         cell.seconds += seconds
         cell.latency_counts[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
         cell.would_cost_microusd += would_cost_microusd
-        tier_label = tier or ""
-        self._metrics.requests(namespace, outcome, tier_label).inc()
-        self._metrics.request_seconds(outcome, tier_label).observe(seconds)
         if saved_microusd:
             cell.saved_microusd += saved_microusd
             if outcome is Outcome.COLLAPSED:
                 cell.coalesced_microusd += saved_microusd
-            elif outcome is Outcome.DERIVED:
-                self._metrics.derived_saved.labels(namespace).inc(saved_microusd)
-            self._metrics.saved.inc(saved_microusd)
         if is_degraded:
             cell.degraded += 1
-            self._metrics.degraded.labels(namespace).inc()
 
     def spent(self, namespace: str, microusd: int) -> None:
         """A call to an upstream was paid for."""
@@ -256,9 +251,6 @@ class _Metrics:
             return Histogram(f"cacheserver_{name}", text, labels, registry=registry, buckets=LATENCY_BOUNDS_S)
 
         # Those of every call by their labels, each looked up once: it takes as long as to count.
-        self.requests = cache(counter("requests", "Pictures asked for", "namespace", "outcome", "tier").labels)
-        request_seconds = histogram("request_seconds", "Time to answer a picture", "outcome", "tier")
-        self.request_seconds = cache(request_seconds.labels)
         self.tier_seconds = cache(histogram("tier_seconds", "Time a tier took", "tier", "op").labels)
         self.upstream_requests = cache(counter("upstream_requests", "Calls to upstreams", "upstream", "result").labels)
         generation_seconds = histogram("generation_seconds", "Time an upstream took", "upstream", "model")
@@ -272,12 +264,7 @@ class _Metrics:
         self.upstream_health = gauge("upstream_health", "1 for the health an upstream has", "upstream", "health")
         self.budget_overrun = counter("budget_overrun_microusd", "Paid above what was set aside", "upstream")
         self.refused = counter("prompts_refused", "Prompts refused before any look-up", "namespace", "reason")
-        self.degraded = counter("degraded", "Pictures answered at a lower quality than asked for", "namespace")
         self.client_fallbacks = counter("client_fallbacks", "Pictures clients had made while we were away", "namespace")
-        self.saved = counter("saved_microusd", "Not paid thanks to a hit, in micro-dollars")
-        self.derived_saved = counter(
-            "derived_saved_microusd", "Of it, by pictures made from another one that was stored", "namespace"
-        )
         self.errors = counter("errors", "Failed calls by published reason", "reason")
         self.breaker_open = gauge("breaker_open", "1 while a tier or upstream is not asked", "tier")
         self.corrupt = counter("corrupt", "Damaged entries found", "tier")

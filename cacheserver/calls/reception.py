@@ -138,6 +138,7 @@ class Reception:
         log = self._log.error if exc_info else self._log.info
         log(
             "call",
+            **call.ids,
             rpc=call.rpc,
             code=code,
             reason=reason,

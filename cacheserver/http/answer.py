@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from starlette.types import Receive, Scope, Send
 
 Chunk = bytes | memoryview
-
-
-class ReadyAnswer(NamedTuple):
-    """An answer that lies ready: the lines of its head between status and length, each ended, and its body."""
-
-    head: bytes
-    body: bytes
-
-
-ReadyAnswers = Callable[[Sequence[tuple[bytes, bytes]], bytes], ReadyAnswer | None]
-"""What a request with these headers and this body is answered with, status 200, without waiting for anything.
-
-None: its answer is not ready, and nothing has happened; the application answers it as any other.
-"""
 
 
 @dataclass(slots=True)

@@ -13,8 +13,8 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from cacheserver.calls.call import request_id_of
-from cacheserver.http.answer import ReadyAnswers
 from cacheserver.http.calls import Endpoint
+from cacheserver.http.ready import Questions
 from cacheserver.http.status import HttpError, status_of
 
 
@@ -35,8 +35,8 @@ class Application:
             if isinstance(route, Route) and isinstance(route.app, Endpoint) and not route.param_convertors
             for method in route.methods or ()
         }
-        self.ready: dict[tuple[bytes, bytes], ReadyAnswers] = {
-            (method.encode("ascii"), path.encode("ascii")): app.ready
+        self.ready: dict[tuple[bytes, bytes], Questions] = {
+            (method.encode("ascii"), path.encode("ascii")): app.question
             for (method, path), app in self._straight.items()
             if app.has_ready
         }

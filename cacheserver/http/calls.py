@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -16,8 +16,9 @@ from starlette.types import Receive, Scope, Send
 from cacheserver.calls.call import Call
 from cacheserver.calls.reception import Reception
 from cacheserver.errors import CacheServerError, UnauthenticatedError
-from cacheserver.http.answer import Answer, ReadyAnswer
+from cacheserver.http.answer import Answer
 from cacheserver.http.guard import Guard
+from cacheserver.http.ready import Question, ReadyAnswer
 from cacheserver.http.status import HttpError, HttpStatus, status_of
 from cacheserver.tasks import end
 
@@ -118,21 +119,19 @@ class Endpoint:
         """Whether any of its answers is ever ready."""
         return self._ready is not None
 
-    def ready(self, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> ReadyAnswer | None:
-        """The answer to a request with these headers and this body, if it is ready: then the call is over with it."""
-        return contextvars.Context().run(self._answer_at_once, headers, body)  # its log line has ids of its own
+    def question(self, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> Question:
+        """What a request with these headers and this body asks; its answer may be ready, and is then the whole call."""
+        return partial(self._answer_at_once, *self._known.of(headers), body)
 
-    def _answer_at_once(self, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> ReadyAnswer | None:
+    def _answer_at_once(self, metadata: Mapping[str, str], deadline_s: float | None, body: bytes) -> ReadyAnswer | None:
         if self._ready is None:
             return None
-        metadata, deadline_s = self._known.of(headers)
         call = self._reception.begin(self._name, metadata, deadline_s=deadline_s)
         try:
             self._admit(call)
             answer = self._ready(call, body)
             if answer is None:
                 return None
-            structlog.contextvars.bind_contextvars(**call.ids)
             self._reception.succeeded(call)
             return ReadyAnswer(b"%sx-request-id: %s\r\n" % (answer.head, call.request_id.encode("ascii")), answer.body)
         except (CacheServerError, HttpError):

@@ -8,7 +8,6 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
-from types import MappingProxyType
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -17,7 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cacheserver.calls.call import request_id_of
 from cacheserver.errors import OverloadedError, ShuttingDownError
-from cacheserver.http.answer import ReadyAnswers
+from cacheserver.http.ready import KnownQuestions, Question, Questions, ReadyAnswer
 from cacheserver.http.status import HttpError, status_of
 
 _MOST_HELD_BYTES = 4_096
@@ -41,12 +40,13 @@ class Bounds:
     max_connections: int = 16_384
 
 
-def protocol(bounds: Bounds, ready: Mapping[tuple[bytes, bytes], ReadyAnswers]) -> type[Connection]:
+def protocol(bounds: Bounds, ready: Mapping[tuple[bytes, bytes], Questions]) -> type[Connection]:
     """The protocol for connections that are only waited for so long; `ready` is by method and path."""
 
     class Bounded(Connection):
         allowed = bounds
-        ready_answers = ready
+        questions = ready
+        known_questions = KnownQuestions()
 
     return Bounded
 
@@ -100,7 +100,8 @@ class Connection(HttpToolsProtocol):
     """
 
     allowed: Bounds
-    ready_answers: Mapping[tuple[bytes, bytes], ReadyAnswers] = MappingProxyType({})
+    questions: Mapping[tuple[bytes, bytes], Questions]
+    known_questions: KnownQuestions
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -110,7 +111,14 @@ class Connection(HttpToolsProtocol):
         """For more of a head, or for a body to begin."""
         self._held: list[bytes] | None = None
         """What has come of the body of a request that may find its answer ready: its application knows nothing yet."""
-        self._ready: ReadyAnswers | None = None
+        self._questions: Questions | None = None
+        self._is_between = True
+        """No request is on its way in."""
+        self._answered: Question | None = None
+        """What was answered at once since data came last."""
+        self._begun = 0
+        """Requests, since then."""
+        self._last_answered_s = 0.0
         self._waiting: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
 
@@ -120,7 +128,7 @@ class Connection(HttpToolsProtocol):
         super().connection_made(self._out)  # type: ignore[arg-type]  # all it uses of one
         if len(self.connections) > self.allowed.max_connections:
             self.app = _turn_away
-            self.ready_answers = {}
+            self.questions, self.known_questions = {}, KnownQuestions()
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -131,9 +139,15 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Read what has come, and wait only so long for what has not."""
+        is_between = self._is_between
+        if is_between and self._answer_known(data):
+            return
         if self._is_in_head:
             self._head_bytes += len(data)
+        self._begun, self._answered = 0, None
         super().data_received(data)
+        if is_between and self._is_between and self._answered is not None and self._begun == 1:
+            self.known_questions.keep(data, self._answered)
         if self._is_in_head and self._head_bytes > self.allowed.max_head_bytes and not self.transport.is_closing():
             text = f"The head of the request is larger than {self.allowed.max_head_bytes:,} bytes."
             self._refuse(HttpError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, text))
@@ -145,7 +159,8 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request begins."""
         self._is_in_head, self._head_bytes = True, 0
-        self._is_waiting = True
+        self._is_waiting, self._is_between = True, False
+        self._begun += 1
         self._wait_no_longer()  # and begin anew, unless all of it is there
         super().on_message_begin()
 
@@ -170,7 +185,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """All of it is there."""
-        self._is_waiting = False
+        self._is_waiting, self._is_between = False, True
         if self._held is not None and self._answer_at_once(b"".join(self._held)):
             self._held = None
             return
@@ -255,27 +270,62 @@ class Connection(HttpToolsProtocol):
 
     def _may_be_ready(self) -> bool:
         """Whether the answer to the request whose head has come may go out as soon as the rest is there."""
-        self._ready = self.ready_answers.get((self.parser.get_method(), self.url))
+        self._questions = self.questions.get((self.parser.get_method(), self.url))
         return (
-            self._ready is not None
-            and not self._is_answering
-            and not self.flow.write_paused
+            self._questions is not None
+            and self._may_answer
             and not self.expect_100_continue
             and self.parser.get_http_version() == "1.1"
             and self.parser.should_keep_alive()
             and not self.parser.should_upgrade()
         )
 
-    def _answer_at_once(self, body: bytes) -> bool:
-        """Answer a whole request, if its answer is ready: without a task, and in one packet where that is small."""
-        answer = None if self._ready is None else self._ready(self.headers, body)
+    @property
+    def _may_answer(self) -> bool:
+        """Whether an answer may go out now: no other is on its way, and the client takes what it was sent."""
+        return not self._is_answering and not self.flow.write_paused and not self.transport.is_closing()
+
+    def _answer_known(self, data: bytes) -> bool:
+        """Answer a request that came before, byte for byte, if its answer is ready."""
+        question = self.known_questions.find(data)
+        if question is None or not self._may_answer:
+            return False
+        answer = question()
         if answer is None:
             return False
-        date = b"".join(b"%s: %s\r\n" % line for line in self.server_state.default_headers)
-        head = b"HTTP/1.1 200 OK\r\n%s%scontent-length: %d\r\n\r\n" % (date, answer.head, len(answer.body))
-        self._out.write_whole(head, answer.body)
-        super().on_response_complete()
+        self._send(answer)
+        if self.timeout_keep_alive_task is None:
+            super().on_response_complete()
+        else:
+            self.server_state.total_requests += 1  # the timer goes on, and finds out when it is over
         return True
+
+    def _answer_at_once(self, body: bytes) -> bool:
+        """Answer a whole request, if its answer is ready: without a task, and in one packet where that is small."""
+        if self._questions is None:
+            return False
+        question = self._questions(self.headers, body)
+        answer = question()
+        if answer is None:
+            return False
+        self._send(answer)
+        super().on_response_complete()
+        self._answered = question
+        return True
+
+    def _send(self, answer: ReadyAnswer) -> None:
+        head = b"HTTP/1.1 200 OK\r\n%s%scontent-length: %d\r\n\r\n"
+        date = b"".join([b"%s: %s\r\n" % line for line in self.server_state.default_headers])
+        self._out.write_whole(head % (date, answer.head, len(answer.body)), answer.body)
+        self._last_answered_s = self.loop.time()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close an idle connection; one that was answered since its timer began is so later."""
+        left_s = self._last_answered_s + self.allowed.idle_s - self.loop.time()
+        if left_s > 0:
+            self.timeout_keep_alive_task = self.loop.call_later(left_s, self.timeout_keep_alive_handler)
+        else:
+            super().timeout_keep_alive_handler()
 
     def _release(self) -> None:
         """Let the application have a request that was held."""

@@ -13,8 +13,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from cacheserver.errors import ConfigError
-from cacheserver.http.answer import ReadyAnswers
 from cacheserver.http.connection import Bounds, Connection, protocol
+from cacheserver.http.ready import Questions
 
 _LAST_S = 2
 """For calls whose connection was ended to notice it."""
@@ -34,9 +34,9 @@ class HttpServer:
         tls_cert_file: Path | None = None,
         tls_key_file: Path | None = None,
         bounds: Bounds | None = None,
-        ready: Mapping[tuple[bytes, bytes], ReadyAnswers] | None = None,
+        ready: Mapping[tuple[bytes, bytes], Questions] | None = None,
     ) -> None:
-        """`ready` are answers that the application may have ready, by method and path."""
+        """`ready` are questions whose answers the application may have ready, by method and path."""
         self._host = host
         self._wanted_port = port
         self._tls_files = tls_cert_file, tls_key_file

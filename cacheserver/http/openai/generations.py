@@ -9,11 +9,12 @@ from starlette.requests import Request
 
 from cacheserver.calls.asking import Asking
 from cacheserver.calls.call import Call
-from cacheserver.http.answer import Answer, ReadyAnswer
+from cacheserver.http.answer import Answer
 from cacheserver.http.body import read_body, read_json
 from cacheserver.http.openai.memo import name_of
 from cacheserver.http.openai.pictures import Pictures
 from cacheserver.http.openai.reading import MAX_JSON_BYTES, Fields, read_wanted
+from cacheserver.http.ready import ReadyAnswer
 from cacheserver.http.status import HttpError
 
 

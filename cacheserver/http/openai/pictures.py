@@ -12,7 +12,7 @@ from cacheserver.calls.asking import Asking
 from cacheserver.calls.bounds import at_use
 from cacheserver.calls.call import Call
 from cacheserver.errors import UpstreamLimitedError
-from cacheserver.http.answer import Answer, ReadyAnswer
+from cacheserver.http.answer import Answer
 from cacheserver.http.calls import while_connected
 from cacheserver.http.openai.answers import Urls, answer_by_url, answer_headers, answer_with_bytes
 from cacheserver.http.openai.asked import HttpAsked
@@ -20,6 +20,7 @@ from cacheserver.http.openai.headers import OURS, namespace_name, read_match_lev
 from cacheserver.http.openai.memo import Memo, Memos, Name, Told
 from cacheserver.http.openai.rates import LimitOf, rate_headers
 from cacheserver.http.openai.reading import Wanted, wrong
+from cacheserver.http.ready import ReadyAnswer
 from cacheserver.http.status import HttpError, status_of
 from cacheserver.interfaces import Clock
 from cacheserver.model import CachePolicy, Namespace, Pending, Permission, Served, TierName
