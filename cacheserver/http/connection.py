@@ -294,6 +294,8 @@ class Connection(HttpToolsProtocol):
         if answer is None:
             return False
         self._send(answer)
+        self._is_waiting = False
+        self._wait_no_longer()
         if self.timeout_keep_alive_task is None:
             super().on_response_complete()
         else:

@@ -1,0 +1,322 @@
+"""Answers that lie ready: who gets them, and that nobody can tell them from those of the application."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from uvicorn.config import Config
+from uvicorn.server import ServerState
+
+from cacheserver.http.answer import Answer
+from cacheserver.http.connection import Bounds, Connection, protocol
+from cacheserver.http.ready import _MOST_BYTES, _MOST_KNOWN, KnownQuestions, Question, ReadyAnswer
+from cacheserver.http.server import HttpServer
+from cacheserver.model import Caller, Outcome, Permission, TierName
+from tests.house import House
+from tests.http_front import open_http_front, pictures_of
+from tests.waiting import until
+
+PATH = b"/pictures"
+
+
+class Shop:
+    """An application that answers `made:` and the body of the request, and `ready:` and that where it is ready."""
+
+    def __init__(self, *ready: bytes, copies: int = 1) -> None:
+        """`ready` are the bodies whose answers are; `copies` of each make an answer."""
+        self.ready = {*ready}
+        self.copies = copies
+        self.asked = 0
+
+    async def __call__(self, scope: object, receive: Callable[[], Any], send: Callable[[object], Any]) -> None:
+        body, is_whole = b"", False
+        while not is_whole:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            is_whole = not message.get("more_body", False)
+        told = b"made:" + body
+        await Answer(200, {}, told, len(told))(scope, receive, send)  # type: ignore[arg-type]  # as ASGI has it
+
+    def question(self, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> Question:
+        assert (b"host", b"a") in headers
+
+        def answer() -> ReadyAnswer | None:
+            self.asked += 1
+            return ReadyAnswer(b"x-ready: yes\r\n", b"ready:" + body * self.copies) if body in self.ready else None
+
+        return answer
+
+
+def post(body: bytes, *lines: str, path: bytes = PATH) -> bytes:
+    head = ["host: a", f"content-length: {len(body)}", *lines]
+    return b"POST %s HTTP/1.1\r\n%s\r\n\r\n%s" % (path, "\r\n".join(head).encode(), body)
+
+
+@asynccontextmanager
+async def open_shop(shop: Shop, bounds: Bounds | None = None) -> AsyncIterator[HttpServer]:
+    ready = {(b"POST", PATH): shop.question}
+    server = HttpServer(shop, host="127.0.0.1", port=0, bounds=bounds, ready=ready)  # type: ignore[arg-type]  # as ASGI has it
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+class Wire(asyncio.Transport):
+    """A transport that keeps what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = b""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.sent += data
+
+    def writelines(self, list_of_data: Any) -> None:
+        self.sent += b"".join(list_of_data)
+
+    def is_closing(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:  # noqa: ARG002 - asyncio's signature
+        return default
+
+
+def connect(shop: Shop) -> tuple[Connection, Wire]:
+    """A connection to the shop; call it in the event loop."""
+    kind = protocol(Bounds(), {(b"POST", PATH): shop.question})
+    config = Config(shop, http=kind, lifespan="off", ws="none", log_config=None)  # type: ignore[arg-type]  # as ASGI has it
+    connection, wire = kind(config, ServerState(), {}), Wire()
+    connection.connection_made(wire)
+    return connection, wire
+
+
+def bodies_in(sent: bytes) -> list[bytes]:
+    """The bodies of the whole answers."""
+    bodies = []
+    while b"\r\n\r\n" in sent:
+        head, _, rest = sent.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+        length = int(next(line for line in head.split(b"\r\n") if line.startswith(b"content-length: "))[16:])
+        if len(rest) < length:
+            break
+        bodies.append(rest[:length])
+        sent = rest[length:]
+    return bodies
+
+
+async def answers_to(shop: Shop, pieces: Sequence[bytes], count: int) -> list[bytes]:
+    """What comes back to so many requests that come in these pieces."""
+    connection, wire = connect(shop)
+    for piece in pieces:
+        connection.data_received(piece)
+    await until(lambda: len(bodies_in(wire.sent)) == count)
+    connection.connection_lost(None)
+    return bodies_in(wire.sent)
+
+
+CHUNKED = b"POST /pictures HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [post(b"a")],
+        [post(b"a")[:-1], b"a"],
+        [post(b"a")[:9], post(b"a")[9:30], post(b"a")[30:]],
+        [b"\r\n", post(b"a")],
+        [CHUNKED],
+    ],
+    ids=["whole", "head and body", "torn", "after a blank line", "chunked"],
+)
+async def test_a_request_whose_answer_is_ready_gets_it_however_it_comes(pieces: list[bytes]) -> None:
+    shop = Shop(b"a")
+    assert await answers_to(shop, pieces * 3, 3) == [b"ready:a"] * 3
+    assert shop.asked == 3
+
+
+LONG = b"x" * 5_000
+
+
+@pytest.mark.parametrize(
+    ("request_", "body"),
+    [
+        (post(b"b"), b"b"),
+        (post(LONG), LONG),
+        (post(b"a", path=b"/others"), b"a"),
+        (post(b"a", path=PATH + b"?x=1"), b"a"),
+        (post(b"", "upgrade: h2c", "connection: upgrade"), b""),
+        (post(b"a").replace(b"POST", b"PUT"), b"a"),
+    ],
+    ids=["not ready", "long", "another path", "a query", "an upgrade", "another method"],
+)
+async def test_whatever_else_is_asked_the_application_answers(request_: bytes, body: bytes) -> None:
+    shop = Shop(b"", b"a", LONG)
+    assert await answers_to(shop, [request_], 1) == [b"made:" + body]
+    assert await answers_to(shop, [request_[:-1], request_[-1:]], 1) == [b"made:" + body]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        post(b"a", "connection: close"),
+        post(b"a", "expect: 100-continue", "connection: close"),
+        post(b"a").replace(b"HTTP/1.1", b"HTTP/1.0"),
+    ],
+    ids=["close", "expect", "1.0"],
+)
+async def test_who_wants_more_than_the_answer_gets_the_application_s(request_: bytes) -> None:
+    async with open_shop(Shop(b"a")) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(request_)
+        async with asyncio.timeout(10):
+            answer = await reader.read()
+        writer.close()
+    assert answer.endswith(b"\r\n\r\nmade:a")
+    assert b"connection: close" in answer
+
+
+@given(st.lists(st.sampled_from([b"", b"a", b"b", b"c" * 50]), min_size=1, max_size=8), st.data())
+def test_however_requests_are_cut_each_is_answered_once_and_in_its_turn(
+    bodies: list[bytes], data: st.DataObject
+) -> None:
+    sent = b"".join(map(post, bodies))
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(sent) - 1), max_size=12)))
+    pieces = [sent[start:end] for start, end in itertools.pairwise([0, *cuts, len(sent)])]
+    answers = asyncio.run(answers_to(Shop(b"a", b""), pieces, len(bodies)))
+    assert [answer.partition(b":")[2] for answer in answers] == bodies
+
+
+async def test_an_answer_is_ready_only_as_long_as_it_is() -> None:
+    shop = Shop(b"a")
+    connection, wire = connect(shop)
+    for _ in range(3):
+        connection.data_received(post(b"a"))
+    shop.ready.clear()
+    connection.data_received(post(b"a"))
+    await until(lambda: len(bodies_in(wire.sent)) == 4)
+    assert bodies_in(wire.sent) == [b"ready:a"] * 3 + [b"made:a"]
+
+
+async def test_a_connection_whose_first_request_is_known_is_not_ended_for_having_said_nothing() -> None:
+    shop = Shop(b"a")
+    one, _ = connect(shop)
+    one.data_received(post(b"a"))
+    assert one.known_questions.find(post(b"a")) is not None
+    one.connection_lost(None)
+    other = type(one)(one.config, one.server_state, {})
+    wire = Wire()
+    other.connection_made(wire)
+    assert other._waiting is not None
+    other.data_received(post(b"a"))
+    assert bodies_in(wire.sent) == [b"ready:a"]
+    assert other._waiting is None
+    assert other.timeout_keep_alive_task is not None
+    other.connection_lost(None)
+
+
+async def test_an_idle_connection_is_closed_some_time_after_its_last_answer() -> None:
+    async with open_shop(Shop(b"a"), Bounds(idle_s=0.05)) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        async with asyncio.timeout(10):
+            for _ in range(3):
+                writer.write(post(b"a"))
+                await reader.readuntil(b"ready:a")
+            assert await reader.read() == b""
+        writer.close()
+
+
+async def test_a_body_that_does_not_end_is_not_waited_for() -> None:
+    async with open_shop(Shop(b"a"), Bounds(head_s=0.05)) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(post(b"aaa")[:-1])
+        async with asyncio.timeout(10):
+            assert await reader.read() == b""
+        writer.close()
+
+
+async def test_a_client_that_reads_nothing_is_answered_no_more_than_a_little() -> None:
+    shop = Shop(b"a", copies=1_000_000)
+    async with open_shop(shop) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(post(b"a") * 64)
+            connections = server._server.server_state.connections
+            await until(lambda: any(cast("Connection", each).flow.write_paused for each in connections))
+            [connection] = connections
+            assert cast("Connection", connection).transport.get_write_buffer_size() < 3_000_000
+            assert shop.asked < 64
+
+
+def test_known_questions_are_bounded() -> None:
+    known = KnownQuestions()
+    for number in range(_MOST_KNOWN + 1):
+        known.keep(b"%d" % number, lambda: None)
+    known.keep(b"x" * (_MOST_BYTES + 1), lambda: None)
+    assert known.find(b"0") is None
+    assert known.find(b"1") is not None
+    assert known.find(b"%d" % _MOST_KNOWN) is not None
+    assert known.find(b"x" * (_MOST_BYTES + 1)) is None
+
+
+# ---- of the OpenAI front
+
+PASSING = {"date", "age", "x-request-id", "openai-processing-ms"}
+
+
+async def test_a_ready_answer_is_booked_and_told_as_any_other(house: House) -> None:
+    async with open_http_front(house) as front:
+        connections = front.server._server.server_state.connections
+        answers = [await front.generate(headers={"x-request-id": f"call-{number}"}) for number in range(3)]
+        house.clock.advance(5)
+        answers += [await front.generate(headers={"x-request-id": f"call-{number}"}) for number in range(3, 6)]
+        assert any(cast("Connection", each)._answered is not None for each in connections)
+        ordinary, ready = answers[1], answers[-1]
+        assert ready.content == ordinary.content
+        assert [*ready.headers] == [*dict.fromkeys([*ready.headers])]
+        assert {*ready.headers} == {*ordinary.headers}
+        differ = {name for name in ready.headers if ready.headers[name] != ordinary.headers[name]}
+        assert differ <= PASSING | {"cache-status"}
+        assert ready.headers["x-request-id"] == "call-5"
+        assert ready.headers["age"] == "5"
+        assert ready.headers["cache-status"].endswith("; age=5")
+        caller = Caller("anonymous", frozenset(Permission))
+        assert front.recall.explain("call-5", caller).images[0].tier is TierName.MEMORY
+        hits = next(row for row in house.books.snapshot(None).rows if row.outcome is Outcome.HIT)
+        assert hits.requests == 5
+        labels = {"namespace": "default", "outcome": "hit", "tier": "memory"}
+        assert house.registry.get_sample_value("cacheserver_requests_total", labels) == 5
+        assert house.registry.get_sample_value("cacheserver_saved_microusd_total") == hits.saved_microusd > 0
+        count = {"outcome": "hit", "tier": "memory", "le": "+Inf"}
+        assert house.registry.get_sample_value("cacheserver_request_seconds_bucket", count) == 5
+
+
+async def test_a_ready_answer_needs_the_token_and_the_service_s_being_open(house: House) -> None:
+    shop = Caller("shop", frozenset(Permission))
+    callers = [(hashlib.sha256(b"sk-s").digest(), shop)]
+    async with open_http_front(house, callers=callers, anonymous=None) as front:
+        for _ in range(4):
+            assert pictures_of(await front.generate(headers={"authorization": "Bearer sk-s"}))
+        assert (await front.generate(headers={"authorization": "Bearer sk-t"})).status_code == 401
+        front.reception.going_down.set()
+        assert (await front.generate(headers={"authorization": "Bearer sk-s"})).status_code == 503
