@@ -166,13 +166,12 @@ LONG = b"x" * 5_000
         (post(LONG), LONG),
         (post(b"a", path=b"/others"), b"a"),
         (post(b"a", path=PATH + b"?x=1"), b"a"),
-        (post(b"", "upgrade: h2c", "connection: upgrade"), b""),
         (post(b"a").replace(b"POST", b"PUT"), b"a"),
     ],
-    ids=["not ready", "long", "another path", "a query", "an upgrade", "another method"],
+    ids=["not ready", "long", "another path", "a query", "another method"],
 )
 async def test_whatever_else_is_asked_the_application_answers(request_: bytes, body: bytes) -> None:
-    shop = Shop(b"", b"a", LONG)
+    shop = Shop(b"a", LONG)
     assert await answers_to(shop, [request_], 1) == [b"made:" + body]
     assert await answers_to(shop, [request_[:-1], request_[-1:]], 1) == [b"made:" + body]
 

@@ -33,6 +33,16 @@ async def answers(scope: object, receive: object, send: Callable[[object], objec
     await Answer(200, {}, b"ok", 2)(scope, receive, send)  # type: ignore[arg-type]  # as ASGI has it
 
 
+async def echoes(scope: Any, receive: Callable[[], Any], send: Callable[[object], object]) -> None:
+    """An application that answers with what it was asked."""
+    told, is_whole = f"{scope['method']} {scope['path']} ".encode(), False
+    while not is_whole:
+        message = await receive()
+        told += message.get("body", b"")
+        is_whole = not message.get("more_body", False)
+    await Answer(200, {}, told, len(told))(scope, receive, send)  # type: ignore[arg-type]  # as ASGI has it
+
+
 async def floods(scope: object, receive: object, send: Callable[[object], object]) -> None:
     """An application whose answer no buffer holds."""
     body = (bytes(1_000_000) for _ in range(64))
@@ -124,6 +134,35 @@ async def test_a_connection_too_many_is_turned_away_in_the_shape_of_every_error(
     assert head.startswith(b"HTTP/1.1 503 ")
     assert {b"retry-after: 1", b"x-request-id: call-7", b"connection: close"} <= {*head.split(b"\r\n")}
     assert json.loads(body)["error"]["code"] == "server_is_overloaded"
+
+
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEAAEAA\r\nUpgrade: h2c\r\n"
+JDK = b"POST /a HTTP/1.1\r\nhost: a\r\n" + OFFER
+LAST = b"GET /b HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"content-length: 3\r\n\r\nabc", b"transfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"],
+    ids=["with a length", "chunked"],
+)
+async def test_offers_of_another_protocol_are_passed_over(body: bytes) -> None:
+    """As clients of the JDK make them with every request to a plain address."""
+    async with listening(echoes, Bounds()) as server:
+        answers = [await exchange(server.port, (JDK + body) * count + LAST) for count in (1, 100)]
+        torn = await exchange(server.port, JDK.replace(b"Upgrade,", b"close, upgrade ,") + body)
+        socket = LAST.replace(b"connection: close", b"connection: close, upgrade\r\nupgrade: websocket")
+        asked = await exchange(server.port, socket)
+    assert [answer.count(b"POST /a abc") for answer in answers] == [1, 100]
+    assert all(answer.endswith(b"GET /b ") for answer in (*answers, asked))
+    assert torn.endswith(b"POST /a abc")
+    assert b"connection: close" in torn
+
+
+async def test_a_tunnel_is_refused() -> None:
+    async with listening(echoes, Bounds()) as server:
+        answer = await exchange(server.port, b"CONNECT a:80 HTTP/1.1\r\nhost: a\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 ")
 
 
 @pytest.mark.parametrize("has_begun", [False, True], ids=["nothing sent", "in the middle of its answer"])

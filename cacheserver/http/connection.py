@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -49,6 +50,10 @@ def protocol(bounds: Bounds, ready: Mapping[tuple[bytes, bytes], Questions]) -> 
         known_questions = KnownQuestions()
 
     return Bounded
+
+
+_OFFER = (b"upgrade", b"http2-settings")
+"""The headers of an offer to go on in another protocol, and what names them under `connection`."""
 
 
 class _HeadWithBody:
@@ -111,6 +116,8 @@ class Connection(HttpToolsProtocol):
         """For more of a head, or for a body to begin."""
         self._held: list[bytes] | None = None
         """What has come of the body of a request that may find its answer ready: its application knows nothing yet."""
+        self._offers_upgrade = False
+        """The request whose head has come offers another protocol."""
         self._questions: Questions | None = None
         self._is_between = True
         """No request is on its way in."""
@@ -145,7 +152,8 @@ class Connection(HttpToolsProtocol):
         if self._is_in_head:
             self._head_bytes += len(data)
         self._begun, self._answered = 0, None
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._read(data)
         if is_between and self._is_between and self._answered is not None and self._begun == 1:
             self.known_questions.keep(data, self._answered)
         if self._is_in_head and self._head_bytes > self.allowed.max_head_bytes and not self.transport.is_closing():
@@ -167,7 +175,9 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Its head is there."""
         self._is_in_head = False
-        if self._may_be_ready():
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            self._offers_upgrade = True
+        elif self._may_be_ready():
             self._held = []
         else:
             super().on_headers_complete()
@@ -185,6 +195,9 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """All of it is there."""
+        if self._offers_upgrade:
+            self._offers_upgrade = False  # nobody has heard of it; it is read again
+            return
         self._is_waiting, self._is_between = False, True
         if self._held is not None and self._answer_at_once(b"".join(self._held)):
             self._held = None
@@ -266,6 +279,41 @@ class Connection(HttpToolsProtocol):
         else:
             self.transport.abort()
 
+    # ── what comes in ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _read(self, data: bytes) -> None:
+        """Take apart what has come.
+
+        Offers of another protocol are passed over (RFC 9110 section 7.8): every client of the JDK offers HTTP/2. The
+        parser would take the body of such a request for the other protocol, and uvicorn loses it.
+        """
+        try:
+            while data:
+                data = self._rest_after_offer(data)
+        except HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _rest_after_offer(self, data: bytes) -> bytes:
+        """Read up to the first offer; what remains to be read, from the head of that request on, without its offer."""
+        try:
+            self.parser.feed_data(data)
+        except HttpParserUpgrade as offer:
+            rest: bytes = self._head_without_offer() + data[offer.args[0] :]
+            self.parser = HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+            return rest
+        return b""
+
+    def _head_without_offer(self) -> bytes:
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        for name, value in self.headers:
+            if name == b"connection":
+                options = [option.strip() for option in value.split(b",")]
+                value = b", ".join(option for option in options if option.lower() not in _OFFER)  # noqa: PLW2901 - the rest of it
+            if name not in _OFFER:
+                lines.append(b"%s: %s" % (name, value))
+        return b"\r\n".join([*lines, b"", b""])
+
     # ── ready answers ───────────────────────────────────────────────────────────────────────────────────────
 
     def _may_be_ready(self) -> bool:
@@ -277,7 +325,6 @@ class Connection(HttpToolsProtocol):
             and not self.expect_100_continue
             and self.parser.get_http_version() == "1.1"
             and self.parser.should_keep_alive()
-            and not self.parser.should_upgrade()
         )
 
     @property
