@@ -64,7 +64,8 @@ def _derived_saved(rows: Sequence[Row]) -> Metric:
         labels=["namespace"],
     )
     for row in _summed([row for row in rows if row.outcome is Outcome.DERIVED], StatsField.NAMESPACE):
-        metric.add_metric([row.namespace], row.saved_microusd)
+        if row.saved_microusd:
+            metric.add_metric([row.namespace], row.saved_microusd)
     return metric
 
 
