@@ -15,9 +15,9 @@ Chunk = bytes | memoryview
 class Answer:
     """An ASGI response. A body in pieces is sent as they are made: as fast as its client reads them.
 
-    `length_bytes` None sends the body chunked, as long as it goes on; only
-    at its end is the call answered. `error` is what such a body ended with, as it told the client itself. `on_end` is
-    called once nothing of it is sent any more, however that came.
+    `length_bytes` None sends the body chunked, as long as it goes on; only at its end is the call answered. `error` is
+    what such a body ended with, as it told the client itself. `on_end` is called once nothing of it is sent any more,
+    however that came.
     """
 
     status: int
