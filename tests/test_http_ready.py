@@ -6,18 +6,21 @@ import asyncio
 import hashlib
 import itertools
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from cacheserver.http.answer import Answer
 from cacheserver.http.connection import Bounds, Connection, protocol
+from cacheserver.http.openai.generations import Generations
 from cacheserver.http.ready import _MOST_BYTES, _MOST_KNOWN, KnownQuestions, Question, ReadyAnswer
 from cacheserver.http.server import HttpServer
 from cacheserver.model import Caller, Outcome, Permission, TierName
@@ -246,6 +249,69 @@ async def test_an_idle_connection_is_closed_some_time_after_its_last_answer() ->
         writer.close()
 
 
+async def test_a_connection_is_not_idle_while_it_is_asked_for_more() -> None:
+    shop = Shop(b"a")
+    connection, wire = connect(shop)
+    connection.data_received(post(b"a") + post(b"b"))
+    assert bodies_in(wire.sent) == [b"ready:a"]
+    assert connection.timeout_keep_alive_task is None
+    await until(lambda: bodies_in(wire.sent) == [b"ready:a", b"made:b"])
+    assert connection.timeout_keep_alive_task is not None
+    connection.connection_lost(None)
+
+
+async def test_nothing_waits_for_a_connection_that_was_reset() -> None:
+    connection, _ = connect(Shop(b"a"))
+    connection.data_received(post(b"a"))
+    connection.connection_lost(ConnectionResetError())
+    assert connection.timeout_keep_alive_task is None
+    assert connection._waiting is None
+
+
+async def test_what_follows_a_body_says_nothing_of_its_request() -> None:
+    asked = []
+
+    class Noting(Shop):
+        def question(self, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> Question:
+            asked.append([*headers])
+            return super().question(headers, body)
+
+    request = CHUNKED.replace(b"0\r\n", b"0\r\nauthorization: Bearer sk-x\r\n")
+    assert await answers_to(Noting(b"a"), [request], 1) == [b"ready:a"]
+    assert asked == [[(b"host", b"a"), (b"transfer-encoding", b"chunked")]]
+
+
+async def test_a_body_in_many_pieces_costs_no_more_where_its_answer_may_be_ready() -> None:
+    def cost_s(path: bytes) -> float:
+        connection, _ = connect(Shop())
+        pieces = b"1\r\nx\r\n" * 4_000
+        request = CHUNKED.replace(PATH, path).replace(b"1\r\na\r\n", pieces)
+        before_s = time.process_time()
+        connection.data_received(request)
+        spent_s = time.process_time() - before_s
+        connection.connection_lost(None)
+        return spent_s
+
+    assert min(cost_s(PATH) for _ in range(3)) < 10 * min(cost_s(b"/others") for _ in range(3))
+
+
+async def test_a_request_that_has_begun_to_come_when_the_server_stops_is_answered() -> None:
+    async with open_shop(Shop(b"a")) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(post(b"aa")[:-1])
+        connections = server._server.server_state.connections
+        await until(lambda: any(cast("Connection", each)._held for each in connections))
+        stopping = asyncio.create_task(server.stop())
+        await until(lambda: any(cast("Connection", each).cycle for each in connections))
+        writer.write(b"a")
+        async with asyncio.timeout(10):
+            answer = await reader.read()
+        writer.close()
+        await stopping
+    assert answer.endswith(b"\r\n\r\nmade:aa")
+    assert b"connection: close" in answer
+
+
 async def test_a_body_that_does_not_end_is_not_waited_for() -> None:
     async with open_shop(Shop(b"a"), Bounds(head_s=0.05)) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
@@ -308,6 +374,20 @@ async def test_a_ready_answer_is_booked_and_told_as_any_other(house: House) -> N
         assert house.registry.get_sample_value("cacheserver_saved_microusd_total") == hits.saved_microusd > 0
         count = {"outcome": "hit", "tier": "memory", "le": "+Inf"}
         assert house.registry.get_sample_value("cacheserver_request_seconds_bucket", count) == 5
+
+
+async def test_what_fails_where_answers_are_ready_is_logged_and_answered_all_the_same(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> NoReturn:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Generations, "ready", fails)
+    async with open_http_front(house) as front:
+        with capture_logs() as logs:
+            assert pictures_of(await front.generate(headers={"x-request-id": "call-7"}))
+    [failed] = [each for each in logs if each["event"] == "ready_answer_failed"]
+    assert (failed["log_level"], failed["request_id"]) == ("error", "call-7")
 
 
 async def test_a_ready_answer_needs_the_token_and_the_service_s_being_open(house: House) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 
 from cacheserver.errors import ConfigError
 from cacheserver.http.answer import Answer
@@ -40,6 +41,22 @@ async def echoes(scope: Any, receive: Callable[[], Any], send: Callable[[object]
         message = await receive()
         told += message.get("body", b"")
         is_whole = not message.get("more_body", False)
+    await Answer(200, {}, told, len(told))(scope, receive, send)  # type: ignore[arg-type]  # as ASGI has it
+
+
+async def begins(_: object, receive: Callable[[], Any], send: Callable[[object], Any]) -> None:
+    """An application that begins to answer, and goes on only when its client has gone."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"begun", "more_body": True})
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def tells_headers(scope: Any, receive: Callable[[], Any], send: Callable[[object], object]) -> None:
+    """An application that answers with the names of the headers, once it has read the body."""
+    while (await receive()).get("more_body", False):
+        pass
+    told = b" ".join(name for name, _ in scope["headers"])
     await Answer(200, {}, told, len(told))(scope, receive, send)  # type: ignore[arg-type]  # as ASGI has it
 
 
@@ -159,10 +176,73 @@ async def test_offers_of_another_protocol_are_passed_over(body: bytes) -> None:
     assert b"connection: close" in torn
 
 
-async def test_a_tunnel_is_refused() -> None:
+@pytest.mark.timeout(5, method="thread")  # to read it again and again would fill the memory
+@pytest.mark.parametrize("target", [b"a:80", b"/a", b"*", b"http://a/b"])
+async def test_a_tunnel_is_refused(target: bytes) -> None:
     async with listening(echoes, Bounds()) as server:
-        answer = await exchange(server.port, b"CONNECT a:80 HTTP/1.1\r\nhost: a\r\n\r\n")
+        answer = await exchange(server.port, b"CONNECT %s HTTP/1.1\r\nhost: a\r\n\r\n" % target)
     assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
+CHUNKED = b"POST /a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [b"HELLO\r\n\r\n", b"POST / HTTP/1.1\r\ncontent-length: 1\r\ncontent-length: 1\r\n\r\na", b"GET / HTTP/1.1\n\n"],
+    ids=["no HTTP", "two lengths", "bare line feeds"],
+)
+async def test_what_is_malformed_is_not_answered_in_the_place_of_what_came_before(bad: bytes) -> None:
+    async with listening(echoes, Bounds()) as server:
+        answer = await exchange(server.port, CHUNKED + b"0\r\n\r\n" + LAST.replace(b"connection: close\r\n", b"") + bad)
+    first, second = answer.split(b"HTTP/1.1 ")[1:]
+    assert first.endswith(b"\r\n\r\nPOST /a abc")
+    assert second.endswith(b"\r\n\r\nGET /b ")
+    assert b"connection: close" in second
+
+
+async def test_what_is_malformed_is_not_told_in_the_middle_of_an_answer() -> None:
+    async with listening(begins, Bounds()) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(CHUNKED)
+        assert await reader.readuntil(b"begun")
+        writer.write(b"no chunk")
+        async with asyncio.timeout(10):
+            assert b"HTTP/1.1" not in await reader.read()
+        writer.close()
+
+
+async def test_what_follows_a_body_says_nothing_of_its_request() -> None:
+    async with listening(tells_headers, Bounds()) as server:
+        answer = await exchange(server.port, CHUNKED + b"0\r\nauthorization: Bearer sk-x\r\n\r\n" + LAST)
+    assert answer.count(b"HTTP/1.1 200 ") == 2
+    assert b"authorization" not in answer
+
+
+async def test_too_much_behind_a_body_is_refused() -> None:
+    async with listening(echoes, Bounds(max_head_bytes=1_000)) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(CHUNKED + b"0\r\nx-long: ")
+        await until(lambda: any(each.cycle and each.cycle.body == b"" for each in connections(server)))
+        writer.write(b"y" * 1_001)
+        async with asyncio.timeout(10):
+            assert (await reader.read()).startswith(b"HTTP/1.1 431 ")
+        writer.close()
+
+
+async def test_a_call_behind_another_on_its_connection_has_a_context_of_its_own() -> None:
+    """Its log lines would bear the other's trace id."""
+    seen = []
+
+    async def binds(scope: Any, receive: object, send: Callable[[object], object]) -> None:
+        seen.append(structlog.contextvars.get_contextvars())
+        structlog.contextvars.bind_contextvars(path=scope["path"])
+        await Answer(200, {}, b"ok", 2)(scope, receive, send)  # type: ignore[arg-type]  # as ASGI has it
+
+    async with listening(binds, Bounds()) as server:
+        await exchange(server.port, b"GET /a HTTP/1.1\r\nhost: a\r\n\r\n" + LAST)
+    assert seen == [{}, {}]
 
 
 @pytest.mark.parametrize("has_begun", [False, True], ids=["nothing sent", "in the middle of its answer"])

@@ -24,6 +24,8 @@ from cacheserver.tasks import end
 
 T = TypeVar("T")
 
+_log = structlog.get_logger(__name__)
+
 Handler = Callable[[Request, Call], Awaitable[Answer]]
 
 ReadyHandler = Callable[[Call, bytes], ReadyAnswer | None]
@@ -136,6 +138,9 @@ class Endpoint:
             return ReadyAnswer(b"%sx-request-id: %s\r\n" % (answer.head, call.request_id.encode("ascii")), answer.body)
         except (CacheServerError, HttpError):
             return None  # who is turned away here is turned away again, and told why, where calls are answered
+        except Exception:  # noqa: BLE001 - whatever it was, the parser would take it for a malformed request
+            _log.exception("ready_answer_failed", **call.ids, rpc=self._name)
+            return None
         finally:
             self._reception.end()
 

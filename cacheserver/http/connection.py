@@ -110,11 +110,13 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._head_bytes = 0
-        self._is_in_head = True
+        self._loose_bytes = 0
+        """What has come since a head was whole, or a part of a body: of a head, or of what surrounds a body."""
         self._is_waiting = True
         """For more of a head, or for a body to begin."""
-        self._held: list[bytes] | None = None
+        self._is_over = False
+        """Nothing more is read."""
+        self._held: bytearray | None = None
         """What has come of the body of a request that may find its answer ready: its application knows nothing yet."""
         self._offers_upgrade = False
         """The request whose head has come offers another protocol."""
@@ -141,65 +143,77 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has gone, or we have."""
         self._wait_no_longer()
+        self._unset_keepalive_if_required()
         self.resume_writing()
         super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """The server stops, once what has come of a request is answered."""
+        self._release()
+        super().shutdown()
 
     def data_received(self, data: bytes) -> None:
         """Read what has come, and wait only so long for what has not."""
         is_between = self._is_between
         if is_between and self._answer_known(data):
             return
-        if self._is_in_head:
-            self._head_bytes += len(data)
+        if self._is_over:
+            return
+        self._loose_bytes += len(data)
         self._begun, self._answered = 0, None
-        self._unset_keepalive_if_required()
         self._read(data)
         if is_between and self._is_between and self._answered is not None and self._begun == 1:
             self.known_questions.keep(data, self._answered)
-        if self._is_in_head and self._head_bytes > self.allowed.max_head_bytes and not self.transport.is_closing():
+        if self._loose_bytes > self.allowed.max_head_bytes and not self.transport.is_closing():
             text = f"The head of the request is larger than {self.allowed.max_head_bytes:,} bytes."
             self._refuse(HttpError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, text))
-        elif not self._is_waiting and not self._has_sent_nothing:
+        elif not self._is_waiting:
             self._wait_no_longer()
         elif self._waiting is None and not self.transport.is_closing():
             self._wait()
 
     def on_message_begin(self) -> None:
         """A request begins."""
-        self._is_in_head, self._head_bytes = True, 0
+        self._loose_bytes = 0
         self._is_waiting, self._is_between = True, False
         self._begun += 1
         self._wait_no_longer()  # and begin anew, unless all of it is there
+        self._unset_keepalive_if_required()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """Its head is there."""
-        self._is_in_head = False
-        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+        self._loose_bytes = 0
+        self.headers = []  # the scope has those of the head; who adds some behind a body gains no right by them
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise HttpParserError("a tunnel")  # no offer, which could be passed over
             self._offers_upgrade = True
         elif self._may_be_ready():
-            self._held = []
+            self._held = bytearray()
         else:
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """A part of its body is there."""
+        self._loose_bytes = 0
         if self._held is None:
             if self._is_answering:
                 self._is_waiting = False  # whoever reads it sees to it that it comes to an end
             super().on_body(body)
             return
-        self._held.append(body)
-        if sum(map(len, self._held)) > _MOST_HELD_BYTES:
+        self._held += body
+        if len(self._held) > _MOST_HELD_BYTES:
             self._release()
 
     def on_message_complete(self) -> None:
         """All of it is there."""
+        self._loose_bytes = 0
         if self._offers_upgrade:
             self._offers_upgrade = False  # nobody has heard of it; it is read again
             return
         self._is_waiting, self._is_between = False, True
-        if self._held is not None and self._answer_at_once(b"".join(self._held)):
+        if self._held is not None and self._answer_at_once(bytes(self._held)):
             self._held = None
             return
         self._release()
@@ -230,13 +244,34 @@ class Connection(HttpToolsProtocol):
 
     def end(self) -> None:
         """Wait for its answer no more; a client that has heard nothing yet is told that it may ask another replica."""
-        if self._is_answering and not self.cycle.response_started:
-            self._refuse(ShuttingDownError("The service is shutting down; try another replica."))
+        if self._is_answering and self._is_next:
+            self._tell(ShuttingDownError("The service is shutting down; try another replica."))
         else:
             self.transport.abort()
 
     def _refuse(self, error: Exception) -> None:
-        """Answer with an error, and close: nobody knows where the next request would begin, if there is to be one."""
+        """Answer what comes in with an error, and close: nobody knows where the next request would begin.
+
+        What was asked before is answered first. Then the error is not told: nothing would come of being told in turn.
+        """
+        if self.cycle is not None and self.cycle.scope is self.scope:  # it has been handed over, and may be answered
+            if self._is_next:
+                self._tell(error)
+            else:
+                self.transport.close()
+        elif self._is_answering:
+            self.cycle.keep_alive = False
+            self._is_over = True
+        else:
+            self._tell(error)
+
+    @property
+    def _is_next(self) -> bool:
+        """Whether what is sent now would be the answer to the request that was handed over last."""
+        return not self.cycle.response_started and not self.pipeline
+
+    def _tell(self, error: Exception) -> None:
+        """Send an error, and close."""
         request_id = secrets.token_hex(16)
         told = status_of(error, request_id=request_id)
         body = json.dumps({"error": told.error})
@@ -265,11 +300,6 @@ class Connection(HttpToolsProtocol):
             self._waiting = None
 
     @property
-    def _has_sent_nothing(self) -> bool:
-        """Whether what came last, after an answer, was no part of a request: blank lines."""
-        return not self._is_answering and self.timeout_keep_alive_task is None
-
-    @property
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
@@ -281,7 +311,7 @@ class Connection(HttpToolsProtocol):
 
     # ── what comes in ───────────────────────────────────────────────────────────────────────────────────────
 
-    def _read(self, data: bytes) -> None:
+    def _read(self, data: bytes | memoryview) -> None:
         """Take apart what has come.
 
         Offers of another protocol are passed over (RFC 9110 section 7.8): every client of the JDK offers HTTP/2. The
@@ -293,20 +323,21 @@ class Connection(HttpToolsProtocol):
         except HttpParserError:
             self.send_400_response("Invalid HTTP request received.")
 
-    def _rest_after_offer(self, data: bytes) -> bytes:
-        """Read up to the first offer; what remains to be read, from the head of that request on, without its offer."""
+    def _rest_after_offer(self, data: bytes | memoryview) -> memoryview:
+        """Read up to the first offer, and the head of that request again without it; what remains to be read."""
         try:
             self.parser.feed_data(data)
         except HttpParserUpgrade as offer:
-            rest: bytes = self._head_without_offer() + data[offer.args[0] :]
+            head = self._head_without_offer()
             self.parser = HttpRequestParser(self)
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
-            return rest
-        return b""
+            self.parser.feed_data(head)
+            return memoryview(data)[offer.args[0] :]
+        return memoryview(b"")
 
     def _head_without_offer(self) -> bytes:
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
-        for name, value in self.headers:
+        for name, value in self.scope["headers"]:
             if name == b"connection":
                 options = [option.strip() for option in value.split(b",")]
                 value = b", ".join(option for option in options if option.lower() not in _OFFER)  # noqa: PLW2901 - the rest of it
@@ -353,7 +384,7 @@ class Connection(HttpToolsProtocol):
         """Answer a whole request, if its answer is ready: without a task, and in one packet where that is small."""
         if self._questions is None:
             return False
-        question = self._questions(self.headers, body)
+        question = self._questions([*self.scope["headers"]], body)
         answer = question()
         if answer is None:
             return False
@@ -380,7 +411,7 @@ class Connection(HttpToolsProtocol):
         """Let the application have a request that was held."""
         if self._held is None:
             return
-        held, self._held = b"".join(self._held), None
+        held, self._held = bytes(self._held), None
         super().on_headers_complete()
         if held:
             self.on_body(held)

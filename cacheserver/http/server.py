@@ -51,6 +51,7 @@ class HttpServer:
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
+                reset_contextvars=True,  # a call that was pipelined behind another would log that one's ids
                 timeout_keep_alive=bounds.idle_s,  # type: ignore[arg-type]  # it goes to call_later
                 timeout_graceful_shutdown=bounds.grace_s + _LAST_S,  # type: ignore[arg-type]  # it goes to wait_for
             ),
