@@ -23,6 +23,7 @@ from cacheserver.http.connection import Bounds, Connection, protocol
 from cacheserver.http.openai.generations import Generations
 from cacheserver.http.ready import _MOST_BYTES, _MOST_KNOWN, KnownQuestions, Question, ReadyAnswer
 from cacheserver.http.server import HttpServer
+from cacheserver.http.transport import HeadWithBody
 from cacheserver.model import Caller, Outcome, Permission, TierName
 from tests.house import House
 from tests.http_front import open_http_front, pictures_of
@@ -333,6 +334,19 @@ async def test_a_client_that_reads_nothing_is_answered_no_more_than_a_little() -
             assert shop.asked < 64
 
 
+async def test_to_a_client_that_has_gone_nothing_is_written() -> None:
+    class Gone(Wire):
+        def is_closing(self) -> bool:
+            return True
+
+    wire = Gone()
+    transport = HeadWithBody(wire, asyncio.get_running_loop())
+    transport.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    transport.write(b"body")
+    transport.close()
+    assert wire.sent == b""
+
+
 def test_known_questions_are_bounded() -> None:
     known = KnownQuestions()
     for number in range(_MOST_KNOWN + 1):
@@ -388,6 +402,39 @@ async def test_what_fails_where_answers_are_ready_is_logged_and_answered_all_the
             assert pictures_of(await front.generate(headers={"x-request-id": "call-7"}))
     [failed] = [each for each in logs if each["event"] == "ready_answer_failed"]
     assert (failed["log_level"], failed["request_id"]) == ("error", "call-7")
+
+
+async def test_what_has_expired_or_is_gone_is_not_told_again(house: House) -> None:
+    async with open_http_front(house) as front:
+        first = [pictures_of(await front.generate(headers={"x-cacheserver-ttl": "10"})) for _ in range(3)]
+        house.clock.advance(11)
+        second = [pictures_of(await front.generate(headers={"x-cacheserver-ttl": "10"})) for _ in range(3)]
+        await house.cache.purge(house.namespace, dry_run=False)
+        third = [pictures_of(await front.generate(headers={"x-cacheserver-ttl": "10"})) for _ in range(3)]
+        assert house.upstream.calls == 3
+        assert first[0] == first[2] != second[0] == second[2] != third[0] == third[2]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"cache-control": "no-cache"},
+        {"cache-control": "no-store"},
+        {"x-cacheserver-variant-policy": "any"},
+        {"x-cacheserver-ttl": "never"},
+        {"x-cacheserver-namespace": "elsewhere"},
+        {"content-type": "text/plain"},
+        {"host": "evil.example"},
+        {"origin": "https://evil.example"},
+    ],
+    ids=lambda header: "".join(header.values()),
+)
+async def test_another_header_is_another_question(house: House, header: dict[str, str]) -> None:
+    """Each of these is refused, or has another picture made, as it is where nobody has asked before."""
+    async with open_http_front(house) as front:
+        *_, first = [pictures_of(await front.generate()) for _ in range(4)]
+        answer = await front.generate(headers=header)
+        assert answer.status_code != 200 or pictures_of(answer) != first
 
 
 async def test_a_ready_answer_needs_the_token_and_the_service_s_being_open(house: House) -> None:

@@ -19,6 +19,7 @@ from cacheserver.calls.call import request_id_of
 from cacheserver.errors import OverloadedError, ShuttingDownError
 from cacheserver.http.ready import KnownQuestions, Question, Questions, ReadyAnswer
 from cacheserver.http.status import HttpError, status_of
+from cacheserver.http.transport import HeadWithBody
 
 _MOST_HELD_BYTES = 4_096
 """Of a request's body, before its application hears of it all the same."""
@@ -56,52 +57,15 @@ _OFFER = (b"upgrade", b"http2-settings")
 """The headers of an offer to go on in another protocol, and what names them under `connection`."""
 
 
-class _HeadWithBody:
-    """A transport that sends the head of an answer together with what follows it: in one packet where that is small.
-
-    uvicorn writes them one by one, each of which wakes the client: a fifth of what a hit of 100 KB costs.
-    """
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport = transport
-        self._loop = loop
-        self._head: bytes | None = None
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Send this, or keep it until what follows is known."""
-        if self._head is not None:
-            head, self._head = self._head, None
-            self._transport.writelines((head, data))
-        elif data[:5] == b"HTTP/":
-            self._head = bytes(data)
-            self._loop.call_soon(self._flush)  # no body, or one that is still to be made
-        else:
-            self._transport.write(data)
-
-    def write_whole(self, head: bytes, body: bytes) -> None:
-        """Send a whole answer."""
-        self._flush()
-        self._transport.writelines((head, body))
-
-    def close(self) -> None:
-        """Send what is left, and close."""
-        self._flush()
-        self._transport.close()
-
-    def _flush(self) -> None:
-        if self._head is not None:
-            head, self._head = self._head, None
-            self._transport.write(head)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-
 class Connection(HttpToolsProtocol):
     """A connection that cannot be held by saying little, sending slowly or reading nothing, as uvicorn's can.
 
     uvicorn bounds only the time between an answer and the next request. What is malformed is answered in the shape of
     every error.
+
+    A request that came before, byte for byte, is not taken apart: what it asks is known. Of the others, those whose
+    method and path are in `questions` are held back until all of them is there, and are answered at once if their
+    answers are ready. All else is handed over to the application, in a task of its own.
     """
 
     allowed: Bounds
@@ -133,7 +97,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         """Wait for a first request, unless there are too many connections."""
-        self._out = _HeadWithBody(transport, self.loop)
+        self._out = HeadWithBody(transport, self.loop)
         super().connection_made(self._out)  # type: ignore[arg-type]  # all it uses of one
         if len(self.connections) > self.allowed.max_connections:
             self.app = _turn_away
@@ -151,6 +115,8 @@ class Connection(HttpToolsProtocol):
         """The server stops, once what has come of a request is answered."""
         self._release()
         super().shutdown()
+
+    # ── what comes in ───────────────────────────────────────────────────────────────────────────────────────
 
     def data_received(self, data: bytes) -> None:
         """Read what has come, and wait only so long for what has not."""
@@ -171,6 +137,40 @@ class Connection(HttpToolsProtocol):
             self._wait_no_longer()
         elif self._waiting is None and not self.transport.is_closing():
             self._wait()
+
+    def _read(self, data: bytes | memoryview) -> None:
+        """Take apart what has come.
+
+        Offers of another protocol are passed over (RFC 9110 section 7.8): every client of the JDK offers HTTP/2. The
+        parser would take the body of such a request for the other protocol, and uvicorn loses it.
+        """
+        try:
+            while data:
+                data = self._rest_after_offer(data)
+        except HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _rest_after_offer(self, data: bytes | memoryview) -> memoryview:
+        """Read up to the first offer, and the head of that request again without it; what remains to be read."""
+        try:
+            self.parser.feed_data(data)
+        except HttpParserUpgrade as offer:
+            head = self._head_without_offer()
+            self.parser = HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+            self.parser.feed_data(head)
+            return memoryview(data)[offer.args[0] :]
+        return memoryview(b"")
+
+    def _head_without_offer(self) -> bytes:
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        for name, value in self.scope["headers"]:
+            if name == b"connection":
+                options = [option.strip() for option in value.split(b",")]
+                value = b", ".join(option for option in options if option.lower() not in _OFFER)  # noqa: PLW2901 - the rest of it
+            if name not in _OFFER:
+                lines.append(b"%s: %s" % (name, value))
+        return b"\r\n".join([*lines, b"", b""])
 
     def on_message_begin(self) -> None:
         """A request begins."""
@@ -219,131 +219,14 @@ class Connection(HttpToolsProtocol):
         self._release()
         super().on_message_complete()
 
-    def on_response_complete(self) -> None:
-        """Its answer is written."""
-        super().on_response_complete()
-        if self.cycle.more_body:  # answered before its body was read, which may go on for ever
-            self._is_waiting = True
-            self._wait()
-
-    def pause_writing(self) -> None:
-        """The client reads more slowly than it is answered."""
-        super().pause_writing()
-        self._stalled = self.loop.call_later(self.allowed.stalled_s, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        """It has caught up."""
-        if self._stalled is not None:
-            self._stalled.cancel()
-            self._stalled = None
-        super().resume_writing()
-
-    def send_400_response(self, msg: str) -> None:
-        """What has come is no HTTP."""
-        self._refuse(HttpError(HTTPStatus.BAD_REQUEST, msg))
-
-    def end(self) -> None:
-        """Wait for its answer no more; a client that has heard nothing yet is told that it may ask another replica."""
-        if self._is_answering and self._is_next:
-            self._tell(ShuttingDownError("The service is shutting down; try another replica."))
-        else:
-            self.transport.abort()
-
-    def _refuse(self, error: Exception) -> None:
-        """Answer what comes in with an error, and close: nobody knows where the next request would begin.
-
-        What was asked before is answered first. Then the error is not told: nothing would come of being told in turn.
-        """
-        if self.cycle is not None and self.cycle.scope is self.scope:  # it has been handed over, and may be answered
-            if self._is_next:
-                self._tell(error)
-            else:
-                self.transport.close()
-        elif self._is_answering:
-            self.cycle.keep_alive = False
-            self._is_over = True
-        else:
-            self._tell(error)
-
-    @property
-    def _is_next(self) -> bool:
-        """Whether what is sent now would be the answer to the request that was handed over last."""
-        return not self.cycle.response_started and not self.pipeline
-
-    def _tell(self, error: Exception) -> None:
-        """Send an error, and close."""
-        request_id = secrets.token_hex(16)
-        told = status_of(error, request_id=request_id)
-        body = json.dumps({"error": told.error})
-        headers = {
-            "content-type": "application/json",
-            "content-length": str(len(body)),
-            "cache-control": "no-store",
-            "x-request-id": request_id,
-            **told.headers,
-            "connection": "close",
-        }
-        lines = [
-            f"HTTP/1.1 {told.status.value} {told.status.phrase}",
-            *(f"{name}: {value}" for name, value in headers.items()),
-        ]
-        self.transport.write("\r\n".join([*lines, "", body]).encode("ascii"))
-        self.transport.close()
-
-    def _wait(self) -> None:
-        self._wait_no_longer()
-        self._waiting = self.loop.call_later(self.allowed.head_s, self._wait_is_over)
-
-    def _wait_no_longer(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
-
-    @property
-    def _is_answering(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
-
-    def _wait_is_over(self) -> None:
-        if self._is_answering and not self.cycle.more_body:
-            self._wait()  # the answer before it is still on its way
-        else:
-            self.transport.abort()
-
-    # ── what comes in ───────────────────────────────────────────────────────────────────────────────────────
-
-    def _read(self, data: bytes | memoryview) -> None:
-        """Take apart what has come.
-
-        Offers of another protocol are passed over (RFC 9110 section 7.8): every client of the JDK offers HTTP/2. The
-        parser would take the body of such a request for the other protocol, and uvicorn loses it.
-        """
-        try:
-            while data:
-                data = self._rest_after_offer(data)
-        except HttpParserError:
-            self.send_400_response("Invalid HTTP request received.")
-
-    def _rest_after_offer(self, data: bytes | memoryview) -> memoryview:
-        """Read up to the first offer, and the head of that request again without it; what remains to be read."""
-        try:
-            self.parser.feed_data(data)
-        except HttpParserUpgrade as offer:
-            head = self._head_without_offer()
-            self.parser = HttpRequestParser(self)
-            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
-            self.parser.feed_data(head)
-            return memoryview(data)[offer.args[0] :]
-        return memoryview(b"")
-
-    def _head_without_offer(self) -> bytes:
-        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
-        for name, value in self.scope["headers"]:
-            if name == b"connection":
-                options = [option.strip() for option in value.split(b",")]
-                value = b", ".join(option for option in options if option.lower() not in _OFFER)  # noqa: PLW2901 - the rest of it
-            if name not in _OFFER:
-                lines.append(b"%s: %s" % (name, value))
-        return b"\r\n".join([*lines, b"", b""])
+    def _release(self) -> None:
+        """Let the application have a request that was held."""
+        if self._held is None:
+            return
+        held, self._held = bytes(self._held), None
+        super().on_headers_complete()
+        if held:
+            self.on_body(held)
 
     # ── ready answers ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -399,6 +282,100 @@ class Connection(HttpToolsProtocol):
         self._out.write_whole(head % (date, answer.head, len(answer.body)), answer.body)
         self._last_answered_s = self.loop.time()
 
+    # ── what goes out ───────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def on_response_complete(self) -> None:
+        """Its answer is written."""
+        super().on_response_complete()
+        if self.cycle.more_body:  # answered before its body was read, which may go on for ever
+            self._is_waiting = True
+            self._wait()
+
+    def send_400_response(self, msg: str) -> None:
+        """What has come is no HTTP."""
+        self._refuse(HttpError(HTTPStatus.BAD_REQUEST, msg))
+
+    def end(self) -> None:
+        """Wait for its answer no more; a client that has heard nothing yet is told that it may ask another replica."""
+        if self._is_answering and self._is_next:
+            self._tell(ShuttingDownError("The service is shutting down; try another replica."))
+        else:
+            self.transport.abort()
+
+    def _refuse(self, error: Exception) -> None:
+        """Answer what comes in with an error, and close: nobody knows where the next request would begin.
+
+        What was asked before is answered first. Then the error is not told: nothing would come of being told in turn.
+        """
+        if self.cycle is not None and self.cycle.scope is self.scope:  # it has been handed over, and may be answered
+            if self._is_next:
+                self._tell(error)
+            else:
+                self.transport.close()
+        elif self._is_answering:
+            self.cycle.keep_alive = False
+            self._is_over = True
+        else:
+            self._tell(error)
+
+    @property
+    def _is_next(self) -> bool:
+        """Whether what is sent now would be the answer to the request that was handed over last."""
+        return not self.cycle.response_started and not self.pipeline
+
+    def _tell(self, error: Exception) -> None:
+        """Send an error, and close."""
+        request_id = secrets.token_hex(16)
+        told = status_of(error, request_id=request_id)
+        body = json.dumps({"error": told.error})
+        headers = {
+            "content-type": "application/json",
+            "content-length": str(len(body)),
+            "cache-control": "no-store",
+            "x-request-id": request_id,
+            **told.headers,
+            "connection": "close",
+        }
+        lines = [
+            f"HTTP/1.1 {told.status.value} {told.status.phrase}",
+            *(f"{name}: {value}" for name, value in headers.items()),
+        ]
+        self.transport.write("\r\n".join([*lines, "", body]).encode("ascii"))
+        self.transport.close()
+
+    # ── what is waited for ──────────────────────────────────────────────────────────────────────────────────
+
+    def _wait(self) -> None:
+        self._wait_no_longer()
+        self._waiting = self.loop.call_later(self.allowed.head_s, self._wait_is_over)
+
+    def _wait_no_longer(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+    def _wait_is_over(self) -> None:
+        if self._is_answering and not self.cycle.more_body:
+            self._wait()  # the answer before it is still on its way
+        else:
+            self.transport.abort()
+
+    def pause_writing(self) -> None:
+        """The client reads more slowly than it is answered."""
+        super().pause_writing()
+        self._stalled = self.loop.call_later(self.allowed.stalled_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It has caught up."""
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+        super().resume_writing()
+
     def timeout_keep_alive_handler(self) -> None:
         """Close an idle connection; one that was answered since its timer began is so later."""
         left_s = self._last_answered_s + self.allowed.idle_s - self.loop.time()
@@ -406,15 +383,6 @@ class Connection(HttpToolsProtocol):
             self.timeout_keep_alive_task = self.loop.call_later(left_s, self.timeout_keep_alive_handler)
         else:
             super().timeout_keep_alive_handler()
-
-    def _release(self) -> None:
-        """Let the application have a request that was held."""
-        if self._held is None:
-            return
-        held, self._held = bytes(self._held), None
-        super().on_headers_complete()
-        if held:
-            self.on_body(held)
 
 
 async def _turn_away(scope: Scope, receive: Receive, send: Send) -> None:
