@@ -46,6 +46,7 @@ class DeliveryFront:
     house: House
     client: httpx.AsyncClient
     urls: ImageUrls
+    renditions: Renditions
     renderer: ThreadRenderer
     base_url: str
 
@@ -128,12 +129,13 @@ async def open_delivery(
         clock=house.clock,
         widths=widths,
     )
-    server = HttpServer(Application(delivery.routes), host="127.0.0.1", port=0)
+    application = Application(delivery.routes)
+    server = HttpServer(application, host="127.0.0.1", port=0, find_questions=application.questions)
     await server.start()
     base_url = f"http://127.0.0.1:{server.port}"
     try:
         async with httpx.AsyncClient(base_url=base_url, trust_env=False) as client:
-            yield DeliveryFront(house, client, urls, renderer, base_url)
+            yield DeliveryFront(house, client, urls, renditions, renderer, base_url)
     finally:
         await server.stop()
         await renditions.aclose()

@@ -115,7 +115,7 @@ async def open_http_front(
         models=Models([MODEL, "org/other"], started_s=house.clock.now_s()),
     )
     application = Application(ours, routes)
-    server = HttpServer(application, host="127.0.0.1", port=0, ready=application.ready)
+    server = HttpServer(application, host="127.0.0.1", port=0, find_questions=application.questions)
     await server.start()
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", trust_env=False) as client:

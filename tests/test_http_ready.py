@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import itertools
 import socket
@@ -20,13 +21,28 @@ from uvicorn.server import ServerState
 
 from cacheserver.http.answer import Answer
 from cacheserver.http.connection import Bounds, Connection, protocol
+from cacheserver.http.delivery.asked import UrlAsked
+from cacheserver.http.delivery.fetched import _MOST_KNOWN as _MOST_KNOWN_FETCHED
+from cacheserver.http.delivery.fetched import Fetched, FetchedPictures
+from cacheserver.http.delivery.urls import version_of
 from cacheserver.http.openai.generations import Generations
-from cacheserver.http.ready import _MOST_BYTES, _MOST_KNOWN, KnownQuestions, Question, ReadyAnswer
+from cacheserver.http.ready import (
+    _MOST_BYTES,
+    _MOST_KNOWN,
+    KnownQuestions,
+    Question,
+    Questions,
+    ReadyAnswer,
+    ReadyRequest,
+    head_lines,
+)
 from cacheserver.http.server import HttpServer
 from cacheserver.http.transport import HeadWithBody
 from cacheserver.model import Caller, Outcome, Permission, TierName
+from tests.delivery_front import EXPIRES_S, PRIVATE, PUBLIC, DeliveryFront, open_delivery, path_of, signed_path
 from tests.house import House
 from tests.http_front import open_http_front, pictures_of
+from tests.provider import small_image
 from tests.waiting import until
 
 PATH = b"/pictures"
@@ -52,8 +68,12 @@ class Shop:
         told = b"made:" + body
         await Answer(200, {}, told, len(told))(scope, receive, send)  # type: ignore[arg-type]  # as ASGI has it
 
-    def question(self, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> Question:
+    def find(self, method: bytes, target: bytes) -> Questions | None:
+        return self.question if (method, target) == (b"POST", PATH) else None
+
+    def question(self, headers: Sequence[tuple[bytes, bytes]], request: ReadyRequest) -> Question:
         assert (b"host", b"a") in headers
+        body = request.body
 
         def answer() -> ReadyAnswer | None:
             self.asked += 1
@@ -69,8 +89,7 @@ def post(body: bytes, *lines: str, path: bytes = PATH) -> bytes:
 
 @asynccontextmanager
 async def open_shop(shop: Shop, bounds: Bounds | None = None) -> AsyncIterator[HttpServer]:
-    ready = {(b"POST", PATH): shop.question}
-    server = HttpServer(shop, host="127.0.0.1", port=0, bounds=bounds, ready=ready)  # type: ignore[arg-type]  # as ASGI has it
+    server = HttpServer(shop, host="127.0.0.1", port=0, bounds=bounds, find_questions=shop.find)  # type: ignore[arg-type]  # as ASGI has it
     await server.start()
     try:
         yield server
@@ -109,7 +128,7 @@ class Wire(asyncio.Transport):
 
 def connect(shop: Shop) -> tuple[Connection, Wire]:
     """A connection to the shop; call it in the event loop."""
-    kind = protocol(Bounds(), {(b"POST", PATH): shop.question})
+    kind = protocol(Bounds(), shop.find)
     config = Config(shop, http=kind, lifespan="off", ws="none", log_config=None)  # type: ignore[arg-type]  # as ASGI has it
     connection, wire = kind(config, ServerState(), {}), Wire()
     connection.connection_made(wire)
@@ -273,12 +292,12 @@ async def test_what_follows_a_body_says_nothing_of_its_request() -> None:
     asked = []
 
     class Noting(Shop):
-        def question(self, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> Question:
+        def question(self, headers: Sequence[tuple[bytes, bytes]], request: ReadyRequest) -> Question:
             asked.append([*headers])
-            return super().question(headers, body)
+            return super().question(headers, request)
 
-    request = CHUNKED.replace(b"0\r\n", b"0\r\nauthorization: Bearer sk-x\r\n")
-    assert await answers_to(Noting(b"a"), [request], 1) == [b"ready:a"]
+    sent = CHUNKED.replace(b"0\r\n", b"0\r\nauthorization: Bearer sk-x\r\n")
+    assert await answers_to(Noting(b"a"), [sent], 1) == [b"ready:a"]
     assert asked == [[(b"host", b"a"), (b"transfer-encoding", b"chunked")]]
 
 
@@ -446,3 +465,118 @@ async def test_a_ready_answer_needs_the_token_and_the_service_s_being_open(house
         assert (await front.generate(headers={"authorization": "Bearer sk-t"})).status_code == 401
         front.reception.going_down.set()
         assert (await front.generate(headers={"authorization": "Bearer sk-s"})).status_code == 503
+
+
+# ---- of image delivery
+
+
+class NeverError(Exception):
+    """Raised where nobody should ask."""
+
+
+async def never(*_: object, **__: object) -> None:
+    raise NeverError
+
+
+@pytest.fixture
+async def public(house: House) -> AsyncIterator[DeliveryFront]:
+    async with open_delivery(house, PUBLIC) as front:
+        yield front
+
+
+@pytest.mark.parametrize("query", ["", "?download=a.png", "?format=auto", "?w=16&v={version}"])
+async def test_a_picture_that_was_fetched_is_sent_again_as_it_was(
+    public: DeliveryFront, query: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = await public.stored(small_image(1))
+    path = path_of(entry) + query.format(version=version_of(entry))
+    fetched = [await public.get(path) for _ in range(3)]
+    public.house.clock.advance(5)
+    monkeypatch.setattr(public.house.cache, "get_by_key", never)
+    monkeypatch.setattr(public.renditions, "get", never)
+    again = await public.get(path)
+    assert again.content == fetched[2].content
+    assert {*again.headers} == {*fetched[2].headers}
+    differ = {name for name in again.headers if again.headers[name] != fetched[2].headers[name]}
+    assert differ <= {"date", "x-request-id", "cache-status", "cache-control"}
+    assert again.headers["cache-status"].startswith("cacheserver; hit; detail=memory; ")
+    assert again.headers["cache-status"].endswith("age=5")
+    kind = "rendition" if "w=" in query else "image"
+    labels = {"namespace": "default", "kind": kind, "status": "200"}
+    assert public.house.registry.get_sample_value("cacheserver_delivered_total", labels) == 4
+    size = {"namespace": "default", "kind": kind}
+    sent_bytes = sum(len(each.content) for each in (*fetched, again))
+    assert public.house.registry.get_sample_value("cacheserver_delivered_bytes_total", size) == sent_bytes
+
+
+async def test_conditions_ranges_and_heads_of_a_picture_that_was_fetched_are_answered_as_ever(
+    public: DeliveryFront,
+) -> None:
+    data = small_image(1)
+    path = path_of(await public.stored(data))
+    etag = [await public.get(path) for _ in range(3)][-1].headers["etag"]
+    assert (await public.get(path, headers={"if-none-match": etag})).status_code == 304
+    assert (await public.get(path, headers={"if-match": '"x"'})).status_code == 412
+    part = await public.get(path, headers={"range": "bytes=1-3"})
+    assert (part.status_code, part.content) == (206, data[1:4])
+    head = await public.client.head(path)
+    assert (head.status_code, head.content, head.headers["content-length"]) == (200, b"", str(len(data)))
+
+
+async def test_a_format_by_accept_is_that_of_each_request(public: DeliveryFront) -> None:
+    path = path_of(await public.stored(small_image(1))) + "?format=auto"
+    for accept, content_type in [("image/png", "image/png"), ("image/webp", "image/webp")] * 3:
+        answer = await public.get(path, headers={"accept": accept})
+        assert answer.headers["content-type"] == content_type
+
+
+async def test_a_picture_that_was_purged_or_replaced_is_not_sent_again(public: DeliveryFront) -> None:
+    entry = await public.stored(small_image(1))
+    small = f"{path_of(entry)}?w=16"
+    for _ in range(3):
+        assert (await public.get(path_of(entry))).content == small_image(1)
+        first = (await public.get(small)).content
+    other = await public.stored(small_image(2))
+    assert other.key == entry.key
+    assert (await public.get(path_of(entry))).content == small_image(2)
+    assert (await public.get(small)).content != first
+    await public.house.cache.purge(public.house.namespace, dry_run=False)
+    assert (await public.get(path_of(entry))).status_code == 404
+
+
+async def test_a_right_that_has_ended_ends_what_was_fetched_by_it(house: House) -> None:
+    reader = Caller("reader", frozenset({Permission.READ}), frozenset({"default"}))
+    stranger = Caller("stranger", frozenset(Permission), frozenset({"elsewhere"}))
+    callers = [(hashlib.sha256(caller.name.encode()).digest(), caller) for caller in (reader, stranger)]
+    async with open_delivery(house, PRIVATE, callers=callers) as front:
+        entry = await front.stored(small_image(1))
+        for _ in range(3):
+            assert (await front.get(signed_path(front, entry))).is_success
+            assert (await front.get(path_of(entry), headers={"authorization": "Bearer reader"})).is_success
+        assert (await front.get(path_of(entry), headers={"authorization": "Bearer stranger"})).status_code == 403
+        assert (await front.get(path_of(entry))).status_code == 401
+        signed = signed_path(front, entry)
+        assert (await front.get(signed.replace("signature=", "signature=x"))).status_code == 403
+        house.clock.advance(2 * EXPIRES_S)
+        assert (await front.get(signed)).status_code == 403
+
+
+def test_no_header_ends_a_line_and_begins_another() -> None:
+    assert head_lines({"a": "b", "c": "é"}) == b"a: b\r\nc: \xe9\r\n"
+    with pytest.raises(ValueError, match="line end"):
+        head_lines({"a": "b\r\nset-cookie: x"})
+
+
+async def test_what_was_fetched_is_bounded_and_keeps_no_picture(public: DeliveryFront) -> None:
+    known = FetchedPictures()
+    entry = await public.stored(small_image(1))
+    for number in range(_MOST_KNOWN_FETCHED + 1):
+        known.keep((b"%d" % number, ""), Fetched(entry.key, UrlAsked(), entry, is_version=False))
+    assert known.find((b"0", "")) is None
+    fetched = known.find((b"1", ""))
+    assert fetched is not None
+    assert fetched.entry == entry
+    public.house.memory.delete(entry.key)
+    del entry
+    gc.collect()
+    assert fetched.entry is None

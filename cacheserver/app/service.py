@@ -85,7 +85,7 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
         application = Application(front.routes, routes)
         http = HttpServer(
             application,
-            ready=application.ready,
+            find_questions=application.questions,
             host=settings.server.http_host,
             port=settings.server.http_port,
             tls_cert_file=settings.server.http_tls_cert_file,

@@ -35,12 +35,17 @@ class Application:
             if isinstance(route, Route) and isinstance(route.app, Endpoint) and not route.param_convertors
             for method in route.methods or ()
         }
-        self.ready: dict[tuple[bytes, bytes], Questions] = {
-            (method.encode("ascii"), path.encode("ascii")): app.question
-            for (method, path), app in self._straight.items()
-            if app.has_ready
+        self._ready = {
+            (method.encode("ascii"), route.path.partition("{")[0].encode("ascii")): route.app.question
+            for route in routes
+            if isinstance(route, Route) and isinstance(route.app, Endpoint) and route.app.has_ready
+            for method in (route.methods or set()) - {"HEAD"}
         }
-        """What answers may be ready, by method and path."""
+
+    def questions(self, method: bytes, target: bytes) -> Questions | None:
+        """See `FindQuestions`. A route with ready answers has one parameter at most, the last part of its path."""
+        path = target.partition(b"?")[0]
+        return self._ready.get((method, path)) or self._ready.get((method, path[: path.rfind(b"/") + 1]))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""

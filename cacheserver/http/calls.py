@@ -18,7 +18,7 @@ from cacheserver.calls.reception import Reception
 from cacheserver.errors import CacheServerError, UnauthenticatedError
 from cacheserver.http.answer import Answer
 from cacheserver.http.guard import Guard
-from cacheserver.http.ready import Question, ReadyAnswer
+from cacheserver.http.ready import Question, ReadyAnswer, ReadyRequest
 from cacheserver.http.status import HttpError, HttpStatus, status_of
 from cacheserver.tasks import end
 
@@ -28,8 +28,8 @@ _log = structlog.get_logger(__name__)
 
 Handler = Callable[[Request, Call], Awaitable[Answer]]
 
-ReadyHandler = Callable[[Call, bytes], ReadyAnswer | None]
-"""The answer to a call with this body if it is ready; None, and nothing has happened, if it is not."""
+ReadyHandler = Callable[[Call, ReadyRequest], ReadyAnswer | None]
+"""The answer to a call if it is ready; None, and nothing has happened, if it is not."""
 
 _GONE = "CLIENT_GONE"
 """The code of a call whose client went away, in the log."""
@@ -121,17 +121,19 @@ class Endpoint:
         """Whether any of its answers is ever ready."""
         return self._ready is not None
 
-    def question(self, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> Question:
-        """What a request with these headers and this body asks; its answer may be ready, and is then the whole call."""
-        return partial(self._answer_at_once, *self._known.of(headers), body)
+    def question(self, headers: Sequence[tuple[bytes, bytes]], request: ReadyRequest) -> Question:
+        """What a request with these headers asks; its answer may be ready, and is then the whole call."""
+        return partial(self._answer_at_once, *self._known.of(headers), request)
 
-    def _answer_at_once(self, metadata: Mapping[str, str], deadline_s: float | None, body: bytes) -> ReadyAnswer | None:
+    def _answer_at_once(
+        self, metadata: Mapping[str, str], deadline_s: float | None, request: ReadyRequest
+    ) -> ReadyAnswer | None:
         if self._ready is None:
             return None
         call = self._reception.begin(self._name, metadata, deadline_s=deadline_s)
         try:
             self._admit(call)
-            answer = self._ready(call, body)
+            answer = self._ready(call, request)
             if answer is None:
                 return None
             self._reception.succeeded(call)

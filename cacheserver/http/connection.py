@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -17,7 +16,15 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cacheserver.calls.call import request_id_of
 from cacheserver.errors import OverloadedError, ShuttingDownError
-from cacheserver.http.ready import KnownQuestions, Question, Questions, ReadyAnswer
+from cacheserver.http.ready import (
+    FindQuestions,
+    KnownQuestions,
+    Question,
+    Questions,
+    ReadyAnswer,
+    ReadyRequest,
+    no_questions,
+)
 from cacheserver.http.status import HttpError, status_of
 from cacheserver.http.transport import HeadWithBody
 
@@ -42,12 +49,12 @@ class Bounds:
     max_connections: int = 16_384
 
 
-def protocol(bounds: Bounds, ready: Mapping[tuple[bytes, bytes], Questions]) -> type[Connection]:
-    """The protocol for connections that are only waited for so long; `ready` is by method and path."""
+def protocol(bounds: Bounds, find: FindQuestions) -> type[Connection]:
+    """The protocol for connections that are only waited for so long."""
 
     class Bounded(Connection):
         allowed = bounds
-        questions = ready
+        find_questions = staticmethod(find)
         known_questions = KnownQuestions()
 
     return Bounded
@@ -69,7 +76,7 @@ class Connection(HttpToolsProtocol):
     """
 
     allowed: Bounds
-    questions: Mapping[tuple[bytes, bytes], Questions]
+    find_questions: FindQuestions
     known_questions: KnownQuestions
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -101,7 +108,7 @@ class Connection(HttpToolsProtocol):
         super().connection_made(self._out)  # type: ignore[arg-type]  # all it uses of one
         if len(self.connections) > self.allowed.max_connections:
             self.app = _turn_away
-            self.questions, self.known_questions = {}, KnownQuestions()
+            self.find_questions, self.known_questions = no_questions, KnownQuestions()
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -232,7 +239,7 @@ class Connection(HttpToolsProtocol):
 
     def _may_be_ready(self) -> bool:
         """Whether the answer to the request whose head has come may go out as soon as the rest is there."""
-        self._questions = self.questions.get((self.parser.get_method(), self.url))
+        self._questions = self.find_questions(self.parser.get_method(), self.url)
         return (
             self._questions is not None
             and self._may_answer
@@ -267,7 +274,7 @@ class Connection(HttpToolsProtocol):
         """Answer a whole request, if its answer is ready: without a task, and in one packet where that is small."""
         if self._questions is None:
             return False
-        question = self._questions([*self.scope["headers"]], body)
+        question = self._questions([*self.scope["headers"]], ReadyRequest(self.url, body))
         answer = question()
         if answer is None:
             return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 _MOST_KNOWN = 1_000
@@ -16,14 +16,37 @@ class ReadyAnswer(NamedTuple):
     body: bytes
 
 
+def head_lines(headers: Mapping[str, str]) -> bytes:
+    """Headers as the lines of a head, each ended."""
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    if lines.count("\n") != len(headers):
+        raise ValueError("a header has a line end in it")
+    return lines.encode("latin-1")
+
+
 Question = Callable[[], ReadyAnswer | None]
 """What a request is answered with, status 200, without waiting for anything. It may be asked again and again.
 
 None: its answer is not ready, and nothing has happened; the application answers it as any other.
 """
 
-Questions = Callable[[Sequence[tuple[bytes, bytes]], bytes], Question]
-"""The question that a request with these headers and this body is."""
+
+class ReadyRequest(NamedTuple):
+    """A request as far as it is not told by its call: its path and query as they were sent, and its body."""
+
+    target: bytes
+    body: bytes
+
+
+Questions = Callable[[Sequence[tuple[bytes, bytes]], ReadyRequest], Question]
+"""The question that a request with these headers is."""
+
+FindQuestions = Callable[[bytes, bytes], Questions | None]
+"""The questions that requests of this method and target are; None if no answer of theirs is ever ready."""
+
+
+def no_questions(method: bytes, target: bytes) -> None:
+    """Where no answer is ever ready."""
 
 
 class KnownQuestions:

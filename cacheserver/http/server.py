@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from cacheserver.errors import ConfigError
 from cacheserver.http.connection import Bounds, Connection, protocol
-from cacheserver.http.ready import Questions
+from cacheserver.http.ready import FindQuestions, no_questions
 
 _LAST_S = 2
 """For calls whose connection was ended to notice it."""
@@ -34,9 +34,9 @@ class HttpServer:
         tls_cert_file: Path | None = None,
         tls_key_file: Path | None = None,
         bounds: Bounds | None = None,
-        ready: Mapping[tuple[bytes, bytes], Questions] | None = None,
+        find_questions: FindQuestions | None = None,
     ) -> None:
-        """`ready` are questions whose answers the application may have ready, by method and path."""
+        """`find_questions` finds those whose answers the application may have ready."""
         self._host = host
         self._wanted_port = port
         self._tls_files = tls_cert_file, tls_key_file
@@ -44,7 +44,7 @@ class HttpServer:
         self._server = _Server(
             uvicorn.Config(
                 application,
-                http=protocol(bounds, ready or {}),
+                http=protocol(bounds, find_questions or no_questions),
                 lifespan="off",
                 ws="none",
                 log_config=None,

@@ -23,6 +23,7 @@ from cacheserver.http.calls import HttpCalls
 from cacheserver.http.delivery.access import GONE, Access, Gate
 from cacheserver.http.delivery.asked import UrlAsked, read_asked
 from cacheserver.http.delivery.conditions import Verdict, allows_range, judge, write_date
+from cacheserver.http.delivery.fetched import Fetched, FetchedPictures, Name
 from cacheserver.http.delivery.headers import SAFETY, cache_control, disposition, sharing
 from cacheserver.http.delivery.ranges import (
     Multipart,
@@ -33,6 +34,7 @@ from cacheserver.http.delivery.ranges import (
     read_range,
 )
 from cacheserver.http.delivery.urls import PATH, ImageUrls, is_version_name, version_of
+from cacheserver.http.ready import ReadyAnswer, ReadyRequest, head_lines
 from cacheserver.http.status import HttpError, status_of
 from cacheserver.interfaces import Books, Clock
 from cacheserver.model import (
@@ -43,6 +45,7 @@ from cacheserver.model import (
     Pending,
     Rendition,
     Terms,
+    TierName,
 )
 from cacheserver.renditions.renditions import Renditions
 
@@ -52,6 +55,9 @@ _WAIT_S = 10.0
 _TERMS = Terms(max_wait_s=_WAIT_S)
 _RENDERED = "rendered"
 """Who had a rendition that was made for this answer: its master was stored, so it is a hit all the same."""
+
+_CONDITIONAL = frozenset({"if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "if-range", "range"})
+"""Headers with which less than the whole picture may be the answer."""
 
 _LISTED = ("if-match", "if-none-match")
 
@@ -88,12 +94,33 @@ class ImageDelivery:
         self._books = books
         self._clock = clock
         self._widths = widths
+        self._fetched = FetchedPictures()
 
     @property
     def routes(self) -> Sequence[BaseRoute]:
         """`GET` and `HEAD` of `/images/{key}`."""
         path = f"{PATH}/{{key}}"
-        return [Route(path, self._calls.endpoint(f"GET {path}", self._counted, is_open=True), methods=["GET"])]
+        endpoint = self._calls.endpoint(f"GET {path}", self._counted, is_open=True, ready=self._ready)
+        return [Route(path, endpoint, methods=["GET"])]
+
+    def _ready(self, call: Call, request: ReadyRequest) -> ReadyAnswer | None:
+        """A picture that was sent to the same request before, if memory still has it."""
+        if not _CONDITIONAL.isdisjoint(call.metadata):
+            return None
+        fetched = self._fetched.find((request.target, call.metadata.get("accept", "")))
+        entry = None if fetched is None else fetched.entry
+        if fetched is None or entry is None:
+            return None
+        access = self._gate.admit(fetched.key, fetched.asked, call)
+        if not self._cache.still_has(fetched.place, entry):
+            return None
+        second = int(self._clock.now_s())
+        if second != fetched.second:
+            found = _Found(entry, TierName.MEMORY, fetched.is_version)
+            fetched.second, fetched.lines = second, head_lines(self._whole_headers(found, fetched.asked, access))
+        self._told_by(call, entry, access)
+        self._count(call, fetched.asked, HTTPStatus.OK, len(entry.image.data))
+        return ReadyAnswer(fetched.lines, entry.image.data)
 
     async def _counted(self, request: Request, call: Call) -> Answer:
         asked = UrlAsked()
@@ -117,8 +144,7 @@ class ImageDelivery:
         call.namespace = access.namespace.name
         found = await self._find(key, asked, access, call)
         entry = found.entry
-        if self._partitions.are_shared_by(entry.namespace):  # no series of its own for one that is gone
-            call.namespace = entry.namespace
+        self._told_by(call, entry, access)
         headers = self._headers(found, asked, access)
         etag, modified_s = headers["etag"], _modified_s(entry)
         verdict = judge(_conditions(request), etag=etag, modified_s=modified_s)
@@ -127,16 +153,22 @@ class ImageDelivery:
             raise HttpError(HTTPStatus.PRECONDITION_FAILED, text, code="precondition_failed")
         if verdict is Verdict.NOT_MODIFIED:
             return Answer(HTTPStatus.NOT_MODIFIED, headers, length_bytes=None)
-        headers |= {
-            "content-type": entry.image.content_type,
-            "accept-ranges": "bytes",
-            "content-disposition": disposition(asked.download, entry.image.content_type),
-            **SAFETY,
-        }
+        headers = self._whole_headers(found, asked, access)
         wants_parts = request.method == "GET" and allows_range(
             request.headers.get("if-range"), etag=etag, modified_s=modified_s
         )
-        return _whole_or_parts(entry, headers, request.headers.get("range") if wants_parts else None)
+        answer = _whole_or_parts(entry, headers, request.headers.get("range") if wants_parts else None)
+        # Without its version a URL leads to a rendition of the picture that its key names now, whichever that is.
+        is_lasting = asked.rendition is None or found.is_version
+        is_whole = request.method == "GET" and answer.status == HTTPStatus.OK
+        if is_whole and is_lasting and found.source == TierName.MEMORY:
+            self._fetched.keep(_name(request, call), Fetched(key, asked, entry, is_version=found.is_version))
+        return answer
+
+    def _told_by(self, call: Call, entry: CachedImage, access: Access) -> None:
+        """Whose the picture is, where calls are counted."""
+        is_known = self._partitions.are_shared_by(entry.namespace)  # no series of its own for one that is gone
+        call.namespace = entry.namespace if is_known else access.namespace.name
 
     async def _find(self, key: CacheKey, asked: UrlAsked, access: Access, call: Call) -> _Found:
         try:
@@ -187,6 +219,16 @@ class ImageDelivery:
         }
         return headers | ({"vary": "Accept"} if asked.by_accept else {})
 
+    def _whole_headers(self, found: _Found, asked: UrlAsked, access: Access) -> dict[str, str]:
+        """What is told of a picture that is sent."""
+        content_type = found.entry.image.content_type
+        return self._headers(found, asked, access) | {
+            "content-type": content_type,
+            "accept-ranges": "bytes",
+            "content-disposition": disposition(asked.download, content_type),
+            **SAFETY,
+        }
+
 
 def _key(name: str) -> CacheKey:
     """The key of a stored picture. What is no such key is answered as one that nobody knows."""
@@ -197,6 +239,13 @@ def _key(name: str) -> CacheKey:
     if key.variant > MAX_VARIANT or key.partition.startswith(REVIEW_PREFIX):
         raise KeyGoneError(GONE)
     return key
+
+
+def _name(request: Request, call: Call) -> Name:
+    """What is fetched is remembered by this."""
+    path: bytes = request.scope["raw_path"]
+    query: bytes = request.scope["query_string"]
+    return path + b"?" + query if query else path, call.metadata.get("accept", "")
 
 
 def _modified_s(entry: CachedImage) -> int:

@@ -14,7 +14,7 @@ from cacheserver.http.body import read_body, read_json
 from cacheserver.http.openai.memo import name_of
 from cacheserver.http.openai.pictures import Pictures
 from cacheserver.http.openai.reading import MAX_JSON_BYTES, Fields, read_wanted
-from cacheserver.http.ready import ReadyAnswer
+from cacheserver.http.ready import ReadyAnswer, ReadyRequest
 from cacheserver.http.status import HttpError
 
 
@@ -36,9 +36,9 @@ class Generations:
             wanted = read_wanted(Fields(read_json(request, body)), namespace)
             return await self._pictures.answer(request, call, namespace, wanted, name)
 
-    def ready(self, call: Call, body: bytes) -> ReadyAnswer | None:
+    def ready(self, call: Call, request: ReadyRequest) -> ReadyAnswer | None:
         """What a call was answered that came before, byte for byte, if it would be answered that again."""
-        name = name_of(call, self._pictures.namespace(call), body)
+        name = name_of(call, self._pictures.namespace(call), request.body)
         return None if name is None else self._pictures.ready(name, call)
 
 

@@ -6,7 +6,6 @@ asked every time. One is kept by everything it was read from: the body, the head
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from weakref import ref
 
@@ -14,6 +13,7 @@ from cacheserver.calls.call import Call
 from cacheserver.http.openai.answers import lasting_headers, passing_headers
 from cacheserver.http.openai.asked import HttpAsked
 from cacheserver.http.openai.headers import IDEMPOTENCY_KEY, READ
+from cacheserver.http.ready import head_lines
 from cacheserver.model import CachePolicy, Identity, Namespace, Served, TierName
 
 _MOST_MEMOS = 2_000
@@ -35,7 +35,7 @@ class Told:
         self.body = body
         self.until_s = until_s
         self._policy = policy
-        self._lasting = _as_sent(lasting_headers([served]))
+        self._lasting = head_lines(lasting_headers([served]))
         self._second = 0
         self._head = b""
         self._entry = ref(served.entry)
@@ -45,7 +45,7 @@ class Told:
         """The lines of its headers: what changes in them changes once a second."""
         if int(now_s) != self._second:
             self._second = int(now_s)
-            self._head = self._lasting + _as_sent(passing_headers([served], self._policy, now_s))
+            self._head = self._lasting + head_lines(passing_headers([served], self._policy, now_s))
         return self._head
 
     def served(self) -> Served | None:
@@ -54,10 +54,6 @@ class Told:
         if entry is None:
             return None
         return Served(entry, TierName.MEMORY, self._matched, saved_microusd=self._saved_microusd, derived=self._derived)
-
-
-def _as_sent(headers: Mapping[str, str]) -> bytes:
-    return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1")
 
 
 @dataclass(slots=True)
