@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Generator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+from hypothesis.internal.conjecture import providers
 
 pytest.register_assert_rewrite("tests.tier_contract", "tests.rpc_front")
 
@@ -24,6 +26,28 @@ _PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 child._PORTS = child._PORTS[_PROCESS :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
 
 __all__ = ["own_s3", "own_valkey", "s3_server", "valkey_server"]
+
+settings.register_profile("same", derandomize=True, database=None, deadline=None)
+settings.register_profile("deep", derandomize=False, database=None, deadline=None, print_blob=True)
+settings.load_profile("same")  # before the first test with settings of its own, which inherit these
+_DEEPER = 20
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Give property tests the time to shrink what they find, and in the profile `deep` many more examples."""
+    properties = [item for item in items if item.get_closest_marker("hypothesis")]
+    factor = _DEEPER if settings.get_current_profile_name() == "deep" else 1
+    for item in properties:
+        item.add_marker(pytest.mark.timeout(400 * factor))  # Hypothesis shrinks for five minutes at most
+    if factor == 1:
+        # Hypothesis draws constants it finds in our code, too: any commit would give every test other examples.
+        pytest.MonkeyPatch().setattr(providers, "_get_local_constants", providers.Constants)
+        return
+    for test in {item.function if hasattr(item.function, "hypothesis") else item.cls for item in properties}:
+        name = "settings" if isinstance(test, type) else "_hypothesis_internal_use_settings"
+        its = getattr(test, name)
+        setattr(test, name, settings(its, max_examples=its.max_examples * factor))
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
@@ -116,7 +116,6 @@ def picture_of(response: httpx.Response, index: int = 0) -> Image.Image:
 # The limiters
 
 
-@settings(deadline=None)
 @given(
     per_second=st.floats(0.01, 50),
     capacity=st.floats(1, 100),
@@ -139,7 +138,6 @@ def test_no_window_gets_more_than_the_capacity_and_what_refills(
             assert sum(amount for _, amount in admitted[i : j + 1]) <= capacity + per_second * elapsed_s + 1e-3
 
 
-@settings(deadline=None)
 @given(
     per_second=st.floats(0.01, 50),
     quantised=st.booleans(),

@@ -306,7 +306,7 @@ class NeverAboveALimit(RuleBasedStateMachine):
 
 
 TestNeverAboveALimit = pytest.mark.no_cover(NeverAboveALimit.TestCase)
-TestNeverAboveALimit.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestNeverAboveALimit.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 # ---- of several replicas
@@ -890,7 +890,7 @@ STEPS = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(STEPS, max_size=30))
 async def test_whatever_happens_no_limit_is_exceeded_and_redis_has_what_the_replicas_have(
     clock: FakeClock, valkey_server: ValkeyServer, steps: list[tuple[str, int, int]]

@@ -280,7 +280,7 @@ async def test_a_manifest_that_is_not_there_is_told(run: Run) -> None:
 
 
 @pytest.mark.no_cover
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=60) | st.recursive(st.none() | st.text(max_size=5) | st.integers(), st.lists).map(json.dumps))
 def test_whatever_a_manifest_holds_it_is_complained_of(tmp_path: Path, line: bytes | str) -> None:
     file = tmp_path / "manifest.jsonl"

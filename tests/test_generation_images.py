@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Mapping
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -49,7 +49,6 @@ async def test_the_thread_helper_says_the_same() -> None:
     assert await inspect_in_thread(data, max_pixels=10_000, max_bytes=1_000) == look(data)
 
 
-@settings(deadline=None)
 @given(image_format=st.sampled_from(FORMATS), kept=st.floats(0, 1, exclude_max=True))
 def test_every_cut_off_file_is_refused(image_format: str, kept: float) -> None:
     data = PICTURES[image_format]
@@ -69,7 +68,6 @@ def test_a_large_file_cut_in_the_middle_is_refused() -> None:
         look(data[: len(data) // 2], max_pixels=1_000_000)
 
 
-@settings(deadline=None)
 @given(position=st.integers(min_value=60), flip=st.integers(1, 255))
 def test_a_flipped_byte_in_a_png_is_refused_or_leaves_the_size_alone(position: int, flip: int) -> None:
     damaged = bytearray(PICTURES["png"])
@@ -81,7 +79,6 @@ def test_a_flipped_byte_in_a_png_is_refused_or_leaves_the_size_alone(position: i
     assert (facts.width, facts.height) == (64, 48)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_bytes_that_are_no_image_are_refused_without_quoting_them(data: bytes) -> None:
     with pytest.raises(BadImageError) as caught:
@@ -252,7 +249,6 @@ def test_a_key_colour_that_hides_every_pixel_leaves_a_blank() -> None:
         look_for_blank(encoded(Image.new("RGB", (64, 48), "white"), "png", transparency=(255, 255, 255)))
 
 
-@settings(deadline=None)
 @given(x=st.integers(0, 399), y=st.integers(0, 299), mode=st.sampled_from(["1", "L", "LA", "RGB", "RGBA", "I;16"]))
 def test_a_single_other_pixel_makes_a_picture(x: int, y: int, mode: str) -> None:
     picture = Image.new(mode, (400, 300))

@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cacheserver.errors import ConfigError
@@ -195,7 +195,6 @@ def test_every_picture_of_the_table_is_among_those_of_known_token_counts() -> No
     assert listed == dict.fromkeys(OUTPUT_TOKENS, SIZES)
 
 
-@settings(deadline=None)
 @given(
     model=st.sampled_from(sorted(TABLE.models)),
     quality=st.sampled_from(["low", "medium", "high", "auto"]),
@@ -207,7 +206,6 @@ def test_an_estimate_is_never_below_the_tables_price(model: str, quality: str, s
     assert TABLE.estimate_microusd(request, n) >= (TABLE.cost_microusd(model, size, quality, None, n) or 0)
 
 
-@settings(deadline=None)
 @given(total=st.integers(0, 10**9), n=st.integers(1, 10))
 def test_shares_add_up_and_differ_by_at_most_one(total: int, n: int) -> None:
     shares = split(total, n)

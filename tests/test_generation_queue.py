@@ -116,7 +116,7 @@ class JobQueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
     def the_next_of_some_is_served(self, data: st.DataObject) -> None:
-        model = data.draw(st.sampled_from(self.waiting)).model
+        model = self._one_that_waits(data).model
         taken = take(self.queue, lambda other: other.model == model)
         self._count(taken)
         self.waiting.remove(taken)
@@ -141,18 +141,22 @@ class JobQueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
     def one_gives_up(self, data: st.DataObject) -> None:
-        gone = data.draw(st.sampled_from(self.waiting))
+        gone = self._one_that_waits(data)
         self.queue.remove(gone)
         self.waiting.remove(gone)
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data(), priority=st.sampled_from(Priority), deadline_s=st.integers(0, 5))
     def one_is_in_more_of_a_hurry(self, data: st.DataObject, priority: Priority, deadline_s: int) -> None:
-        hurried = data.draw(st.sampled_from(self.waiting))
+        hurried = self._one_that_waits(data)
         before = hurried.priority, hurried.deadline_s
         self.queue.hasten(hurried, priority=priority, deadline_s=deadline_s)
         assert hurried.priority == max(before[0], priority)
         assert hurried.deadline_s == min(before[1], deadline_s)
+
+    def _one_that_waits(self, data: st.DataObject) -> Job:
+        # By its place: where Hypothesis looks next depends on the hashes of samples, and a job's is its address.
+        return self.waiting[data.draw(st.integers(0, len(self.waiting) - 1))]
 
     @invariant()
     def the_bounds_hold(self) -> None:
@@ -187,7 +191,7 @@ class JobQueueMachine(RuleBasedStateMachine):
 
 
 TestJobQueue = pytest.mark.no_cover(JobQueueMachine.TestCase)
-TestJobQueue.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestJobQueue.settings = settings(max_examples=80, stateful_step_count=30)
 
 
 @pytest.mark.no_cover

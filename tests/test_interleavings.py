@@ -450,7 +450,7 @@ async def lived(rng: Random, *draws: Draw) -> History:
     return history
 
 
-thorough = settings(max_examples=150, deadline=None)
+thorough = settings(max_examples=150)
 anyhow = st.randoms(use_true_random=True)
 """A seed that Hypothesis draws and names: its own lists of steps seldom bring several callers to one moment."""
 

@@ -84,7 +84,7 @@ def test_a_day_s_amount_may_be_used_up_at_once_and_comes_back_over_the_day() -> 
     assert starts[24:] == pytest.approx([103_600.0, 107_200.0])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     calls=st.lists(st.tuples(st.floats(0, 5), st.integers(1, 4)), min_size=1, max_size=60),
     limit=st.integers(30, 1_000),

@@ -178,4 +178,4 @@ class DictionaryWithLosses(RuleBasedStateMachine):
 
 
 TestDictionaryWithLosses = pytest.mark.no_cover(DictionaryWithLosses.TestCase)
-TestDictionaryWithLosses.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestDictionaryWithLosses.settings = settings(max_examples=60, stateful_step_count=40)

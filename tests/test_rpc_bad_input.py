@@ -361,9 +361,7 @@ requests = st.builds(
 )
 
 
-@settings(
-    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(request=requests)
 async def test_no_request_whatever_is_our_fault(front: Front, request: pb.GetImageRequest) -> None:
     request.max_wait.SetInParent()  # answer at once: nothing here is worth waiting for

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import typer.testing
 from cachetools import LRUCache
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cacheserver.cli import app
@@ -122,7 +122,6 @@ def test_the_memory_keeps_what_the_services_own_would(asked: list[tuple[int, int
 WORDS = st.sampled_from(["A", "a", "fox", "Fox", "FOX", '"Fox"', "sku 12", "sku 13", "3", "fox.", "  ", "ﬁ", "Ä", "Ä"])
 
 
-@settings(deadline=None)  # the first example reads the price list
 @given(st.lists(st.lists(WORDS, min_size=1, max_size=4).map(" ".join), min_size=2, max_size=6))
 def test_rows_share_a_key_exactly_where_the_service_gives_them_one(prompts: list[str]) -> None:
     patterns = (r"sku \d+",)
