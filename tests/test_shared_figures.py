@@ -210,14 +210,14 @@ class TestTelling:
     ) -> None:
         proxied = TcpProxy("127.0.0.1", valkey_server.port)
         async with proxied as proxy, connected(f"redis://127.0.0.1:{proxy.port}") as client:
-            one = Replica(RedisFigures(client=client, prefix=next(PREFIXES), timeout_s=0.3), tmp_path, clock)
+            one = Replica(RedisFigures(client=client, prefix=next(PREFIXES), timeout_s=5.0), tmp_path, clock)
             one.hit()
             await one.figures.flush()
-            proxy.delay_s = 0.2
+            proxy.cut_after(1)
             one.hit()
             with pytest.raises(AccountsUnavailableError):
                 await one.figures.flush()
-            proxy.delay_s = 0.0
+            proxy.resume()
             one.hit()
             assert (await one.total()).requests == 3
 
@@ -225,8 +225,8 @@ class TestTelling:
         self, own_valkey: Callable[[], ValkeyServer], tmp_path: Path, clock: FakeClock
     ) -> None:
         server = own_valkey()
-        async with connected(server.url, timeout_s=0.5) as client:
-            one = Replica(RedisFigures(client=client, prefix="", timeout_s=0.5), tmp_path, clock)
+        async with connected(server.url) as client:
+            one = Replica(RedisFigures(client=client, prefix="", timeout_s=5.0), tmp_path, clock)
             one.hit()
             await one.figures.flush()
             server.kill()
@@ -242,8 +242,8 @@ class TestTelling:
         self, own_valkey: Callable[[], ValkeyServer], tmp_path: Path, clock: FakeClock
     ) -> None:
         server = own_valkey()
-        async with connected(server.url, timeout_s=0.5) as client:
-            one = Replica(RedisFigures(client=client, prefix="", timeout_s=0.5), tmp_path, clock)
+        async with connected(server.url) as client:
+            one = Replica(RedisFigures(client=client, prefix="", timeout_s=5.0), tmp_path, clock)
             one.hit()
             await one.figures.flush()
             server.kill()
@@ -488,8 +488,8 @@ class TestCalls:
         self, own_valkey: Callable[[], ValkeyServer], tmp_path: Path, clock: FakeClock
     ) -> None:
         server = own_valkey()
-        async with connected(server.url, timeout_s=0.5) as client:
-            one = Replica(RedisFigures(client=client, prefix="", timeout_s=0.5), tmp_path, clock)
+        async with connected(server.url) as client:
+            one = Replica(RedisFigures(client=client, prefix="", timeout_s=5.0), tmp_path, clock)
             await one.figures.start(Calls())
             server.kill()
             told = one.figures.sent(call(clock, "a"))
