@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -48,6 +49,11 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
         name = "settings" if isinstance(test, type) else "_hypothesis_internal_use_settings"
         its = getattr(test, name)
         setattr(test, name, settings(its, max_examples=its.max_examples * factor))
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules and tests out of garbage collections: on a busy machine one would halt a test for a second."""
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)

@@ -760,9 +760,10 @@ async def test_an_unreachable_service_is_named(kind: str) -> None:
 
 
 async def test_the_deadline_ends_a_call(client: Any, service: Service) -> None:
-    service.script = ["hang"]
+    service.script = [answer(), "hang"]
+    await client.get_image("a red fox")  # is connected from here on
     with pytest.raises(DeadlineError):
-        await client.get_image("a red fox", timeout_s=1.0)  # long enough for it to reach the service
+        await client.get_image("a red fox", timeout_s=1.0)  # long enough to reach the service
     await asyncio.wait_for(service.hung_up.wait(), 5)
 
 
