@@ -261,6 +261,7 @@ class TestRun:
         assert house.upstream.calls == 1
 
     @pytest.mark.no_cover
+    @pytest.mark.timeout(180)  # 186,000 outcomes until all is full: 12 s of work, 35 s on a busy machine
     async def test_outcomes_nobody_reads_keep_items_from_being_read(self, front: Front) -> None:
         sent = 0
 
