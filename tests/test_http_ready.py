@@ -377,6 +377,13 @@ def test_known_questions_are_bounded() -> None:
     assert known.find(b"x" * (_MOST_BYTES + 1)) is None
 
 
+@pytest.mark.parametrize("line", ["traceparent: 00-1-2-00", "X-Request-Id: call-7"])
+def test_what_does_not_come_again_takes_nobody_s_place(line: str) -> None:
+    known = KnownQuestions()
+    known.keep(post(b"a", line), lambda: None)
+    assert known.find(post(b"a", line)) is None
+
+
 # ---- of the OpenAI front
 
 PASSING = {"date", "age", "x-request-id", "openai-processing-ms"}

@@ -70,9 +70,9 @@ class Connection(HttpToolsProtocol):
     uvicorn bounds only the time between an answer and the next request. What is malformed is answered in the shape of
     every error.
 
-    A request that came before, byte for byte, is not taken apart: what it asks is known. Of the others, those whose
-    method and path are in `questions` are held back until all of them is there, and are answered at once if their
-    answers are ready. All else is handed over to the application, in a task of its own.
+    A request that came before, byte for byte, is not taken apart: what it asks is known. Of the others, those for which
+    `find_questions` finds some are held back until all of them is there, and are answered at once if their answers are
+    ready. All else is handed over to the application, in a task of its own.
     """
 
     allowed: Bounds

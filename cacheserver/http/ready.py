@@ -8,6 +8,9 @@ from typing import NamedTuple
 _MOST_KNOWN = 1_000
 _MOST_BYTES = 4_096
 
+_NEW_EVERY_TIME = (b"\r\ntraceparent:", b"\r\nx-request-id:")
+"""What no client sends twice: a request with it would be known for nothing, in another one's place."""
+
 
 class ReadyAnswer(NamedTuple):
     """An answer that lies ready: the lines of its head between status and length, each ended, and its body."""
@@ -64,8 +67,10 @@ class KnownQuestions:
         return self._known.get(request) if len(request) <= _MOST_BYTES else None
 
     def keep(self, request: bytes, question: Question) -> None:
-        """Know a request."""
+        """Know a request, if it is one that may come again."""
         if len(request) > _MOST_BYTES or request in self._known:
+            return
+        if any(line in request.lower() for line in _NEW_EVERY_TIME):
             return
         if len(self._known) >= _MOST_KNOWN:
             del self._known[next(iter(self._known))]
