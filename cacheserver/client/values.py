@@ -190,7 +190,7 @@ class Image:
         data: The encoded image; None when it came by URL, in chunks, or is still being made.
         url: A signed URL, if asked for; it works until `url_expire_time`.
         content_type: image/png, image/jpeg or image/webp.
-        digest: "sha256:" and 64 hexadecimal digits over the encoded image. Not looked at beside `data`.
+        digest: "sha256:" and 64 hexadecimal digits over the encoded image.
         model: As the provider resolved it; so are `size`, `quality` and `background`.
         paid_microusd: What the picture cost when it was made.
         score: How good it was judged, 0 to 1, where it is the best of several candidates.
