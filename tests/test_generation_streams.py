@@ -356,7 +356,9 @@ async def test_a_connection_that_is_cut_behind_an_error_is_that_error(
     said = {"message": "No.", "type": "image_generation_user_error", "param": None, "code": "moderation_blocked"}
     body = events({"type": "error", "error": said})
     provider.answer_next(stream(body, cut_after=len(body) - 1))
-    assert isinstance(await failure(upstream, seen), PromptRefusedError)
+    error = await failure(upstream, seen)
+    assert isinstance(error, PromptRefusedError)
+    assert error.__context__ is None
 
 
 async def test_a_stream_that_falls_silent_ends_at_the_deadline(make: Make, provider: OpenAIStandIn, seen: Seen) -> None:

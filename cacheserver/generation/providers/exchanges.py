@@ -231,14 +231,17 @@ class _Bytes(aiohttp.payload.Payload):
 
 
 async def _pass_on(response: aiohttp.ClientResponse, listener: Listener) -> None:
+    failed: aiohttp.ClientError | None = None
     try:
         async for chunk in response.content.iter_any():
             if await listener.take(chunk):
                 response.close()
                 return
-    except aiohttp.ClientError:
-        if not await listener.is_whole():
-            raise
+    except aiohttp.ClientError as exc:
+        failed = exc
+    # Not where it is caught: it may quote the answer, and would be chained to what the stream tells of a failed call.
+    if failed is not None and not await listener.is_whole():
+        raise failed
 
 
 async def _read_at_most(response: aiohttp.ClientResponse, max_bytes: int) -> bytes | None:
