@@ -93,7 +93,7 @@ async def measure(directory: Path, *, count: int, seed: int) -> tuple[Seen, dict
         await _described(service.http_port, described // 4, seed, seen)
         await send_all(cases, service.http_port, seen)
         before_mib = await _rss_mib(service.pid)
-        async with held_open(service.http_port, [case for case in cases if case.kind.endswith("cut") and case.data]):
+        async with held_open(service.http_port, [case for case in cases if case.kind.endswith("cut")]):
             await _described(service.http_port, described - described // 4, seed + 1, seen)
             changed = itertools.islice(requests(there, seed), len(cases), None)
             await send_all(itertools.islice(changed, max(0, count - seen.sent)), service.http_port, seen)

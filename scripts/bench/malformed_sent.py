@@ -131,11 +131,11 @@ async def _read(reader: asyncio.StreamReader) -> Reply | None:
 
 def _is_whole(answer: bytearray) -> bool:
     """Whether all of a reply of stated length has come: not every request says that it is the last."""
-    head, end, body = bytes(answer[:16_384]).partition(b"\r\n\r\n")
+    head, end, _ = bytes(answer[:16_384]).partition(b"\r\n\r\n")
     if not end or head.startswith(b"HTTP/1.1 100"):
         return False
     stated = Reply(0, head, b"").headers.get("content-length", "")
-    return stated.isdigit() and len(answer) - len(head) - len(end) >= int(stated) and len(body) >= 0
+    return stated.isdigit() and len(answer) - len(head) - len(end) >= int(stated)
 
 
 def judge(reply: Reply | None, *, is_framed: bool, is_cut: bool) -> str | None:
