@@ -32,12 +32,12 @@ class Uploads:
             OverloadedError: the bodies of others leave no room for it now.
             ClientDisconnect: its client went away before the end.
         """
-        self._memory.check(self.announced_bytes(request) * copies)
+        self._memory.check(self._announced_bytes(request) * copies)
         async for piece in body_pieces(request, max_bytes=self._max_bytes):
             hold.take(len(piece) * copies)
             yield piece
 
-    def announced_bytes(self, request: Request) -> int:
+    def _announced_bytes(self, request: Request) -> int:
         """What the body is announced to have, as far as it is going to be taken; 0 where it is not announced."""
         stated = request.headers.get("content-length", "")
         return min(int(stated[:20]), self._max_bytes) if stated.isascii() and stated.isdecimal() else 0
