@@ -47,6 +47,18 @@ async def test_what_was_told_is_bounded_in_bytes_and_keeps_no_picture(house: Hou
     await until(lambda: told.served() is None)  # a thread of the disk lets go of it a moment after it is written
 
 
+async def test_what_was_told_of_a_memo_that_is_kept_anew_takes_no_room(house: House) -> None:
+    told = Told(await house.get(), bytes(_MOST_TOLD_BYTES // 2), CachePolicy.USE_CACHE, until_s=60.0)
+    memos, kept = Memos(), [memo() for _ in range(3)]
+    for number, each in enumerate(kept[:2]):
+        memos.keep((number,), each)
+        memos.tell((number,), each, told)
+    memos.keep((1,), memo())
+    memos.keep((2,), kept[2])
+    memos.tell((2,), kept[2], told)
+    assert [each.told is not None for each in kept] == [True, False, True]
+
+
 def test_a_call_is_remembered_by_all_it_was_read_from() -> None:
     def name(body: bytes = b"{}", **metadata: str) -> object:
         said = {key.replace("_", "-"): value for key, value in metadata.items()}

@@ -78,7 +78,9 @@ class Memos:
         return None if name is None else self._memos.get(name)
 
     def keep(self, name: Name, memo: Memo) -> None:
-        """Keep a memo."""
+        """Keep a memo, in place of one of this name."""
+        if name in self._memos:
+            self._forget(name)
         while len(self._memos) >= _MOST_MEMOS:
             self._forget(next(iter(self._memos)))
         self._memos[name] = memo
