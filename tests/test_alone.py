@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -310,12 +309,6 @@ class TestAnswers:
         assert (would_be.requests, would_be.saved_microusd, would_be.would_cost_microusd) == (1, 0, PRICE)
         assert rows[pb.OUTCOME_MISS, pb.TIER_UPSTREAM].requests == 1
         assert (stats.total.requests, stats.total.saved_microusd) == (2, 0)
-
-
-@pytest.fixture
-async def provider() -> AsyncIterator[OpenAIStandIn]:
-    async with OpenAIStandIn() as provider:
-        yield provider
 
 
 async def test_over_real_tiers_each_would_be_hit_is_counted_at_its_tier_and_every_call_is_in_the_ledger(

@@ -34,12 +34,6 @@ def _quiet_service() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-async def provider() -> AsyncIterator[OpenAIStandIn]:
-    async with OpenAIStandIn() as provider:
-        yield provider
-
-
 def env_of(directory: Path, provider: OpenAIStandIn, **more: object) -> dict[str, str]:
     directory.mkdir()
     return environment(directory, provider=provider, redis__embedded=False, disk__fsync=False, **more)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -220,12 +219,6 @@ def counted(house: House) -> dict[str, float]:
 
 
 # --- the one for OpenAI ---
-
-
-@pytest.fixture
-async def provider() -> AsyncIterator[OpenAIStandIn]:
-    async with OpenAIStandIn() as provider:
-        yield provider
 
 
 async def make(kind: str, spec: ImageSpec, provider: OpenAIStandIn, api_key: str = API_KEY) -> bytes:

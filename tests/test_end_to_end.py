@@ -21,12 +21,6 @@ from tests.servers import S3Server, ValkeyServer
 
 
 @pytest.fixture
-async def provider() -> AsyncIterator[OpenAIStandIn]:
-    async with OpenAIStandIn() as provider:
-        yield provider
-
-
-@pytest.fixture
 async def stub(tmp_path: Path, provider: OpenAIStandIn, s3_server: S3Server) -> AsyncIterator[Stub]:
     """A service with a Valkey of its own and a real S3."""
     async with running(environment(tmp_path, provider=provider, s3=s3_server)) as service, calling(service) as stub:

@@ -127,12 +127,6 @@ def _is_locked(file: Path) -> bool:
         return False
 
 
-@pytest.fixture
-async def provider() -> AsyncIterator[OpenAIStandIn]:
-    async with OpenAIStandIn() as provider:
-        yield provider
-
-
 # ---- What keeps it from starting
 
 _NO_PEM = "server.tls_cert_file, server.tls_key_file: {file} and {file} are no PEM certificate chain"
