@@ -433,7 +433,10 @@ async def test_what_is_told_again_is_what_memory_has_now(front: HttpFront) -> No
 async def test_what_a_picture_saves_is_asked_again_after_a_minute(front: HttpFront) -> None:
     for _ in range(3):
         before = await front.generate()
+    front.house.generator.worth_microusd = lambda *_: 7  # type: ignore[method-assign]  # as if prices had changed
+    told = await front.generate()
     front.house.clock.advance(61)
     after = await front.generate()
-    assert after.headers["x-cacheserver-saved-usd"] == before.headers["x-cacheserver-saved-usd"]
+    saved = [answer.headers["x-cacheserver-saved-usd"] for answer in (before, told, after)]
+    assert saved[0] == saved[1] != saved[2] == "0.000007"
     assert after.headers["age"] == "61"
