@@ -354,13 +354,16 @@ async def test_a_client_that_reads_nothing_is_answered_no_more_than_a_little() -
 
 
 async def test_to_a_client_that_has_gone_nothing_is_written() -> None:
-    class Gone(Wire):
-        def is_closing(self) -> bool:
-            return True
+    class Going(Wire):
+        has_gone = False
 
-    wire = Gone()
+        def is_closing(self) -> bool:
+            return self.has_gone
+
+    wire = Going()
     transport = HeadWithBody(wire, asyncio.get_running_loop())
     transport.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    wire.has_gone = True
     transport.write(b"body")
     transport.close()
     assert wire.sent == b""
@@ -398,7 +401,7 @@ async def test_a_ready_answer_is_booked_and_told_as_any_other(house: House) -> N
         assert any(cast("Connection", each)._answered is not None for each in connections)
         ordinary, ready = answers[1], answers[-1]
         assert ready.content == ordinary.content
-        assert [*ready.headers] == [*dict.fromkeys([*ready.headers])]
+        assert len(ready.headers.raw) == len({*ready.headers})  # none comes twice
         assert {*ready.headers} == {*ordinary.headers}
         differ = {name for name in ready.headers if ready.headers[name] != ordinary.headers[name]}
         assert differ <= PASSING | {"cache-status"}
