@@ -66,6 +66,11 @@ def pictures_of(response: httpx.Response) -> list[bytes]:
     return [base64.b64decode(each["b64_json"], validate=True) for each in response.json()["data"]]
 
 
+def connections(server: HttpServer) -> list[Any]:
+    """Those that the server has now."""
+    return [*server._server.server_state.connections]
+
+
 def error_of(response: httpx.Response) -> dict[str, Any]:
     """The error that a call was answered with: it has the four keys of OpenAI's API, and its answer an id."""
     assert response.headers["content-type"] == "application/json"

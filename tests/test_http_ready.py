@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import given
@@ -41,7 +41,7 @@ from cacheserver.http.transport import HeadWithBody
 from cacheserver.model import Caller, Outcome, Permission, TierName
 from tests.delivery_front import EXPIRES_S, PRIVATE, PUBLIC, DeliveryFront, open_delivery, path_of, signed_path
 from tests.house import House
-from tests.http_front import open_http_front, pictures_of
+from tests.http_front import ANYONE, connections, open_http_front, pictures_of
 from tests.provider import small_image
 from tests.waiting import until
 
@@ -319,10 +319,9 @@ async def test_a_request_that_has_begun_to_come_when_the_server_stops_is_answere
     async with open_shop(Shop(b"a")) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         writer.write(post(b"aa")[:-1])
-        connections = server._server.server_state.connections
-        await until(lambda: any(cast("Connection", each)._held for each in connections))
+        await until(lambda: any(each._held for each in connections(server)))
         stopping = asyncio.create_task(server.stop())
-        await until(lambda: any(cast("Connection", each).cycle for each in connections))
+        await until(lambda: any(each.cycle for each in connections(server)))
         writer.write(b"a")
         async with asyncio.timeout(10):
             answer = await reader.read()
@@ -346,10 +345,9 @@ async def test_a_client_that_reads_nothing_is_answered_no_more_than_a_little() -
     async with open_shop(shop) as server:
         with socket.create_connection(("127.0.0.1", server.port)) as client:
             client.sendall(post(b"a") * 64)
-            connections = server._server.server_state.connections
-            await until(lambda: any(cast("Connection", each).flow.write_paused for each in connections))
-            [connection] = connections
-            assert cast("Connection", connection).transport.get_write_buffer_size() < 3_000_000
+            await until(lambda: any(each.flow.write_paused for each in connections(server)))
+            [connection] = connections(server)
+            assert connection.transport.get_write_buffer_size() < 3_000_000
             assert shop.asked < 64
 
 
@@ -394,11 +392,10 @@ PASSING = {"date", "age", "x-request-id", "openai-processing-ms"}
 
 async def test_a_ready_answer_is_booked_and_told_as_any_other(house: House) -> None:
     async with open_http_front(house) as front:
-        connections = front.server._server.server_state.connections
         answers = [await front.generate(headers={"x-request-id": f"call-{number}"}) for number in range(3)]
         house.clock.advance(5)
         answers += [await front.generate(headers={"x-request-id": f"call-{number}"}) for number in range(3, 6)]
-        assert any(cast("Connection", each)._answered is not None for each in connections)
+        assert any(each._answered is not None for each in connections(front.server))
         ordinary, ready = answers[1], answers[-1]
         assert ready.content == ordinary.content
         assert len(ready.headers.raw) == len({*ready.headers})  # none comes twice
@@ -408,8 +405,7 @@ async def test_a_ready_answer_is_booked_and_told_as_any_other(house: House) -> N
         assert ready.headers["x-request-id"] == "call-5"
         assert ready.headers["age"] == "5"
         assert ready.headers["cache-status"].endswith("; age=5")
-        caller = Caller("anonymous", frozenset(Permission))
-        assert front.recall.explain("call-5", caller).images[0].tier is TierName.MEMORY
+        assert front.recall.explain("call-5", ANYONE).images[0].tier is TierName.MEMORY
         hits = next(row for row in house.books.snapshot(None).rows if row.outcome is Outcome.HIT)
         assert hits.requests == 5
         labels = {"namespace": "default", "outcome": "hit", "tier": "memory"}

@@ -23,7 +23,7 @@ from cacheserver.http.application import Application
 from cacheserver.http.server import Bounds, HttpServer
 from cacheserver.model import Caller, Permission
 from tests.house import House
-from tests.http_front import error_of, open_http_front, pictures_of
+from tests.http_front import ANYONE, connections, error_of, open_http_front, pictures_of
 from tests.waiting import until
 
 SOON = Bounds(head_s=0.05, stalled_s=0.05, idle_s=0.05, max_head_bytes=1_000)
@@ -74,11 +74,6 @@ async def listening(application: object, bounds: Bounds = SOON) -> AsyncIterator
         yield server
     finally:
         await server.stop()
-
-
-def connections(server: HttpServer) -> list[Any]:
-    """Those that the server has now."""
-    return [*server._server.server_state.connections]
 
 
 async def exchange(port: int, sent: bytes) -> bytes:
@@ -168,8 +163,8 @@ async def test_offers_of_another_protocol_are_passed_over(body: bytes) -> None:
     async with listening(echoes, Bounds()) as server:
         answers = [await exchange(server.port, (JDK + body) * count + LAST) for count in (1, 100)]
         torn = await exchange(server.port, JDK.replace(b"Upgrade,", b"close, upgrade ,") + body)
-        socket = LAST.replace(b"connection: close", b"connection: close, upgrade\r\nupgrade: websocket")
-        asked = await exchange(server.port, socket)
+        websocket = LAST.replace(b"connection: close", b"connection: close, upgrade\r\nupgrade: websocket")
+        asked = await exchange(server.port, websocket)
     assert [answer.count(b"POST /a abc") for answer in answers] == [1, 100]
     assert all(answer.endswith(b"GET /b ") for answer in (*answers, asked))
     assert torn.endswith(b"POST /a abc")
@@ -354,7 +349,7 @@ async def test_a_call_whose_client_has_gone_is_concluded_and_not_answered(house:
         await house.upstream.arrived(1)
         asking.cancel()
         await until(lambda: front.reception._in_progress == 0)
-        assert front.recall.explain("call-7", Caller("anonymous", frozenset(Permission))).reason == "CLIENT_GONE"
+        assert front.recall.explain("call-7", ANYONE).reason == "CLIENT_GONE"
 
 
 async def test_a_service_that_ends_answers_what_has_begun_and_nothing_more(house: House) -> None:
