@@ -259,7 +259,7 @@ async def test_a_connection_whose_first_request_is_known_is_not_ended_for_having
 
 
 async def test_an_idle_connection_is_closed_some_time_after_its_last_answer() -> None:
-    async with open_shop(Shop(b"a"), Bounds(idle_s=0.05)) as server:
+    async with open_shop(Shop(b"a"), Bounds(idle_s=1.0)) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         async with asyncio.timeout(10):
             for _ in range(3):

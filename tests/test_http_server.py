@@ -106,7 +106,7 @@ async def test_a_client_that_says_little_is_not_waited_for(sent: bytes) -> None:
 
 
 async def test_a_client_that_reads_nothing_is_not_waited_for() -> None:
-    async with listening(floods) as server:
+    async with listening(floods, Bounds(stalled_s=0.5)) as server:
         with socket.create_connection(("127.0.0.1", server.port)) as client:
             client.sendall(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
             await until(lambda: any(each.flow.write_paused for each in connections(server)))
