@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from starlette.requests import Request
+from starlette.types import Message
 
-from cacheserver.http.body import read_json
+from cacheserver.http.body import read_body, read_json
 from cacheserver.http.openai.reading import MAX_JSON_BYTES, Fields, ResponseFormat, read_wanted
 from cacheserver.http.status import HttpError
 from cacheserver.identity import identify
@@ -122,3 +124,19 @@ def test_text_of_a_form_that_is_no_plain_number_stays_text(text: str) -> None:
 def test_a_number_of_a_form_is_read_strictly(text: str) -> None:
     with pytest.raises(HttpError, match="Invalid type for 'n': expected an integer"):
         read_wanted(Fields({"prompt": "a red fox", "n": text}, are_text=True), NAMESPACE)
+
+
+async def test_a_body_in_many_pieces_costs_as_much_as_it_has_of_them() -> None:
+    async def cost_s(pieces: int) -> float:
+        messages = ({"type": "http.request", "body": b"x", "more_body": left > 0} for left in reversed(range(pieces)))
+
+        async def receive() -> Message:
+            return next(messages)
+
+        before_s = time.process_time()
+        assert await read_body(Request(JSON.scope, receive), max_bytes=MAX_JSON_BYTES) == b"x" * pieces
+        return time.process_time() - before_s
+
+    few_s = min([await cost_s(1_000) for _ in range(3)])
+    many_s = min([await cost_s(20_000) for _ in range(3)])
+    assert many_s < 5 * 20 * few_s

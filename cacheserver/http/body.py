@@ -29,17 +29,17 @@ async def read_body(request: Request, *, max_bytes: int) -> bytes:
     piece, is_whole = await _next_piece(request)  # the server waits for a first one only so long
     if is_whole and len(piece) <= max_bytes:
         return piece
-    pieces = [piece]
+    body = bytearray(piece)
     try:
         async with asyncio.timeout(_TO_BEGIN_S + max_bytes / _LEAST_BYTES_PER_S):
-            while not is_whole and sum(map(len, pieces)) <= max_bytes:
+            while not is_whole and len(body) <= max_bytes:
                 piece, is_whole = await _next_piece(request)
-                pieces.append(piece)
+                body += piece
     except TimeoutError:
         raise _too_slow() from None
-    if sum(map(len, pieces)) > max_bytes:
+    if len(body) > max_bytes:
         raise _too_long(max_bytes)
-    return b"".join(pieces)
+    return bytes(body)
 
 
 async def body_pieces(request: Request, *, max_bytes: int) -> AsyncIterator[bytes]:
