@@ -17,7 +17,7 @@ import httpx
 import pytest
 import structlog
 
-from cacheserver.errors import ConfigError
+from cacheserver.errors import ConfigError, UpstreamDownError
 from cacheserver.http.answer import Answer
 from cacheserver.http.application import Application
 from cacheserver.http.server import Bounds, HttpServer
@@ -350,6 +350,14 @@ async def test_a_call_whose_client_has_gone_is_concluded_and_not_answered(house:
         asking.cancel()
         await until(lambda: front.reception._in_progress == 0)
         assert front.recall.explain("call-7", ANYONE).reason == "CLIENT_GONE"
+
+
+async def test_an_error_whose_causes_lead_in_a_circle_is_answered_as_any_other(house: House) -> None:
+    error, cause = UpstreamDownError("It is away."), ValueError()
+    error.__cause__, cause.__cause__ = cause, error
+    async with open_http_front(house) as front:
+        house.upstream.fail_next(error)
+        assert (await front.generate()).status_code == 503
 
 
 async def test_a_service_that_ends_answers_what_has_begun_and_nothing_more(house: House) -> None:

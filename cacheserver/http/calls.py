@@ -191,7 +191,7 @@ class Endpoint:
 
 def _let_go(error: BaseException | None) -> None:
     """Cut an error off from where it was raised: those frames hold requests with all their images, and hold it too."""
-    while error is not None:
+    while error is not None and error.__traceback__ is not None:  # causes may lead back to where they began
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
 
