@@ -23,7 +23,7 @@ from cacheserver.http.answer import Answer
 from cacheserver.http.connection import Bounds, Connection, protocol
 from cacheserver.http.delivery.asked import UrlAsked
 from cacheserver.http.delivery.fetched import _MOST_KNOWN as _MOST_KNOWN_FETCHED
-from cacheserver.http.delivery.fetched import Fetched, FetchedPictures
+from cacheserver.http.delivery.fetched import _MOST_NAME_BYTES, Fetched, FetchedPictures
 from cacheserver.http.delivery.urls import version_of
 from cacheserver.http.openai.generations import Generations
 from cacheserver.http.ready import (
@@ -582,6 +582,10 @@ async def test_what_was_fetched_is_bounded_and_keeps_no_picture(public: Delivery
     fetched = known.find((b"1", ""))
     assert fetched is not None
     assert fetched.entry == entry
+    for path in (long := b"x" * (_MOST_NAME_BYTES - 3), too_long := long + b"x"):
+        known.keep((path, "*/*"), fetched)
+    assert known.find((long, "*/*")) is fetched
+    assert known.find((too_long, "*/*")) is None
     public.house.memory.delete(entry.key)
     del entry
     gc.collect()

@@ -10,7 +10,7 @@ from weakref import ref
 from cacheserver.http.delivery.asked import UrlAsked
 from cacheserver.model import CachedImage, CacheKey
 
-_MOST_KNOWN = 2_000
+_MOST_KNOWN, _MOST_NAME_BYTES = 2_000, 4_096
 
 Name = tuple[bytes, str]
 """A URL's path and query as they were sent, and the request's Accept."""
@@ -36,7 +36,7 @@ class Fetched:
 
 
 class FetchedPictures:
-    """The latest 2,000 by their names; the oldest goes first."""
+    """The latest 2,000 by their names, of at most 4 KiB each; the oldest goes first."""
 
     def __init__(self) -> None:
         self._known: dict[Name, Fetched] = {}
@@ -46,7 +46,9 @@ class FetchedPictures:
         return self._known.get(name)
 
     def keep(self, name: Name, fetched: Fetched) -> None:
-        """Remember what was fetched."""
+        """Remember what was fetched, unless its name is long: whoever fetches may write anything behind a URL."""
+        if sum(map(len, name)) > _MOST_NAME_BYTES:
+            return
         if name not in self._known and len(self._known) >= _MOST_KNOWN:
             del self._known[next(iter(self._known))]
         self._known[name] = fetched
