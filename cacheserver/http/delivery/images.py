@@ -117,7 +117,8 @@ class ImageDelivery:
         second = int(self._clock.now_s())
         if second != fetched.second:
             found = _Found(entry, TierName.MEMORY, fetched.is_version)
-            fetched.second, fetched.lines = second, head_lines(self._whole_headers(found, fetched.asked, access))
+            headers = self._headers(found, fetched.asked, access) | _body_headers(entry, fetched.asked)
+            fetched.second, fetched.lines = second, head_lines(headers)
         self._told_by(call, entry, access)
         self._count(call, fetched.asked, HTTPStatus.OK, len(entry.image.data))
         return ReadyAnswer(fetched.lines, entry.image.data)
@@ -153,7 +154,7 @@ class ImageDelivery:
             raise HttpError(HTTPStatus.PRECONDITION_FAILED, text, code="precondition_failed")
         if verdict is Verdict.NOT_MODIFIED:
             return Answer(HTTPStatus.NOT_MODIFIED, headers, length_bytes=None)
-        headers = self._whole_headers(found, asked, access)
+        headers |= _body_headers(entry, asked)
         wants_parts = request.method == "GET" and allows_range(
             request.headers.get("if-range"), etag=etag, modified_s=modified_s
         )
@@ -219,16 +220,6 @@ class ImageDelivery:
         }
         return headers | ({"vary": "Accept"} if asked.by_accept else {})
 
-    def _whole_headers(self, found: _Found, asked: UrlAsked, access: Access) -> dict[str, str]:
-        """What is told of a picture that is sent."""
-        content_type = found.entry.image.content_type
-        return self._headers(found, asked, access) | {
-            "content-type": content_type,
-            "accept-ranges": "bytes",
-            "content-disposition": disposition(asked.download, content_type),
-            **SAFETY,
-        }
-
 
 def _key(name: str) -> CacheKey:
     """The key of a stored picture. What is no such key is answered as one that nobody knows."""
@@ -246,6 +237,17 @@ def _name(request: Request, call: Call) -> Name:
     path: bytes = request.scope["raw_path"]
     query: bytes = request.scope["query_string"]
     return path + b"?" + query if query else path, call.metadata.get("accept", "")
+
+
+def _body_headers(entry: CachedImage, asked: UrlAsked) -> dict[str, str]:
+    """What is told besides of a picture that is sent."""
+    content_type = entry.image.content_type
+    return {
+        "content-type": content_type,
+        "accept-ranges": "bytes",
+        "content-disposition": disposition(asked.download, content_type),
+        **SAFETY,
+    }
 
 
 def _modified_s(entry: CachedImage) -> int:
