@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from http import HTTPStatus
 from ipaddress import ip_address
 from urllib.parse import urlsplit
@@ -24,7 +25,7 @@ class Guard:
         """`is_open`: the operator wants everybody who can connect to be served. `hosts` are further names of ours."""
         self._lets_all_in = has_callers or is_open
         self._hosts = {host.lower() for host in hosts}
-        self._known: dict[str, bool] = {}
+        self._is_ours = lru_cache(_MOST_KNOWN)(self._leads_here)  # few are asked often
 
     def check(self, metadata: Mapping[str, str]) -> None:
         """Return if the request may be served.
@@ -42,16 +43,9 @@ class Guard:
             text = "Pages of other origins may not ask a service without callers; add [[callers]] and send a token."
             raise HttpError(HTTPStatus.FORBIDDEN, text, code="origin_not_allowed")
 
-    def _is_ours(self, origin: str) -> bool:
-        """Whether `origin` leads to this machine by an address or name of ours. Remembered: few are asked often."""
-        known = self._known.get(origin)
-        if known is None:
-            if len(self._known) >= _MOST_KNOWN:
-                self._known.clear()
-            known = self._known[origin] = self._leads_here(_host_of(origin))
-        return known
-
-    def _leads_here(self, host: str | None) -> bool:
+    def _leads_here(self, origin: str) -> bool:
+        """Whether `origin` leads to this machine by an address or name of ours."""
+        host = _host_of(origin)
         if host is None:
             return False
         try:
