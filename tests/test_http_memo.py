@@ -8,7 +8,7 @@ from typing import cast
 
 from cacheserver.calls.call import Call
 from cacheserver.http.openai.asked import HttpAsked
-from cacheserver.http.openai.memo import _MOST_MEMOS, _MOST_TOLD_BYTES, Memo, Memos, Told, name_of
+from cacheserver.http.openai.memo import _MOST_MEMOS, _MOST_NAME_BYTES, _MOST_TOLD_BYTES, Memo, Memos, Told, name_of
 from cacheserver.model import CachePolicy, Identity, Namespace, TierName
 from tests.house import House
 from tests.waiting import until
@@ -27,6 +27,8 @@ def test_the_oldest_of_too_many_are_forgotten() -> None:
     assert memos.find((0,)) is None
     assert memos.find((1,)) is not None
     assert memos.find((_MOST_MEMOS,)) is not None
+    memos.keep((b"{}", "x" * _MOST_NAME_BYTES), memo())
+    assert memos.find((b"{}", "x" * _MOST_NAME_BYTES)) is None
 
 
 async def test_what_was_told_is_bounded_in_bytes_and_keeps_no_picture(house: House) -> None:

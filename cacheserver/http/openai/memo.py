@@ -20,6 +20,9 @@ _MOST_MEMOS = 2_000
 _MOST_BODY_BYTES = 4_096
 """A longer body is read every time."""
 
+_MOST_NAME_BYTES = 8_192
+"""Of a request's body and the headers it is read from: with more it is not remembered."""
+
 _MOST_TOLD_BYTES = 32 * 1024 * 1024
 
 _READ = ("content-type", *READ)
@@ -78,7 +81,9 @@ class Memos:
         return None if name is None else self._memos.get(name)
 
     def keep(self, name: Name, memo: Memo) -> None:
-        """Keep a memo, in place of one of this name."""
+        """Keep a memo, in place of one of this name. One of a long name is not kept."""
+        if sum(len(part) for part in name if isinstance(part, bytes | str)) > _MOST_NAME_BYTES:
+            return
         if name in self._memos:
             self._forget(name)
         while len(self._memos) >= _MOST_MEMOS:
