@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,3 +56,59 @@ def test_a_batchs_answer_is_the_one_protobuf_builds(
     expected = pb.BatchGetImagesResponse(items=[pb.BatchItem(request_id=request_id, response=response)])
     spliced = wire.batch_response(request_id, response.SerializeToString())
     assert pb.BatchGetImagesResponse.FromString(spliced) == expected
+
+
+requests = st.builds(
+    pb.GetImageRequest,
+    namespace=st.text(max_size=200),
+    spec=st.builds(pb.ImageSpec, prompt=st.text(max_size=300), seed=st.none() | st.integers(0, 2**40)),
+    n=st.none() | st.integers(-(2**31), 2**31 - 1),
+    max_inline_bytes=st.integers(-(2**63), 2**63 - 1),
+    request_id=st.text(max_size=20),
+    tags=st.lists(st.text(max_size=10), max_size=3),
+    allow_degraded=st.booleans(),
+)
+
+
+@given(requests)
+def test_the_fields_of_a_message_are_all_of_it_in_the_order_they_lie(message: pb.GetImageRequest) -> None:
+    raw = message.SerializeToString()
+    fields = wire.fields(raw)
+    assert fields is not None
+    assert b"".join(raw[field.start : field.end] for field in fields) == raw
+    ids = [raw[field.value : field.end].decode() for field in fields if field.number == 14]
+    assert ids == ([message.request_id] if message.request_id else [])
+
+
+@given(requests, st.data())
+def test_bytes_that_protobuf_parses_to_something_else_have_no_fields(
+    message: pb.GetImageRequest, data: st.DataObject
+) -> None:
+    raw = bytearray(message.SerializeToString())
+    if raw:
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    cut = bytes(raw[: data.draw(st.integers(0, len(raw)))])
+    fields = wire.fields(cut)
+    try:
+        parsed = pb.GetImageRequest.FromString(cut)
+    except DecodeError:
+        return
+    if fields is not None:
+        ids = [cut[field.value : field.end] for field in fields if field.number == 14 and cut[field.start] & 7 == 2]
+        assert (ids[-1].decode() if ids else "") == parsed.request_id
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\x0a",  # a length is missing
+        b"\x0a\x05abc",  # and bytes are
+        b"\x0a\xff",  # a length that does not end
+        b"\x08" + b"\xff" * 11 + b"\x01",  # a number of 12 bytes
+        b"\x02\x00",  # field 0
+        b"\x0b\x0c",  # a group
+        b"\x0d\x00\x00",  # a fixed number cut off
+    ],
+)
+def test_what_is_no_message_has_no_fields(raw: bytes) -> None:
+    assert wire.fields(raw) is None

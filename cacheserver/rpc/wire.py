@@ -8,11 +8,62 @@ length, the bytes. What comes out parses equal to the message built the usual wa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from cacheserver.pb import promptcache_pb2 as pb
 
-_LENGTH_DELIMITED = 2
+_VARINT, _LENGTH_DELIMITED = 0, 2
+_FIXED_BYTES = {1: 8, 5: 4}
 _MORE_FOLLOWS = 0x80
+_LONGEST_VARINT = 10
+
+
+class Field(NamedTuple):
+    """A field as it lies in a message: `raw[start:end]` is all of it, `raw[value:end]` what follows tag and length."""
+
+    number: int
+    start: int
+    value: int
+    end: int
+
+
+def fields(raw: bytes) -> list[Field] | None:
+    """The fields of a message, its submessages unread; None if the bytes are none that protobuf would write.
+
+    It is for those who take a message apart that protobuf need not parse: in doubt let protobuf do it, and find fault.
+    """
+    found, at, size = [], 0, len(raw)
+    try:
+        while at < size:
+            start = at
+            tag = raw[at]
+            if tag < _MORE_FOLLOWS:
+                at += 1
+            else:
+                tag, at = _read_varint(raw, at)
+            kind = tag & 7
+            if kind == _LENGTH_DELIMITED:
+                length = raw[at]
+                if length < _MORE_FOLLOWS:
+                    at += 1
+                else:
+                    length, at = _read_varint(raw, at)
+                value, at = at, at + length
+            elif kind == _VARINT:
+                value = at
+                while raw[at] >= _MORE_FOLLOWS:
+                    at += 1
+                at += 1
+                if at - value > _LONGEST_VARINT:
+                    return None
+            else:
+                value, at = at, at + _FIXED_BYTES[kind]
+            if not tag >> 3:
+                return None
+            found.append(Field(tag >> 3, start, value, at))
+    except LookupError:  # cut off in the middle, or of a kind that is written no more
+        return None
+    return found if at == size else None
 
 
 def image_response(images: Sequence[tuple[pb.Image, bytes]], rest: pb.GetImageResponse) -> bytes:
@@ -56,3 +107,15 @@ def _varint(number: int) -> bytes:
         number >>= 7
     encoded.append(number)
     return bytes(encoded)
+
+
+def _read_varint(raw: bytes, at: int) -> tuple[int, int]:
+    """The number that begins at `at`, and where it ends. Raises IndexError if it does not."""
+    number = shift = 0
+    while (group := raw[at]) >= _MORE_FOLLOWS:
+        number |= (group & 0x7F) << shift
+        shift += 7
+        at += 1
+        if shift >= 7 * _LONGEST_VARINT:
+            raise IndexError
+    return number | group << shift, at + 1
