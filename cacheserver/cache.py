@@ -84,6 +84,7 @@ from cacheserver.model import (
     Namespace,
     Pending,
     Priority,
+    Reply,
     Served,
     Terms,
     TierName,
@@ -223,6 +224,10 @@ class PromptCache:
     def still_has(self, key: CacheKey, entry: CachedImage) -> bool:
         """Whether memory answers `key` with this very entry."""
         return self._memory.get(key) is entry
+
+    def keep_reply(self, entry: CachedImage, reply: Reply) -> CachedImage:
+        """Keep in memory how `entry` is told; see `MemoryCache.keep_reply`."""
+        return self._memory.keep_reply(entry, reply)
 
     async def _get_as_asked(self, ask: Ask) -> list[Served] | Pending:
         terms, namespace = ask.terms, ask.namespace

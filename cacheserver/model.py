@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 from types import MappingProxyType
+from typing import TypeAlias
 
 JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
 
@@ -321,6 +322,10 @@ class Usage:
     total_tokens: int = 0
 
 
+ImageBytes: TypeAlias = bytes | memoryview
+"""An encoded picture: bytes of its own, or a view into a larger buffer that holds it."""
+
+
 @dataclass(frozen=True, slots=True)
 class GeneratedImage:
     """One picture as an upstream made it, decoded once to be believed.
@@ -329,7 +334,7 @@ class GeneratedImage:
     (0 to 1) and `won_against` are those of the best of several candidates.
     """
 
-    data: bytes
+    data: ImageBytes = field(repr=False)
     content_type: str
     width: int
     height: int
@@ -631,6 +636,24 @@ class Outlook:
     call_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A transport's finished answer with one picture from memory: `raw` goes out as it is, on every hit that it fits.
+
+    It fits where what it says of the hit would be said again: how loosely the request `matched`, and what that saved.
+    `data_start` is where the picture begins in it.
+    """
+
+    raw: bytes = field(repr=False)
+    data_start: int
+    matched: MatchLevel
+    saved_microusd: int
+
+    def fits(self, matched: MatchLevel, saved_microusd: int) -> bool:
+        """Whether it says this of a hit."""
+        return matched is self.matched and saved_microusd == self.saved_microusd
+
+
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class CachedImage:
     """An entry: a stored picture with its metadata. Times are wall-clock seconds since 1970: entries outlive us.
@@ -651,11 +674,20 @@ class CachedImage:
     tags: tuple[str, ...] = ()
     derived_from: str = ""
     derived_by: frozenset[str] = frozenset()
+    reply: Reply | None = field(default=None, init=False, repr=False, compare=False)
+    """What the entry is told as while it lies in memory. A copy of the entry has none: it may say other things."""
 
     @property
     def size_bytes(self) -> int:
         """Length of the encoded image."""
         return len(self.image.data)
+
+    def within(self, reply: Reply) -> CachedImage:
+        """The entry with its picture in the buffer of a reply that holds it, so that both take the room of one."""
+        data = memoryview(reply.raw)[reply.data_start : reply.data_start + self.size_bytes]
+        entry = replace(self, image=replace(self.image, data=data))
+        object.__setattr__(entry, "reply", reply)
+        return entry
 
     def is_fresh(self, now_s: float, max_age_s: float | None = None) -> bool:
         """Whether the entry may be served at `now_s` to a caller that accepts nothing older than `max_age_s`."""

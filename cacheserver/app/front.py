@@ -88,6 +88,7 @@ async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack) -> Fr
         clock=clock,
         limits=Limits(
             batch_in_flight=server.batch_in_flight,
+            known_requests=server.known_requests,
             max_image_bytes=generation.max_image_bytes,
         ),
         warming=_warming(core),

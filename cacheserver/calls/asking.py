@@ -53,6 +53,11 @@ class Asked:
     terms: Terms
     match_level: MatchLevel | None
 
+    @property
+    def model_and_quality(self) -> tuple[str, str]:
+        """What its row in the books is told by; empty for a call that asks by key."""
+        return (self.what.model, self.what.quality) if isinstance(self.what, ImageRequest) else ("", "")
+
 
 A = TypeVar("A", bound=Asked)
 
@@ -153,15 +158,24 @@ class Asking:
         `identity` is that of the request asked for. A namespace that screens or records prompts answers none like this.
         """
         namespace = asked.namespace
-        if isinstance(asked.what, CacheKey) or namespace.store_prompts or namespace.name in self._policies:
+        if isinstance(asked.what, CacheKey) or self._screens(namespace):
             return None
         served = self._cache.hit(Ask(asked.what, identity, namespace, call.caller, asked.terms))
         if served is not None:
             call.wanted, call.answer = identity, served
         return served
 
-    def hit_again(self, served: Served, asked: Asked, identity: Identity, call: Call) -> bool:
-        """Whether `hit` would answer what it answered to such a call a moment ago, at a fraction of its cost.
+    def may_hit_again(self, asked: Asked) -> bool:
+        """Whether a call that was answered from memory may be answered with `hit_again`."""
+        is_passed = isinstance(asked.what, CacheKey) or not self._screens(asked.namespace)
+        return is_passed and asked.terms.max_age_s is None
+
+    def _screens(self, namespace: Namespace) -> bool:
+        """Whether its prompts are screened or recorded: none of its calls is answered without that."""
+        return namespace.store_prompts or namespace.name in self._policies
+
+    def hit_again(self, served: Served, asked: Asked, identity: Identity | None, call: Call) -> bool:
+        """Whether such a call would be answered what it was answered a moment ago, at a fraction of its cost.
 
         It may have been at most a minute: prices change.
         """

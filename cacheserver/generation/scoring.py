@@ -17,7 +17,7 @@ from PIL import Image, ImageChops, ImageFilter, ImageStat
 
 from cacheserver.generation.providers.download import read_at_most
 from cacheserver.interfaces import Clock
-from cacheserver.model import GeneratedImage, ImageRequest
+from cacheserver.model import GeneratedImage, ImageBytes, ImageRequest
 
 _log = structlog.get_logger(__name__)
 
@@ -213,7 +213,7 @@ def _score_in(answer: bytes) -> float:
     return float(score)
 
 
-def _measured(data: bytes) -> float:
+def _measured(data: ImageBytes) -> float:
     luma = _luma(data)
     inside = _inside_frames(luma) if luma is not None else None
     if luma is None or inside is None:
@@ -232,7 +232,7 @@ def _measured(data: bytes) -> float:
     return quality * (picture.width * picture.height) / (luma.width * luma.height)
 
 
-def _luma(data: bytes) -> Image.Image | None:
+def _luma(data: ImageBytes) -> Image.Image | None:
     """What is seen of the picture, in greys and at working size; None if that is nothing."""
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:

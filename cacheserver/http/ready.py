@@ -16,7 +16,7 @@ class ReadyAnswer(NamedTuple):
     """An answer that lies ready: the lines of its head between status and length, each ended, and its body."""
 
     head: bytes
-    body: bytes
+    body: bytes | memoryview
 
 
 def head_lines(headers: Mapping[str, str]) -> bytes:

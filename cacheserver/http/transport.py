@@ -30,7 +30,7 @@ class HeadWithBody:
         else:
             self._transport.write(data)
 
-    def write_whole(self, head: bytes, body: bytes) -> None:
+    def write_whole(self, head: bytes, body: bytes | memoryview) -> None:
         """Send a whole answer."""
         self._flush()
         self._transport.writelines((head, body))

@@ -19,7 +19,7 @@ from PIL import Image, ImageCms
 
 from cacheserver.errors import InvalidRequestError
 from cacheserver.images import CONTENT_TYPES, ImageFacts, decoding, opened
-from cacheserver.model import Rendition
+from cacheserver.model import ImageBytes, Rendition
 from cacheserver.renditions import metadata
 from cacheserver.renditions.metadata import Metadata
 
@@ -102,7 +102,7 @@ def is_master(width: int, height: int, content_type: str, rendition: Rendition) 
     return all(max(width, height) <= side for side in sides)
 
 
-def render(data: bytes, rendition: Rendition, *, max_pixels: int, max_bytes: int) -> tuple[bytes, ImageFacts]:
+def render(data: ImageBytes, rendition: Rendition, *, max_pixels: int, max_bytes: int) -> tuple[bytes, ImageFacts]:
     """`data` as `rendition` wants it, and what that is. Takes tens of milliseconds: call it in a thread.
 
     Where that changes nothing, it is `data` itself. The box is meant as the picture is shown: one that its EXIF
@@ -114,6 +114,7 @@ def render(data: bytes, rendition: Rendition, *, max_pixels: int, max_bytes: int
         BadImageError: `data` is not a whole still image within the limits, see `images.opened`.
     """
     check(rendition)
+    data = bytes(data)  # a view is copied: its containers are searched as only bytes can be
     with opened(data, max_pixels=max_pixels, max_bytes=max_bytes) as image:
         picture_format = CONTENT_TYPES[image.format or ""].removeprefix("image/")
         wanted = rendition.output_format or picture_format

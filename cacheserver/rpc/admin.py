@@ -274,7 +274,7 @@ class AdminService:
         key = _read_key(message.key, Problems())
         entry = await self._reviews.get(key)
         yield pb.GetReviewResponse(header=replies.review_header(key, entry)).SerializeToString()
-        data = entry.image.data
+        data = bytes(entry.image.data)
         for start in range(0, len(data), _CHUNK_BYTES):
             yield pb.GetReviewResponse(chunk=data[start : start + _CHUNK_BYTES]).SerializeToString()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import grpc
@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError, Message
 
 from cacheserver.calls.call import Call
 from cacheserver.calls.reception import OK, Reception
-from cacheserver.errors import MalformedMessageError
+from cacheserver.errors import CacheServerError, MalformedMessageError
 from cacheserver.rpc.status import RpcStatus, status_of
 
 Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
@@ -39,7 +39,7 @@ class Parts(Generic[M]):
         raw = await self._context.read()
         if not isinstance(raw, bytes):  # grpc.aio.EOF
             raise StopAsyncIteration
-        return _parse(self._message_type, raw)
+        return parse(self._message_type, raw)
 
 
 class Calls:
@@ -54,9 +54,41 @@ class Calls:
 
         async def handle(raw: bytes, context: Context) -> bytes:
             async with self._call(rpc, context) as call:
-                return await method(_parse(message_type, raw), call)
+                return await method(parse(message_type, raw), call)
 
         return grpc.unary_unary_rpc_method_handler(handle)
+
+    def unary_ready(
+        self,
+        rpc: str,
+        method: Callable[[bytes, Call], Awaitable[bytes]],
+        ready: Callable[[bytes, Call], bytes | None],
+    ) -> Handler:
+        """The same for an rpc whose answers may lie ready: both get the message as it came, `ready` first.
+
+        What `ready` returns is the answer, sent at once; after None nothing has happened, and `method` answers.
+        """
+
+        async def handle(raw: bytes, context: Context) -> bytes:
+            call = self._begin(rpc, context)
+            if (answer := self._answer_at_once(ready, raw, call, context)) is not None:
+                return answer
+            async with self._received(call, context):
+                return await method(raw, call)
+
+        return grpc.unary_unary_rpc_method_handler(handle)
+
+    def _answer_at_once(
+        self, ready: Callable[[bytes, Call], bytes | None], raw: bytes, call: Call, context: Context
+    ) -> bytes | None:
+        try:
+            self.reception.admit(call)
+            answer = ready(raw, call)
+        except CacheServerError:
+            return None  # the same is found out on the ordinary way, where it is told
+        if answer is not None:
+            self._succeeded(call, context)
+        return answer
 
     def streams_out(
         self, rpc: str, message_type: type[M], method: Callable[[M, Call], AsyncGenerator[bytes, None]]
@@ -64,7 +96,7 @@ class Calls:
         """The handler of an rpc that takes one message and answers many."""
 
         async def handle(raw: bytes, context: Context) -> None:
-            async with self._call(rpc, context) as call, aclosing(method(_parse(message_type, raw), call)) as parts:
+            async with self._call(rpc, context) as call, aclosing(method(parse(message_type, raw), call)) as parts:
                 async for part in parts:
                     await context.write(part)
 
@@ -120,12 +152,17 @@ class Calls:
             self.reception.conclude(call, OK)
             return answered
 
-    @asynccontextmanager
-    async def _call(self, rpc: str, context: Context) -> AsyncIterator[Call]:
+    def _call(self, rpc: str, context: Context) -> AbstractAsyncContextManager[Call]:
+        return self._received(self._begin(rpc, context), context)
+
+    def _begin(self, rpc: str, context: Context) -> Call:
         # Ended when the answer has gone out, which is later than when the method returns.
         context.add_done_callback(self._end)  # type: ignore[arg-type]  # the stub has a class for any callable
         metadata = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
-        call = self.reception.begin(rpc, metadata, deadline_s=context.time_remaining())
+        return self.reception.begin(rpc, metadata, deadline_s=context.time_remaining())
+
+    @asynccontextmanager
+    async def _received(self, call: Call, context: Context) -> AsyncIterator[Call]:
         with structlog.contextvars.bound_contextvars(**call.ids):
             try:
                 self.reception.admit(call)
@@ -138,8 +175,11 @@ class Calls:
                 status = self._failed(call, error)
                 trailers = (*status.trailers, ("x-request-id", call.request_id))
                 await context.abort(status.code, status.message, trailers)
-            context.set_trailing_metadata((*call.trailers, ("x-request-id", call.request_id)))
-            self.reception.succeeded(call)
+            self._succeeded(call, context)
+
+    def _succeeded(self, call: Call, context: Context) -> None:
+        context.set_trailing_metadata((*call.trailers, ("x-request-id", call.request_id)))
+        self.reception.succeeded(call)
 
     def _end(self, ctx: Context) -> None:  # noqa: ARG002 - grpc names and passes it
         self.reception.end()
@@ -155,7 +195,8 @@ class Calls:
         return (grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED).name
 
 
-def _parse(message_type: type[M], raw: bytes) -> M:
+def parse(message_type: type[M], raw: bytes) -> M:
+    """The message of these bytes; raises MalformedMessageError if they are none."""
     try:
         return message_type.FromString(raw)
     except DecodeError as error:

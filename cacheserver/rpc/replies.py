@@ -20,12 +20,14 @@ from cacheserver.model import (
     MatchLevel,
     Outcome,
     Pending,
+    Reply,
     Served,
     TierName,
     Usage,
 )
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.recall import NearMiss, Remembered, Told
+from cacheserver.rpc import wire
 
 TIERS = {
     TierName.MEMORY: pb.TIER_MEMORY,
@@ -105,6 +107,14 @@ def _status(facts: Served | Told, tier: pb.Tier, expire_time_s: float | None, de
         cost_microusd=facts.cost_microusd,
         saved_microusd=facts.saved_microusd,
     )
+
+
+def finished(served: Served) -> Reply:
+    """The whole GetImageResponse with one picture inline."""
+    status = status_of_image(served)
+    rest = pb.GetImageResponse(status=status, image_status=[status])
+    raw, data_start = wire.one_image_response(image_facts(served.entry), served.entry.image.data, rest)
+    return Reply(raw, data_start, served.matched, served.saved_microusd)
 
 
 def status_of_answer(answer: Sequence[Served]) -> pb.CacheStatus:

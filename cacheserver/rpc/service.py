@@ -48,10 +48,11 @@ from cacheserver.precheck import PromptPolicy
 from cacheserver.recall import Recall
 from cacheserver.rpc import messages, replies, wire
 from cacheserver.rpc.batch import Batch
-from cacheserver.rpc.calls import Calls, Parts
+from cacheserver.rpc.calls import Calls, Parts, parse
 from cacheserver.rpc.inputs import reading
 from cacheserver.rpc.live import live_message
 from cacheserver.rpc.messages import Delivery, Problems, PutHeader, Resume, RpcAsked
+from cacheserver.rpc.ready import ReadyImages
 from cacheserver.rpc.stats import read_query
 from cacheserver.rpc.warm import WarmImages
 from cacheserver.warming import Warming
@@ -99,10 +100,12 @@ class ImageLinks(Protocol):
 class Limits:
     """Bounds on calls: bytes that one may move, how many run at a time, seconds between reports of progress.
 
-    `batch_in_flight` are the items of one batch that are worked on at a time.
+    `batch_in_flight` are the items of one batch that are worked on at a time. `known_requests` are answered again from
+    memory without being read.
     """
 
     batch_in_flight: int = 32
+    known_requests: int = 10_000
     max_image_bytes: int = 50_000_000
     chunk_bytes: int = 256 * 1024
     progress_s: float = 2.0
@@ -147,6 +150,7 @@ class PromptCacheService:
         self._uploads = uploads
         self._reception = reception
         self._calls = Calls(reception)
+        self._ready = ReadyImages(asking=asking, cache=cache, clock=clock, most_known=limits.known_requests)
         self._warm = WarmImages(
             warming, read=self._asked, namespace_of=asking.namespace, policies=policies, books=books
         )
@@ -161,7 +165,7 @@ class PromptCacheService:
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {
-                "GetImage": calls.unary("GetImage", pb.GetImageRequest, self.get_image),
+                "GetImage": calls.unary_ready("GetImage", self.get_image, self._ready.answer),
                 "StreamImage": calls.streams_out("StreamImage", pb.StreamImageRequest, self.stream_image),
                 "BatchGetImages": calls.streams_both("BatchGetImages", pb.BatchGetImagesRequest, self.batch_get_images),
                 "FindCached": calls.unary("FindCached", pb.FindCachedRequest, self.find_cached),
@@ -181,8 +185,9 @@ class PromptCacheService:
 
     # ── asking ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def get_image(self, message: pb.GetImageRequest, call: Call) -> bytes:
+    async def get_image(self, raw: bytes, call: Call) -> bytes:
         """Images from the fastest tier that has them; what is missing is generated."""
+        message = parse(pb.GetImageRequest, raw)
         with self._asking.booked(call), self._uploads.hold() as hold:
             asked = await self._asking.screened(await self._read(message, call, hold))
             self._check_delivery(asked)
@@ -190,7 +195,7 @@ class PromptCacheService:
             if isinstance(answer, Pending):
                 call.trailers.append(("cache-status", directives.pending_status()))
                 return replies.pending_response(answer).SerializeToString()
-            response = await self._deliver(answer, asked)
+            response = await self._deliver(answer, asked, raw, call)
             self._asking.book(answer, asked, call)
         slowest = directives.slowest(answer)
         status = directives.cache_status(slowest, asked.terms.cache_policy, self._clock.now_s())
@@ -228,8 +233,11 @@ class PromptCacheService:
 
     def batch_get_images(self, parts: Parts[pb.BatchGetImagesRequest], call: Call) -> AsyncGenerator[bytes, None]:
         """Each request of a stream as `get_image` answers it, as soon as it is ready."""
-        batch = Batch(calls=self._calls, get_image=self.get_image, in_flight=self._limits.batch_in_flight)
+        batch = Batch(calls=self._calls, get_image=self._get_item, in_flight=self._limits.batch_in_flight)
         return batch.answers(parts, call)
+
+    async def _get_item(self, message: pb.GetImageRequest, call: Call) -> bytes:
+        return await self.get_image(message.SerializeToString(), call)
 
     async def _read(self, message: pb.GetImageRequest, call: Call, hold: Hold, prefix: str = "") -> RpcAsked:
         asked = await reading(message.spec.inputs, self._asked, message, call, prefix)
@@ -261,13 +269,15 @@ class PromptCacheService:
     def _has_urls(self) -> bool:
         return self._cache.can_sign_urls or self._urls is not None
 
-    async def _deliver(self, answer: list[Served], asked: RpcAsked) -> bytes:
+    async def _deliver(self, answer: list[Served], asked: RpcAsked, raw: bytes, call: Call) -> bytes:
         """The response with bytes inline or URLs, all pictures the same way: `max_inline_bytes` is for the answer."""
+        is_small = sum(served.entry.size_bytes for served in answer) <= asked.max_inline_bytes
+        if len(answer) == 1 and asked.delivery is not Delivery.URL and is_small:
+            return self._ready.tell(answer[0], asked, raw, call)
         rest = pb.GetImageResponse(
             status=replies.status_of_answer(answer),
             image_status=[replies.status_of_image(served) for served in answer],
         )
-        is_small = sum(served.entry.size_bytes for served in answer) <= asked.max_inline_bytes
         if asked.delivery is not Delivery.URL and is_small:
             pictures = [(replies.image_facts(served.entry), served.entry.image.data) for served in answer]
             return wire.image_response(pictures, rest)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from cacheserver.model import ImageBytes
 from cacheserver.pb import promptcache_pb2 as pb
 
 _VARINT, _LENGTH_DELIMITED = 0, 2
@@ -66,12 +67,21 @@ def fields(raw: bytes) -> list[Field] | None:
     return found if at == size else None
 
 
-def image_response(images: Sequence[tuple[pb.Image, bytes]], rest: pb.GetImageResponse) -> bytes:
+def one_image_response(facts: pb.Image, data: ImageBytes, rest: pb.GetImageResponse) -> tuple[bytes, int]:
+    """A GetImageResponse as bytes with one image, as `image_response` makes it, and where in it the picture begins."""
+    fields = facts.SerializeToString()
+    data_prefix = _prefix(pb.Image.DATA_FIELD_NUMBER, len(data))
+    size = len(data_prefix) + len(data) + len(fields)
+    head = _prefix(pb.GetImageResponse.IMAGES_FIELD_NUMBER, size) + data_prefix
+    return b"".join((head, data, fields, rest.SerializeToString())), len(head)
+
+
+def image_response(images: Sequence[tuple[pb.Image, ImageBytes]], rest: pb.GetImageResponse) -> bytes:
     """A GetImageResponse as bytes: each image's facts with its data, then `rest`, which holds no images.
 
     `images` pairs facts without content with the encoded picture.
     """
-    parts: list[bytes] = []
+    parts: list[ImageBytes] = []
     for facts, data in images:
         fields = facts.SerializeToString()
         data_prefix = _prefix(pb.Image.DATA_FIELD_NUMBER, len(data))

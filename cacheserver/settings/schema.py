@@ -161,6 +161,11 @@ class ServerSettings(_Section):
     batch_in_flight: Count = Field(
         default=32, description="Items of one BatchGetImages worked on at a time; their sender is slowed down to that."
     )
+    known_requests: int = Field(
+        default=10_000,
+        ge=0,
+        description="GetImage calls answered from memory that are known by their bytes, 3 kB each; 0: all are read.",
+    )
 
     @check(mode="after")
     def _tls_is_whole(self) -> Self:

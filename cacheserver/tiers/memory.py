@@ -5,7 +5,7 @@ from __future__ import annotations
 from cachetools import Cache, LRUCache
 
 from cacheserver.interfaces import Clock
-from cacheserver.model import CachedImage, CacheKey, Labels
+from cacheserver.model import CachedImage, CacheKey, Labels, Reply
 
 OVERHEAD_BYTES = 3_000
 """What an entry takes beside its bytes and texts: its objects, its name and its places in two dictionaries."""
@@ -55,6 +55,16 @@ class MemoryCache:
             return
         self._entries[key.name] = entry
 
+    def keep_reply(self, entry: CachedImage, reply: Reply) -> CachedImage:
+        """Keep a finished reply with its entry: in one buffer, the picture a view. The entry as it is kept.
+
+        That is `entry` itself, without the reply, if it does not lie under its own key any more.
+        """
+        if self._peek(entry.key) is entry:
+            entry = entry.within(reply)
+            self.put(entry.key, entry)
+        return entry
+
     def contains(self, key: CacheKey) -> bool:
         """Whether `get` would answer; the order of use stays as it is."""
         entry = self._peek(key)
@@ -94,4 +104,5 @@ def entry_bytes(entry: CachedImage) -> int:
     """How much memory an entry takes: its bytes, its texts at up to four bytes a character, its objects."""
     image = entry.image
     texts = (entry.namespace, *entry.tags, image.model, image.revised_prompt, image.upstream_request_id)
-    return OVERHEAD_BYTES + len(image.data) + sum(64 + 4 * len(text) for text in texts)
+    buffer_bytes = len(image.data) if entry.reply is None else len(entry.reply.raw)
+    return OVERHEAD_BYTES + buffer_bytes + sum(64 + 4 * len(text) for text in texts)

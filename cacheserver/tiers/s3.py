@@ -303,7 +303,7 @@ class S3Tier:
                 self._ask(
                     self._clients.writing.put_object,
                     Key=name,
-                    Body=entry.image.data,
+                    Body=bytes(entry.image.data),  # boto3 takes no view
                     ContentType=entry.image.content_type,
                     CacheControl=_CACHE_CONTROL,
                     ChecksumCRC32=checksum,

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from cacheserver.http.answer import Chunk
+from cacheserver.model import ImageBytes
 
 MAX_RANGES = 64
 """More are answered with the whole picture: each costs a header of its own."""
@@ -71,12 +72,12 @@ def content_range(part: Part, size: int) -> str:
     return f"bytes {part.start}-{part.end - 1}/{size}"
 
 
-def body_of(data: bytes, part: Part) -> Chunk | Iterator[Chunk]:
+def body_of(data: ImageBytes, part: Part) -> Chunk | Iterator[Chunk]:
     """The bytes of a part as a body: in one piece if it is small."""
     return memoryview(data)[part.start : part.end] if part.size <= _CHUNK_BYTES else slices(data, part)
 
 
-def slices(data: bytes, part: Part) -> Iterator[Chunk]:
+def slices(data: ImageBytes, part: Part) -> Iterator[Chunk]:
     """The bytes of a part as views of the picture, which is copied nowhere."""
     view = memoryview(data)
     return (view[at : min(at + _CHUNK_BYTES, part.end)] for at in range(part.start, part.end, _CHUNK_BYTES))
@@ -85,7 +86,7 @@ def slices(data: bytes, part: Part) -> Iterator[Chunk]:
 class Multipart:
     """Several parts as one body, multipart/byteranges: RFC 9110 section 14.6."""
 
-    def __init__(self, data: bytes, parts: Sequence[Part], content_type: str) -> None:
+    def __init__(self, data: ImageBytes, parts: Sequence[Part], content_type: str) -> None:
         self._data = data
         self._parts = parts
         self._boundary = secrets.token_hex(16)

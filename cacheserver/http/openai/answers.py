@@ -10,7 +10,7 @@ from typing import Protocol
 
 from cacheserver.calls.directives import cache_status, slowest
 from cacheserver.http.answer import Answer, Chunk
-from cacheserver.model import CachedImage, CachePolicy, GeneratedImage, Served, TierName, Usage
+from cacheserver.model import CachedImage, CachePolicy, GeneratedImage, ImageBytes, Served, TierName, Usage
 
 SLICE_BYTES = 192 * 1024
 """So much of a picture is turned into base64 at a time: whole groups of three bytes, so that slices join."""
@@ -90,7 +90,7 @@ def base64_length(size_bytes: int) -> int:
     return (size_bytes + 2) // 3 * 4
 
 
-def base64_slices(data: bytes) -> Iterator[bytes]:
+def base64_slices(data: ImageBytes) -> Iterator[bytes]:
     """A picture in base64, a slice at a time."""
     view = memoryview(data)
     for start in range(0, len(data), SLICE_BYTES):

@@ -31,7 +31,7 @@ from cacheserver.http.openai.asked import HttpAsked
 from cacheserver.http.openai.pictures import in_review, review_error
 from cacheserver.http.status import status_of
 from cacheserver.interfaces import Clock
-from cacheserver.model import GeneratedImage, ImageRequest, PartialImage, Pending, Served
+from cacheserver.model import GeneratedImage, ImageBytes, ImageRequest, PartialImage, Pending, Served
 from cacheserver.tasks import end
 
 HOLD_S = 20.0
@@ -208,7 +208,9 @@ def _facts(request: ImageRequest) -> dict[str, object]:
     }
 
 
-def _event(what: str, asked: HttpAsked, facts: Mapping[str, object], image: bytes, now_s: float) -> Iterator[bytes]:
+def _event(
+    what: str, asked: HttpAsked, facts: Mapping[str, object], image: ImageBytes, now_s: float
+) -> Iterator[bytes]:
     """One event, its image in base64 a slice at a time."""
     name = f"image_edit.{what}" if asked.wanted.request.inputs else f"image_generation.{what}"
     data = _compact({"type": name, "created_at": int(now_s), **facts})

@@ -1,0 +1,163 @@
+"""Calls for one picture that were answered from memory lately: such a call is answered at once, and nothing is read.
+
+Rights are no part of what is known of a call: who asks, whether they may, and what memory has is found out every time.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from weakref import ref
+
+from cacheserver.cache import PromptCache
+from cacheserver.calls.asking import Asking
+from cacheserver.calls.bounds import MAX_REQUEST_ID, MAX_TAGS, TAG
+from cacheserver.calls.call import Call
+from cacheserver.calls.directives import cache_status
+from cacheserver.interfaces import Clock
+from cacheserver.model import (
+    CachedImage,
+    Identity,
+    MatchLevel,
+    Permission,
+    Served,
+    TierName,
+    VariantPolicy,
+)
+from cacheserver.pb import promptcache_pb2 as pb
+from cacheserver.rpc import replies, wire
+from cacheserver.rpc.messages import RpcAsked
+
+_MOST_BYTES = 4_096
+"""A longer request is read every time."""
+
+_TOLD_S = 60.0
+"""How long an answer may be told again as it is: prices change."""
+
+_LENGTH_DELIMITED = 2
+_REQUEST_ID = pb.GetImageRequest.REQUEST_ID_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
+_TAG = pb.GetImageRequest.TAGS_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
+_FIT_ID = re.compile(rb"[ -~]{0,%d}" % MAX_REQUEST_ID)
+_FIT_TAG = re.compile(TAG.pattern.encode("ascii"))
+
+_Name = tuple[bytes, str]
+"""A request's bytes without its request_id and tags, and its caller."""
+
+
+@dataclass(slots=True)
+class _Known:
+    """A call that was answered from memory: what it asks for, and what was said of the hit. Keeps no picture there."""
+
+    asked: RpcAsked
+    identity: Identity | None
+    entry: ref[CachedImage]
+    matched: MatchLevel
+    saved_microusd: int
+    until_s: float
+    second: int = 0
+    cache_status: str = ""
+    """What it is told in that second."""
+
+    def served(self) -> Served | None:
+        """What it is answered with, if memory may still have that and the reply with it says the same."""
+        entry = self.entry()
+        if entry is None or entry.reply is None or not entry.reply.fits(self.matched, self.saved_microusd):
+            return None
+        return Served(entry, TierName.MEMORY, self.matched, saved_microusd=self.saved_microusd)
+
+
+class ReadyImages:
+    """Answers calls from memory with finished replies, and knows which calls were answered so."""
+
+    def __init__(self, *, asking: Asking, cache: PromptCache, clock: Clock, most_known: int) -> None:
+        """At most so many calls are known, some 3 kB each; the oldest goes first. With 0 none is."""
+        self._asking = asking
+        self._cache = cache
+        self._clock = clock
+        self._most_known = most_known
+        self._known: dict[_Name, _Known] = {}
+
+    def answer(self, raw: bytes, call: Call) -> bytes | None:
+        """The answer to a call that was answered from memory lately, if it would be answered so again; booked.
+
+        None: nothing has happened, and the call is to be read and answered as any other.
+
+        Raises:
+            PermissionDeniedError: the caller may not read there.
+        """
+        known = self._find(raw, call)
+        served = None if known is None or known.until_s < call.started_s else known.served()
+        if known is None or served is None or served.entry.reply is None:
+            return None
+        asked = known.asked
+        self._asking.namespace(asked.namespace.name, Permission.READ, call)
+        if not self._asking.hit_again(served, asked, known.identity, call):
+            return None
+        call.model, call.quality = asked.model_and_quality
+        self._asking.book((served,), asked, call)
+        now_s = self._clock.now_s()
+        if int(now_s) != known.second:
+            known.second, known.cache_status = int(now_s), cache_status(served, asked.terms.cache_policy, now_s)
+        call.trailers.append(("cache-status", known.cache_status))
+        return served.entry.reply.raw
+
+    def tell(self, served: Served, asked: RpcAsked, raw: bytes, call: Call) -> bytes:
+        """The finished answer with one picture, inline. A hit's is kept in memory, and its call known."""
+        entry, reply = served.entry, served.entry.reply
+        if not _is_plain_hit(served):
+            return replies.finished(served).raw
+        if reply is None or not reply.fits(served.matched, served.saved_microusd):
+            had, reply = reply, replies.finished(served)
+            if had is not None and had.matched is not reply.matched:
+                return reply.raw  # there is one for each entry: it is for those who ask as the first one did
+            entry = self._cache.keep_reply(entry, reply)
+        self._know(entry, served, asked, raw, call)
+        return reply.raw
+
+    def _know(self, entry: CachedImage, served: Served, asked: RpcAsked, raw: bytes, call: Call) -> None:
+        name = self._name(raw, call) if self._most_known and self._asking.may_hit_again(asked) else None
+        if name is None or asked.terms.variant_policy is not VariantPolicy.FIRST:
+            return
+        if name not in self._known and len(self._known) >= self._most_known:
+            del self._known[next(iter(self._known))]
+        until_s = self._clock.monotonic_s() + _TOLD_S
+        self._known[name] = _Known(asked, call.wanted, ref(entry), served.matched, served.saved_microusd, until_s)
+
+    def _find(self, raw: bytes, call: Call) -> _Known | None:
+        if known := self._known.get((raw, call.caller.name)):
+            return None if "cache-control" in call.metadata else known
+        name = self._name(raw, call) if self._known else None
+        return None if name is None else self._known.get(name)
+
+    @staticmethod
+    def _name(raw: bytes, call: Call) -> _Name | None:
+        """What such a call is known by; None if it is none to know."""
+        if len(raw) > _MOST_BYTES or "cache-control" in call.metadata:
+            return None
+        lasting = _lasting(raw)
+        return None if lasting is None else (lasting, call.caller.name)
+
+
+def _is_plain_hit(served: Served) -> bool:
+    """Whether memory had exactly what was asked for: nothing is to be said of it but how well it matched."""
+    is_more = served.collapsed or served.stale or served.degraded or served.derived or served.cost_microusd
+    return served.tier is TierName.MEMORY and served.would_hit is None and not is_more
+
+
+def _lasting(raw: bytes) -> bytes | None:
+    """A request without request_id and tags, which say nothing of a stored picture; None if these are not fit."""
+    fields = wire.fields(raw)
+    if fields is None:
+        return None
+    lasting, tags = [], 0
+    for field in fields:
+        if raw[field.start] == _REQUEST_ID:
+            if not _FIT_ID.fullmatch(raw, field.value, field.end):
+                return None
+        elif raw[field.start] == _TAG:
+            tags += 1
+            if tags > MAX_TAGS or not _FIT_TAG.fullmatch(raw, field.value, field.end):
+                return None
+        else:
+            lasting.append(raw[field.start : field.end])
+    return b"".join(lasting)
