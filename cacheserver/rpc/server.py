@@ -23,7 +23,7 @@ from cacheserver.rpc.service import SERVICE_NAME, PromptCacheService
 MAX_RECEIVE_BYTES = 24 * 1024 * 1024
 """Largest message taken unless set otherwise: a full FindCached. grpc itself refuses larger ones unread."""
 
-_OPTIONS = (
+SERVER_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     # A second process on the port is an error we want to hear of, not a share of the calls.
     ("grpc.so_reuseport", 0),
@@ -106,7 +106,7 @@ class RpcServer:
         credentials = await asyncio.to_thread(_credentials, self._listen)
         await asyncio.to_thread(_try_address, self._listen)
         received = ("grpc.max_receive_message_length", self._max_receive_bytes)
-        server = grpc.aio.server(options=(*_OPTIONS, received))
+        server = grpc.aio.server(options=(*SERVER_OPTIONS, received))
         server.add_generic_rpc_handlers([service.handler() for service in self._services])
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         _add_reflection(server, self._names)

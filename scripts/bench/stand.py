@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 from asyncio.subprocess import PIPE, Process
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -29,13 +30,15 @@ class ServiceProcess:
     Args:
         directory: for its configuration, its data and its log; made if there is none.
         config: the configuration file's text, without `data_dir` and `[server]`.
+        environment: further settings, as it reads them from there.
     """
 
-    def __init__(self, directory: Path, config: str) -> None:
+    def __init__(self, directory: Path, config: str, *, environment: Mapping[str, str] | None = None) -> None:
         grpc_port, http_port = free_ports(2)
         self.address = f"127.0.0.1:{grpc_port}"
         self.http_address = f"127.0.0.1:{http_port}"
         self._directory = directory
+        self._environment = environment or {}
         server = f"[server]\ngrpc_port = {grpc_port}\nhttp_port = {http_port}\n"
         self._config = f'data_dir = "{directory}"\n{config}\n{server}'
         self.http_port = http_port
@@ -66,7 +69,7 @@ class ServiceProcess:
                 stdin=PIPE,
                 stdout=log,
                 stderr=log,
-                env={"PATH": os.defpath, "PYTHONPATH": str(_ROOT)},
+                env={"PATH": os.defpath, "PYTHONPATH": str(_ROOT), **self._environment},
                 cwd=self._directory,
             )
         try:

@@ -1,0 +1,126 @@
+"""Rounds in which several servers are measured by turns, and what follows of them: ratios, and whether they count."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from scripts.bench.figures import percentile
+from scripts.bench.h2load import Taken
+
+BARE, AGAIN, TUNED, OURS = "bare", "bare again", "tuned", "service"
+"""The sides that most rows have: the bare server twice, the one that is tuned as ours is, and ours."""
+
+ALIKE = 0.01
+"""By how much the bare server may differ from itself."""
+
+Turn = Callable[[], Awaitable[Taken]]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What a side did in a round, all its turns together."""
+
+    per_second: float
+    cpu_us: float
+    p50_us: float
+    p99_us: float
+
+    @staticmethod
+    def of(turns: Sequence[Taken]) -> Round:
+        """The figures of these turns."""
+        calls, us = sum(turn.calls for turn in turns), [each for turn in turns for each in turn.us]
+        return Round(
+            per_second=calls / sum(turn.seconds for turn in turns),
+            cpu_us=sum(turn.cpu_s for turn in turns) / calls * 1e6,
+            p50_us=percentile(us, 50),
+            p99_us=percentile(us, 99),
+        )
+
+
+@dataclass(slots=True)
+class Rounds:
+    """What was measured of each side, round by round."""
+
+    sides: dict[str, list[Round]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return min((len(rounds) for rounds in self.sides.values()), default=0)
+
+    def add(self, measured: Mapping[str, Round]) -> None:
+        """Add a round of every side."""
+        for name, each in measured.items():
+            self.sides.setdefault(name, []).append(each)
+
+    def median(self, side: str, figure: str) -> float:
+        """The median of a figure of Round."""
+        return statistics.median(getattr(each, figure) for each in self.sides[side])
+
+    def ratio(self, side: str, floor: str, figure: str = "cpu_us") -> float:
+        """The median of a round's ratios; NaN if one of the two was not measured."""
+        if side not in self.sides or floor not in self.sides:
+            return math.nan
+        pairs = zip(self.sides[side], self.sides[floor], strict=True)
+        return statistics.median(getattr(one, figure) / getattr(other, figure) for one, other in pairs)
+
+    @property
+    def alike(self) -> float:
+        """A/A: the processor time of the bare server against itself; NaN without a second one."""
+        return self.ratio(AGAIN, BARE)
+
+    @property
+    def can_tell(self) -> bool:
+        """Whether the machine was at rest, as far as that was looked at."""
+        return math.isnan(self.alike) or abs(self.alike - 1) <= ALIKE
+
+
+async def measure(
+    sides: Mapping[str, Turn],
+    *,
+    rounds: int,
+    most_rounds: int,
+    turns: int,
+    told: Callable[[Rounds], None] = lambda _: None,
+) -> Rounds:
+    """`rounds` at least, and further ones up to `most_rounds` until A/A is as it should be.
+
+    In each round each side has `turns` turns, in a random order: what else the machine does then meets all of them.
+    `told` is told after each round.
+    """
+    measured = Rounds()
+    while len(measured) < rounds or (not measured.can_tell and len(measured) < most_rounds):
+        taken: dict[str, list[Taken]] = {name: [] for name in sides}
+        for _ in range(turns):
+            for name in random.sample([*sides], len(sides)):
+                taken[name].append(await sides[name]())
+        measured.add({name: Round.of(each) for name, each in taken.items()})
+        told(measured)
+    return measured
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """A ratio that ours may at most have: to which side, and of which figure of Round."""
+
+    floor: str
+    most: float
+    figure: str = "cpu_us"
+
+    def shortfall(self, row: str, measured: Rounds) -> str | None:
+        """What is not as it should be, if anything."""
+        if self.floor not in measured.sides:
+            return None
+        ratio = measured.ratio(OURS, self.floor, self.figure)
+        if ratio <= self.most:
+            return None
+        return f"{row}: {self.figure} is {ratio:.3f} x {self.floor}, not {self.most:.2f}"
+
+
+def shortfalls(row: str, goals: Sequence[Goal], measured: Rounds) -> list[str]:
+    """What of a row is not as it should be."""
+    if goals and not measured.can_tell:
+        return [f"{row}: A/A is {measured.alike:.4f} after {len(measured)} rounds: the machine is too restless to tell"]
+    return [told for goal in goals if (told := goal.shortfall(row, measured)) is not None]
