@@ -221,9 +221,9 @@ class PromptCache:
         hits = self._in_memory(waiter)
         return None if hits is None else [self._served(loaded, waiter) for loaded in hits]
 
-    def still_has(self, key: CacheKey, entry: CachedImage) -> bool:
-        """Whether memory answers `key` with this very entry."""
-        return self._memory.get(key) is entry
+    def still_has(self, name: str, entry: CachedImage) -> bool:
+        """Whether memory answers the key of this name with this very entry, which it did before."""
+        return self._memory.holds(name, entry)
 
     def keep_reply(self, entry: CachedImage, reply: Reply) -> CachedImage:
         """Keep in memory how `entry` is told; see `MemoryCache.keep_reply`."""

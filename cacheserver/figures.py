@@ -62,6 +62,20 @@ class Bucket(NamedTuple):
 
 
 @dataclass(slots=True)
+class HitRow:
+    """Where hits like one that was booked before are booked: the row of the books it belongs to, found once.
+
+    `figures` are that row's in the books of the time `taken`.
+    """
+
+    key: Key
+    image_bytes: int
+    saved_microusd: int
+    figures: Figures | None = None
+    taken: int = -1
+
+
+@dataclass(slots=True)
 class Figures:
     """Counters. Money in micro-dollars; `coalesced` is a part of `saved`.
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from decimal import Decimal
 from typing import Protocol
 
-from cacheserver.figures import Bucket
+from cacheserver.figures import Bucket, HitRow
 from cacheserver.model import (
     Amounts,
     Attempt,
@@ -525,6 +525,10 @@ class Books(Protocol):
 
         `would_cost_microusd` is what it would have cost without a cache.
         """
+        ...
+
+    def hit_again(self, row: HitRow, seconds: float) -> None:
+        """One picture was answered from memory, as one that `answered` booked before: its row is known."""
         ...
 
     def spent(self, namespace: str, microusd: int) -> None:

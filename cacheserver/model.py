@@ -827,6 +827,12 @@ class Served:
     would_hit: TierName | None = None
     derived: bool = False
 
+    @property
+    def is_plain_hit(self) -> bool:
+        """Whether memory had what was asked for, and nothing more is to be said of it."""
+        is_more = self.collapsed or self.stale or self.degraded or self.derived or self.cost_microusd
+        return self.tier is TierName.MEMORY and self.would_hit is None and not is_more
+
 
 @dataclass(frozen=True, slots=True)
 class Pending:

@@ -13,7 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from cacheserver.errors import UnknownCallError
 from cacheserver.identity import fields_of
@@ -76,7 +76,7 @@ class Wish:
     fields: tuple[tuple[str, str], ...]
 
 
-_Call = tuple[str, str, float, str, str, float, str, list[tuple[object, ...]], Wish | None]
+_Call = tuple[str, str, float, str, str, float, str, "ToldImages", Wish | None]
 """A Remembered behind its id, before anybody asks for it, its pictures too: a plain tuple takes a third of the time."""
 
 
@@ -93,6 +93,33 @@ class NearMiss:
     value: str = ""
     cached_value: str = ""
     likeness: float = 0.0
+
+
+class ToldImages(tuple[tuple[object, ...], ...]):
+    """The pictures of an answer, each as the facts of its `Told`: as many calls are remembered, in less time."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, answer: Sequence[Served] | Pending) -> Self:
+        """Those of an answer."""
+        if isinstance(answer, Pending):
+            return cls(tuple(Told(key, None)) for key in answer.keys)
+        return cls(
+            (
+                each.entry.key,
+                each.tier,
+                each.matched,
+                each.collapsed,
+                each.stale,
+                each.degraded,
+                each.entry.expire_time_s,
+                each.cost_microusd,
+                each.saved_microusd,
+                each.entry.derived_from,
+            )
+            for each in answer
+        )
 
 
 class Recall:
@@ -116,32 +143,13 @@ class Recall:
         namespace: str,
         seconds: float,
         reason: str,
-        answer: Sequence[Served] | Pending | None,
+        images: ToldImages,
         wanted: Identity | None,
     ) -> None:
         """A call has ended, begun at `time_s` (since 1970). `wanted` is what it asked for, if it asked for a picture.
 
         Takes one or two microseconds for a call whose request was seen before: this is on the way of every hit.
         """
-        images: list[tuple[object, ...]] = []
-        if isinstance(answer, Pending):
-            images = [tuple(Told(key, None)) for key in answer.keys]
-        elif answer is not None:
-            images = [
-                (
-                    each.entry.key,
-                    each.tier,
-                    each.matched,
-                    each.collapsed,
-                    each.stale,
-                    each.degraded,
-                    each.entry.expire_time_s,
-                    each.cost_microusd,
-                    each.saved_microusd,
-                    each.entry.derived_from,
-                )
-                for each in answer
-            ]
         wish = None
         if wanted is not None:
             wish = self._wishes.get((wanted.key.partition, wanted.key.digest)) or self._wished(wanted)

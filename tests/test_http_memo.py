@@ -5,11 +5,15 @@ from __future__ import annotations
 import gc
 from dataclasses import replace
 from typing import cast
+from weakref import ref
 
+from cacheserver.calls.again import HitAgain
 from cacheserver.calls.call import Call
+from cacheserver.figures import HitRow, Key
 from cacheserver.http.openai.asked import HttpAsked
 from cacheserver.http.openai.memo import _MOST_MEMOS, _MOST_NAME_BYTES, _MOST_TOLD_BYTES, Memo, Memos, Told, name_of
-from cacheserver.model import CachePolicy, Identity, Namespace, TierName
+from cacheserver.model import CachePolicy, Identity, Namespace, Served, TierName
+from cacheserver.recall import ToldImages
 from tests.house import House
 from tests.waiting import until
 
@@ -18,6 +22,23 @@ NAMESPACE = Namespace("default", "default")
 
 def memo() -> Memo:
     return Memo(cast("HttpAsked", None), cast("Identity", None))
+
+
+def told_of(served: Served, body: bytes) -> Told:
+    again = HitAgain(
+        namespace=NAMESPACE,
+        what=served.entry.key,
+        match_level=None,
+        identity=None,
+        name=served.entry.key.name,
+        entry=ref(served.entry),
+        matched=served.matched,
+        saved_microusd=served.saved_microusd,
+        until_s=60.0,
+        row=HitRow(Key(), len(body), served.saved_microusd),
+        told=ToldImages(),
+    )
+    return Told(served, body, CachePolicy.USE_CACHE, again)
 
 
 def test_the_oldest_of_too_many_are_forgotten() -> None:
@@ -37,20 +58,20 @@ async def test_what_was_told_is_bounded_in_bytes_and_keeps_no_picture(house: Hou
     kept = {name: memo() for name in (("a",), ("b",), ("c",))}
     for name, each in kept.items():
         memos.keep(name, each)
-        memos.tell(name, each, Told(served, body, CachePolicy.USE_CACHE, until_s=60.0))
+        memos.tell(name, each, told_of(served, body))
     assert [each.told is not None for each in kept.values()] == [False, True, True]
     told = kept["c",].told
     assert told is not None
-    assert told.served() == served
+    assert told.again.entry() is served.entry
     await house.settle()
     house.memory.delete(served.entry.key)
     del served
     gc.collect()
-    await until(lambda: told.served() is None)  # a thread of the disk lets go of it a moment after it is written
+    await until(lambda: told.again.entry() is None)  # a thread of the disk lets go of it a moment after it is written
 
 
 async def test_what_was_told_of_a_memo_that_is_kept_anew_takes_no_room(house: House) -> None:
-    told = Told(await house.get(), bytes(_MOST_TOLD_BYTES // 2), CachePolicy.USE_CACHE, until_s=60.0)
+    told = told_of(await house.get(), bytes(_MOST_TOLD_BYTES // 2))
     memos, kept = Memos(), [memo() for _ in range(3)]
     for number, each in enumerate(kept[:2]):
         memos.keep((number,), each)

@@ -17,7 +17,7 @@ from cacheserver.errors import UnknownCallError as UnknownCall
 from cacheserver.identity import identify
 from cacheserver.model import CacheKey, Caller, Found, Identity, ImageRequest, Namespace, Permission, TierName
 from cacheserver.pb import promptcache_pb2 as pb
-from cacheserver.recall import NearMiss, Recall
+from cacheserver.recall import NearMiss, Recall, ToldImages
 from tests.house import House
 from tests.rpc_front import Front, ask, authorization, failure, open_front, spec
 from tests.test_calls_auth import digest
@@ -41,7 +41,7 @@ def note(recall: Recall, request_id: str, identity: Identity | None, caller: str
         namespace="default",
         seconds=0.5,
         reason=reason,
-        answer=None,
+        images=ToldImages(),
         wanted=identity,
     )
 

@@ -12,7 +12,7 @@ from itertools import chain
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from cacheserver.accounting.answered import AnsweredMetrics
-from cacheserver.figures import BY_DEFAULT, LATENCY_BOUNDS_S, OTHER, Figures, Key, Row, Sums, total_of
+from cacheserver.figures import BY_DEFAULT, LATENCY_BOUNDS_S, OTHER, Figures, HitRow, Key, Row, Sums, total_of
 from cacheserver.interfaces import Clock
 from cacheserver.model import AttemptOutcome, Outcome, StatsField, TierName, UpstreamHealth
 
@@ -58,6 +58,7 @@ class CounterBooks:
         self._callers: set[str] = set()
         self._cells: dict[tuple[str, str, str, str, Outcome | None, TierName | None], Figures] = {}
         """What was counted since somebody took it."""
+        self._times_taken = 0
         self._taken: dict[Key, Figures] = {}
         """What was taken, since the start."""
         self._summed: dict[Key, Figures] = {}
@@ -103,6 +104,18 @@ class CounterBooks:
                 cell.coalesced_microusd += saved_microusd
         if is_degraded:
             cell.degraded += 1
+
+    def hit_again(self, row: HitRow, seconds: float) -> None:
+        """See `Books.hit_again`."""
+        if row.taken != self._times_taken or row.figures is None:
+            row.figures, row.taken = self._cell(row.key), self._times_taken
+        figures = row.figures
+        figures.requests += 1
+        figures.image_bytes += row.image_bytes
+        figures.seconds += seconds
+        figures.latency_counts[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
+        figures.saved_microusd += row.saved_microusd
+        figures.would_cost_microusd += row.saved_microusd
 
     def spent(self, namespace: str, microusd: int) -> None:
         """A call to an upstream was paid for."""
@@ -185,6 +198,7 @@ class CounterBooks:
     def take(self) -> dict[Key, Figures]:
         """What was answered since this was called last. No money: that is not counted by what was answered."""
         cells, self._cells = self._cells, {}
+        self._times_taken += 1
         taken = {Key(*key): figures for key, figures in cells.items()}
         for key, figures in taken.items():
             self._taken.setdefault(key, Figures()).add(figures)

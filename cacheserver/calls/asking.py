@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Protocol, TypeVar
+from weakref import ref
 
 from cacheserver.cache import PromptCache
+from cacheserver.calls.again import HitAgain
 from cacheserver.calls.call import Call
 from cacheserver.calls.recorded import kind_of_failure, kinds_of_answer
 from cacheserver.errors import (
@@ -23,10 +25,12 @@ from cacheserver.errors import (
     PromptRefusedError,
     UpstreamInvalidError,
 )
+from cacheserver.figures import HitRow, Key
 from cacheserver.identity import identify
 from cacheserver.interfaces import Books, Clock, Prompts
 from cacheserver.model import (
     Ask,
+    CachedImage,
     CacheKey,
     Identity,
     ImageRequest,
@@ -40,8 +44,12 @@ from cacheserver.model import (
     TierName,
 )
 from cacheserver.precheck import PromptPolicy
+from cacheserver.recall import ToldImages
 
 DEFAULT_NAMESPACE = "default"
+
+_SAME_PRICE_S = 60.0
+"""How long what a hit saved is told again: prices change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,23 +173,52 @@ class Asking:
             call.wanted, call.answer = identity, served
         return served
 
-    def may_hit_again(self, asked: Asked) -> bool:
-        """Whether a call that was answered from memory may be answered with `hit_again`."""
+    def again(self, served: Served, entry: CachedImage, asked: Asked, call: Call) -> HitAgain | None:
+        """What it takes to answer such a call with that picture again; None: the next one is to be asked as any other.
+
+        `entry` is what memory has of it. It was asked for as one picture, the first.
+        """
         is_passed = isinstance(asked.what, CacheKey) or not self._screens(asked.namespace)
-        return is_passed and asked.terms.max_age_s is None
+        if not is_passed or not served.is_plain_hit or asked.terms.max_age_s is not None:
+            return None
+        model, quality = asked.model_and_quality
+        model, quality = model or entry.image.model, quality or entry.image.quality
+        key = Key(asked.namespace.name, model, quality, call.caller.name, Outcome.HIT, TierName.MEMORY)
+        return HitAgain(
+            namespace=asked.namespace,
+            what=asked.what if isinstance(asked.what, CacheKey) else asked.what.without_bytes,
+            match_level=asked.match_level,
+            identity=call.wanted,
+            name=entry.key.name,
+            entry=ref(entry),
+            matched=served.matched,
+            saved_microusd=served.saved_microusd,
+            until_s=self._clock.monotonic_s() + _SAME_PRICE_S,
+            row=HitRow(key, entry.size_bytes, served.saved_microusd),
+            told=ToldImages.of((served,)),
+        )
 
     def _screens(self, namespace: Namespace) -> bool:
         """Whether its prompts are screened or recorded: none of its calls is answered without that."""
         return namespace.store_prompts or namespace.name in self._policies
 
-    def hit_again(self, served: Served, asked: Asked, identity: Identity | None, call: Call) -> bool:
-        """Whether such a call would be answered what it was answered a moment ago, at a fraction of its cost.
+    def hit_again(self, again: HitAgain, entry: CachedImage, call: Call) -> bool:
+        """Whether a call is answered what `again` was, which had `entry`; if so it is booked. Rights come before this.
 
-        It may have been at most a minute: prices change.
+        It does what `hit` and `book` do, at a fraction of their cost.
         """
-        if asked.terms.max_age_s is not None or not self._cache.still_has(served.entry.key, served.entry):
+        if again.until_s < call.started_s or not self._cache.still_has(again.name, entry):
             return False
-        call.wanted, call.answer = identity, (served,)
+        call.wanted, call.told = again.identity, again.told
+        if self._trace is not None:
+            self._trace.answered(
+                again.served(entry),
+                Outcome.HIT,
+                again.what,
+                namespace=again.namespace,
+                match_level=again.match_level,
+            )
+        self._books.hit_again(again.row, self._clock.monotonic_s() - call.started_s)
         return True
 
     async def answer(self, asked: Asked, call: Call) -> list[Served] | Pending:

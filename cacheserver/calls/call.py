@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cacheserver.model import Caller, Identity, Pending, Served
+from cacheserver.recall import ToldImages
 
 NOBODY = Caller("", frozenset())
 """Who makes a call until it is known who does."""
@@ -28,8 +29,8 @@ class Call:
     `rpc` is what is called: the name of an rpc, or method and route. `deadline_s` is how long the caller waits in all,
     None where it does not say; `started_s` is monotonic.
     `model` and `quality` are those asked for, empty for a call that asks by key.
-    `wanted` is the identity of the picture it asks for, `answer` what it was answered with. `items` counts those of a
-    stream.
+    `wanted` is the identity of the picture it asks for, `answer` what it was answered with, `told` what is remembered
+    of that where it is known already. `items` counts those of a stream.
     """
 
     rpc: str
@@ -44,25 +45,27 @@ class Call:
     trailers: list[tuple[str, str]] = field(default_factory=list)
     wanted: Identity | None = None
     answer: Sequence[Served] | Pending | None = None
+    told: ToldImages | None = None
     items: int = 0
 
     @property
     def ids(self) -> dict[str, str]:
         """What tells this call's log lines from others': its request id, and its trace's if it has one."""
-        match = _TRACEPARENT.fullmatch(self.metadata.get("traceparent", ""))
+        stated = self.metadata.get("traceparent")
+        match = None if stated is None else _TRACEPARENT.fullmatch(stated)
         return {"request_id": self.request_id} | ({"trace_id": match[1]} if match else {})
 
     @property
     def fallbacks(self) -> int:
         """How many pictures the caller says it had made without us; 0 if it says nothing fit to be counted."""
-        stated = self.metadata.get("x-fallbacks", "")
-        return int(stated) if _FALLBACKS.fullmatch(stated) else 0
+        stated = self.metadata.get("x-fallbacks")
+        return int(stated) if stated is not None and _FALLBACKS.fullmatch(stated) else 0
 
 
 def request_id_of(metadata: Mapping[str, str]) -> str:
     """The caller's id of the call if it is fit for a log line, else one of ours."""
-    stated = metadata.get("x-request-id", "")
-    return stated if is_fit_id(stated) else f"{_IDS.getrandbits(128):032x}"
+    stated = metadata.get("x-request-id")
+    return stated if stated is not None and is_fit_id(stated) else f"{_IDS.getrandbits(128):032x}"
 
 
 def is_fit_id(text: str) -> bool:

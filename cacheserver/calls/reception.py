@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 
 import structlog
@@ -11,7 +12,7 @@ from cacheserver.calls.auth import Authenticator
 from cacheserver.calls.call import BY_URL, NOBODY, Call, is_fit_id, request_id_of
 from cacheserver.errors import OverloadedError, ShuttingDownError
 from cacheserver.interfaces import Books, Clock
-from cacheserver.recall import Recall
+from cacheserver.recall import Recall, ToldImages
 
 _log = structlog.get_logger(__name__)
 
@@ -38,6 +39,7 @@ class Reception:
         self._books = books
         self._clock = clock
         self._log = _log.bind()  # once: to find out anew how to log takes as long as to write the line
+        self._logs_calls = self._log.is_enabled_for(logging.INFO)
         self._in_progress = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -54,10 +56,11 @@ class Reception:
         self.going_down.set()
         await self._idle.wait()
 
-    def begin(self, rpc: str, metadata: Mapping[str, str], *, deadline_s: float | None) -> Call:
+    def begin(self, rpc: str, metadata: Mapping[str, str], *, deadline_s: float | None = None) -> Call:
         """A call has come. Whoever serves it says `end` when its answer has gone out."""
+        if not self._in_progress:
+            self._idle.clear()
         self._in_progress += 1
-        self._idle.clear()
         return Call(rpc, metadata, request_id_of(metadata), deadline_s, self._clock.monotonic_s())
 
     def end(self) -> None:
@@ -122,7 +125,7 @@ class Reception:
 
     def conclude(self, call: Call, code: str, *, reason: str = "", exc_info: Exception | None = None) -> None:
         """Write the call's one line, and remember it if its caller is known."""
-        seconds = self.seconds(call)
+        seconds = self._clock.monotonic_s() - call.started_s
         if self._recall is not None and call.caller is not NOBODY and call.caller is not BY_URL:
             self._recall.note(
                 call.request_id,
@@ -132,9 +135,11 @@ class Reception:
                 namespace=call.namespace,
                 seconds=seconds,
                 reason="" if code == OK else reason or code,
-                answer=call.answer,
+                images=call.told or (ToldImages() if call.answer is None else ToldImages.of(call.answer)),
                 wanted=call.wanted,
             )
+        if exc_info is None and not self._logs_calls:
+            return
         log = self._log.error if exc_info else self._log.info
         log(
             "call",

@@ -6,9 +6,9 @@ The rpcs themselves get a parsed message and a `Call`, return or yield bytes, an
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 import grpc
 import structlog
@@ -21,6 +21,9 @@ from cacheserver.rpc.status import RpcStatus, status_of
 
 Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
+AnswerRaw: TypeAlias = Callable[[bytes, Call], Awaitable[bytes]]
+FindReady: TypeAlias = Callable[[bytes, Call], bytes | None]
 M = TypeVar("M", bound=Message)
 
 
@@ -58,37 +61,12 @@ class Calls:
 
         return grpc.unary_unary_rpc_method_handler(handle)
 
-    def unary_ready(
-        self,
-        rpc: str,
-        method: Callable[[bytes, Call], Awaitable[bytes]],
-        ready: Callable[[bytes, Call], bytes | None],
-    ) -> Handler:
+    def unary_ready(self, rpc: str, method: AnswerRaw, ready: FindReady) -> ReadyRpc:
         """The same for an rpc whose answers may lie ready: both get the message as it came, `ready` first.
 
         What `ready` returns is the answer, sent at once; after None nothing has happened, and `method` answers.
         """
-
-        async def handle(raw: bytes, context: Context) -> bytes:
-            call = self._begin(rpc, context)
-            if (answer := self._answer_at_once(ready, raw, call, context)) is not None:
-                return answer
-            async with self._received(call, context):
-                return await method(raw, call)
-
-        return grpc.unary_unary_rpc_method_handler(handle)
-
-    def _answer_at_once(
-        self, ready: Callable[[bytes, Call], bytes | None], raw: bytes, call: Call, context: Context
-    ) -> bytes | None:
-        try:
-            self.reception.admit(call)
-            answer = ready(raw, call)
-        except CacheServerError:
-            return None  # the same is found out on the ordinary way, where it is told
-        if answer is not None:
-            self._succeeded(call, context)
-        return answer
+        return ReadyRpc(self, rpc, method, ready)
 
     def streams_out(
         self, rpc: str, message_type: type[M], method: Callable[[M, Call], AsyncGenerator[bytes, None]]
@@ -153,16 +131,22 @@ class Calls:
             return answered
 
     def _call(self, rpc: str, context: Context) -> AbstractAsyncContextManager[Call]:
-        return self._received(self._begin(rpc, context), context)
+        return self.received(self._begin(rpc, context), context)
 
     def _begin(self, rpc: str, context: Context) -> Call:
         # Ended when the answer has gone out, which is later than when the method returns.
-        context.add_done_callback(self._end)  # type: ignore[arg-type]  # the stub has a class for any callable
-        metadata = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
-        return self.reception.begin(rpc, metadata, deadline_s=context.time_remaining())
+        context.add_done_callback(self.end)  # type: ignore[arg-type]  # the stub has a class for any callable
+        call = self.begun(rpc, context.invocation_metadata() or ())
+        call.deadline_s = context.time_remaining()
+        return call
+
+    def begun(self, rpc: str, metadata: Metadata) -> Call:
+        """A call that begins. Whoever serves it has `end` called when its answer has gone out."""
+        return self.reception.begin(rpc, cast("dict[str, str]", dict(metadata)))  # those in bytes nobody looks at
 
     @asynccontextmanager
-    async def _received(self, call: Call, context: Context) -> AsyncIterator[Call]:
+    async def received(self, call: Call, context: Context) -> AsyncIterator[Call]:
+        """A call from when it is let in until it is answered: concluded, and what is raised told as a status."""
         with structlog.contextvars.bound_contextvars(**call.ids):
             try:
                 self.reception.admit(call)
@@ -175,13 +159,15 @@ class Calls:
                 status = self._failed(call, error)
                 trailers = (*status.trailers, ("x-request-id", call.request_id))
                 await context.abort(status.code, status.message, trailers)
-            self._succeeded(call, context)
+            self.succeeded(call, context)
 
-    def _succeeded(self, call: Call, context: Context) -> None:
+    def succeeded(self, call: Call, context: Context) -> None:
+        """The call is answered."""
         context.set_trailing_metadata((*call.trailers, ("x-request-id", call.request_id)))
         self.reception.succeeded(call)
 
-    def _end(self, ctx: Context) -> None:  # noqa: ARG002 - grpc names and passes it
+    def end(self, ctx: Context) -> None:  # noqa: ARG002 - grpc names and passes it
+        """The answer of a call has gone out, or nobody waits for it."""
         self.reception.end()
 
     def _failed(self, call: Call, error: Exception) -> RpcStatus:
@@ -193,6 +179,61 @@ class Calls:
     def _how_gone(self, call: Call) -> str:
         is_late = self.reception.is_late(call)
         return (grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED).name
+
+
+class ReadyRpc:
+    """An rpc that takes one message and answers one, at once where the answer lies ready."""
+
+    def __init__(self, calls: Calls, rpc: str, method: AnswerRaw, ready: FindReady) -> None:
+        self.calls = calls
+        self.rpc = rpc
+        self.method = method
+        self.ready = ready
+
+
+class _ReadyCall(grpc.RpcMethodHandler):  # type: ignore[type-arg]  # generic in its stub alone
+    """The handler of one call of such an rpc: grpc has read its metadata, and to read it again is half of a hit."""
+
+    request_streaming = response_streaming = False
+    request_deserializer = response_serializer = None
+
+    def __init__(self, rpc: ReadyRpc, metadata: Metadata) -> None:
+        self._rpc = rpc
+        self._metadata = metadata
+
+    async def unary_unary(self, raw: bytes, context: Context) -> bytes:  # type: ignore[override]  # that of grpc.aio
+        rpc = self._rpc
+        calls = rpc.calls
+        context.add_done_callback(calls.end)  # type: ignore[arg-type]  # the stub has a class for any callable
+        call = calls.begun(rpc.rpc, self._metadata)
+        try:
+            calls.reception.admit(call)
+            answer = rpc.ready(raw, call)
+        except CacheServerError:
+            answer = None  # the same is found out on the ordinary way, where it is told
+        if answer is not None:
+            calls.succeeded(call, context)
+            return answer
+        call.deadline_s = context.time_remaining()
+        async with calls.received(call, context):
+            return await rpc.method(raw, call)
+
+
+class Service(grpc.ServiceRpcHandler):
+    """The rpcs of a service by their names, as a grpc.aio server needs them."""
+
+    def __init__(self, name: str, rpcs: Mapping[str, Handler | ReadyRpc]) -> None:
+        self._name = name
+        self._rpcs = {f"/{name}/{rpc}": handler for rpc, handler in rpcs.items()}
+
+    def service_name(self) -> str:
+        """Its full name."""
+        return self._name
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
+        """The handler of a call; None if it is of no rpc of ours."""
+        rpc = self._rpcs.get(handler_call_details.method)
+        return _ReadyCall(rpc, handler_call_details.invocation_metadata) if isinstance(rpc, ReadyRpc) else rpc
 
 
 def parse(message_type: type[M], raw: bytes) -> M:

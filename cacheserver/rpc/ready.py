@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from weakref import ref
 
 from cacheserver.cache import PromptCache
+from cacheserver.calls.again import HitAgain
 from cacheserver.calls.asking import Asking
 from cacheserver.calls.bounds import MAX_REQUEST_ID, MAX_TAGS, TAG
 from cacheserver.calls.call import Call
@@ -17,11 +17,9 @@ from cacheserver.calls.directives import cache_status
 from cacheserver.interfaces import Clock
 from cacheserver.model import (
     CachedImage,
-    Identity,
-    MatchLevel,
+    CachePolicy,
     Permission,
     Served,
-    TierName,
     VariantPolicy,
 )
 from cacheserver.pb import promptcache_pb2 as pb
@@ -30,9 +28,6 @@ from cacheserver.rpc.messages import RpcAsked
 
 _MOST_BYTES = 4_096
 """A longer request is read every time."""
-
-_TOLD_S = 60.0
-"""How long an answer may be told again as it is: prices change."""
 
 _LENGTH_DELIMITED = 2
 _REQUEST_ID = pb.GetImageRequest.REQUEST_ID_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
@@ -46,24 +41,12 @@ _Name = tuple[bytes, str]
 
 @dataclass(slots=True)
 class _Known:
-    """A call that was answered from memory: what it asks for, and what was said of the hit. Keeps no picture there."""
+    """A call that was answered from memory. `cache_status` is what it is told in that `second`."""
 
-    asked: RpcAsked
-    identity: Identity | None
-    entry: ref[CachedImage]
-    matched: MatchLevel
-    saved_microusd: int
-    until_s: float
+    again: HitAgain
+    policy: CachePolicy
     second: int = 0
     cache_status: str = ""
-    """What it is told in that second."""
-
-    def served(self) -> Served | None:
-        """What it is answered with, if memory may still have that and the reply with it says the same."""
-        entry = self.entry()
-        if entry is None or entry.reply is None or not entry.reply.fits(self.matched, self.saved_microusd):
-            return None
-        return Served(entry, TierName.MEMORY, self.matched, saved_microusd=self.saved_microusd)
 
 
 class ReadyImages:
@@ -86,42 +69,45 @@ class ReadyImages:
             PermissionDeniedError: the caller may not read there.
         """
         known = self._find(raw, call)
-        served = None if known is None or known.until_s < call.started_s else known.served()
-        if known is None or served is None or served.entry.reply is None:
+        if known is None:
             return None
-        asked = known.asked
-        self._asking.namespace(asked.namespace.name, Permission.READ, call)
-        if not self._asking.hit_again(served, asked, known.identity, call):
+        again = known.again
+        entry = again.entry()
+        reply = None if entry is None else entry.reply
+        if entry is None or reply is None or not reply.fits(again.matched, again.saved_microusd):
             return None
-        call.model, call.quality = asked.model_and_quality
-        self._asking.book((served,), asked, call)
+        self._asking.namespace(again.namespace.name, Permission.READ, call)
+        if not self._asking.hit_again(again, entry, call):
+            return None
         now_s = self._clock.now_s()
         if int(now_s) != known.second:
-            known.second, known.cache_status = int(now_s), cache_status(served, asked.terms.cache_policy, now_s)
+            known.second, known.cache_status = int(now_s), cache_status(again.served(entry), known.policy, now_s)
         call.trailers.append(("cache-status", known.cache_status))
-        return served.entry.reply.raw
+        return reply.raw
 
     def tell(self, served: Served, asked: RpcAsked, raw: bytes, call: Call) -> bytes:
         """The finished answer with one picture, inline. A hit's is kept in memory, and its call known."""
-        entry, reply = served.entry, served.entry.reply
-        if not _is_plain_hit(served):
+        if not served.is_plain_hit:
             return replies.finished(served).raw
+        entry, reply = served.entry, served.entry.reply
         if reply is None or not reply.fits(served.matched, served.saved_microusd):
             had, reply = reply, replies.finished(served)
             if had is not None and had.matched is not reply.matched:
                 return reply.raw  # there is one for each entry: it is for those who ask as the first one did
             entry = self._cache.keep_reply(entry, reply)
-        self._know(entry, served, asked, raw, call)
+        self._know(served, entry, asked, raw, call)
         return reply.raw
 
-    def _know(self, entry: CachedImage, served: Served, asked: RpcAsked, raw: bytes, call: Call) -> None:
-        name = self._name(raw, call) if self._most_known and self._asking.may_hit_again(asked) else None
+    def _know(self, served: Served, entry: CachedImage, asked: RpcAsked, raw: bytes, call: Call) -> None:
+        name = self._name(raw, call) if self._most_known else None
         if name is None or asked.terms.variant_policy is not VariantPolicy.FIRST:
+            return
+        again = self._asking.again(served, entry, asked, call)
+        if again is None:
             return
         if name not in self._known and len(self._known) >= self._most_known:
             del self._known[next(iter(self._known))]
-        until_s = self._clock.monotonic_s() + _TOLD_S
-        self._known[name] = _Known(asked, call.wanted, ref(entry), served.matched, served.saved_microusd, until_s)
+        self._known[name] = _Known(again, asked.terms.cache_policy)
 
     def _find(self, raw: bytes, call: Call) -> _Known | None:
         if known := self._known.get((raw, call.caller.name)):
@@ -136,12 +122,6 @@ class ReadyImages:
             return None
         lasting = _lasting(raw)
         return None if lasting is None else (lasting, call.caller.name)
-
-
-def _is_plain_hit(served: Served) -> bool:
-    """Whether memory had exactly what was asked for: nothing is to be said of it but how well it matched."""
-    is_more = served.collapsed or served.stale or served.degraded or served.derived or served.cost_microusd
-    return served.tier is TierName.MEMORY and served.would_hit is None and not is_more
 
 
 def _lasting(raw: bytes) -> bytes | None:

@@ -48,7 +48,7 @@ from cacheserver.precheck import PromptPolicy
 from cacheserver.recall import Recall
 from cacheserver.rpc import messages, replies, wire
 from cacheserver.rpc.batch import Batch
-from cacheserver.rpc.calls import Calls, Parts, parse
+from cacheserver.rpc.calls import Calls, Parts, Service, parse
 from cacheserver.rpc.inputs import reading
 from cacheserver.rpc.live import live_message
 from cacheserver.rpc.messages import Delivery, Problems, PutHeader, Resume, RpcAsked
@@ -162,7 +162,7 @@ class PromptCacheService:
         parse, and names our types.
         """
         calls = self._calls
-        return grpc.method_handlers_generic_handler(
+        return Service(
             SERVICE_NAME,
             {
                 "GetImage": calls.unary_ready("GetImage", self.get_image, self._ready.answer),

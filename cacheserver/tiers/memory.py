@@ -47,6 +47,14 @@ class MemoryCache:
             return None
         return entry
 
+    def holds(self, name: str, entry: CachedImage) -> bool:
+        """Whether `get` of the key of this name would answer with this very entry, which it did before."""
+        try:
+            is_here = self._entries[name] is entry
+        except KeyError:
+            return False
+        return is_here and (entry.expire_time_s is None or entry.is_fresh(self._clock.now_s()))
+
     def put(self, key: CacheKey, entry: CachedImage) -> None:
         """Keep `entry` under `key` in place of what was there; too large an entry leaves the place empty."""
         if entry_bytes(entry) > self._max_entry_bytes:

@@ -22,7 +22,7 @@ class Fetched:
     def __init__(self, key: CacheKey, asked: UrlAsked, entry: CachedImage, *, is_version: bool) -> None:
         """`key` and `asked` are what the URL says; `is_version` whether `entry` is the version that it names."""
         self.key, self.asked, self.is_version = key, asked, is_version
-        self.place = entry.key if entry.key.is_rendition else key
+        self.place = (entry.key if entry.key.is_rendition else key).name
         """Where memory has it."""
         self.second = 0
         self.lines = b""

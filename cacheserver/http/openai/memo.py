@@ -7,14 +7,14 @@ asked every time. One is kept by everything it was read from: the body, the head
 from __future__ import annotations
 
 from dataclasses import dataclass
-from weakref import ref
 
+from cacheserver.calls.again import HitAgain
 from cacheserver.calls.call import Call
 from cacheserver.http.openai.answers import lasting_headers, passing_headers
 from cacheserver.http.openai.asked import HttpAsked
 from cacheserver.http.openai.headers import IDEMPOTENCY_KEY, READ
 from cacheserver.http.ready import head_lines
-from cacheserver.model import CachePolicy, Identity, Namespace, Served, TierName
+from cacheserver.model import CachedImage, CachePolicy, Identity, Namespace, Served
 
 _MOST_MEMOS = 2_000
 _MOST_BODY_BYTES = 4_096
@@ -33,30 +33,21 @@ Name = tuple[object, ...]
 class Told:
     """The finished body of an answer with one picture, and its headers. Keeps no picture in memory."""
 
-    def __init__(self, served: Served, body: bytes, policy: CachePolicy, *, until_s: float) -> None:
-        """To be told until then (monotonic): what a picture would cost now is to be asked again."""
+    def __init__(self, served: Served, body: bytes, policy: CachePolicy, again: HitAgain) -> None:
+        """`again` is what it takes to tell it to the next call."""
         self.body = body
-        self.until_s = until_s
+        self.again = again
         self._policy = policy
         self._lasting = head_lines(lasting_headers([served]))
         self._second = 0
         self._head = b""
-        self._entry = ref(served.entry)
-        self._matched, self._saved_microusd, self._derived = served.matched, served.saved_microusd, served.derived
 
-    def head(self, served: Served, now_s: float) -> bytes:
-        """The lines of its headers: what changes in them changes once a second."""
+    def head(self, entry: CachedImage, now_s: float) -> bytes:
+        """The lines of its headers with that picture: what changes in them changes once a second."""
         if int(now_s) != self._second:
             self._second = int(now_s)
-            self._head = self._lasting + head_lines(passing_headers([served], self._policy, now_s))
+            self._head = self._lasting + head_lines(passing_headers([self.again.served(entry)], self._policy, now_s))
         return self._head
-
-    def served(self) -> Served | None:
-        """What was served; None once its entry has left memory."""
-        entry = self._entry()
-        if entry is None:
-            return None
-        return Served(entry, TierName.MEMORY, self._matched, saved_microusd=self._saved_microusd, derived=self._derived)
 
 
 @dataclass(slots=True)

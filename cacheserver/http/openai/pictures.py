@@ -26,8 +26,6 @@ from cacheserver.interfaces import Clock
 from cacheserver.model import CachePolicy, Namespace, Pending, Permission, Served, TierName
 
 _REVIEW_RETRY_S = 60
-_TOLD_S = 60.0
-"""How long an answer may be told again as it is."""
 
 
 class Streaming(Protocol):
@@ -76,23 +74,20 @@ class Pictures:
         call.model, call.quality = memo.asked.model_and_quality
         made = self._tell(answer, memo.asked, request, call)
         if len(answer) == 1 and isinstance(made.body, bytes) and not memo.asked.by_url:
-            until_s = self._clock.monotonic_s() + _TOLD_S
-            self._memos.tell(name, memo, Told(answer[0], made.body, memo.asked.terms.cache_policy, until_s=until_s))
+            again = self._asking.again(answer[0], answer[0].entry, memo.asked, call)
+            if again is not None:
+                self._memos.tell(name, memo, Told(answer[0], made.body, memo.asked.terms.cache_policy, again))
         return made
 
     def ready(self, name: Name, call: Call) -> ReadyAnswer | None:
         """What such a call was answered lately, with headers of now, if memory still has that picture."""
         memo = self._memos.find(name)
         told = None if memo is None else memo.told
-        served = None if told is None or told.until_s < call.started_s else told.served()
-        if memo is None or told is None or served is None:
+        entry = None if told is None else told.again.entry()
+        if told is None or entry is None or not self._asking.hit_again(told.again, entry, call):
             return None
-        if not self._asking.hit_again(served, memo.asked, memo.identity, call):
-            return None
-        call.model, call.quality = memo.asked.model_and_quality
-        self._asking.book((served,), memo.asked, call)
         milliseconds = self._milliseconds(call).encode("ascii")
-        head = b"%sopenai-processing-ms: %s\r\n" % (told.head(served, self._clock.now_s()), milliseconds)
+        head = b"%sopenai-processing-ms: %s\r\n" % (told.head(entry, self._clock.now_s()), milliseconds)
         return ReadyAnswer(head, told.body)
 
     async def answer(

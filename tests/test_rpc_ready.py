@@ -1,0 +1,319 @@
+"""GetImage calls that are answered with a finished reply, unread: nobody can tell them from those that are read."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cacheserver.model import CacheKey, Caller, GeneratedImage, MatchLevel, Namespace, Permission, Reply, TierName
+from cacheserver.pb import promptcache_pb2 as pb
+from cacheserver.rpc import service
+from cacheserver.rpc.service import Limits
+from cacheserver.tiers.memory import MemoryCache
+from tests.fakes import FakeClock
+from tests.house import House, open_tier
+from tests.rpc_front import Front, ask, authorization, failure, open_front
+from tests.test_calls_auth import digest
+from tests.tier_contract import make_entry
+
+
+@pytest.fixture
+async def front(house: House) -> AsyncIterator[Front]:
+    async with open_front(house) as front:
+        yield front
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The GetImage requests that were parsed."""
+    parsed: list[bytes] = []
+
+    def parse(message_type: Any, raw: bytes) -> Any:
+        parsed.append(raw)
+        return message_type.FromString(raw)
+
+    monkeypatch.setattr(service, "parse", parse)
+    return parsed
+
+
+async def known(front: Front, request: pb.GetImageRequest, **options: Any) -> pb.GetImageResponse:
+    """The answer to a request that is known from then on: made, found in memory, and found there again."""
+    await front.stub.GetImage(request, **options)
+    await front.stub.GetImage(request, **options)
+    response: pb.GetImageResponse = await front.stub.GetImage(request, **options)
+    return response
+
+
+class TestWhatIsAnsweredUnread:
+    async def test_a_call_that_comes_again_is_and_its_answer_is_the_same(self, front: Front, read: list[bytes]) -> None:
+        await front.stub.GetImage(ask())
+        hit = await front.stub.GetImage(ask())
+        assert len(read) == 2
+        call = front.stub.GetImage(ask())
+        assert await call == hit
+        trailers = dict(await call.trailing_metadata())
+        assert len(read) == 2
+        assert trailers["cache-status"] == "cacheserver; hit; detail=memory; age=0"
+        assert len(trailers["x-request-id"]) == 32
+
+    async def test_ids_and_tags_of_a_call_do_not_matter(self, front: Front, read: list[bytes]) -> None:
+        await known(front, ask(request_id="first", tags=["a"]))
+        del read[:]
+        await front.stub.GetImage(ask(request_id="second", tags=["b", "c"]))
+        await front.stub.GetImage(ask())
+        assert not read
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            ask("a blue fox"),
+            ask(of={"size": "1024x1536"}),
+            ask(n=2),
+            ask(max_age={"seconds": 60}),
+            ask(tags=["not fit"]),
+            ask(tags=["t"] * 17),
+            ask(request_id="x" * 129),
+            ask(cache_policy=pb.CACHE_POLICY_REFRESH),
+            ask(delivery=pb.DELIVERY_URL),
+            ask(max_inline_bytes=1),
+            ask(variant_policy=pb.VARIANT_POLICY_STICKY),
+        ],
+        ids=str,
+    )
+    async def test_a_call_that_asks_for_something_else_is_read_every_time(
+        self, front: Front, read: list[bytes], other: pb.GetImageRequest
+    ) -> None:
+        await known(front, ask())
+        for _ in range(2):
+            await asyncio.gather(front.stub.GetImage(other), return_exceptions=True)
+        seen = len(read)
+        await asyncio.gather(front.stub.GetImage(other), return_exceptions=True)
+        is_a_hit_like_any = other == ask("a blue fox") or other == ask(of={"size": "1024x1536"})
+        assert len(read) - seen == (0 if is_a_hit_like_any else 1)
+
+    async def test_a_call_with_directives_in_its_metadata_is_read(self, front: Front, read: list[bytes]) -> None:
+        await known(front, ask())
+        del read[:]
+        await front.stub.GetImage(ask(), metadata=(("cache-control", "no-cache"),))
+        assert len(read) == 1
+        assert front.house.upstream.calls == 2
+
+    async def test_a_longer_request_is_read(self, front: Front, read: list[bytes]) -> None:
+        await known(front, ask("x" * 5_000))
+        assert len(read) == 3
+
+    async def test_a_key_is_asked_for_unread_too(self, front: Front, read: list[bytes]) -> None:
+        made = await front.stub.GetImage(ask())
+        by_key = pb.GetImageRequest(key=made.images[0].key)
+        first = await known(front, by_key)
+        del read[:]
+        assert await front.stub.GetImage(by_key) == first
+        assert not read
+
+    async def test_none_is_where_none_is_to_be_known(self, house: House, read: list[bytes]) -> None:
+        async with open_front(house, limits=Limits(known_requests=0)) as front:
+            await known(front, ask())
+        assert len(read) == 3
+
+    async def test_the_oldest_of_too_many_is_read_again(self, house: House, read: list[bytes]) -> None:
+        async with open_front(house, limits=Limits(known_requests=1)) as front:
+            await known(front, ask())
+            await known(front, ask("a blue fox"))
+            del read[:]
+            await front.stub.GetImage(ask("a blue fox"))
+            assert not read
+            await front.stub.GetImage(ask())
+        assert len(read) == 1
+
+
+class TestWhatIsAskedEveryTime:
+    async def test_rights_are(self, house: House) -> None:
+        ann = Caller("ann", frozenset(Permission))
+        bob = Caller("bob", frozenset(Permission), namespaces=frozenset({"other"}))
+        callers = [(digest("a"), ann), (digest("b"), bob)]
+        async with open_front(
+            house, callers=callers, anonymous=None, namespaces=[Namespace("other", "other")]
+        ) as front:
+            await known(front, ask(), metadata=authorization("a"))
+            refused = await failure(front.stub.GetImage(ask(), metadata=authorization("b")))
+            unknown = await failure(front.stub.GetImage(ask(), metadata=authorization("c")))
+        assert (refused.code, unknown.code) == ("PERMISSION_DENIED", "UNAUTHENTICATED")
+
+    async def test_a_purged_picture_is_made_anew(self, front: Front) -> None:
+        await known(front, ask())
+        await front.stub.PurgeImages(pb.PurgeImagesRequest(spec=ask().spec))
+        again = await front.stub.GetImage(ask())
+        assert again.status.tier == pb.TIER_UPSTREAM
+
+    async def test_a_replaced_picture_is_told_as_the_new_one(self, front: Front) -> None:
+        before = await known(front, ask())
+        await front.stub.GetImage(ask(cache_policy=pb.CACHE_POLICY_REFRESH))
+        after = await known(front, ask())
+        assert after.images[0].digest != before.images[0].digest
+        assert front.house.upstream.calls == 2
+
+    async def test_a_picture_that_expires_is_made_anew(self, front: Front, house: House) -> None:
+        await known(front, ask(ttl={"seconds": 30}))
+        house.clock.advance(31)
+        assert (await front.stub.GetImage(ask(ttl={"seconds": 30}))).status.tier == pb.TIER_UPSTREAM
+
+    async def test_what_it_saves_is_within_a_minute(
+        self, front: Front, house: House, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = await known(front, ask())
+        monkeypatch.setattr(house.generator, "worth_microusd", lambda *_: before.status.saved_microusd + 7)
+        house.clock.advance(61)
+        after = await front.stub.GetImage(ask())
+        assert after.status.saved_microusd == before.status.saved_microusd + 7
+        assert await front.stub.GetImage(ask()) == after
+
+    async def test_a_namespace_that_screens_prompts_screens_every_one(self, house: House, read: list[bytes]) -> None:
+        house.namespace = replace(house.namespace, store_prompts=True)
+        async with open_front(house) as front:
+            await known(front, ask())
+        assert len(read) == 3
+
+    async def test_calls_that_are_too_many_hear_so(self, house: House) -> None:
+        async with open_front(house, max_concurrent_calls=1) as front:
+            await known(front, ask())
+            house.upstream.hold()
+            waiting = asyncio.ensure_future(front.stub.GetImage(ask("slow")))
+            await house.upstream.arrived(2)
+            assert (await failure(front.stub.GetImage(ask()))).code == "UNAVAILABLE"
+            house.upstream.release()
+            await waiting
+
+
+class TestTheBufferOfAnEntry:
+    async def test_it_holds_the_finished_reply_and_the_picture_is_a_view_into_it(
+        self, front: Front, house: House
+    ) -> None:
+        response = await known(front, ask())
+        held = house.memory.get(CacheKey.parse(response.images[0].key))
+        assert held is not None
+        assert held.reply is not None
+        assert isinstance(held.image.data, memoryview)
+        assert held.image.data.obj is held.reply.raw
+        assert held.image.data == response.images[0].data
+        assert pb.GetImageResponse.FromString(held.reply.raw) == response
+
+    async def test_requests_that_match_otherwise_are_told_so(self, front: Front, house: House) -> None:
+        exact = await known(front, ask("a red fox"))
+        loose = await known(front, ask("a  red   fox"))
+        assert exact.status.matched == pb.MATCH_LEVEL_EXACT
+        assert loose.status.matched == pb.MATCH_LEVEL_STANDARD
+        assert await front.stub.GetImage(ask("a red fox")) == exact
+        assert house.upstream.calls == 1
+
+    def test_all_of_it_counts(self, clock: FakeClock) -> None:
+        memory = MemoryCache(clock=clock, max_bytes=1_000_000)
+        stored = make_entry()
+        memory.put(stored.key, stored)
+        before = memory.size_bytes
+        raw = bytes(100) + bytes(stored.image.data) + bytes(50)
+        kept = memory.keep_reply(stored, Reply(raw, 100, MatchLevel.EXACT, 5))
+        assert memory.size_bytes == before + 150
+        assert memory.get(stored.key) is kept
+        assert kept == stored
+        assert replace(kept, tags=("other",)).reply is None
+
+    def test_one_that_lies_there_no_more_keeps_none(self, clock: FakeClock) -> None:
+        memory = MemoryCache(clock=clock, max_bytes=1_000_000)
+        stored = make_entry()
+        assert memory.keep_reply(stored, Reply(bytes(stored.image.data), 0, MatchLevel.EXACT, 5)) is stored
+        assert memory.get(stored.key) is None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that happens to a service."""
+
+    what: Callable[[Front], Any]
+    name: str
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+PROMPTS = st.sampled_from(["a red fox", "a  red fox", "a blue fox"])
+
+
+@st.composite
+def gets(draw: st.DrawFn) -> Step:
+    request = ask(
+        draw(PROMPTS),
+        request_id=draw(st.sampled_from(["", "one", "two", "x" * 129])),
+        tags=draw(st.sampled_from([[], ["a"], ["no tag"]])),
+        cache_policy=draw(st.sampled_from([0, 0, 0, pb.CACHE_POLICY_ONLY_IF_CACHED, pb.CACHE_POLICY_REFRESH])),
+        max_inline_bytes=draw(st.sampled_from([0, 0, 1])),
+        variant_policy=draw(st.sampled_from([0, 0, pb.VARIANT_POLICY_STICKY])),
+    )
+    n = draw(st.sampled_from([None, None, 1, 2]))
+    if n is not None:
+        request.n = n
+    metadata = draw(st.sampled_from([(), (), (("cache-control", "max-age=5"),), (("x-fallbacks", "2"),)]))
+    raw = request.SerializeToString() + draw(st.sampled_from([b"", b"", b"\xf8\x07\x01", b"\x72\x01\xff", b"\x0a"]))
+
+    async def get(front: Front) -> Any:
+        call = front.channel.unary_unary("/promptcache.v1.PromptCacheService/GetImage")(raw, metadata=metadata)
+        try:
+            answer = pb.GetImageResponse.FromString(await call)
+        except Exception:  # noqa: BLE001 - its status is what is compared
+            answer = None
+        trailers = dict(await call.trailing_metadata() or ())
+        trailers.pop("x-request-id", None)
+        trailers.pop("grpc-status-details-bin", None)  # it holds the id
+        return answer, await call.code(), await call.details(), trailers
+
+    return Step(get, f"get({raw!r}, {metadata})")
+
+
+async def purge(front: Front) -> Any:
+    return await front.stub.PurgeImages(pb.PurgeImagesRequest(spec=ask().spec))
+
+
+async def pass_time(front: Front) -> None:
+    front.house.clock.advance(61)
+
+
+steps = st.lists(
+    st.one_of(gets(), gets(), gets(), st.sampled_from([Step(purge, "purge"), Step(pass_time, "time")])), max_size=14
+)
+
+
+@asynccontextmanager
+async def shop(limits: Limits) -> AsyncIterator[Front]:
+    async with AsyncExitStack() as stack:
+        directory, clock = Path(stack.enter_context(tempfile.TemporaryDirectory())), FakeClock()
+        tiers = [await open_tier(directory / name, name, clock) for name in (TierName.REDIS, TierName.S3)]
+        for tier in tiers:
+            stack.push_async_callback(tier.aclose)
+        house = House(clock=clock, redis=tiers[0], s3=tiers[1])
+        stack.push_async_callback(house.aclose)
+        yield await stack.enter_async_context(open_front(house, limits=limits))
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=40)
+@given(steps)
+async def test_whatever_happens_the_answers_and_the_books_are_those_of_calls_that_are_read(happens: list[Step]) -> None:
+    async with shop(Limits()) as quick, shop(Limits(known_requests=0)) as slow:
+        for step in happens:
+            assert await step.what(quick) == await step.what(slow)
+        assert quick.house.books.snapshot(None).rows == slow.house.books.snapshot(None).rows
+        assert quick.house.upstream.calls == slow.house.upstream.calls
+
+
+def test_a_picture_made_of_an_entry_is_not_bound_to_its_buffer() -> None:
+    stored = make_entry()
+    told = stored.within(Reply(b"..." + bytes(stored.image.data), 3, MatchLevel.EXACT, 0))
+    assert isinstance(told.image, GeneratedImage)
+    assert told.image == stored.image
