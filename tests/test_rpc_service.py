@@ -728,7 +728,8 @@ class TestRights:
 
         monkeypatch.setattr(front.house.cache, "get", look)
         for priority in ("PRIORITY_UNSPECIFIED", "PRIORITY_INTERACTIVE", "PRIORITY_WARM_UP"):
-            await front.stub.GetImage(ask(namespace="shop", priority=priority), metadata=authorization("maker"))
+            asked = ask(priority, namespace="shop", priority=priority)
+            await front.stub.GetImage(asked, metadata=authorization("maker"))
         assert seen == [Priority.BATCH, Priority.BATCH, Priority.WARM_UP]
 
     async def test_stats_show_only_what_the_caller_may_read(self, front: Front) -> None:

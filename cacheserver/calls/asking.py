@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Protocol, TypeVar
@@ -12,6 +12,7 @@ from weakref import ref
 
 from cacheserver.cache import PromptCache
 from cacheserver.calls.again import HitAgain
+from cacheserver.calls.asked import Asked
 from cacheserver.calls.call import Call
 from cacheserver.calls.recorded import kind_of_failure, kinds_of_answer
 from cacheserver.errors import (
@@ -40,7 +41,6 @@ from cacheserver.model import (
     Pending,
     Permission,
     Served,
-    Terms,
     TierName,
 )
 from cacheserver.precheck import PromptPolicy
@@ -50,21 +50,6 @@ DEFAULT_NAMESPACE = "default"
 
 _SAME_PRICE_S = 60.0
 """How long what a hit saved is told again: prices change."""
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a call asks for, as values: the picture wanted by its request or its key, and on what terms."""
-
-    namespace: Namespace
-    what: ImageRequest | CacheKey
-    terms: Terms
-    match_level: MatchLevel | None
-
-    @property
-    def model_and_quality(self) -> tuple[str, str]:
-        """What its row in the books is told by; empty for a call that asks by key."""
-        return (self.what.model, self.what.quality) if isinstance(self.what, ImageRequest) else ("", "")
 
 
 A = TypeVar("A", bound=Asked)
@@ -160,18 +145,17 @@ class Asking:
         policy = self._policies.get(namespace.name)
         return request if policy is None else replace(request, prompt=policy.redacted(request.prompt))
 
-    def hit(self, asked: Asked, identity: Identity, call: Call) -> list[Served] | None:
+    def hit(self, asked: Asked, call: Call, identity: Identity | None = None) -> list[Served] | None:
         """What the cache answers to a call without waiting: pictures in memory. None: screen it, and ask for an answer.
 
-        `identity` is that of the request asked for. A namespace that screens or records prompts answers none like this.
+        `identity` is that of the request, if it is known. A namespace that screens or records prompts answers none so.
         """
         namespace = asked.namespace
         if isinstance(asked.what, CacheKey) or self._screens(namespace):
             return None
-        served = self._cache.hit(Ask(asked.what, identity, namespace, call.caller, asked.terms))
-        if served is not None:
-            call.wanted, call.answer = identity, served
-        return served
+        wanted = call.wanted = identity or identify(asked.what, namespace, asked.match_level)
+        call.answer = self._cache.hit(Ask(asked.what, wanted, namespace, call.caller, asked.terms))
+        return call.answer
 
     def again(self, served: Served, entry: CachedImage, asked: Asked, call: Call) -> HitAgain | None:
         """What it takes to answer such a call with that picture again; None: the next one is to be asked as any other.
@@ -237,7 +221,7 @@ class Asking:
         return answer
 
     async def _answer_request(self, request: ImageRequest, asked: Asked, call: Call) -> list[Served] | Pending:
-        identity = call.wanted = identify(request, asked.namespace, asked.match_level)
+        identity = call.wanted = call.wanted or identify(request, asked.namespace, asked.match_level)
         asking = self._cache.get(request, identity, namespace=asked.namespace, caller=call.caller, terms=asked.terms)
         # An edit cannot be made again of its prompt alone.
         if self._prompts is None or not asked.namespace.store_prompts or request.inputs:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cacheserver.calls.asked import Asked
 from cacheserver.model import Caller, Identity, Pending, Served
 from cacheserver.recall import ToldImages
 
@@ -30,7 +31,7 @@ class Call:
     None where it does not say; `started_s` is monotonic.
     `model` and `quality` are those asked for, empty for a call that asks by key.
     `wanted` is the identity of the picture it asks for, `answer` what it was answered with, `told` what is remembered
-    of that where it is known already. `items` counts those of a stream.
+    of that where it is known already. `items` counts those of a stream. `asked` is what it asks for, once it is read.
     """
 
     rpc: str
@@ -47,6 +48,7 @@ class Call:
     answer: Sequence[Served] | Pending | None = None
     told: ToldImages | None = None
     items: int = 0
+    asked: Asked | None = None
 
     @property
     def ids(self) -> dict[str, str]:

@@ -17,7 +17,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.struct_pb2 import Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from cacheserver.calls.asking import Asked
+from cacheserver.calls.asked import Asked
 from cacheserver.calls.bounds import (
     EXPERIMENTAL_LEVELS,
     MAX_DURATION_S,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Protocol
@@ -165,7 +165,7 @@ class PromptCacheService:
         return Service(
             SERVICE_NAME,
             {
-                "GetImage": calls.unary_ready("GetImage", self.get_image, self._ready.answer),
+                "GetImage": calls.unary_ready("GetImage", self.get_image, self._get_image_at_once),
                 "StreamImage": calls.streams_out("StreamImage", pb.StreamImageRequest, self.stream_image),
                 "BatchGetImages": calls.streams_both("BatchGetImages", pb.BatchGetImagesRequest, self.batch_get_images),
                 "FindCached": calls.unary("FindCached", pb.FindCachedRequest, self.find_cached),
@@ -185,11 +185,29 @@ class PromptCacheService:
 
     # ── asking ──────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _get_image_at_once(self, raw: bytes, call: Call) -> bytes | None:
+        """What `get_image` answers where memory has the picture. None: it is read, and that is all."""
+        if (ready := self._ready.answer(raw, call)) is not None:
+            return ready
+        message = parse(pb.GetImageRequest, raw)
+        if message.spec.inputs:
+            return None
+        asked = call.asked = self._asked(message, call)
+        answer = None if asked.delivery is Delivery.URL else self._asking.hit(asked, call)
+        if answer is None or len(answer) > 1 or answer[0].entry.size_bytes > asked.max_inline_bytes:
+            return None
+        response = self._ready.tell(answer[0], asked, raw, call)
+        self._asking.book(answer, asked, call)
+        self._add_status(answer, asked, call)
+        return response
+
     async def get_image(self, raw: bytes, call: Call) -> bytes:
         """Images from the fastest tier that has them; what is missing is generated."""
-        message = parse(pb.GetImageRequest, raw)
         with self._asking.booked(call), self._uploads.hold() as hold:
-            asked = await self._asking.screened(await self._read(message, call, hold))
+            asked = call.asked
+            if not isinstance(asked, RpcAsked):
+                asked = await self._read(parse(pb.GetImageRequest, raw), call, hold)
+            asked = await self._asking.screened(asked)
             self._check_delivery(asked)
             answer = await self._asking.answer(asked, call)
             if isinstance(answer, Pending):
@@ -197,10 +215,13 @@ class PromptCacheService:
                 return replies.pending_response(answer).SerializeToString()
             response = await self._deliver(answer, asked, raw, call)
             self._asking.book(answer, asked, call)
+        self._add_status(answer, asked, call)
+        return response
+
+    def _add_status(self, answer: Sequence[Served], asked: RpcAsked, call: Call) -> None:
         slowest = directives.slowest(answer)
         status = directives.cache_status(slowest, asked.terms.cache_policy, self._clock.now_s())
         call.trailers.append(("cache-status", status))
-        return response
 
     async def stream_image(self, message: pb.StreamImageRequest, call: Call) -> AsyncGenerator[bytes, None]:
         """Progress while waiting, then each image as a header and chunks."""

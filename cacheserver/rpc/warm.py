@@ -9,7 +9,7 @@ from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
-from cacheserver.calls.asking import Asked
+from cacheserver.calls.asked import Asked
 from cacheserver.calls.call import Call
 from cacheserver.errors import (
     CacheServerError,

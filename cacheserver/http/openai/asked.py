@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cacheserver.calls.asking import Asked
+from cacheserver.calls.asked import Asked
 from cacheserver.http.openai.reading import Wanted
 
 

@@ -68,7 +68,7 @@ class Pictures:
         memo = self._memos.find(name)
         if memo is None:
             return None
-        answer = self._asking.hit(memo.asked, memo.identity, call)
+        answer = self._asking.hit(memo.asked, call, memo.identity)
         if answer is None:
             return None
         call.model, call.quality = memo.asked.model_and_quality
