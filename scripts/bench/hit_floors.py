@@ -4,40 +4,48 @@
 
 ANSWER is a file of gRPC messages, each with its prefix of five bytes, as one answer brings them over the wire; without
 any every call fails with NOT_FOUND. The server is grpcio's for asyncio on asyncio's own loop and with no options, or
-`--tuned`: on uvloop, with the options of our own. It prints the port that it listens on.
+`--tuned`: on uvloop, with the options of our own. With --redis or --s3 (`http://host:port/bucket`, credentials where
+boto3 finds them) the first message is stored there, and fetched anew for each call. It prints the port it listens on.
+
+With --alone there is no server: it fetches as often as standard input says.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import grpc
 import typer
 import uvloop
+from redis.asyncio import Redis
 
 from cacheserver.rpc.server import SERVER_OPTIONS
+from cacheserver.settings.schema import S3Settings
+from cacheserver.tiers.s3_client import new_client, new_session
+from scripts.bench.framing import messages_of
+from scripts.bench.obedient import obey
 
-PREFIX_BYTES = 5
-"""Of each gRPC message on the wire: whether it is compressed, and its length."""
+Fetch = Callable[[], Awaitable[bytes]]
 
-_Handler = Callable[[bytes, "grpc.aio.ServicerContext[bytes, bytes]"], Awaitable[Any]]
-
-
-def framed(message: bytes) -> bytes:
-    """A message as gRPC sends it: not compressed, its length, itself."""
-    return b"\0" + len(message).to_bytes(4, "big") + message
+_NAME = "floor"
+_TIMEOUT_S = 30.0
 
 
-def messages_of(answer: bytes) -> Iterator[bytes]:
-    """The messages of an answer as it comes over the wire."""
-    at = 0
-    while at < len(answer):
-        start = at + PREFIX_BYTES
-        at = start + int.from_bytes(answer[at + 1 : start], "big")
-        yield answer[start:at]
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """What to be, as `main` is told it."""
+
+    method: str
+    messages: tuple[bytes, ...]
+    options: tuple[tuple[str, Any], ...]
+    redis: str
+    s3: str
+    alone: int
 
 
 def _handler(messages: Sequence[bytes]) -> grpc.RpcMethodHandler[Any, Any]:
@@ -59,6 +67,49 @@ def _handler(messages: Sequence[bytes]) -> grpc.RpcMethodHandler[Any, Any]:
     return grpc.unary_unary_rpc_method_handler(answer if messages else fail)
 
 
+def _fetching(fetch: Fetch) -> grpc.RpcMethodHandler[Any, Any]:
+    async def answer(_: bytes, __: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        return await fetch()
+
+    return grpc.unary_unary_rpc_method_handler(answer)
+
+
+async def _from_redis(url: str, value: bytes) -> Fetch:
+    """GET of redis-py as it comes, with hiredis."""
+    client = Redis.from_url(url)
+    await client.set(_NAME, value)
+
+    async def fetch() -> bytes:
+        data = await client.get(_NAME)
+        return cast("bytes", data)
+
+    return fetch
+
+
+async def _from_s3(url: str, value: bytes) -> Fetch:
+    """get_object of boto3 with our client's options, in as many threads as we have."""
+    endpoint, _, bucket = url.rpartition("/")
+    threads = S3Settings().threads
+    client = new_client(
+        new_session(None, None),
+        endpoint=endpoint,
+        region="us-east-1",
+        connect_timeout_s=_TIMEOUT_S,
+        timeout_s=_TIMEOUT_S,
+        connections=threads,
+    )
+    client.put_object(Bucket=bucket, Key=_NAME, Body=value)
+    loop, pool = asyncio.get_running_loop(), ThreadPoolExecutor(threads)
+
+    def read() -> bytes:
+        return client.get_object(Bucket=bucket, Key=_NAME)["Body"].read()
+
+    async def fetch() -> bytes:
+        return await loop.run_in_executor(pool, read)
+
+    return fetch
+
+
 async def serve(method: str, handler: grpc.RpcMethodHandler[Any, Any], options: Sequence[tuple[str, Any]]) -> None:
     """Serve one method until the process ends."""
     server = grpc.aio.server(options=options)
@@ -70,28 +121,48 @@ async def serve(method: str, handler: grpc.RpcMethodHandler[Any, Any], options: 
     await server.wait_for_termination()
 
 
+async def _run(floor: Floor) -> None:
+    fetch = None
+    if floor.redis:
+        fetch = await _from_redis(floor.redis, floor.messages[0])
+    elif floor.s3:
+        fetch = await _from_s3(floor.s3, floor.messages[0])
+    if fetch is not None and floor.alone:
+        await obey(fetch, at_a_time=floor.alone)
+    else:
+        handler = _handler(floor.messages) if fetch is None else _fetching(fetch)
+        await serve(floor.method, handler, floor.options)
+
+
 def option(text: str) -> tuple[str, Any]:
     """A channel argument as `name=value`; a whole number is one."""
     name, _, value = text.partition("=")
     return name, int(value) if value.lstrip("-").isdigit() else value
 
 
-def main(
+def main(  # noqa: PLR0913 - options
     answer_file: Annotated[Path, typer.Argument(metavar="ANSWER", help="File of the gRPC messages of one answer.")],
     *,
-    method: Annotated[str, typer.Option(help="Path of the rpc.")],
+    method: Annotated[str, typer.Option(help="Path of the rpc.")] = "/none/None",
     tuned: Annotated[bool, typer.Option("--tuned", help="On uvloop and with our options.")] = False,
-    options: Annotated[
-        list[str] | None, typer.Option("--option", help="A further channel argument: name=value.")
-    ] = None,
+    options: Annotated[list[str] | None, typer.Option("--option", help="A channel argument more: name=value.")] = None,
+    redis: Annotated[str, typer.Option(help="Fetch the answer from this Redis.")] = "",
+    s3: Annotated[str, typer.Option(help="Fetch the answer from this bucket.")] = "",
+    alone: Annotated[int, typer.Option(help="Fetch so many at a time, without a server.")] = 0,
 ) -> None:
     """Answer every call with the same bytes."""
-    handler = _handler(tuple(messages_of(answer_file.read_bytes())))
-    further = [option(each) for each in options or ()]
-    if tuned:
-        uvloop.run(serve(method, handler, (*SERVER_OPTIONS, *further)))
+    floor = Floor(
+        method=method,
+        messages=tuple(messages_of(answer_file.read_bytes())),
+        options=(*(SERVER_OPTIONS if tuned else ()), *map(option, options or ())),
+        redis=redis,
+        s3=s3,
+        alone=alone,
+    )
+    if tuned or alone:
+        uvloop.run(_run(floor))
     else:
-        asyncio.run(serve(method, handler, further))
+        asyncio.run(_run(floor))
 
 
 if __name__ == "__main__":

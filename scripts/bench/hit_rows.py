@@ -1,117 +1,148 @@
-"""The rows of hit_path: what is asked, who answers, and what ours may cost of what a bare server does."""
+"""The rows of hit_path that h2load alone can ask: hits from memory in every form, and a miss."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 
-from scripts.bench import h2load
-from scripts.bench.h2load import Call, Load
-from scripts.bench.hit_rounds import AGAIN, BARE, OURS, TUNED, Goal, Turn
-from scripts.bench.hit_stage import SERVICE, Server, Stage, request
+from cacheserver.pb import promptcache_pb2 as pb
+from scripts.bench.hit_load import Load
+from scripts.bench.hit_rounds import BARE, OURS, TUNED, Goal
+from scripts.bench.hit_sides import KB, SIZES, USUAL, Asked, Row, Sides, asking
+from scripts.bench.hit_stage import Stage, request
 
-KB = 1_000
-SIZES = {"4kB": 4 * KB, "100kB": 100 * KB, "1.5MB": 1_500 * KB}
-LOGGED = "service, level info"
-
+_LOGGED = "service, level info"
 _MOST_CPU = {"4kB": (1.00, 1.15), "100kB": (0.97, 1.10), "1.5MB": (1.00, 1.05)}
-"""Of L1 hits by size: to the bare server, and to the one that is tuned as ours is."""
+"""Of hits from memory by size: to the bare server, and to the one that is tuned as ours is."""
 
 _MOST_P50 = 1.15
-_USUAL = 32
-"""Calls at a time."""
+_STREAMED = {"1.5MB": 1_500 * KB, "20MB": 20_000 * KB}
+_STREAMS = 4
+_PROMPTS = {"4kB": 10_000, "100kB": 10_000, "1.5MB": 400}
+"""The larger the fewer: 10,000 of 1.5 MB would not fit."""
 
-_CALIBRATION_CALLS = 320
-_FEWEST_CALLS = 2
-"""Calls of each stream in a turn."""
+_PROMPTS_MEMORY = 3 * 2**30
+_SKEW = 0.8
+_MOST_CPU_UNKNOWN = 1.25
+_FOUND = 1_000
+_MOST_US_FOUND = 10_000.0
+"""100,000 prompts a second on one core."""
 
-Sides = Mapping[str, Turn]
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One thing that is measured.
-
-    Args:
-        name: as `--rows` selects it.
-        sides: prepares it; given is how many seconds a turn should take.
-        goals: what ours may cost at most.
-        bytes_each: of what a call brings.
-    """
-
-    name: str
-    sides: Callable[[Stage, float], AbstractAsyncContextManager[Sides]]
-    goals: tuple[Goal, ...] = ()
-    bytes_each: int = 0
-
-
-async def _by_turns(servers: Mapping[str, Server], call: Call, load: Load, turn_s: float) -> Sides:
-    """The same call to each, as often in a turn as takes the bare one `turn_s` seconds."""
-
-    def asking(server: Server, calls: int) -> Callable[[], Awaitable[h2load.Taken]]:
-        return partial(h2load.ask, call, server.address, server.pid, calls=calls, load=load)
-
-    at_a_time = load.connections * load.streams
-    for server in servers.values():
-        taken = await asking(server, max(_CALIBRATION_CALLS, 4 * at_a_time))()  # warms it up, too
-        if server is servers[BARE]:
-            per_second = taken.calls / taken.seconds
-    calls = max(int(per_second * turn_s) // at_a_time, _FEWEST_CALLS) * at_a_time
-    return {name: asking(server, calls) for name, server in servers.items()}
+_EXPIRY_BYTES = 16
+"""By which signed URLs may differ that were made at other times."""
 
 
 @asynccontextmanager
-async def _floors(stage: Stage, answer_file: Path, rpc: str) -> AsyncIterator[dict[str, Server]]:
-    """The bare server twice, and the tuned one."""
-    async with AsyncExitStack() as stack:
-        yield {
-            name: await stack.enter_async_context(stage.floor(answer_file, rpc, tuned=name is TUNED))
-            for name in (BARE, AGAIN, TUNED)
-        }
-
-
-@asynccontextmanager
-async def _from_memory(stage: Stage, turn_s: float, *, size: str, at_a_time: int, logged: bool) -> AsyncIterator[Sides]:
+async def _from_memory(
+    stage: Stage, turn_s: float, *, size: str, at_a_time: int, logged: bool = False
+) -> AsyncIterator[Sides]:
     """GetImage of a picture that memory has."""
     services = {OURS: await stage.service()}
     if logged:
-        services[LOGGED] = await stage.service(log__level="info")
-    asked = request(prompt := f"a red fox of {size}")
+        services[_LOGGED] = await stage.service(log__level="info")
+    message = request(prompt := f"a red fox of {size}")
     for service in services.values():
         await stage.put(service, {prompt: SIZES[size]})
-        answer = await stage.from_memory(service, asked)
-    answer_file = stage.file("answer", answer)
-    call = Call(
-        method=f"{SERVICE}GetImage",
-        body_file=stage.file("body", [asked.SerializeToString()]),
-        answer_bytes=answer_file.stat().st_size,
-        token=stage.token,
-    )
-    async with _floors(stage, answer_file, "GetImage") as floors:
-        yield await _by_turns({**floors, **services}, call, Load.of(at_a_time), turn_s)
+        answer = await stage.hit(service, message)
+    asked = Asked("GetImage", [message.SerializeToString()], answer)
+    async with asking(stage, turn_s, asked, services, load=Load.of(at_a_time)) as sides:
+        yield sides
+
+
+@asynccontextmanager
+async def _streamed(stage: Stage, turn_s: float, *, size: str) -> AsyncIterator[Sides]:
+    """StreamImage of a picture that memory has."""
+    service = await stage.service()
+    await stage.put(service, {(prompt := f"a streamed fox of {size}"): _STREAMED[size]})
+    message = pb.StreamImageRequest(request=request(prompt)).SerializeToString()
+    answer = await stage.answer(service, "StreamImage", message)
+    if pb.StreamImageResponse.FromString(answer[0]).header.status.tier != pb.TIER_MEMORY:
+        raise RuntimeError("answered by another tier than is measured")
+    asked = Asked("StreamImage", [message], answer)
+    async with asking(stage, turn_s, asked, {OURS: service}, load=Load(_STREAMS)) as sides:
+        yield sides
+
+
+@asynccontextmanager
+async def _by_url(stage: Stage, turn_s: float) -> AsyncIterator[Sides]:
+    """GetImage that is answered with a URL."""
+    service = await stage.service(delivery__public_url="http://127.0.0.1:8080")
+    await stage.put(service, {(prompt := "a linked fox"): SIZES["100kB"]})
+    message = request(prompt, delivery=pb.DELIVERY_URL)
+    asked = Asked("GetImage", [message.SerializeToString()], await stage.hit(service, message), _EXPIRY_BYTES)
+    async with asking(stage, turn_s, asked, {OURS: service}, load=Load(USUAL)) as sides:
+        yield sides
+
+
+@asynccontextmanager
+async def _missed(stage: Stage, turn_s: float) -> AsyncIterator[Sides]:
+    """GetImage, only if cached, of what no tier has: Redis and the directory are asked."""
+    service = await stage.service()
+    message = request("nobody has this", cache_policy=pb.CACHE_POLICY_ONLY_IF_CACHED).SerializeToString()
+    asked = Asked("GetImage", [message], await stage.answer(service, "GetImage", message))
+    async with asking(stage, turn_s, asked, {OURS: service}, load=Load(USUAL)) as sides:
+        yield sides
+
+
+@asynccontextmanager
+async def _found(stage: Stage, turn_s: float) -> AsyncIterator[Sides]:
+    """FindCached of prompts whose pictures memory has."""
+    service = await stage.service()
+    prompts = [f"a fox that is found, number {n}" for n in range(_FOUND)]
+    await stage.put(service, dict.fromkeys(prompts, 2 * KB))
+    message = pb.FindCachedRequest(items=[pb.FindItem(spec=request(prompt).spec) for prompt in prompts])
+    answer = await stage.answer(service, "FindCached", message.SerializeToString())
+    if {item.tier for item in pb.FindCachedResponse.FromString(answer[0]).items} != {pb.TIER_MEMORY}:
+        raise RuntimeError("not all were found in memory")
+    asked = Asked("FindCached", [message.SerializeToString()], answer)
+    async with asking(stage, turn_s, asked, {OURS: service}, load=Load(_STREAMS)) as sides:
+        yield sides
+
+
+@asynccontextmanager
+async def _of_many(stage: Stage, turn_s: float, *, size: str) -> AsyncIterator[Sides]:
+    """GetImage of one picture of many by Zipf's law, each call with a request_id of its own and no requests known."""
+    service = await stage.service(server__known_requests=0, memory__max_bytes=_PROMPTS_MEMORY)
+    prompts = [f"a fox of {size} among many, number {n}" for n in range(_PROMPTS[size])]
+    await stage.put(service, dict.fromkeys(prompts, SIZES[size]))
+    messages = [request(prompt) for prompt in prompts]
+    answer = await stage.hit(service, messages[0])
+    asked = Asked("GetImage", [each.SerializeToString() for each in messages], answer, skew=_SKEW)
+    async with asking(stage, turn_s, asked, {OURS: service}, load=Load(USUAL)) as sides:
+        yield sides
 
 
 def _goals(size: str, at_a_time: int) -> tuple[Goal, ...]:
     if at_a_time == 1:
         return (Goal(TUNED, _MOST_P50, "p50_us"),)
     bare, tuned = _MOST_CPU[size]
-    return (Goal(BARE, bare), Goal(TUNED, tuned)) if at_a_time == _USUAL else ()
+    return (Goal(BARE, bare), Goal(TUNED, tuned)) if at_a_time == USUAL else ()
 
 
 def _memory_rows() -> list[Row]:
-    plain = [(size, at_a_time, False) for size in SIZES for at_a_time in (_USUAL, 1, 256)]
-    return [
+    rows = [
         Row(
-            name=f"l1/{size}/{'log' if logged else at_a_time}",
-            sides=partial(_from_memory, size=size, at_a_time=at_a_time, logged=logged),
-            goals=() if logged else _goals(size, at_a_time),
-            bytes_each=SIZES[size],
+            f"l1/{size}/{at_a_time}",
+            partial(_from_memory, size=size, at_a_time=at_a_time),
+            _goals(size, at_a_time),
+            size_bytes,
         )
-        for size, at_a_time, logged in [*plain, ("100kB", _USUAL, True)]
+        for size, size_bytes in SIZES.items()
+        for at_a_time in (USUAL, 1, 256)
     ]
+    logged = partial(_from_memory, size="100kB", at_a_time=USUAL, logged=True)
+    return [*rows, Row("l1/100kB/log", logged, bytes_each=SIZES["100kB"])]
 
 
-ROWS = tuple(_memory_rows())
+def rows() -> list[Row]:
+    """All of them."""
+    unknown = (Goal(BARE, _MOST_CPU_UNKNOWN),)
+    return [
+        *_memory_rows(),
+        *(Row(f"prompts/{size}/{USUAL}", partial(_of_many, size=size), unknown, SIZES[size]) for size in SIZES),
+        *(Row(f"stream/{size}/{_STREAMS}", partial(_streamed, size=size), (), _STREAMED[size]) for size in _STREAMED),
+        Row(f"url/100kB/{USUAL}", _by_url),
+        Row(f"miss/-/{USUAL}", _missed),
+        Row(f"find/{_FOUND}/{_STREAMS}", _found, (Goal(None, _MOST_US_FOUND),)),
+    ]

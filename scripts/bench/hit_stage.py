@@ -27,10 +27,11 @@ import grpc
 from cacheserver.client import AsyncClient, ImageSpec
 from cacheserver.embedded.child import leashed
 from cacheserver.pb import promptcache_pb2 as pb
-from scripts.bench.hit_floors import framed
+from scripts.bench.framing import framed
+from scripts.bench.obedient import Obedient, obedient
 from scripts.bench.stand import ServiceProcess
 from tests.provider import small_image
-from tests.servers import ValkeyServer
+from tests.servers import S3Server, ValkeyServer
 
 SERVICE = "/promptcache.v1.PromptCacheService/"
 
@@ -39,6 +40,8 @@ _TASKS = "/proc/{pid}/task"
 _PNG_END = 12  # bytes of the chunk that ends a PNG
 _CHUNK_REST = 12  # bytes of a PNG chunk beside its data
 _PUT_AT_A_TIME = 4
+_FLOORS = "scripts.bench.hit_floors"
+_S3_CREDENTIALS = {"AWS_ACCESS_KEY_ID": S3Server.access_key, "AWS_SECRET_ACCESS_KEY": S3Server.secret_key}
 _CREATED = datetime(2026, 1, 1, tzinfo=UTC)  # the same of all: the answers of two services have the same size then
 _SIZE, _QUALITY = "1024x1024", "high"
 _CONFIG = """
@@ -139,6 +142,13 @@ class Stage:
         await asyncio.to_thread(server.start)
         return server
 
+    async def s3(self) -> S3Server:
+        """A new S3 server."""
+        server = S3Server(Path(tempfile.mkdtemp(prefix="s3-", dir=self.directory)))
+        self._stack.push_async_callback(asyncio.to_thread, server.close)
+        await asyncio.to_thread(server.start)
+        return server
+
     async def _started(self, service: ServiceProcess) -> Server:
         await self._stack.enter_async_context(service)
         self.cores.pin(service.pid)
@@ -172,10 +182,10 @@ class Stage:
                     return []
                 raise
 
-    async def from_memory(self, service: Server, request: pb.GetImageRequest) -> list[bytes]:
-        """The answer to this request; RuntimeError if it is none from memory."""
-        [answer] = await self.answer(service, "GetImage", request.SerializeToString())
-        if pb.GetImageResponse.FromString(answer).status.tier != pb.TIER_MEMORY:
+    async def hit(self, service: Server, asked: pb.GetImageRequest, *, tier: pb.Tier = pb.TIER_MEMORY) -> list[bytes]:
+        """The answer to this request; RuntimeError if it comes from another tier."""
+        [answer] = await self.answer(service, "GetImage", asked.SerializeToString())
+        if pb.GetImageResponse.FromString(answer).status.tier != tier:
             raise RuntimeError("answered by another tier than is measured")
         return [answer]
 
@@ -187,20 +197,21 @@ class Stage:
 
     @asynccontextmanager
     async def floor(
-        self,
-        answer_file: Path,
-        rpc: str,
-        *,
-        tuned: bool = False,
-        options: Sequence[str] = (),
-        environment: Mapping[str, str] | None = None,
+        self, answer_file: Path, rpc: str, *options: str, environment: Mapping[str, str] | None = None
     ) -> AsyncIterator[Server]:
-        """A bare server in a process of its own, from `hit_floors`; `options` are further channel arguments."""
-        argv = [sys.executable, "-m", "scripts.bench.hit_floors", str(answer_file), "--method", SERVICE + rpc]
-        argv += [*(["--tuned"] if tuned else []), *(word for option in options for word in ("--option", option))]
-        async with process(argv, environment) as (port, pid):
+        """A bare server in a process of its own, from `hit_floors` with these options of its."""
+        argv = [sys.executable, "-m", _FLOORS, str(answer_file), "--method", SERVICE + rpc, *options]
+        async with process(argv, {**_S3_CREDENTIALS, **(environment or {})}) as (port, pid):
             self.cores.pin(pid)
             yield Server(f"127.0.0.1:{port}", pid)
+
+    @asynccontextmanager
+    async def alone(self, answer_file: Path, at_a_time: int, *options: str) -> AsyncIterator[Obedient]:
+        """What a bare server fetches with these options, without the server."""
+        argv = [_FLOORS, str(answer_file), "--alone", str(at_a_time), *options]
+        async with obedient(argv, _S3_CREDENTIALS) as program:
+            self.cores.pin(program.pid)
+            yield program
 
 
 @asynccontextmanager
