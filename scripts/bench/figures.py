@@ -74,6 +74,7 @@ def write_json(file: Path | None, bench: str, result: Any) -> None:
         return
     machine = {"cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
     text = json.dumps(_without_nan({"bench": bench, "machine": machine, "result": result}), indent=2, allow_nan=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text + "\n")
 
 
