@@ -11,7 +11,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cacheserver.identity import PROFILES, identify, key_of_alike
+from cacheserver.identity import PROFILES, identify, key_of, key_of_alike
 from cacheserver.identity.fingerprint import canonical_json
 from cacheserver.model import CacheKey, ImageRequest, InputImage, InputRole, MatchLevel, Namespace
 
@@ -217,6 +217,30 @@ REQUESTS = st.builds(
 def test_the_order_of_extra_does_not_matter(request: ImageRequest) -> None:
     turned = dataclasses.replace(request, extra=dict(reversed(list(request.extra.items()))))
     assert identify(request, NAMESPACE) == identify(turned, NAMESPACE)
+
+
+@given(request=REQUESTS, has_extra=st.booleans(), output_format=st.sampled_from(["png", "jpeg"]))
+@pytest.mark.parametrize("profile", ["standard", "catalog"])
+def test_the_bytes_are_those_of_all_fields_however_they_are_joined(
+    profile: str, request: ImageRequest, output_format: str, *, has_extra: bool
+) -> None:
+    namespace = dataclasses.replace(NAMESPACE, profile=profile, catalog_patterns=("sku", '"prompt":""'))
+    request = dataclasses.replace(request, output_format=output_format, extra=request.extra if has_extra else {})
+    identity = identify(request, namespace)
+    fields = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    fields["prompt"] = identity.normalized_prompt
+    if output_format == "png":
+        fields["output_compression"] = None
+    if profile == "catalog":
+        fields["catalog_patterns"] = namespace.catalog_patterns
+    assert identity.canonical.decode() == canonical_json([f"{profile}/1", fields])
+
+
+@given(request=REQUESTS, variant=st.integers(0, 3))
+@pytest.mark.parametrize("profile", ["exact", "standard", "catalog"])
+def test_the_key_alone_is_that_of_the_identity(profile: str, request: ImageRequest, variant: int) -> None:
+    namespace = dataclasses.replace(NAMESPACE, profile=profile, catalog_patterns=(r"sku \d+",))
+    assert key_of(request, namespace, variant) == identify(request, namespace).key.with_variant(variant)
 
 
 @given(request=REQUESTS, size=st.sampled_from(["auto", "32x32"]), level=st.sampled_from([None, MatchLevel.EXACT]))

@@ -7,7 +7,7 @@ namespace's profile (normalize.py), writes the canonical identity and hashes it 
 
 from cacheserver.identity.catalog import compile_catalog_patterns
 from cacheserver.identity.explain import FieldDifference, differences, fields_of
-from cacheserver.identity.fingerprint import identify, key_of_alike
+from cacheserver.identity.fingerprint import identify, key_of, key_of_alike
 from cacheserver.identity.normalize import PROFILES, Profile, normalize_prompt
 from cacheserver.identity.validation import CHOICES, QUALITIES, validate, validate_prompt
 
@@ -21,6 +21,7 @@ __all__ = [
     "differences",
     "fields_of",
     "identify",
+    "key_of",
     "key_of_alike",
     "normalize_prompt",
     "validate",

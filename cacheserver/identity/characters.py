@@ -63,10 +63,15 @@ _IS_UNSPACED = re.compile(f"[{UNSPACED}]")
 
 def fold_characters(text: str) -> str:
     """`text` in NFC with every character folded that folds."""
-    if text.isascii() and text.isprintable():
+    if is_plain(text):
         return text
     folded = _STRANDED_JOINERS.sub("", _FOLDABLE.sub(_fold, text))
     return unicodedata.normalize("NFC", folded)
+
+
+def is_plain(text: str) -> bool:
+    """Whether `text` is ASCII without control characters: nothing folds, and the only white space is the space."""
+    return text.isascii() and text.isprintable()
 
 
 def is_unspaced(character: str) -> bool:

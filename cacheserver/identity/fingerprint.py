@@ -12,6 +12,8 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import lru_cache
+from operator import attrgetter
 
 import xxhash
 
@@ -31,6 +33,12 @@ _FIELDS = tuple(field.name for field in fields(ImageRequest))
 _INPUT_FIELDS = tuple(field.name for field in fields(InputImage) if field.compare)
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":"))
 
+PLAIN_FIELDS = tuple(name for name in _FIELDS if name not in {"prompt", "extra", "inputs"})
+"""The fields with short values, which many requests have in common."""
+
+plain_values = attrgetter(*PLAIN_FIELDS)
+"""The values of a request's PLAIN_FIELDS."""
+
 
 def identify(request: ImageRequest, namespace: Namespace, match_level: MatchLevel | None = None) -> Identity:
     """The identity of a validated request under the namespace's profile, with the key of variant 0.
@@ -43,9 +51,7 @@ def identify(request: ImageRequest, namespace: Namespace, match_level: MatchLeve
         ValueError: a catalog pattern cannot be used, or the request holds what `validate` refuses.
     """
     profile = _profile(namespace, match_level)
-    patterns = namespace.catalog_patterns if profile.level is MatchLevel.CATALOG else ()
-    prompt = normalize_prompt(request.prompt, profile.name, patterns)
-    canonical = _canonical(request, profile, prompt, patterns)
+    prompt, canonical = _normalized(request, namespace, profile)
     return Identity(
         key=CacheKey(namespace.partition, fingerprint_of(canonical), digest_of(canonical), variant=0),
         level=profile.level,
@@ -54,6 +60,12 @@ def identify(request: ImageRequest, namespace: Namespace, match_level: MatchLeve
         canonical=canonical,
         prompt_digest=digest_of(request.prompt.encode()),
     )
+
+
+def key_of(request: ImageRequest, namespace: Namespace, variant: int) -> CacheKey:
+    """The key that `identify` gives a request's `variant`, for whoever wants nothing else of its identity."""
+    _, canonical = _normalized(request, namespace, PROFILES[namespace.profile])
+    return CacheKey(namespace.partition, fingerprint_of(canonical), digest_of(canonical), variant)
 
 
 def key_of_alike(identity: Identity, request: ImageRequest) -> CacheKey:
@@ -103,16 +115,38 @@ def _profile(namespace: Namespace, match_level: MatchLevel | None) -> Profile:
     return next(profile for profile in PROFILES.values() if profile.level is match_level)
 
 
+def _normalized(request: ImageRequest, namespace: Namespace, profile: Profile) -> tuple[str, bytes]:
+    """The prompt under the profile, and the canonical bytes."""
+    patterns = namespace.catalog_patterns if profile.level is MatchLevel.CATALOG else ()
+    prompt = normalize_prompt(request.prompt, profile.name, patterns)
+    return prompt, _canonical(request, profile, prompt, patterns)
+
+
 def _canonical(request: ImageRequest, profile: Profile, prompt: str, patterns: tuple[str, ...]) -> bytes:
-    """The canonical bytes. Every field enters by itself: one is left out by saying so here, never by oversight."""
-    identity: dict[str, object] = {name: getattr(request, name) for name in _FIELDS}
-    identity["prompt"] = prompt
-    if request.output_format not in _LOSSY_FORMATS:
-        identity["output_compression"] = None
+    """The canonical bytes. Every field enters by itself: one is left out by saying so, never by oversight."""
+    if request.extra or request.inputs:
+        values = {name: getattr(request, name) for name in _FIELDS}
+        return _identity_json(profile, patterns, values | {"prompt": prompt}).encode()
+    before, after = _around_prompt(profile, patterns, *plain_values(request))
+    return f"{before}{canonical_json(prompt)}{after}".encode()
+
+
+@lru_cache(maxsize=256, typed=True)  # typed: 1 and True are equal, and not alike as JSON
+def _around_prompt(profile: Profile, patterns: tuple[str, ...], *plain: object) -> tuple[str, str]:
+    """What stands before and after the prompt in the JSON of a request that has these values and nothing else."""
+    values = dict(zip(PLAIN_FIELDS, plain, strict=True))
+    written = _identity_json(profile, patterns, values | {"prompt": "", "extra": {}, "inputs": ()})
+    before, name, after = written.partition('"prompt":')  # no text holds this: its quotes would be escaped
+    return before + name, after.removeprefix('""')
+
+
+def _identity_json(profile: Profile, patterns: tuple[str, ...], values: dict[str, object]) -> str:
+    if values["output_format"] not in _LOSSY_FORMATS:
+        values["output_compression"] = None
     if profile.level is MatchLevel.CATALOG:
         # Namespaces of one partition may drop different things, and patterns change.
-        identity["catalog_patterns"] = patterns
-    return canonical_json([profile.versioned, identity]).encode()
+        values["catalog_patterns"] = patterns
+    return canonical_json([profile.versioned, values])
 
 
 def _plain(value: object) -> JsonValue:

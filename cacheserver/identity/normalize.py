@@ -24,9 +24,9 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from cacheserver.identity.catalog import compile_catalog_patterns, drop
-from cacheserver.identity.characters import UNSPACED, fold_characters
+from cacheserver.identity.characters import UNSPACED, fold_characters, is_plain
 from cacheserver.identity.homographs import HOMOGRAPHS
-from cacheserver.identity.verbatim import Part, UnclearQuotesError, split
+from cacheserver.identity.verbatim import Part, UnclearQuotesError, is_without, split
 from cacheserver.model import MatchLevel
 
 
@@ -55,12 +55,18 @@ _LETTER_OR_DIGIT = rf"[^\W_{UNSPACED}]"
 _WORD = re.compile(rf"(?<!{_LETTER_OR_DIGIT})(?<!_)(?=[a-z0-9]*[^\Wa-z0-9_]){_LETTER_OR_DIGIT}++(?!_)")
 """A word that may have capitals; not part of a name_with_underscores, which is a file or a trained style."""
 
+_CAPITAL = re.compile(r"[A-Z][A-Za-z0-9_]*")
+"""The rest of a word from its first capital on, in ASCII."""
+
 _RESOLUTION = re.compile(r"[0-9]+K|[234]D")
 _ARTICLE = re.compile(
     r"(?:\A|(?<=[.!?] ))A "
     r"(?!(?i:and|as|at|by|for|from|in|is|of|on|or|to|with)\b)"  # "A is for apple" has the letter, not the article
     r"(?=[0-9]|[^\W\d_][^\WA-Z])"
 )
+_ASCII_ARTICLES = (". A ", "! A ", "? A ")
+"""Whatever _ARTICLE finds in ASCII behind the beginning holds one of these."""
+
 _FULL_STOPS = ".!。।۔։።။។"  # noqa: RUF001 - the full stops of other scripts look like other things
 
 
@@ -72,16 +78,26 @@ def normalize_prompt(prompt: str, profile: str, catalog_patterns: tuple[str, ...
         ValueError: a catalog pattern cannot be used.
     """
     level = PROFILES[profile].level
-    written = unicodedata.normalize("NFC", prompt)
+    written = prompt if prompt.isascii() else unicodedata.normalize("NFC", prompt)
     if level is MatchLevel.EXACT:
         return written
     patterns = compile_catalog_patterns(catalog_patterns) if level is MatchLevel.CATALOG else ()
+    if not patterns and is_plain(written):
+        return _plain_pass(written)
     text = written
     for _ in range(_MAX_PASSES):
         text, before = _one_pass(text, patterns), text
-        if text == before or (not patterns and before.isascii() and before.isprintable()):
+        if text == before or (not patterns and is_plain(before)):
             return text  # plain ASCII settles at once
     return written  # what does not settle shares with nobody
+
+
+def _plain_pass(text: str) -> str:
+    """What `_one_pass` makes of plain ASCII without patterns, for most texts in a fraction of the time."""
+    folded = text.strip()
+    if not is_without(folded):
+        return _one_pass(text, ())
+    return _without_full_stop(_fold_plain(folded)) or text
 
 
 def _one_pass(text: str, patterns: Sequence[re.Pattern[str]]) -> str:
@@ -96,18 +112,38 @@ def _one_pass(text: str, patterns: Sequence[re.Pattern[str]]) -> str:
 
 
 def _fold(text: str) -> str:
-    text = fold_characters(text)
-    is_plain = text.isascii() and text.isprintable()  # its only white space is the space
-    if not is_plain or "  " in text:
-        text = _SPACES.sub(" ", text)
-    if not is_plain or not text.islower():
-        text = _WORD.sub(_fold_case, text)
+    if is_plain(text) or is_plain(text := fold_characters(text)):
+        return _fold_plain(text)
+    text = _WORD.sub(lambda word: _fold_case(word[0]), _SPACES.sub(" ", text))
     return _ARTICLE.sub("a ", text) if "A " in text else text
 
 
-def _fold_case(match: re.Match[str]) -> str:
+def _fold_plain(text: str) -> str:
+    """What `_fold` makes of plain ASCII, in a fraction of the time."""
+    if "  " in text:
+        text = _SPACES.sub(" ", text)
+    lowered = text.lower()
+    if text == lowered:
+        return text
+    is_one = text[1:] == lowered[1:]  # most prompts begin with the only one they have
+    text = _CAPITAL.sub(_fold_from_capital, text, count=1 if is_one else 0)
+    if text.startswith("A ") and _ARTICLE.match(text):
+        text = f"a {text[2:]}"
+    return _ARTICLE.sub("a ", text) if any(map(text.__contains__, _ASCII_ARTICLES)) else text
+
+
+def _fold_from_capital(match: re.Match[str]) -> str:
+    """What is matched, with the case that `_fold_case` gives it in the whole of its word."""
+    text, start = match.string, match.start()
+    begin = start
+    while begin and (text[begin - 1].isalnum() or text[begin - 1] == "_"):
+        begin -= 1
+    word = text[begin : match.end()]
+    return match[0] if "_" in word else _fold_case(word)[start - begin :]
+
+
+def _fold_case(word: str) -> str:
     """The word in lower case, unless its capitals may mean something."""
-    word = match[0]
     lowered = word.lower()  # not casefold(): it makes one of Maße and Masse
     if lowered == word or len(word) == 1:
         return word
@@ -139,7 +175,7 @@ def _joined(parts: Sequence[Part]) -> str:
     if parts and not parts[-1].verbatim:
         texts[-1] = _without_full_stop(texts[-1])
     joined = "".join(texts)
-    return unicodedata.normalize("NFC", joined)
+    return joined if joined.isascii() else unicodedata.normalize("NFC", joined)
 
 
 def _without_full_stop(text: str) -> str:

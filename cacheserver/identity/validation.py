@@ -7,9 +7,11 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
-from cacheserver.identity.fingerprint import canonical_json
+from cacheserver.identity.characters import is_plain
+from cacheserver.identity.fingerprint import PLAIN_FIELDS, canonical_json, plain_values
 from cacheserver.model import ImageRequest, InputRole, JsonValue
 
 _MAX_PROMPT_CHARS = 32_000
@@ -83,6 +85,34 @@ def validate_prompt(prompt: str) -> dict[str, str]:
 
 def _violations(request: ImageRequest) -> Iterator[Violation]:
     yield from _prompt(request.prompt)
+    if not _is_well(request):
+        yield from _plain_fields(request)
+    if request.extra:
+        yield from _extra(request.extra)
+    if request.inputs:
+        yield from _inputs(request)
+
+
+def _is_well(request: ImageRequest) -> bool:
+    """Whether nothing is wrong with the plain fields."""
+    try:
+        _check(*plain_values(request))
+    except ValueError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=256, typed=True)
+def _check(*plain: Any) -> None:
+    """Raise ValueError if something is wrong with plain fields of these values.
+
+    What raises is not remembered, so what is remembered is short.
+    """
+    if any(_plain_fields(ImageRequest("", **dict(zip(PLAIN_FIELDS, plain, strict=True))))):
+        raise ValueError
+
+
+def _plain_fields(request: ImageRequest) -> Iterator[Violation]:
     if not _MODEL.fullmatch(request.model):
         yield Violation("model", "must be 1 to 128 of A-Z a-z 0-9 . _ : / -")
     if not _is_size(request.size):
@@ -96,11 +126,11 @@ def _violations(request: ImageRequest) -> Iterator[Violation]:
         yield Violation("output_compression", "must be 0 to 100")
     if request.seed is not None and not _MIN_SEED <= request.seed <= _MAX_SEED:
         yield Violation("seed", "must fit 64 bits with sign")
-    yield from _extra(request.extra)
-    yield from _inputs(request)
 
 
 def _prompt(prompt: str) -> Iterator[Violation]:
+    if 1 <= len(prompt) <= _MAX_PROMPT_CHARS and is_plain(prompt) and not prompt.isspace():
+        return
     if not 1 <= len(prompt) <= _MAX_PROMPT_CHARS:
         yield Violation("prompt", f"must have 1 to {_MAX_PROMPT_CHARS:,} characters, and has {len(prompt):,}")
     elif _NOT_TEXT.search(prompt):

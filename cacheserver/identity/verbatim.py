@@ -93,12 +93,20 @@ _DRAWN = re.compile(
 """Words after which text to be drawn follows."""
 
 _ASCII_DRAWN = (
-    *("says", "saying", "spell", "spelt", "slogan", "reads", "reading", "written", "word", "text", "titled", "caption"),
+    *("say", "spel", "slogan", "read", "written", "word", "text", "titled", "caption"),
     *("lettering", "label", "inscri", "headline", "engraved"),
 )
 """Whatever _DRAWN finds in ASCII holds one of these, in whatever case."""
 
+_ASCII_TELLING = (*_ASCII_NOTABLE, *_ASCII_DRAWN)
+"""Without any of these nothing in ASCII stays as written."""
+
 _HEBREW = re.compile("[֐-׿]")
+
+
+def is_without(ascii_text: str) -> bool:
+    """Whether nothing of a text in ASCII stays as written for certain; `split` tells of the others."""
+    return not any(map(ascii_text.lower().__contains__, _ASCII_TELLING))
 
 
 def split(text: str) -> list[Part]:
@@ -123,7 +131,7 @@ def split(text: str) -> list[Part]:
 
 
 def _verbatim_spans(text: str) -> Iterator[_Span]:
-    if text.isascii() and not any(part in text for part in _ASCII_NOTABLE):
+    if text.isascii() and not any(map(text.__contains__, _ASCII_NOTABLE)):
         return
     opened: set[_Family] = set()
     position = 0
