@@ -75,7 +75,7 @@ class Alone:
 
     def is_making(self, key: CacheKey) -> bool:
         """Whether a picture is being made that will be the entry of `key`."""
-        return self._making[key.name] > 0
+        return self._making.get(key.name, 0) > 0
 
     async def get(self, waiter: Waiter, call_id: str, *, observes: bool = False) -> list[Served]:
         """The pictures, made for this caller. A hang-up before money is spent ends it.

@@ -312,7 +312,7 @@ class Flights:
 
     def of(self, key: CacheKey) -> list[Flight]:
         """The flights of this key's identity, the running one first."""
-        return self._flights.get(key.identity_name, [])
+        return self._flights.get(key.identity_name, []) if self._flights else []
 
     def board(self, waiter: Waiter) -> Flight:
         """Join the flight that will bring what the waiter wants, or start the next one.

@@ -202,8 +202,16 @@ class ImageRequest:
         return replace(self, inputs=tuple(replace(image, data=None) for image in self.inputs))
 
 
+class _Named:
+    """Has room for a name that is made once. No field of its own: it neither counts nor travels."""
+
+    __slots__ = ("_name",)
+
+    _name: str
+
+
 @dataclass(frozen=True, slots=True)
-class CacheKey:
+class CacheKey(_Named):
     """Names one picture: key version, partition, fingerprint, identity digest, variant.
 
     `fingerprint` is the xxh3-128 of the canonical identity (16 bytes), `digest` its SHA-256: all 32 bytes
@@ -229,8 +237,12 @@ class CacheKey:
 
     @property
     def name(self) -> str:
-        """The public key: opaque to callers, URL-safe, at most 200 characters."""
-        return f"{self.identity_name}.{self.variant}"
+        """The public key: opaque to callers, URL-safe, at most 200 characters. Made once: every tier asks for it."""
+        name: str | None = getattr(self, "_name", None)
+        if name is None:
+            name = f"{self.identity_name}.{self.variant}"
+            object.__setattr__(self, "_name", name)
+        return name
 
     def matches(self, identity_digest: bytes) -> bool:
         """Whether an entry with this identity digest (32 bytes) is what the key asks for."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -87,3 +87,11 @@ async def every(
         except Exception as error:  # noqa: BLE001 - whatever it was, it is logged, and the next round may work
             _log.error("round_failed", task=name, exc_info=error)
         await clock.sleep(pause_s)
+
+
+async def in_turns(items: Sequence[T], size: int) -> AsyncIterator[Sequence[T]]:
+    """`items`, `size` at a time; in between other tasks get their turn."""
+    for start in range(0, len(items), size):
+        if start:
+            await asyncio.sleep(0)
+        yield items[start : start + size]

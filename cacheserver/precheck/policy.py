@@ -98,7 +98,7 @@ class PromptPolicy:
         return text
 
     def redacted(self, prompt: str) -> str:
-        """The prompt as it is keyed, for calls that look and never make: nothing is refused."""
+        """The prompt as it is keyed, for calls that look and never make: nothing is refused, and it never changes."""
         return redact(prompt).text if self._pii == "redact" else prompt
 
     def _passed(self, prompt: str) -> str:

@@ -15,7 +15,6 @@ from cacheserver.identity import FieldDifference
 from cacheserver.model import (
     CachedImage,
     CacheKey,
-    Found,
     Identity,
     MatchLevel,
     Outcome,
@@ -154,14 +153,6 @@ def pending_response(pending: Pending) -> pb.GetImageResponse:
     status = pending_status(pending)
     images = [pending_image(key) for key in pending.keys]
     return pb.GetImageResponse(images=images, status=status, image_status=[status] * len(images))
-
-
-def found_item(found: Found) -> pb.FoundItem:
-    """Where one image is."""
-    if found.tier is not None:
-        return pb.FoundItem(key=found.key.name, presence=pb.PRESENCE_CACHED, tier=TIERS[found.tier])
-    presence = pb.PRESENCE_IN_FLIGHT if found.in_flight else pb.PRESENCE_ABSENT
-    return pb.FoundItem(key=found.key.name, presence=presence)
 
 
 def explanation(identity: Identity) -> pb.Explanation:

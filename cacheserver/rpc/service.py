@@ -36,7 +36,6 @@ from cacheserver.model import (
     GeneratedImage,
     ImageRequest,
     LiveState,
-    Namespace,
     Pending,
     Permission,
     Served,
@@ -49,6 +48,7 @@ from cacheserver.recall import Recall
 from cacheserver.rpc import messages, replies, wire
 from cacheserver.rpc.batch import Batch
 from cacheserver.rpc.calls import Calls, Parts, Service, parse
+from cacheserver.rpc.find import FindCached, KnownKeys
 from cacheserver.rpc.inputs import reading
 from cacheserver.rpc.live import live_message
 from cacheserver.rpc.messages import Delivery, Problems, PutHeader, Resume, RpcAsked
@@ -58,10 +58,6 @@ from cacheserver.rpc.warm import WarmImages
 from cacheserver.warming import Warming
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["PromptCacheService"].full_name
-
-_ITEMS_PER_TURN = 200
-"""Keying so many requests takes about 10 ms; then other calls get their turn."""
-
 
 _COPIES_OF_INPUTS = 3
 """How often input images are in memory until their call is over: as they came, in their message, and on their own."""
@@ -151,6 +147,7 @@ class PromptCacheService:
         self._reception = reception
         self._calls = Calls(reception)
         self._ready = ReadyImages(asking=asking, cache=cache, clock=clock, most_known=limits.known_requests)
+        self._find = FindCached(cache=cache, asking=asking, known=KnownKeys())
         self._warm = WarmImages(
             warming, read=self._asked, namespace_of=asking.namespace, policies=policies, books=books
         )
@@ -168,7 +165,7 @@ class PromptCacheService:
                 "GetImage": calls.unary_ready("GetImage", self.get_image, self._get_image_at_once),
                 "StreamImage": calls.streams_out("StreamImage", pb.StreamImageRequest, self.stream_image),
                 "BatchGetImages": calls.streams_both("BatchGetImages", pb.BatchGetImagesRequest, self.batch_get_images),
-                "FindCached": calls.unary("FindCached", pb.FindCachedRequest, self.find_cached),
+                "FindCached": calls.unary("FindCached", pb.FindCachedRequest, self._find.find_cached),
                 "PutImage": calls.streams_in("PutImage", pb.PutImageRequest, self.put_image),
                 "PurgeImages": calls.unary("PurgeImages", pb.PurgeImagesRequest, self.purge_images),
                 "ExplainKey": calls.unary("ExplainKey", pb.ExplainKeyRequest, self.explain_key),
@@ -343,38 +340,7 @@ class PromptCacheService:
         )
         return pb.StreamImageResponse(progress=progress).SerializeToString()
 
-    # ── finding, storing, removing ──────────────────────────────────────────────────────────────────────────
-
-    async def find_cached(self, message: pb.FindCachedRequest, call: Call) -> bytes:
-        """In which tier each image is."""
-        namespace = self._asking.namespace(message.namespace, Permission.READ, call)
-        keys = await self._find_keys(message, namespace)
-        found, silent = await self._cache.find(keys)
-        response = pb.FindCachedResponse(
-            items=[replies.found_item(item) for item in found], unknown_tiers=[replies.TIERS[tier] for tier in silent]
-        )
-        return response.SerializeToString()
-
-    async def _find_keys(self, message: pb.FindCachedRequest, namespace: Namespace) -> list[CacheKey]:
-        if len(message.items) > messages.MAX_FIND_ITEMS:
-            raise InvalidRequestError({"items": f"must be at most {messages.MAX_FIND_ITEMS}"})
-        problems = Problems()
-        keys: list[CacheKey] = []
-        for i, item in enumerate(message.items):
-            if i % _ITEMS_PER_TURN == _ITEMS_PER_TURN - 1:
-                await asyncio.sleep(0)
-            what = await reading(item.spec.inputs, messages.read_find_item, item, f"items[{i}]", namespace, problems)
-            if problems.are_enough:
-                break
-            if problems.are_none:
-                keys.append(self._key(what, item.variant, namespace))
-        problems.check()
-        return keys
-
-    def _key(self, what: ImageRequest | CacheKey, variant: int, namespace: Namespace) -> CacheKey:
-        if isinstance(what, CacheKey):
-            return what
-        return identify(self._asking.redacted(what, namespace), namespace).key.with_variant(variant)
+    # ── storing, removing ────────────────────────────────────────────────────────────────────────────────────
 
     async def put_image(self, parts: Parts[pb.PutImageRequest], call: Call) -> bytes:
         """Store an image the caller already has."""

@@ -8,6 +8,7 @@ length, the bytes. What comes out parses equal to the message built the usual wa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from cacheserver.model import ImageBytes
@@ -97,6 +98,18 @@ def batch_response(request_id: str, response: bytes) -> bytes:
     prefix = _prefix(pb.BatchItem.RESPONSE_FIELD_NUMBER, len(response))
     size = len(fields) + len(prefix) + len(response)
     return b"".join((_prefix(pb.BatchGetImagesResponse.ITEMS_FIELD_NUMBER, size), fields, prefix, response))
+
+
+def found_item(key: str, presence: bytes) -> bytes:
+    """A FindCachedResponse as bytes with one item: `key`, and the other fields of a FoundItem as bytes."""
+    name = key.encode()
+    return b"".join((_found_prefix(len(name), len(presence)), name, presence))
+
+
+@lru_cache(maxsize=1_024)
+def _found_prefix(name_size: int, presence_size: int) -> bytes:
+    name_prefix = _prefix(pb.FoundItem.KEY_FIELD_NUMBER, name_size)
+    return _prefix(pb.FindCachedResponse.ITEMS_FIELD_NUMBER, len(name_prefix) + name_size + presence_size) + name_prefix
 
 
 def chunk_event(chunk: memoryview) -> bytes:
