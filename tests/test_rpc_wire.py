@@ -41,6 +41,23 @@ def test_a_spliced_chunk_is_the_one_protobuf_builds(data: bytes) -> None:
     assert wire.chunk_event(memoryview(data)) == pb.StreamImageResponse(chunk=data).SerializeToString()
 
 
+presences = st.builds(
+    pb.FoundItem, presence=st.sampled_from(pb.Presence.values()), tier=st.sampled_from(pb.Tier.values())
+)
+
+
+@given(st.lists(st.tuples(st.text(min_size=1, max_size=200), presences), max_size=4), st.sampled_from(pb.Tier.values()))
+def test_found_items_joined_by_hand_are_the_bytes_protobuf_builds(
+    items: list[tuple[str, pb.FoundItem]], tier: pb.Tier
+) -> None:
+    expected = pb.FindCachedResponse(unknown_tiers=[tier])
+    for key, presence in items:
+        item = expected.items.add(key=key)
+        item.MergeFrom(presence)
+    found = b"".join(wire.found_item(key, presence.SerializeToString()) for key, presence in items)
+    assert found + pb.FindCachedResponse(unknown_tiers=[tier]).SerializeToString() == expected.SerializeToString()
+
+
 def test_an_empty_image_still_has_content() -> None:
     [image] = pb.GetImageResponse.FromString(
         wire.image_response([(pb.Image(key="k", content_type="image/png"), b"")], pb.GetImageResponse())

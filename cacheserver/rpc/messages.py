@@ -63,6 +63,8 @@ _NANOS = 1_000_000_000
 _MAX_EXTRA_WIRE_BYTES = 6 * 64 * 1024
 """A Struct takes at most about six times the bytes of its JSON: above this, 64 KiB of JSON is impossible."""
 
+_NO_EXTRA: Mapping[str, JsonValue] = MappingProxyType({})
+
 _DIGEST = re.compile(r"sha256:([0-9a-fA-F]{64})")
 
 
@@ -354,7 +356,7 @@ def read_spec(spec: pb.ImageSpec, path: str, namespace: Namespace, problems: Pro
         output_compression=spec.output_compression if spec.HasField("output_compression") else 100,
         moderation=spec.moderation or _AUTO,
         seed=spec.seed if spec.HasField("seed") else None,
-        extra=_read_extra(spec.extra, f"{path}.extra", problems),
+        extra=_read_extra(spec.extra, f"{path}.extra", problems) if spec.HasField("extra") else _NO_EXTRA,
         inputs=read_inputs(spec.inputs, f"{path}.inputs", problems.add) if spec.inputs else (),
     )
     for field, text in validate(request).items():
@@ -469,12 +471,12 @@ def _read_extra(extra: Struct, path: str, problems: Problems) -> Mapping[str, Js
     """The provider parameters, bounded before they are converted; protobuf itself bounds how deep they nest."""
     if extra.ByteSize() > _MAX_EXTRA_WIRE_BYTES:
         problems.add(path, "must be at most 64 KiB as JSON")
-        return MappingProxyType({})
+        return _NO_EXTRA
     try:
         return MappingProxyType({name: _json(value) for name, value in extra.fields.items()})
     except ValueError as error:
         problems.add(path, str(error))
-        return MappingProxyType({})
+        return _NO_EXTRA
 
 
 def _json(value: Value) -> JsonValue:
