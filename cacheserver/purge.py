@@ -125,7 +125,7 @@ class Purger:
     def _purge_memory(self, selector: PurgeSelector, *, dry_run: bool) -> set[str]:
         names = set()
         for key in self._memory.scan(selector.namespace.partition):
-            entry = self._memory.get(key)
+            entry = self._memory.peek(key)  # to be looked through is no use
             if entry is not None and selector.takes_entry(entry):
                 if not key.is_rendition:
                     names.add(entry.key.name)

@@ -42,6 +42,7 @@ from cacheserver.model import (
     VariantPolicy,
 )
 from cacheserver.paying import UnknownPolicy
+from cacheserver.tiers.memory import entry_bytes
 from tests.house import EVERYTHING, House
 
 READER = Caller("reader", frozenset({Permission.READ}))
@@ -966,6 +967,15 @@ class TestPurge:
         assert result.images == 3
         assert result.per_tier == {TierName.MEMORY: 3, TierName.REDIS: 3, TierName.S3: 3}
         assert (await house.get()).tier is TierName.MEMORY
+
+    async def test_to_be_looked_through_by_a_purge_is_no_use(self, house: House) -> None:
+        house.restart(memory_bytes=2 * entry_bytes((await house.get("a")).entry))
+        for prompt in ("a", "b", "a"):
+            await house.get(prompt)
+        await house.settle()
+        await house.cache.purge(house.namespace, dry_run=True)
+        await house.get("c")
+        assert [(await house.get(prompt)).tier for prompt in ("a", "b")] == [TierName.MEMORY, TierName.REDIS]
 
     async def test_purging_a_request_takes_all_its_variants_and_nothing_else(self, house: House) -> None:
         await house.ask(n=3)

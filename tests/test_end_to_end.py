@@ -66,6 +66,20 @@ async def test_with_no_configuration_it_comes_from_our_own_valkey_and_from_disk(
     assert provider.calls == 1
 
 
+@pytest.mark.parametrize(("tiers", "comes_from"), [("memory", pb.TIER_MEMORY), ("memory, disk", pb.TIER_DISK)])
+async def test_a_dear_picture_is_worth_more_only_where_no_tier_has_it_beside_memory(
+    tmp_path: Path, provider: OpenAIStandIn, tiers: str, comes_from: int
+) -> None:
+    provider.min_image_bytes = 100_000
+    room = {"memory__policy": "value", "memory__max_bytes": 250_000, "memory__max_entry_bytes": 200_000}
+    env = environment(tmp_path, provider=provider, tiers=tiers, **room)
+    async with running(env) as service, calling(service) as stub:
+        for prompt, quality in (("dear", "high"), ("cheap", "low"), ("cheap too", "low")):
+            await stub.GetImage(pb.GetImageRequest(spec=pb.ImageSpec(prompt=prompt, quality=quality)))
+        again = await stub.GetImage(pb.GetImageRequest(spec=pb.ImageSpec(prompt="dear", quality="high")))
+    assert again.status.tier == comes_from
+
+
 @pytest.mark.no_cover
 async def test_a_thousand_callers_of_one_prompt_with_200_hanging_up_are_one_upstream_call(
     stub: Stub, provider: OpenAIStandIn

@@ -1,8 +1,9 @@
-"""L1 behaves like a dictionary with losses and never holds more than its bytes."""
+"""L1 behaves like a dictionary with losses and never holds more than its bytes, whatever goes first."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
 
 import pytest
 from hypothesis import settings
@@ -10,9 +11,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from cacheserver.model import CachedImage, CacheKey, Labels
-from cacheserver.tiers.memory import MemoryCache, entry_bytes
+from cacheserver.tiers.memory import EvictionPolicy, MemoryCache, entry_bytes
 from tests.fakes import FakeClock
 from tests.tier_contract import StoreContract, make_entry, make_key, with_data
+
+
+@pytest.fixture(params=["lru", "value"])
+def policy(request: pytest.FixtureRequest) -> EvictionPolicy:
+    policy: EvictionPolicy = request.param
+    return policy
 
 
 class AsStore:
@@ -44,15 +51,26 @@ class AsStore:
 
 class TestMemoryAsStore(StoreContract):
     @pytest.fixture
-    def tier(self, clock: FakeClock) -> AsStore:
-        return AsStore(MemoryCache(clock=clock))
+    def tier(self, clock: FakeClock, policy: EvictionPolicy) -> AsStore:
+        return AsStore(MemoryCache(clock=clock, policy=policy))
 
 
 ONE_KILOBYTE = entry_bytes(make_entry(data=bytes(1000)))
 
 
-def memory_for(entries: int, clock: FakeClock, *, max_entry_bytes: int = 1_000_000) -> MemoryCache:
-    return MemoryCache(clock=clock, max_bytes=entries * ONE_KILOBYTE, max_entry_bytes=max_entry_bytes)
+class MemoryFor(Protocol):
+    """A memory that has room for so many entries of a kilobyte."""
+
+    def __call__(self, entries: int, *, max_entry_bytes: int = 1_000_000) -> MemoryCache: ...
+
+
+@pytest.fixture
+def memory_for(clock: FakeClock, policy: EvictionPolicy) -> MemoryFor:
+    def memory_for(entries: int, *, max_entry_bytes: int = 1_000_000) -> MemoryCache:
+        max_bytes = entries * ONE_KILOBYTE
+        return MemoryCache(clock=clock, max_bytes=max_bytes, max_entry_bytes=max_entry_bytes, policy=policy)
+
+    return memory_for
 
 
 def put(memory: MemoryCache, prompt: str, data: bytes = bytes(1000)) -> CachedImage:
@@ -61,8 +79,8 @@ def put(memory: MemoryCache, prompt: str, data: bytes = bytes(1000)) -> CachedIm
     return entry
 
 
-def test_the_least_recently_used_goes_first(clock: FakeClock) -> None:
-    memory = memory_for(2, clock)
+def test_what_was_used_stays_and_what_was_not_goes(memory_for: MemoryFor) -> None:
+    memory = memory_for(2)
     put(memory, "a")
     put(memory, "b")
     memory.get(make_key("a"))
@@ -70,42 +88,53 @@ def test_the_least_recently_used_goes_first(clock: FakeClock) -> None:
     assert [memory.contains(make_key(prompt)) for prompt in "abc"] == [True, False, True]
 
 
-def test_looking_without_getting_is_no_use(clock: FakeClock) -> None:
-    memory = memory_for(2, clock)
+@pytest.mark.parametrize(("policy", "left"), [("lru", ["b", "c"]), ("value", ["a", "c"])], indirect=["policy"])
+def test_the_least_recently_used_goes_first_or_the_one_used_least_often(memory_for: MemoryFor, left: list[str]) -> None:
+    memory = memory_for(2)
+    for prompt, uses in (("a", 3), ("b", 1), ("c", 0)):
+        put(memory, prompt)
+        for _ in range(uses):
+            memory.get(make_key(prompt))
+    assert [prompt for prompt in "abc" if memory.contains(make_key(prompt))] == left
+
+
+def test_looking_without_getting_is_no_use(memory_for: MemoryFor) -> None:
+    memory = memory_for(2)
     put(memory, "a")
     put(memory, "b")
     assert memory.contains(make_key("a"))
+    assert memory.peek(make_key("a")) is not None
     assert memory.labels(make_key("a")) is not None
     put(memory, "c")
     assert not memory.contains(make_key("a"))
 
 
-def test_the_bytes_are_handed_out_and_not_copied(clock: FakeClock) -> None:
-    memory = memory_for(2, clock)
+def test_the_bytes_are_handed_out_and_not_copied(memory_for: MemoryFor) -> None:
+    memory = memory_for(2)
     entry = put(memory, "a")
     got = memory.get(entry.key)
     assert got is not None
     assert got.image.data is entry.image.data
 
 
-def test_an_entry_above_the_limit_is_not_admitted_and_drives_nothing_out(clock: FakeClock) -> None:
-    memory = memory_for(3, clock, max_entry_bytes=2 * ONE_KILOBYTE)
+def test_an_entry_above_the_limit_is_not_admitted_and_drives_nothing_out(memory_for: MemoryFor) -> None:
+    memory = memory_for(3, max_entry_bytes=2 * ONE_KILOBYTE)
     put(memory, "a")
     put(memory, "big", bytes(2 * ONE_KILOBYTE))
     assert not memory.contains(make_key("big"))
     assert memory.contains(make_key("a"))
 
 
-def test_an_older_entry_is_not_served_in_place_of_one_too_large(clock: FakeClock) -> None:
-    memory = memory_for(3, clock, max_entry_bytes=2 * ONE_KILOBYTE)
+def test_an_older_entry_is_not_served_in_place_of_one_too_large(memory_for: MemoryFor) -> None:
+    memory = memory_for(3, max_entry_bytes=2 * ONE_KILOBYTE)
     old = put(memory, "a")
     memory.put(old.key, with_data(old, bytes(2 * ONE_KILOBYTE)))
     assert memory.get(old.key) is None
     assert memory.size_bytes == 0
 
 
-def test_an_expired_entry_gives_its_bytes_back(clock: FakeClock) -> None:
-    memory = memory_for(3, clock)
+def test_an_expired_entry_gives_its_bytes_back(memory_for: MemoryFor, clock: FakeClock) -> None:
+    memory = memory_for(3)
     entry = make_entry(expire_time_s=clock.now_s() + 1)
     memory.put(entry.key, entry)
     clock.advance(1)
@@ -114,14 +143,14 @@ def test_an_expired_entry_gives_its_bytes_back(clock: FakeClock) -> None:
     assert (len(memory), memory.size_bytes) == (0, 0)
 
 
-def test_memory_of_no_bytes_keeps_nothing(clock: FakeClock) -> None:
-    memory = MemoryCache(clock=clock, max_bytes=0)
+def test_memory_of_no_bytes_keeps_nothing(memory_for: MemoryFor) -> None:
+    memory = memory_for(0)
     put(memory, "a", b"")
     assert len(memory) == 0
 
 
-def test_long_texts_count(clock: FakeClock) -> None:
-    memory = memory_for(3, clock)
+def test_long_texts_count(memory_for: MemoryFor) -> None:
+    memory = memory_for(3)
     before = entry_bytes(make_entry(revised_prompt=""))
     assert entry_bytes(make_entry(revised_prompt="猫" * 1000)) == before + 4000
     assert memory.size_bytes == 0
@@ -130,10 +159,17 @@ def test_long_texts_count(clock: FakeClock) -> None:
 class DictionaryWithLosses(RuleBasedStateMachine):
     """Compares memory with a dictionary: it may have lost an entry, but never has another one."""
 
+    policy: EvictionPolicy = "lru"
+
     def __init__(self) -> None:
         super().__init__()
         self.clock = FakeClock()
-        self.memory = memory_for(4, self.clock, max_entry_bytes=3 * ONE_KILOBYTE)
+        self.memory = MemoryCache(
+            clock=self.clock,
+            max_bytes=4 * ONE_KILOBYTE,
+            max_entry_bytes=3 * ONE_KILOBYTE,
+            policy=self.policy,
+        )
         self.model: dict[str, CachedImage] = {}
 
     keys = st.builds(make_key, st.sampled_from("abcdefg"), variant=st.integers(0, 1))
@@ -149,16 +185,17 @@ class DictionaryWithLosses(RuleBasedStateMachine):
 
     @rule(key=keys)
     def get(self, key: CacheKey) -> None:
-        was_there = self.memory.contains(key)
+        peeked = self.memory.peek(key)
         entry = self.memory.get(key)
-        assert was_there == (entry is not None)
+        assert peeked is entry
         if entry is not None:
             assert entry is self.model[key.name]
             assert entry.is_fresh(self.clock.now_s())
 
     @rule(key=keys)
     def delete(self, key: CacheKey) -> None:
-        self.memory.delete(key)
+        was_there = self.memory.labels(key) is not None
+        assert self.memory.delete(key) == was_there
         self.model.pop(key.name, None)
         assert self.memory.get(key) is None
 
@@ -177,5 +214,11 @@ class DictionaryWithLosses(RuleBasedStateMachine):
         assert len(self.memory) == len(held)
 
 
+class DictionaryWithLossesByValue(DictionaryWithLosses):
+    policy = "value"
+
+
 TestDictionaryWithLosses = pytest.mark.no_cover(DictionaryWithLosses.TestCase)
-TestDictionaryWithLosses.settings = settings(max_examples=60, stateful_step_count=40)
+TestDictionaryWithLossesByValue = pytest.mark.no_cover(DictionaryWithLossesByValue.TestCase)
+for each in (TestDictionaryWithLosses, TestDictionaryWithLossesByValue):
+    each.settings = settings(max_examples=60, stateful_step_count=40)

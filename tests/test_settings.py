@@ -332,6 +332,7 @@ _REFUSED: list[tuple[str, dict[str, str], str]] = [
     ("[redis]\ntimeout_s = 0", {}, r"redis\.timeout_s: should be greater than 0\. It is: Seconds to connect"),
     ("", {"CACHESERVER_GRPC_PORT": "70000"}, r"server\.grpc_port \(set by CACHESERVER_GRPC_PORT\): .* 65535"),
     ("", {"CACHESERVER_MEMORY_MAX_BYTES": "1 GB"}, r"memory\.max_bytes \(set by .*\): should be a valid integer"),
+    ("[memory]\npolicy = 'lfu'", {}, r"memory\.policy: should be 'lru' or 'value'"),
     ("[generation]\nwhen_unknown = 'ask'", {}, r"generation\.when_unknown: should be 'pay' or 'refuse'"),
     ("[redis]\nurl = 'http://r'", KEY, r"redis\.url: should begin with one of redis://"),
     ("[s3]\nbucket = 'b'\nendpoint = 's3.example.com'", KEY, r"s3\.endpoint: should be a URL"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from cacheserver.control.replays import LocalReplays, RedisReplays
 from cacheserver.identity import QUALITIES, identify
 from cacheserver.interfaces import Clock, Replays
 from cacheserver.keep import Keeper
+from cacheserver.model import CachedImage, GeneratedImage, TierName
 from cacheserver.paying import UnknownPolicy
 from cacheserver.renditions.renderer import ThreadRenderer
 from cacheserver.renditions.renditions import Renditions
@@ -23,6 +25,9 @@ from cacheserver.reviews import Reviews
 from cacheserver.settings import Settings
 from cacheserver.tiers.memory import MemoryCache
 from cacheserver.tiers.redis import Client
+
+_FOR_NOTHING_MICROUSD = 1
+"""What a picture counts as that is made again for nothing: among these it still decides what is asked for most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +60,8 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
     for tier in lower.tiers:
         books.breaker(tier.name, is_open=False)  # a series that alerts can find before anything happens
     await look_at_tiers(lower, settings)
-    memory = MemoryCache(
-        clock=clock, max_bytes=settings.memory.max_bytes, max_entry_bytes=settings.memory.entry_limit_bytes
-    )
+    # There is a miss path before there is a picture to price.
+    memory = _memory(settings, price=lambda image: miss_path.generator.worth_microusd(image, image.model), clock=clock)
     keeper = Keeper(memory=memory, tiers=lower.tiers, books=books, clock=clock)
     undo.push_async_callback(lambda: keeper.aclose(patience.for_writes_s()))
     miss_path = await build_miss_path(settings, lower=lower, books=books, clock=clock, undo=undo)
@@ -113,6 +117,20 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
         reviews=reviews,
         cache=cache,
         renditions=renditions,
+    )
+
+
+def _memory(settings: Settings, *, price: Callable[[GeneratedImage], int], clock: Clock) -> MemoryCache:
+    def microusd(entry: CachedImage) -> int:
+        return _FOR_NOTHING_MICROUSD if entry.derived_from else max(_FOR_NOTHING_MICROUSD, price(entry.image))
+
+    return MemoryCache(
+        clock=clock,
+        max_bytes=settings.memory.max_bytes,
+        max_entry_bytes=settings.memory.entry_limit_bytes,
+        policy=settings.memory.policy,
+        # From a level below every picture comes back at about the same cost, whatever was paid for it.
+        cost=microusd if settings.tier_names == (TierName.MEMORY,) else lambda _: 1,
     )
 
 

@@ -194,6 +194,13 @@ class MemorySettings(_Section):
     max_entry_bytes: Bytes | None = Field(
         default=None, description="Largest image kept, in bytes; unset: an eighth of max_bytes, at most 32 MiB."
     )
+    policy: Literal["lru", "value"] = Field(
+        default="lru",
+        description=(
+            'What makes room first: "lru", the image used least recently; "value", the one worth least, by how often '
+            "it was asked for lately and by its size, and where memory is the only level also by what it would cost."
+        ),
+    )
 
     @property
     def entry_limit_bytes(self) -> int:

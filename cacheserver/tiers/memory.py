@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 from cachetools import Cache, LRUCache
 
 from cacheserver.interfaces import Clock
 from cacheserver.model import CachedImage, CacheKey, Labels, Reply
+from cacheserver.tiers.value_cache import ValueCache
+
+EvictionPolicy = Literal["lru", "value"]
+"""What goes first: what was used least recently, or what is worth least for its bytes."""
 
 OVERHEAD_BYTES = 3_000
 """What an entry takes beside its bytes and texts: its objects, its name and its places in two dictionaries."""
 
 
 class MemoryCache:
-    """Entries in memory, the least recently used going first when their bytes reach a bound.
+    """Entries in memory, one after the other going by `policy` when their bytes reach a bound.
 
     Synchronous, and so not a `Tier`: nothing in it can wait, and a hit must not. It belongs to the event
     loop's thread. All bytes an entry holds count, metadata too. The bytes are handed out, never copied.
@@ -21,17 +28,27 @@ class MemoryCache:
         max_bytes: most that all entries together may take; 0 keeps none.
         max_entry_bytes: an entry that takes more is not admitted, lest it drive out many others.
         clock: decides what is fresh.
+        policy: which entry goes first: the least recently used, or the one that is worth least (value_cache.py).
+        cost: what it costs to get an entry again, in any one unit, above 0; only the policy "value" asks.
     """
 
     def __init__(
-        self, *, clock: Clock, max_bytes: int = 512 * 1024 * 1024, max_entry_bytes: int = 32 * 1024 * 1024
+        self,
+        *,
+        clock: Clock,
+        max_bytes: int = 512 * 1024 * 1024,
+        max_entry_bytes: int = 32 * 1024 * 1024,
+        policy: EvictionPolicy = "lru",
+        cost: Callable[[CachedImage], float] = lambda _: 1,
     ) -> None:
         self._clock = clock
         self._max_entry_bytes = min(max_entry_bytes, max_bytes)
-        self._entries: LRUCache[str, CachedImage] = LRUCache(maxsize=max_bytes, getsizeof=entry_bytes)
+        self._entries: Cache[str, CachedImage] = (
+            LRUCache(max_bytes, entry_bytes) if policy == "lru" else ValueCache(max_bytes, entry_bytes, cost)
+        )
 
     def get(self, key: CacheKey) -> CachedImage | None:
-        """The fresh entry stored under `key`, which becomes the most recently used; None if there is none.
+        """The fresh entry stored under `key`, which counts as used; None if there is none.
 
         The entry's own key may name another variant: a stand-in keeps the key it was made for.
         """
@@ -59,7 +76,7 @@ class MemoryCache:
         """Keep `entry` under `key` in place of what was there; too large an entry leaves the place empty."""
         if entry_bytes(entry) > self._max_entry_bytes:
             # What was there is older than what the caller has, and must not be served in its stead.
-            self._entries.pop(key.name, None)
+            self.delete(key)
             return
         self._entries[key.name] = entry
 
@@ -68,19 +85,29 @@ class MemoryCache:
 
         That is `entry` itself, without the reply, if it does not lie under its own key any more.
         """
-        if self._peek(entry.key) is entry:
+        if self._stored(entry.key) is entry:
             entry = entry.within(reply)
             self.put(entry.key, entry)
         return entry
 
     def contains(self, key: CacheKey) -> bool:
-        """Whether `get` would answer; the order of use stays as it is."""
-        entry = self._peek(key)
-        return entry is not None and key.matches(entry.key.digest) and entry.is_fresh(self._clock.now_s())
+        """Whether `get` would answer; it is no use."""
+        return self.peek(key) is not None
+
+    def peek(self, key: CacheKey) -> CachedImage | None:
+        """What `get` would answer; it is no use."""
+        entry = self._stored(key)
+        if entry is None or not key.matches(entry.key.digest) or not entry.is_fresh(self._clock.now_s()):
+            return None
+        return entry
 
     def delete(self, key: CacheKey) -> bool:
         """Drop what is stored under `key`; whether there was something."""
-        return self._entries.pop(key.name, None) is not None
+        name = key.name
+        if name not in self._entries:
+            return False
+        del self._entries[name]  # not pop: it would be a use
+        return True
 
     def scan(self, partition: str) -> list[CacheKey]:
         """Every key of a partition, in no order. Stand-ins included."""
@@ -89,7 +116,7 @@ class MemoryCache:
 
     def labels(self, key: CacheKey) -> Labels | None:
         """The labels of the entry under `key`; None if there is none."""
-        entry = self._peek(key)
+        entry = self._stored(key)
         if entry is None:
             return None
         return Labels(namespace=entry.namespace, tags=entry.tags, derived_from=entry.derived_from)
@@ -102,9 +129,9 @@ class MemoryCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _peek(self, key: CacheKey) -> CachedImage | None:
+    def _stored(self, key: CacheKey) -> CachedImage | None:
         name = key.name
-        # LRUCache's own lookup would make the entry the most recently used.
+        # The policies' own lookups would be a use.
         return Cache.__getitem__(self._entries, name) if name in self._entries else None
 
 
