@@ -17,7 +17,8 @@ from tests.fakes import FakeClock
 from tests.tier_contract import make_entry, make_key
 
 MAX_BYTES = 1_000
-SHORT_GENERATION = 12
+SHORT_GENERATION = 5
+"""In asks, with two more for each entry: short enough for counts to fade within an example."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class PlainReading:
         self.priorities: dict[str, tuple[float, int]] = {}
         self.clock = 0.0
         self.turn = 0
+        self.generation = SHORT_GENERATION
         self.now: Counter[str] = Counter()
         self.before: Counter[str] = Counter()
 
@@ -54,6 +56,7 @@ class PlainReading:
         while sum(each.size for each in (self.entries | {key: entry}).values()) > MAX_BYTES:
             self.evict()
         self.entries[key] = entry
+        self.generation = max(SHORT_GENERATION, 2 * len(self.entries))
         asked = self._ask(key) if is_new else max(1, self._lately(key))
         self._give_priority(key, asked, at_least=0.0)
 
@@ -68,7 +71,7 @@ class PlainReading:
     def _ask(self, key: str) -> float:
         self.now[key] += 1
         asked = self._lately(key)
-        if self.now.total() >= max(SHORT_GENERATION, ASKS_PER_ENTRY * len(self.entries)):
+        if self.now.total() >= self.generation:
             self.before, self.now = self.now, Counter()
         return asked
 
@@ -88,6 +91,7 @@ class ByItsRule(RuleBasedStateMachine):
         super().__init__()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(value_cache, "LEAST_ASKS", SHORT_GENERATION)
+        self.patch.setattr(value_cache, "ASKS_PER_ENTRY", 2)
         self.cache = cache_for()
         self.model = PlainReading()
 
@@ -180,6 +184,17 @@ def test_what_is_no_longer_asked_for_goes_in_the_end() -> None:
     assert newcomers < 2 * MOST_COUNTED**2 * 10
 
 
+def test_a_hit_makes_nothing_worth_less_though_what_was_asked_before_is_forgotten() -> None:
+    cache = cache_for(100)
+    for key, hits in (("a", 10), ("b", 4)):
+        cache[key] = Entry(10)
+        for _ in range(hits):
+            assert cache[key]
+    cache._asked = Asked()
+    assert cache["a"]
+    assert [cache.popitem()[0] for _ in range(2)] == ["b", "a"]
+
+
 def test_of_what_is_asked_for_alike_the_larger_and_the_cheaper_go_first() -> None:
     cache = cache_for(100)
     cache["large"] = Entry(30)
@@ -210,11 +225,11 @@ def test_what_is_put_in_the_place_of_another_was_not_asked_for() -> None:
 def test_counts_are_halved_and_then_forgotten() -> None:
     asked = Asked()
     for _ in range(6):
-        assert asked.again("a", 0) <= 6
+        assert asked.again("a") <= 6
     counts = []
     for _ in range(2):
         for number in range(LEAST_ASKS):
-            asked.again(number, 0)
+            asked.again(number)
         counts.append(asked.lately("a"))
     assert counts == [3, 1]
 
@@ -223,7 +238,7 @@ def test_as_many_keys_are_remembered_as_two_generations_have_asks() -> None:
     asked = Asked()
     most = 0
     for number in range(5 * LEAST_ASKS):
-        asked.again(f"key {number}", entries=0)
+        asked.again(f"key {number}")
         most = max(most, len(asked))
     assert most < 2 * LEAST_ASKS
     assert ASKS_PER_ENTRY * 10_000_000 > MOST_ASKS
@@ -232,8 +247,9 @@ def test_as_many_keys_are_remembered_as_two_generations_have_asks() -> None:
 @pytest.mark.no_cover
 def test_a_cache_of_a_great_many_entries_remembers_no_more_keys_than_the_bound() -> None:
     asked = Asked()
+    asked.last_for(10_000_000)
     for number in range(3 * MOST_ASKS):
-        asked.again(number, entries=10_000_000)
+        asked.again(number)
     assert len(asked) < 2 * MOST_ASKS
 
 

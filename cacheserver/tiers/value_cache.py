@@ -56,22 +56,26 @@ class ValueCache(Cache[K, V]):
 
     def __getitem__(self, key: K) -> V:
         """The entry, which was asked for; raises KeyError."""
-        value = super().__getitem__(key)
+        # On the way of every hit: calls to super(), len, min and max would take half of its time.
+        value = Cache.__getitem__(self, key)
         before, _, _, per_byte = self._worths[key]
-        priority = self._clock + self._asked.again(key, len(self)) ** 2 * per_byte
-        self._turn += 1
-        # Counts fade; what is asked for sinks not for that.
-        self._worths[key] = (max(before, priority), self._turn, key, per_byte)
+        asked = self._asked.again(key)
+        priority = self._clock + asked * asked * per_byte
+        self._turn = turn = self._turn + 1
+        if priority < before:  # noqa: PLR1730 - as above
+            priority = before  # counts have faded; what is asked for does not sink for that
+        self._worths[key] = (priority, turn, key, per_byte)
         return value
 
     def __setitem__(self, key: K, value: V) -> None:
         """Keep an entry; raises ValueError if it is larger than the whole cache."""
         is_new = key not in self
         super().__setitem__(key, value)
-        asked = self._asked.again(key, len(self)) if is_new else self._asked.lately(key)
+        self._asked.last_for(len(self))
+        asked = self._asked.again(key) if is_new else self._asked.lately(key)
         per_byte = self._getcost(value) / self.getsizeof(value)
         self._turn += 1
-        worth = self._worths[key] = (self._clock + asked**2 * per_byte, self._turn, key, per_byte)
+        worth = self._worths[key] = (self._clock + asked * asked * per_byte, self._turn, key, per_byte)
         heapq.heappush(self._heap, worth)
         self._sweep()
 
@@ -122,18 +126,23 @@ class Asked:
     def __init__(self) -> None:
         self._now: dict[int, int] = {}
         self._before: dict[int, int] = {}
-        self._asks = 0
+        self._asks_left = self._generation = LEAST_ASKS
 
-    def again(self, key: Hashable, entries: int) -> float:
-        """The key was asked for once more; how often it was lately. A generation's length goes by `entries`."""
+    def last_for(self, entries: int) -> None:
+        """How many entries there are now, by which a generation's length goes."""
+        generation = min(MOST_ASKS, max(LEAST_ASKS, ASKS_PER_ENTRY * entries))
+        self._asks_left += generation - self._generation
+        self._generation = generation
+
+    def again(self, key: Hashable) -> float:
+        """The key was asked for once more; how often it was lately."""
         name = hash(key)
-        count = self._now.get(name, 0) + 1
-        self._now[name] = count
-        asked = min(MOST_COUNTED, count + self._before.get(name, 0) / 2)
-        self._asks += 1
-        if self._asks >= min(MOST_ASKS, max(LEAST_ASKS, ASKS_PER_ENTRY * entries)):
-            self._before, self._now, self._asks = self._now, {}, 0
-        return asked
+        self._now[name] = count = self._now.get(name, 0) + 1
+        asked = count + self._before.get(name, 0) / 2
+        self._asks_left -= 1
+        if self._asks_left <= 0:
+            self._before, self._now, self._asks_left = self._now, {}, self._generation
+        return asked if asked < MOST_COUNTED else MOST_COUNTED  # noqa: FURB136 - a call to min takes as long as all this
 
     def lately(self, key: Hashable) -> float:
         """How often the key was asked for lately, at least once: it is there."""
