@@ -37,12 +37,12 @@ def request(request_id: str, prompt: str = "a red fox", **fields: Any) -> pb.Bat
 
 
 async def answers(call: Any) -> dict[str, pb.BatchItem]:
-    """Every answer, each of which has to be a message of its own, by its request_id in the order they came."""
+    """Every answer by its request_id, in the order they came."""
     items: dict[str, pb.BatchItem] = {}
     while (response := await call.read()) is not grpc.aio.EOF:
-        [item] = response.items
-        assert item.request_id not in items
-        items[item.request_id] = item
+        for item in response.items:
+            assert item.request_id not in items
+            items[item.request_id] = item
     return items
 
 
@@ -302,14 +302,14 @@ class TestReading:
 
     @staticmethod
     def open(sent: _Sent, calls: Calls, get_image: Any) -> AsyncGenerator[bytes, None]:
-        batch = Batch(calls=calls, get_image=get_image, in_flight=2)
+        batch = Batch(calls=calls, get_image=get_image, ready=lambda _, __: None, in_flight=2)
         parts = cast("Parts[pb.BatchGetImagesRequest]", sent)
         return batch.answers(parts, Call("BatchGetImages", {}, "r1", None, 0.0, ANYONE))
 
     async def test_nothing_is_read_that_cannot_be_worked_on(self, calls: Calls) -> None:
         begun: list[asyncio.Future[bytes]] = []
 
-        async def get_image(_: pb.GetImageRequest, __: Call) -> bytes:
+        async def get_image(_: bytes, __: Call) -> bytes:
             begun.append(asyncio.get_running_loop().create_future())
             return await begun[-1]
 
@@ -335,7 +335,8 @@ class TestReading:
     async def test_closing_ends_what_is_worked_on(self, calls: Calls) -> None:
         ended: list[str] = []
 
-        async def get_image(message: pb.GetImageRequest, _: Call) -> bytes:
+        async def get_image(raw: bytes, _: Call) -> bytes:
+            message = pb.GetImageRequest.FromString(raw)
             if message.request_id == "quick":
                 return b""
             try:

@@ -65,14 +65,17 @@ def test_an_empty_image_still_has_content() -> None:
     assert (image.key, image.content_type, image.WhichOneof("content")) == ("k", "image/png", "data")
 
 
-@given(st.text(max_size=200), st.lists(facts, max_size=3), statuses)
-def test_a_batchs_answer_is_the_one_protobuf_builds(
-    request_id: str, images: list[pb.Image], status: pb.CacheStatus
+responses = st.builds(pb.GetImageResponse, images=st.lists(facts, max_size=3), status=statuses)
+
+
+@given(st.lists(st.tuples(st.text(min_size=1, max_size=200), responses), max_size=4))
+def test_a_batchs_answers_joined_are_the_message_protobuf_builds(
+    answers: list[tuple[str, pb.GetImageResponse]],
 ) -> None:
-    response = pb.GetImageResponse(images=images, status=status)
-    expected = pb.BatchGetImagesResponse(items=[pb.BatchItem(request_id=request_id, response=response)])
-    spliced = wire.batch_response(request_id, response.SerializeToString())
-    assert pb.BatchGetImagesResponse.FromString(spliced) == expected
+    items = [pb.BatchItem(request_id=request_id, response=response) for request_id, response in answers]
+    pieces = [wire.batch_item(request_id, response.SerializeToString()) for request_id, response in answers]
+    joined = b"".join(piece for both in pieces for piece in both)
+    assert joined == pb.BatchGetImagesResponse(items=items).SerializeToString()
 
 
 requests = st.builds(

@@ -106,19 +106,25 @@ class Calls:
 
         return grpc.stream_stream_rpc_method_handler(handle)
 
-    def item(
-        self, stream: Call, item_id: str, answer: Callable[[Call], Awaitable[bytes]]
-    ) -> asyncio.Task[bytes | RpcStatus]:
-        """Begin one item of a stream, as a call of its own: what `answer` returns, or the status it fails with.
+    def ready_item(
+        self, call: Call, request: bytes, ready: Callable[[bytes, Call], bytes | None]
+    ) -> bytes | RpcStatus | None:
+        """What `ready` answers to one item of a stream, or the status it fails with. None: the item is still to answer.
 
-        It is counted, booked, logged and remembered as a call. The task is the stream's to await or cancel.
+        `call` is the item's own, as the reception began it; whoever serves the stream ends it.
         """
-        call = self.reception.begin_item(stream, item_id)
-        task = asyncio.create_task(self._answer_item(call, answer), name="item")
-        task.add_done_callback(lambda _: self.reception.end())
-        return task
+        try:
+            answered = ready(request, call)
+        except CacheServerError:
+            return None  # the same is found out on the ordinary way, where it is told
+        except Exception as error:  # noqa: BLE001 - whatever it was, the caller gets a status that fits
+            return self._failed(call, error)
+        if answered is not None:
+            self.reception.conclude(call, OK)
+        return answered
 
-    async def _answer_item(self, call: Call, answer: Callable[[Call], Awaitable[bytes]]) -> bytes | RpcStatus:
+    async def item(self, call: Call, answer: Callable[[Call], Awaitable[bytes]]) -> bytes | RpcStatus:
+        """What `answer` returns for one item of a stream, or the status it fails with; `call` as for `ready_item`."""
         with structlog.contextvars.bound_contextvars(request_id=call.request_id):
             try:
                 answered = await answer(call)

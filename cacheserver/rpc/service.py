@@ -251,11 +251,13 @@ class PromptCacheService:
 
     def batch_get_images(self, parts: Parts[pb.BatchGetImagesRequest], call: Call) -> AsyncGenerator[bytes, None]:
         """Each request of a stream as `get_image` answers it, as soon as it is ready."""
-        batch = Batch(calls=self._calls, get_image=self._get_item, in_flight=self._limits.batch_in_flight)
+        batch = Batch(
+            calls=self._calls,
+            get_image=self.get_image,
+            ready=self._ready.answer,
+            in_flight=self._limits.batch_in_flight,
+        )
         return batch.answers(parts, call)
-
-    async def _get_item(self, message: pb.GetImageRequest, call: Call) -> bytes:
-        return await self.get_image(message.SerializeToString(), call)
 
     async def _read(self, message: pb.GetImageRequest, call: Call, hold: Hold, prefix: str = "") -> RpcAsked:
         asked = await reading(message.spec.inputs, self._asked, message, call, prefix)
