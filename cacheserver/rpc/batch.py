@@ -33,11 +33,10 @@ _Parts: TypeAlias = Parts[pb.BatchGetImagesRequest]
 _Task: TypeAlias = asyncio.Task[bytes | RpcStatus]
 
 _MESSAGE_BYTES = 1024 * 1024
-"""Answers are packed up to this; a larger one travels alone. A message more costs as much as ten small answers in one.
-"""
+"""Answers are packed up to this, and a larger one travels alone: a message costs as much as ten small answers in it."""
 
 _UNSENT_BYTES = 8 * 1024 * 1024
-"""With so much still to send no further request is begun: of large answers one is made ready while another is sent."""
+"""With so much still to send no further request is begun, however few lie unsent: answers may be megabytes each."""
 
 _REQUESTS_PER_TURN = 100
 """To answer so many that lie ready takes a few milliseconds; then other calls get their turn."""
