@@ -32,6 +32,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
+from cacheserver import client as client_package
 from cacheserver.client import (
     AsyncClient,
     CacheError,
@@ -1054,26 +1055,36 @@ async def test_a_cancelled_download_leaves_nothing(address: str, service: Servic
 # --- the package ---
 
 
-def test_importing_the_client_imports_nothing_of_the_service() -> None:
-    code = "import cacheserver.client, json, sys; print(json.dumps(sorted(sys.modules)))"
+def loaded_by(code: str) -> set[str]:
+    """The modules that a fresh interpreter has loaded after running `code`."""
+    code = f"{code}; import json, sys; print(json.dumps(sorted(sys.modules)))"
     output = subprocess.check_output([sys.executable, "-c", code], text=True)  # noqa: S603 - our own code
-    loaded = set(json.loads(output))
+    return set(json.loads(output))
+
+
+def test_importing_the_package_imports_next_to_nothing() -> None:
+    bare, loaded = loaded_by("pass"), loaded_by("import cacheserver")
+    assert loaded - bare == {"cacheserver"}
+
+
+def test_importing_the_client_imports_nothing_of_the_service_and_nothing_that_only_operators_need() -> None:
+    loaded = loaded_by("from cacheserver.client import AsyncClient, Client")
     ours = {name for name in loaded if name.split(".")[0] == "cacheserver"}
     allowed = ("cacheserver.client", "cacheserver.pb", "cacheserver.model")
     assert {name for name in ours if name != "cacheserver" and not name.startswith(allowed)} == set()
-    third_parties = {
-        "redis",
-        "boto3",
-        "botocore",
-        "pydantic",
-        "PIL",
-        "cachetools",
-        "httpx",
-        "structlog",
-        "typer",
-        "rich",
-    }
-    assert third_parties & {name.split(".")[0] for name in loaded} == set()
+    assert not {f"cacheserver.client.{name}" for name in ("admin", "admin_values", "importing", "openai")} & ours
+    packages = {name.split(".")[0] for name in loaded} - set(sys.stdlib_module_names) - {"cacheserver"}
+    # grpc itself imports its siblings where they are installed, and Cython and setuptools leave names of their own.
+    internal = {"__main__", "cython_runtime", "_distutils_hack"}
+    assert {
+        name for name in packages - internal if not name.startswith(("grpc", "google", "typing_extensions", "_cython"))
+    } == set()
+
+
+def test_what_only_operators_use_is_there_when_it_is_named() -> None:
+    assert {name for name in client_package.__all__ if not hasattr(client_package, name)} == set()
+    with pytest.raises(AttributeError, match="has no attribute 'LedgerRows'"):
+        client_package.LedgerRows  # noqa: B018 - what is asked for is the error
 
 
 def test_the_twins_have_the_same_methods_and_parameters() -> None:

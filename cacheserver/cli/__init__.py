@@ -3,58 +3,40 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from cacheserver.cli import (
-    alarms,
-    budgets,
-    doctor,
-    estimate,
-    explain,
-    export,
-    find,
-    get,
-    imports,
-    ledger,
-    purge,
-    put,
-    report,
-    review,
-    serve,
-    stats,
-    token,
-    top,
-    upstreams,
-    warm,
-    why,
+from cacheserver.cli.commands import Commands
+
+_COMMANDS = Commands(
+    {
+        "The service": ("serve", "doctor", "token"),
+        "Pictures": ("get", "find", "put", "purge", "explain", "why"),
+        "Warm-up and adoption": ("estimate", "import", "export", "warm"),
+        "Figures and alarms": ("report", "stats", "top", "alarms"),
+        "Upstreams, money and review": ("ledger", "upstreams", "budgets", "review"),
+    }
 )
-from cacheserver.cli.options import flat
 
-_ADMIN = "Upstreams, money and review"
+
+class _Root(TyperGroup):
+    """All commands, each imported when it is named: what `warm` needs does not keep `serve` waiting."""
+
+    def __init__(self, **attrs: Any) -> None:
+        super().__init__(**attrs)
+        self.commands = _COMMANDS  # type: ignore[assignment]  # of a mapping that may be changed only what reads is used
+
 
 app = typer.Typer(
     help="A multi-level prompt cache in front of image models.",
+    cls=_Root,
+    callback=lambda: None,  # else Typer asks for commands at once
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-_PANELS = {
-    "The service": (serve.serve, doctor.doctor, token.token),
-    "Pictures": (get.get, find.find, put.put, purge.purge, explain.explain, why.why),
-    "Warm-up and adoption": (estimate.estimate, imports.import_images, export.export, warm.warm),
-    "Figures and alarms": (report.report, stats.stats, top.top, alarms.alarms),
-    _ADMIN: (ledger.ledger,),
-}
-_NAMES = {"import_images": "import"}  # a word of Python's own
-
-for _panel, _commands in _PANELS.items():
-    for _command in _commands:
-        app.command(_NAMES.get(_command.__name__, _command.__name__), rich_help_panel=_panel)(flat(_command))
-
-for _group in (upstreams, budgets, review):
-    app.add_typer(_group.app, name=_group.__name__.rpartition(".")[2], rich_help_panel=_ADMIN)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cacheserver.cli.options import flat
+from cacheserver.cli.flat import flat
 
 
 class _ListUnlessTold(TyperGroup):

@@ -1,15 +1,14 @@
-"""Options that several commands share, in groups, and how a group becomes parameters of a command."""
+"""Options that several commands share, in groups."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
@@ -92,31 +91,6 @@ class Inputs:
         return [InputImage(role=each.role, digest=_digest(each.data or b"")) for each in self.whole() or ()] or None
 
 
-def flat(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with every parameter that is a group of options replaced by the options of the group.
-
-    Typer reads a command's parameters one by one and knows no groups.
-    """
-    hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
-    parameters = []
-    for parameter in inspect.signature(command).parameters.values():
-        group = groups.get(parameter.name)
-        parameters += [parameter.replace(annotation=hints[parameter.name])] if group is None else _parameters(group)
-
-    def run(**values: Any) -> None:
-        for name, group in groups.items():
-            values[name] = group(**{each.name: values.pop(each.name) for each in fields(group)})
-        command(**values)
-
-    run.__doc__ = command.__doc__
-    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined] # what inspect, and so Typer, reads first
-        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
-    )
-    run.__annotations__ = {}
-    return run
-
-
 def _digest(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
@@ -134,14 +108,6 @@ def microusd(text: str, option: str) -> int:
     if not usd.is_finite() or not 0 <= usd <= _MAX_USD:
         raise typer.BadParameter(f"must be a number from 0 to {_MAX_USD}", param_hint=option)
     return round(usd * 1_000_000)
-
-
-def _parameters(group: Any) -> list[inspect.Parameter]:
-    hints = get_type_hints(group, include_extras=True)
-    return [
-        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=hints[each.name])
-        for each in fields(group)
-    ]
 
 
 def _json_object(text: str) -> dict[str, Any]:

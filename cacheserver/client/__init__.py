@@ -3,24 +3,13 @@
     with Client("127.0.0.1:50051") as client:
         picture = client.get_image("a red fox in the snow").data
 
-Importing it imports nothing of the service but its API messages and plain values.
+Importing it imports nothing of the service but its API messages and plain values. What only
+operators use is imported when it is first named.
 """
 
-from cacheserver.client.admin import Admin, AsyncAdmin
-from cacheserver.client.admin_values import (
-    Alarm,
-    Budget,
-    ExportedFacts,
-    ExportedIdentity,
-    ImportItem,
-    ImportOutcome,
-    LedgerRow,
-    RecordedPrompt,
-    Review,
-    ReviewPicture,
-    StoredImage,
-    Upstream,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from cacheserver.client.aio import AsyncClient
 from cacheserver.client.batch import (
     BatchAnswer,
@@ -105,6 +94,23 @@ from cacheserver.model import (
     VariantPolicy,
     WarmResult,
 )
+
+if TYPE_CHECKING:
+    from cacheserver.client.admin import Admin, AsyncAdmin
+    from cacheserver.client.admin_values import (
+        Alarm,
+        Budget,
+        ExportedFacts,
+        ExportedIdentity,
+        ImportItem,
+        ImportOutcome,
+        LedgerRow,
+        RecordedPrompt,
+        Review,
+        ReviewPicture,
+        StoredImage,
+        Upstream,
+    )
 
 __all__ = [
     "DEFAULT_ADDRESS",
@@ -203,3 +209,11 @@ __all__ = [
     "WarmResult",
     "WarmTotals",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:  # and not here yet: an operators' name
+        for file in ("admin", "admin_values"):
+            if hasattr(module := import_module(f"cacheserver.client.{file}"), name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

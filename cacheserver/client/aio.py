@@ -11,12 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import grpc.aio
 
 from cacheserver.client import channel, messages
-from cacheserver.client.admin import AsyncAdmin
 from cacheserver.client.batch import (
     Batch,
     BatchAnswer,
@@ -59,6 +58,9 @@ from cacheserver.model import MatchLevel, StatsField, StatsSpan
 from cacheserver.pb.promptcache_pb2 import ExplainCallRequest
 from cacheserver.pb.promptcache_pb2_grpc import PromptCacheServiceStub
 
+if TYPE_CHECKING:
+    from cacheserver.client.admin import AsyncAdmin
+
 
 class AsyncClient:
     """A connection to the cache service, for use from any number of tasks of one event loop.
@@ -97,9 +99,14 @@ class AsyncClient:
             self._channel = grpc.aio.insecure_channel(address, options)
         else:
             self._channel = grpc.aio.secure_channel(address, credentials, options)
-        self.admin = AsyncAdmin(self._channel, self._call, self._stream)
-        """For whoever runs the service: upstreams, budgets, the ledger, reviews and stored pictures."""
         self._stub = PromptCacheServiceStub(self._channel)  # type: ignore[no-untyped-call] # generated without types
+
+    @functools.cached_property
+    def admin(self) -> AsyncAdmin:
+        """For whoever runs the service: upstreams, budgets, the ledger, reviews and stored pictures."""
+        from cacheserver.client.admin import AsyncAdmin  # noqa: PLC0415 - a fifth of the import, for operators alone
+
+        return AsyncAdmin(self._channel, self._call, self._stream)
 
     @property
     def fallbacks(self) -> int:

@@ -9,12 +9,11 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import grpc
 
 from cacheserver.client import channel, messages
-from cacheserver.client.admin import Admin
 from cacheserver.client.batch import (
     Batch,
     BatchAnswer,
@@ -57,6 +56,9 @@ from cacheserver.model import MatchLevel, StatsField, StatsSpan
 from cacheserver.pb.promptcache_pb2 import ExplainCallRequest
 from cacheserver.pb.promptcache_pb2_grpc import PromptCacheServiceStub
 
+if TYPE_CHECKING:
+    from cacheserver.client.admin import Admin
+
 
 class Client:
     """A connection to the cache service, for use from any number of threads.
@@ -95,9 +97,14 @@ class Client:
             self._channel = grpc.insecure_channel(address, options)
         else:
             self._channel = grpc.secure_channel(address, credentials, options)
-        self.admin = Admin(self._channel, self._call, self._stream)
-        """For whoever runs the service: upstreams, budgets, the ledger, reviews and stored pictures."""
         self._stub = PromptCacheServiceStub(self._channel)  # type: ignore[no-untyped-call] # generated without types
+
+    @functools.cached_property
+    def admin(self) -> Admin:
+        """For whoever runs the service: upstreams, budgets, the ledger, reviews and stored pictures."""
+        from cacheserver.client.admin import Admin  # noqa: PLC0415 - a fifth of the import, for operators alone
+
+        return Admin(self._channel, self._call, self._stream)
 
     @property
     def fallbacks(self) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import date
+from functools import cache
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -27,10 +28,10 @@ class Redaction(NamedTuple):
 
 
 class _Detector(NamedTuple):
-    """What one kind looks like: a candidate is the pattern's group `it`, and `is_one` judges it."""
+    """What one kind looks like: a candidate is the group `it` of the pattern `shape`, and `is_one` judges it."""
 
     kind: str
-    pattern: re.Pattern[str]
+    shape: str
     is_one: Callable[[str], bool]
 
 
@@ -62,6 +63,15 @@ def redact(text: str) -> Redaction:
     return Redaction(text, tuple(kind for kind in _MARKERS if kind in kinds))
 
 
+def get_ready() -> None:
+    """Compile the patterns, which takes a tenth of a second, so that no prompt has to wait for it."""
+    for detector in (_EMAIL, *_NUMBERS):
+        _compiled(detector.shape)
+
+
+_compiled = cache(re.compile)
+
+
 def _plain(text: str) -> str:
     """`text` in ASCII as far as it matters here, character for character."""
     return text if text.isascii() else text.translate(_PLAIN)
@@ -77,7 +87,7 @@ def _detectors(plain: str) -> Iterator[_Detector]:
 
 def _spans(detector: _Detector, plain: str) -> Iterator[_Span]:
     end = 0
-    for found in detector.pattern.finditer(plain):
+    for found in _compiled(detector.shape).finditer(plain):
         it = found["it"]
         if it is not None and found.start("it") >= end and detector.is_one(it):
             end = found.end("it")
@@ -119,7 +129,7 @@ def _always(_: str) -> bool:
 
 
 # A run of characters is taken whole whether or not an @ follows, so that no place is looked at from many.
-_EMAIL = _Detector("e-mail address", re.compile(rf"(?P<it>{_LOCAL}@{_DOMAIN}{_TOP})|{_LOCAL}"), _always)
+_EMAIL = _Detector("e-mail address", rf"(?P<it>{_LOCAL}@{_DOMAIN}{_TOP})|{_LOCAL}", _always)
 
 # ── numbers ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -154,7 +164,7 @@ _PROVINCE = "(?:1[1-5]|2[1-3]|3[1-7]|4[1-6]|5[0-4]|6[1-5]|71|8[1-3])"
 _BORN = "(?:19|20)[0-9]{2}[01][0-9][0-3][0-9]"
 _RESIDENT_ID = _Detector(
     "resident ID number",
-    re.compile(rf"{_BEFORE}(?P<it>{_PROVINCE}[0-9]{{4}}[ -]?{_BORN}[ -]?[0-9]{{3}}[0-9Xx]){_AFTER}"),
+    rf"{_BEFORE}(?P<it>{_PROVINCE}[0-9]{{4}}[ -]?{_BORN}[ -]?[0-9]{{3}}[0-9Xx]){_AFTER}",
     _is_resident_id,
 )
 
@@ -190,8 +200,7 @@ def _is_article(digits: str) -> bool:
 
 def _card(shape: str) -> _Detector:
     # Looked for from every place, for the number before a card's may be grouped as the beginning of one.
-    pattern = re.compile(rf"{_BEFORE}(?=[2-68])(?=(?P<it>{shape}){_AFTER})")
-    return _Detector("payment card number", pattern, _is_card)
+    return _Detector("payment card number", rf"{_BEFORE}(?=[2-68])(?=(?P<it>{shape}){_AFTER})", _is_card)
 
 
 _CARDS = (
@@ -231,7 +240,7 @@ _UNSIGNED = (
 )
 _PHONE = _Detector(
     "phone number",
-    re.compile(f"(?P<it>{'|'.join(_SIGNED)}|{_BEFORE}(?:{'|'.join(_UNSIGNED)})){_AFTER}"),
+    f"(?P<it>{'|'.join(_SIGNED)}|{_BEFORE}(?:{'|'.join(_UNSIGNED)})){_AFTER}",
     _always,
 )
 

@@ -9,7 +9,7 @@ from cachetools import LRUCache
 
 from cacheserver.errors import PiiFoundError, PromptDeniedError
 from cacheserver.precheck.deny import DenyList
-from cacheserver.precheck.pii import redact
+from cacheserver.precheck.pii import get_ready, redact
 
 PiiPolicy = Literal["allow", "refuse", "redact"]
 """What becomes of a prompt with personal data: nothing, an error, or a prompt with markers in its place."""
@@ -70,6 +70,8 @@ class PromptPolicy:
         self._name = name
         self._deny = deny
         self._pii = pii
+        if pii != "allow":
+            get_ready()
         self._moderation = moderation
         self._rules = deny.rules if deny else None
         self._verdicts: LRUCache[str, _Verdict] = LRUCache(_MEMO_BYTES, getsizeof=_size_bytes)

@@ -111,7 +111,13 @@ PolicyName = Literal["cheapest", "least_latency", "weighted", "priority"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+        validate_default=True,
+        defer_build=True,  # a section is checked as part of `Settings`, and alone by tests only
+    )
 
 
 class ServerSettings(_Section):
