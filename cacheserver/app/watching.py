@@ -6,15 +6,15 @@ import functools
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 
-from prometheus_client import Gauge, Histogram
+from prometheus_client import Gauge
 
 from cacheserver.alarms import Alarms
 from cacheserver.app.background import keep_doing
 from cacheserver.app.core import Core
+from cacheserver.app.lag import LoopLag
 from cacheserver.app.miss_path import MissPath
 from cacheserver.app.tiers import tier_states
 from cacheserver.errors import CacheServerError
-from cacheserver.interfaces import Clock
 from cacheserver.model import Priority, TierName
 from cacheserver.rpc.server import RpcServer
 from cacheserver.tiers.guard import GuardedTier
@@ -22,7 +22,6 @@ from cacheserver.tiers.guard import GuardedTier
 _TIERS_S = 1.0
 _BUDGETS_S = 5.0
 _ALARMS_S = 5.0
-_LAG_S = 0.5
 
 
 def watch(core: Core, *, rpc: RpcServer, alarms: Alarms, undo: AsyncExitStack) -> None:
@@ -36,8 +35,10 @@ def watch(core: Core, *, rpc: RpcServer, alarms: Alarms, undo: AsyncExitStack) -
     count = functools.partial(_count_budgets, left, limit, core.miss_path)
     keep_doing(count, _BUDGETS_S, clock=clock, name="watch budgets", at_once=True, undo=undo)
     keep_doing(alarms.look, _ALARMS_S, clock=clock, name="alarms", at_once=True, undo=undo)
-    lag = Histogram("cacheserver_loop_lag_seconds", "How late the event loop wakes", registry=registry)
-    keep_doing(functools.partial(_measure_lag, lag, clock), 0.0, clock=clock, name="loop lag", undo=undo)
+    lag = LoopLag(clock=clock)
+    registry.register(lag)
+    lag.start()
+    undo.callback(lag.stop)
 
 
 async def _show_tiers(rpc: RpcServer, tiers: Sequence[GuardedTier]) -> None:
@@ -53,13 +54,6 @@ async def _count_budgets(left: Gauge, limit: Gauge, miss_path: MissPath) -> None
             taken = state.spent_microusd + state.reserved_microusd
             left.labels(state.budget.name).set(state.budget.limit_microusd - taken)
             limit.labels(state.budget.name).set(state.budget.limit_microusd)
-
-
-async def _measure_lag(lag: Histogram, clock: Clock) -> None:
-    """Sleep a while, and note by how much too long: so late is everything else that waits for its turn."""
-    began_s = clock.monotonic_s()
-    await clock.sleep(_LAG_S)
-    lag.observe(max(0.0, clock.monotonic_s() - began_s - _LAG_S))
 
 
 def _add_gauges(core: Core) -> None:
