@@ -6,13 +6,12 @@ import threading
 
 
 def read_certificates() -> None:
-    """Begin to import what reads the system's certificates as it is imported, and to read those for our own calls."""
+    """Begin to read the system's certificates, and ours for calls to providers."""
     threading.Thread(target=_read, name="certificates", daemon=True).start()
 
 
 def _read() -> None:
-    import aiohttp  # noqa: F401, PLC0415 - importing it is the work
-
-    from cacheserver.generation.providers.exchanges import ssl_context  # noqa: PLC0415 - as above
+    # aiohttp, which comes with it, reads the system's twice while it is imported.
+    from cacheserver.generation.providers.exchanges import ssl_context  # noqa: PLC0415 - the import is half of the work
 
     ssl_context()
