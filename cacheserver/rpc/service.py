@@ -254,7 +254,7 @@ class PromptCacheService:
         batch = Batch(
             calls=self._calls,
             get_image=self.get_image,
-            ready=self._ready.answer,
+            ready=self._get_image_at_once,
             in_flight=self._limits.batch_in_flight,
         )
         return batch.answers(parts, call)
