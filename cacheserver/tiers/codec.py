@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
 from cacheserver.errors import CorruptEntryError, EntryTooLargeError, NewerEntryError
-from cacheserver.model import CachedImage, CacheKey, GeneratedImage, Head, JsonValue, Labels, Usage
+from cacheserver.model import CachedImage, CacheKey, GeneratedImage, Head, ImageBytes, JsonValue, Labels, Usage
 
 WRITE_VERSION = 1
 """The codec version we write."""
@@ -68,7 +68,7 @@ class Metadata:
         """What purge selects the entry by."""
         return Labels(namespace=self.bare.namespace, tags=self.bare.tags, derived_from=self.bare.derived_from)
 
-    def entry(self, data: bytes) -> CachedImage:
+    def entry(self, data: ImageBytes) -> CachedImage:
         """The whole entry, its bytes verified.
 
         Raises:
@@ -92,18 +92,19 @@ def encode(entry: CachedImage) -> bytes:
     return b"".join((head, xxh3_128_digest(head), entry.image.data))
 
 
-def decode(stored: bytes) -> CachedImage:
-    """The entry that `encode` made `stored` from.
+def decode(stored: ImageBytes) -> CachedImage:
+    """The entry that `encode` made `stored` from; its picture is a view into `stored`, which it keeps alive.
 
     Raises:
         CorruptEntryError: damaged or not an entry.
         NewerEntryError: written by a newer release.
     """
-    end = head_length(stored)
-    return decode_head(stored[:end]).entry(stored[end:])
+    view = memoryview(stored)
+    end = head_length(view)
+    return decode_head(view[:end]).entry(view[end:])
 
 
-def head_length(start: bytes) -> int:
+def head_length(start: ImageBytes) -> int:
     """How many bytes lie before the image, from the first PREAMBLE_BYTES or more.
 
     Raises:
@@ -121,7 +122,7 @@ def head_length(start: bytes) -> int:
     return PREAMBLE_BYTES + int(metadata_bytes) + _CHECKSUM_BYTES
 
 
-def decode_head(head: bytes) -> Metadata:
+def decode_head(head: ImageBytes) -> Metadata:
     """The metadata in the first `head_length` bytes.
 
     Raises:
@@ -132,7 +133,7 @@ def decode_head(head: bytes) -> Metadata:
     checked, checksum = head[:-_CHECKSUM_BYTES], head[-_CHECKSUM_BYTES:]
     if xxh3_128_digest(checked) != checksum:
         raise CorruptEntryError("the stored metadata does not match its checksum")
-    return unpack_metadata(checked[PREAMBLE_BYTES:])
+    return unpack_metadata(bytes(checked[PREAMBLE_BYTES:]))
 
 
 def check_version(version: int) -> None:

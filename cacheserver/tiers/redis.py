@@ -34,8 +34,9 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cacheserver.errors import CorruptEntryError, EntryTooLargeError, TierError, TierTimeoutError
 from cacheserver.interfaces import Clock, no_step
-from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Head, Labels, TierName
+from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Head, ImageBytes, Labels, TierName
 from cacheserver.tiers import codec
+from cacheserver.tiers.redis_values import ValueInlet
 
 Client = Redis | RedisCluster
 
@@ -246,7 +247,7 @@ class RedisTier:
             async with self._turn("put"):
                 if await self._client.set(self._name(key), stored, px=self._ttl_ms(entry), nx=True):
                     return True
-            seen = b""
+            seen: ImageBytes = b""
             with suppress(CorruptEntryError):  # what is damaged may be overwritten
                 seen = await self._read(key)
                 if seen and (holder := self._servable(key, seen)) is not None:
@@ -255,7 +256,7 @@ class RedisTier:
                 return True
         raise TierError("the entry in Redis changed each time it was to be replaced")
 
-    async def _replace_unfit(self, key: CacheKey, seen: bytes, entry: CachedImage, stored: bytes) -> bool:
+    async def _replace_unfit(self, key: CacheKey, seen: ImageBytes, entry: CachedImage, stored: bytes) -> bool:
         seen_digest = hashlib.sha1(seen, usedforsecurity=False).hexdigest()
         async with self._turn("put"):
             replaced = await self._client.execute_command(
@@ -263,13 +264,13 @@ class RedisTier:
             )
         return bool(replaced)
 
-    async def _read(self, key: CacheKey, end: int | None = None) -> bytes:
+    async def _read(self, key: CacheKey, end: int | None = None) -> ImageBytes:
         """The value up to byte `end`, or to the most an entry can have; empty if there is none."""
         last = self._read_end if end is None else end
         async with self._turn("get"):
             if key.is_rendition and not await self._client.sismember(self._list_name(key), key.name):
                 return b""
-            stored: bytes = await self._client.execute_command("GETRANGE", self._name(key), 0, last)
+            stored: ImageBytes = await self._client.execute_command("GETRANGE", self._name(key), 0, last)
             return stored
 
     async def _list(self, key: CacheKey) -> None:
@@ -294,7 +295,7 @@ class RedisTier:
         except CorruptEntryError:
             return None
 
-    def _servable(self, key: CacheKey, stored: bytes) -> CachedImage | None:
+    def _servable(self, key: CacheKey, stored: ImageBytes) -> CachedImage | None:
         entry = codec.decode(stored)
         return entry if codec.answers(entry, key, self._clock.now_s()) else None
 
@@ -355,13 +356,21 @@ _MEANINGS = (
 )
 
 
+_GETRANGE = b"*4\r\n$8\r\nGETRANGE\r\n"
+"""How the command begins that pictures are asked for with."""
+
+
 class _AlertConnection(AbstractConnection):
     """What every connection is besides its own kind: one that notices that it was reset while nobody was reading.
 
     asyncio keeps a reset, or a keepalive that failed, for the next reader. redis-py looks for an end of the stream
     alone, takes such a connection for sound and writes; then the event loop raises what nobody expects of a network:
     uvloop a RuntimeError, asyncio of Python 3.13.0 an AttributeError. Nothing was written, so redis-py may repeat it.
+
+    And what GETRANGE answers comes as a view into a buffer of its own, see `ValueInlet`.
     """
+
+    _inlet: ValueInlet | None = None
 
     async def can_read(self) -> bool:
         """Whether the pool must connect anew before it lends this; behind Sentinel, that asks for the master again."""
@@ -371,7 +380,20 @@ class _AlertConnection(AbstractConnection):
         # A Cluster's nodes lend without a look, and a reset may come after one.
         if self._is_lost():
             raise ConnectionResetError("the connection was lost before")
-        await super()._send_packed_command(command)
+        packed = [*command]
+        if self._inlet is not None and packed[0].startswith(_GETRANGE):
+            self._inlet.expect()
+        await super()._send_packed_command(packed)
+
+    async def on_connect_check_health(self, check_health: bool = True) -> None:  # noqa: FBT001, FBT002 - redis-py's
+        """Greet the server, through our inlet already."""
+        if self._reader is not None and self._writer is not None:
+            self._inlet = ValueInlet.of(self._reader, self._writer.transport)
+        await super().on_connect_check_health(check_health)
+
+    async def _read_response_from_parser(self, *args: Any, **kwargs: Any) -> Any:
+        value = None if self._inlet is None else await self._inlet.value()
+        return await super()._read_response_from_parser(*args, **kwargs) if value is None else value
 
     def _is_lost(self) -> bool:
         return self._writer is not None and self._writer.transport.is_closing()
