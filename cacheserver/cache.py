@@ -44,6 +44,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import replace as with_fields
 from functools import partial
 from typing import Any, NamedTuple
@@ -97,6 +98,7 @@ from cacheserver.resent import Promise, Resent, replay_id
 from cacheserver.reviews import Reviews
 from cacheserver.rungs import Identify, Rungs
 from cacheserver.tasks import OwnedTasks, in_turns
+from cacheserver.tiers.hedge import Hedge, in_turn
 from cacheserver.tiers.memory import MemoryCache
 from cacheserver.variants import AnotherOne, random_ones, sticky_ones
 
@@ -127,14 +129,17 @@ class PromptCache:
         signer: SigningTier | None = None,
         url_expires_s: int = 3600,
         renderer: Renderer | None = None,
+        hedge: Hedge | None = None,
         rng: random.Random | None = None,
     ) -> None:
         """`tiers` are the lower ones, fastest first; the last alone knows what is absent. `identify` keys a request.
 
-        Without a `renderer` no request is answered from another one's picture.
+        Without a `renderer` no request is answered from another one's picture, and without a `hedge` no tier is read
+        beside one that is late.
         """
         self._memory = memory
         self._tiers = tiers
+        self._read_tiers = in_turn if hedge is None else hedge.reads
         self._keeper = keeper
         self._generation = generation
         self._reviews = reviews
@@ -565,19 +570,14 @@ class PromptCache:
             return _Walked(passed_over)
         missed: list[Tier] = []
         is_unknown = False
-        for tier in self._tiers:
-            is_unknown = False
-            try:
-                entry = await self._read(tier, key)
-            except CorruptEntryError:
-                missed.append(tier)
-            except TierError:
-                is_unknown = True
-            else:
-                if entry is None:
+        async with aclosing(self._read_tiers(self._tiers, lambda tier: self._read(tier, key))) as answers:
+            async for tier, outcome in answers:
+                if outcome is None or isinstance(outcome, CorruptEntryError):
                     missed.append(tier)
-                elif suits(found := Loaded(entry, tier.name)):
-                    self._keeper.promote(key, entry, missed, changes=changes)
+                elif isinstance(outcome, TierError):
+                    is_unknown = is_unknown or tier is self._tiers[-1]
+                elif suits(found := Loaded(outcome, tier.name)):
+                    self._keeper.promote(key, outcome, missed, changes=changes)
                     return _Walked(found)
                 else:
                     passed_over = passed_over or found

@@ -543,6 +543,10 @@ class Books(Protocol):
         """A tier took this long for `op`."""
         ...
 
+    def hedged(self, tier: TierName, *, has_won: bool) -> None:
+        """A tier was late and the next one was read beside it, which has won if it had the picture first."""
+        ...
+
     def breaker(self, tier: TierName, *, is_open: bool) -> None:
         """A tier's breaker opened or closed."""
         ...

@@ -36,6 +36,7 @@ from cacheserver.model import (
 from cacheserver.paying import UnknownPolicy
 from cacheserver.reviews import Reviews
 from cacheserver.tiers.disk import DiskTier
+from cacheserver.tiers.hedge import Hedge
 from cacheserver.tiers.memory import MemoryCache
 from tests.fakes import FakeClock
 from tests.miss_path import MemoryLedger, build_generator, lanes
@@ -134,6 +135,7 @@ class House:
         queue_max: int = 1000,
         tiers: Sequence[FaultyTier] | None = None,
         budget: Sequence[Budget] = (),
+        hedge: Hedge | None = None,
     ) -> None:
         """A new process on the same tiers, or on some of them."""
         self.memory = MemoryCache(clock=self.clock, max_bytes=memory_bytes)
@@ -163,6 +165,7 @@ class House:
             clock=self.clock,
             unknown=unknown or UnknownPolicy(),
             renderer=self.renderer,
+            hedge=hedge,
             rng=Random(7),  # noqa: S311 - picks pictures
         )
 

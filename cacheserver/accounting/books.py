@@ -131,6 +131,10 @@ class CounterBooks:
         """A tier took this long for `op`."""
         self._metrics.tier_seconds(tier, op).observe(seconds)
 
+    def hedged(self, tier: TierName, *, has_won: bool) -> None:
+        """A tier was late and the next one was read beside it."""
+        self._metrics.hedged.labels(tier, "won" if has_won else "lost").inc()
+
     def breaker(self, tier: TierName, *, is_open: bool) -> None:
         """A tier's breaker opened or closed."""
         self._metrics.breaker_open.labels(tier).set(is_open)
@@ -281,6 +285,7 @@ class _Metrics:
         self.client_fallbacks = counter("client_fallbacks", "Pictures clients had made while we were away", "namespace")
         self.errors = counter("errors", "Failed calls by published reason", "reason")
         self.breaker_open = gauge("breaker_open", "1 while a tier or upstream is not asked", "tier")
+        self.hedged = counter("hedged_reads", "Late reads of a tier beside which the next was read", "tier", "result")
         self.corrupt = counter("corrupt", "Damaged entries found", "tier")
         self.paid_unknown = counter("paid_unknown", "Pictures paid for while the last tier could not be asked")
         self.alarm_ringing = gauge("alarm_ringing", "1 while an alarm rings", "alarm")

@@ -23,6 +23,7 @@ from cacheserver.renditions.renderer import ThreadRenderer
 from cacheserver.renditions.renditions import Renditions
 from cacheserver.reviews import Reviews
 from cacheserver.settings import Settings
+from cacheserver.tiers.hedge import Hedge
 from cacheserver.tiers.memory import MemoryCache
 from cacheserver.tiers.redis import Client
 
@@ -75,6 +76,9 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
         queue_max=settings.delivery.queue_max,
     )
     undo.push_async_callback(renderer.aclose)
+    hedge = Hedge(clock=clock, books=books) if settings.hedged_reads else None
+    if hedge is not None:
+        undo.push_async_callback(hedge.aclose)
     cache = PromptCache(
         memory=memory,
         tiers=lower.tiers,
@@ -91,6 +95,7 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
         ),
         signer=lower.signer,
         renderer=renderer,
+        hedge=hedge,
         url_expires_s=settings.s3.url_expires_s,
     )
     undo.push_async_callback(lambda: cache.aclose(patience.for_calls_s()))

@@ -814,6 +814,10 @@ class Settings(BaseSettings):
             "then S3 if there is a bucket, else disk."
         ),
     )
+    hedged_reads: bool = Field(
+        default=False,
+        description="Read the next level too when one takes longer for a picture than for 99 of 100 of its last 1,000.",
+    )
     insecure: bool = Field(default=False, description="Serve everyone who can connect: no callers needed off loopback.")
     default_model: str | None = Field(
         default=None, description="Model for requests and namespaces that name none. Unset: the first upstream's first."
