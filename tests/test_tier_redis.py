@@ -405,9 +405,10 @@ def unix_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UnixServer
 
 
 async def test_a_unix_socket_works(unix_server: UnixServer, clock: FakeClock) -> None:
+    entry = make_entry(data=bytes(range(250)) * 400)
     async with open_tier(unix_server.url, clock) as tier:
-        await tier.put(make_key(), make_entry(), replace=False)
-        assert await tier.get(make_key()) == make_entry()
+        await tier.put(make_key(), entry, replace=False)
+        assert await tier.get(make_key()) == entry
 
 
 # --- connections that are reset while they are idle: the service runs on uvloop, whose errors are not asyncio's
@@ -547,32 +548,39 @@ def certificate(directory: Path) -> tuple[Path, Path]:
     return directory / "cert.pem", directory / "key.pem"
 
 
-async def test_tls_works_and_a_stranger_is_refused(
-    valkey_server: ValkeyServer, clock: FakeClock, tmp_path: Path
+def test_tls_works_and_a_stranger_is_refused(
+    on_each_loop: Callable[[Coroutine[None, None, None]], None],
+    valkey_server: ValkeyServer,
+    clock: FakeClock,
+    tmp_path: Path,
 ) -> None:
-    cert, key = certificate(tmp_path)
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(cert, key)
+    async def body() -> None:
+        cert, key = certificate(tmp_path)
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(cert, key)
 
-    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        server_reader, server_writer = await asyncio.open_connection("127.0.0.1", valkey_server.port)
+        async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            server_reader, server_writer = await asyncio.open_connection("127.0.0.1", valkey_server.port)
 
-        async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-            while data := await source.read(65_536):
-                target.write(data)
-            target.close()
+            async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+                while data := await source.read(65_536):
+                    target.write(data)
+                target.close()
 
-        await asyncio.gather(pump(reader, server_writer), pump(server_reader, writer))
+            await asyncio.gather(pump(reader, server_writer), pump(server_reader, writer))
 
-    listener = await asyncio.start_server(relay, "127.0.0.1", 0, ssl=context)
-    port = listener.sockets[0].getsockname()[1]
-    async with listener:
-        async with open_tier(f"rediss://127.0.0.1:{port}?ssl_ca_certs={cert}", clock) as tier:
-            await tier.put(make_key(), make_entry(), replace=False)
-            assert await tier.get(make_key()) == make_entry()
-        async with open_tier(f"rediss://127.0.0.1:{port}", clock) as tier:
-            with pytest.raises(TierError, match="cannot be reached"):
-                await tier.ping()
+        listener = await asyncio.start_server(relay, "127.0.0.1", 0, ssl=context)
+        port = listener.sockets[0].getsockname()[1]
+        async with listener:
+            async with open_tier(f"rediss://127.0.0.1:{port}?ssl_ca_certs={cert}", clock) as tier:
+                entry = make_entry(data=bytes(range(250)) * 400)
+                await tier.put(make_key(), entry, replace=False)
+                assert await tier.get(make_key()) == entry
+            async with open_tier(f"rediss://127.0.0.1:{port}", clock) as tier:
+                with pytest.raises(TierError, match="cannot be reached"):
+                    await tier.ping()
+
+    on_each_loop(body())
 
 
 @pytest.mark.parametrize(
