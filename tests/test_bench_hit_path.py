@@ -17,7 +17,7 @@ import typer
 from PIL import Image
 
 from cacheserver.pb import promptcache_pb2 as pb
-from scripts.bench import grpc_load, h2load, hit_floors, hit_load, hit_path, hit_tuning, profile
+from scripts.bench import grpc_load, h2load, hit_floors, hit_load, hit_path, hit_sides, hit_stage, hit_tuning, profile
 from scripts.bench.framing import framed, messages_of
 from scripts.bench.hit_load import Answered, Load, Sample, Taken, TooSoonError
 from scripts.bench.hit_rounds import AGAIN, BARE, OURS, TUNED, Goal, Round, Rounds, measure, shortfalls
@@ -77,7 +77,7 @@ def test_neither_the_first_nor_the_last_calls_of_a_turn_count() -> None:
     taken = hit_load.within(answered, samples)
     assert taken == Taken(50, pytest.approx(0.5), pytest.approx(0.25), list(range(31, 81)))
     with pytest.raises(TooSoonError, match="100 calls are over too soon"):
-        hit_load.within(answered, samples[:5])
+        hit_load.within(answered, samples[:4])
 
 
 def test_calls_share_a_connection_only_when_they_are_many() -> None:
@@ -249,3 +249,20 @@ async def test_all_messages_of_a_stream_count() -> None:
 
 def test_frames_are_those_of_http_2() -> None:
     assert grpc_load.frame(6, 1, 7, b"12345678") == b"\0\0\x08\x06\x01" + struct.pack(">I", 7) + b"12345678"
+
+
+async def test_a_turn_that_is_over_too_soon_is_made_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    async def answer(*_: object, calls: int, load: Load) -> Taken:
+        assert load == Load(2)
+        asked.append(calls)
+        if calls < 20:
+            raise TooSoonError
+        return Taken(calls=calls, seconds=0.1, cpu_s=0.01, us=[1.0] * calls)
+
+    monkeypatch.setattr(hit_sides, "ask", answer)
+    call = hit_load.Call(METHOD, Path("bodies"), 1, "t")
+    sides = await hit_sides.by_turns({BARE: hit_stage.Server("127.0.0.1:1", 1)}, call, Load(2), 0.5)
+    assert (await sides[BARE]()).calls == 160
+    assert asked == [8, 16, 32, 160]

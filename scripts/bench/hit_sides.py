@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 
-from scripts.bench import hit_load
-from scripts.bench.hit_load import Call, Load
+from scripts.bench.hit_load import Call, Load, Taken, TooSoonError, ask
 from scripts.bench.hit_rounds import AGAIN, BARE, TUNED, Goal, Turn
 from scripts.bench.hit_stage import SERVICE, Server, Stage
 
@@ -87,22 +85,34 @@ async def asking(  # noqa: PLR0913 - what a row consists of
         yield await by_turns({**servers, **services}, call, load, turn_s)
 
 
-async def by_turns(servers: Mapping[str, Server], call: Call, load: Load, turn_s: float) -> dict[str, Turn]:
-    """The same call to each, as often in a turn as takes it `turn_s` seconds."""
-    at_a_time = load.connections * load.streams
+class _Turns:
+    """Turns of one server: of so many calls as take it about so many seconds."""
 
-    def turn(server: Server, calls: int) -> Turn:
-        return partial(hit_load.ask, call, server.address, server.pid, calls=calls, load=load)
+    def __init__(self, server: Server, call: Call, load: Load) -> None:
+        self._server = server
+        self._call = call
+        self._load = load
+        self._at_a_time = load.connections * load.streams
+        self._calls = _FEWEST_CALLS * self._at_a_time
 
-    async def sized(server: Server) -> Turn:
-        calls = _FEWEST_CALLS * at_a_time
+    async def last(self, seconds: float) -> None:
+        """Find out how many calls take so long."""
+        taken = await self()
+        self._calls = max(int(taken.calls / taken.seconds * seconds) // self._at_a_time, _FEWEST_CALLS)
+        self._calls *= self._at_a_time
+
+    async def __call__(self) -> Taken:
+        """One turn. If it is over too soon, as the server has become faster, another one of more calls."""
         while True:
             try:
-                taken = await turn(server, calls)()
-            except hit_load.TooSoonError:
-                calls *= 4
-            else:
-                per_second = taken.calls / taken.seconds
-                return turn(server, max(int(per_second * turn_s) // at_a_time, _FEWEST_CALLS) * at_a_time)
+                return await ask(self._call, self._server.address, self._server.pid, calls=self._calls, load=self._load)
+            except TooSoonError:
+                self._calls *= 2
 
-    return {name: await sized(server) for name, server in servers.items()}
+
+async def by_turns(servers: Mapping[str, Server], call: Call, load: Load, turn_s: float) -> dict[str, Turn]:
+    """The same call to each, as often in a turn as takes it `turn_s` seconds."""
+    sides = {name: _Turns(server, call, load) for name, server in servers.items()}
+    for side in sides.values():
+        await side.last(turn_s)
+    return {**sides}
