@@ -1,5 +1,6 @@
 """From a request to canonical bytes, fingerprint, digest and key."""
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -100,6 +101,14 @@ def test_the_key_is_made_of_both_hashes_of_the_canonical_bytes() -> None:
         variant=0,
     )
     assert CacheKey.parse(identity.key.name).matches(identity.key.digest)
+
+
+def test_a_key_whose_name_was_asked_for_is_the_same_key() -> None:
+    key, other = (identify(REQUEST, NAMESPACE).key for _ in range(2))
+    assert key.name == key.name == f"{other.identity_name}.0"
+    assert (key, hash(key), repr(key)) == (other, hash(other), repr(other))
+    assert dataclasses.replace(key, variant=1).name == key.with_variant(1).name == f"{other.identity_name}.1"
+    assert copy.copy(key).name == key.name
 
 
 def test_the_partition_is_in_the_key_and_not_in_the_fingerprint() -> None:

@@ -6,7 +6,7 @@ import asyncio
 
 import structlog
 
-from cacheserver.tasks import OwnedTasks, every
+from cacheserver.tasks import OwnedTasks, every, in_turns
 from tests.fakes import FakeClock
 from tests.waiting import until
 
@@ -102,3 +102,11 @@ class TestEvery:
         clock.advance(5.0)
         await rounds.begin(1)
         await end(task)
+
+
+async def test_what_is_done_in_turns_is_done_in_order_and_others_run_in_between() -> None:
+    seen: list[object] = []
+    async for some in in_turns("abcde", 2):
+        seen.append(some)
+        asyncio.get_running_loop().call_soon(seen.append, 0)
+    assert seen == ["ab", 0, "cd", 0, "e"]
