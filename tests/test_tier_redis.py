@@ -28,7 +28,7 @@ from cacheserver.errors import CorruptEntryError, NewerEntryError, TierError, Ti
 from cacheserver.model import CacheKey, TierName
 from cacheserver.tiers import codec
 from cacheserver.tiers.guard import GuardedTier
-from cacheserver.tiers.redis import Client, RedisTier, connect
+from cacheserver.tiers.redis import Client, RedisTier, connect, disconnect
 from tests.fakes import FakeClock
 from tests.servers import ClusterServer, TcpProxy, ValkeyServer
 from tests.tier_contract import (
@@ -661,3 +661,18 @@ async def test_a_list_of_renditions_does_not_grow_without_bound(
         await tier.put(key, make_entry(key), replace=False)
     assert await tier.renditions(make_key()) == [as_public(keys[-1])]
     assert [await tier.get(key) is not None for key in keys] == [False, False, False, True]
+
+
+async def test_a_new_connection_does_not_look_for_a_version_on_the_disk(
+    valkey_server: ValkeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look() -> str:
+        raise AssertionError("looked")
+
+    client = connect(valkey_server.url)
+    monkeypatch.setattr("redis.utils.get_lib_version", look)
+    try:
+        await asyncio.gather(*(client.ping() for _ in range(3)))  # each on a connection of its own
+        assert len(client.connection_pool._available_connections) == 3  # type: ignore[union-attr] # a single server
+    finally:
+        await disconnect(client)

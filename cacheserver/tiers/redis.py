@@ -18,6 +18,7 @@ from redis.asyncio.connection import AbstractConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import MasterNotFoundError, SentinelConnectionPool
 from redis.backoff import NoBackoff
+from redis.driver_info import DriverInfo
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
@@ -89,6 +90,8 @@ def connect(url: str, *, timeout_s: float = 0.25, connect_timeout_s: float = 0.2
         "socket_connect_timeout": connect_timeout_s,
         # With RESP3 a server may ask redis-py to be more patient than we want.
         "protocol": 2,
+        # Each connection would look for redis-py's version on the disk, and many are made at a time.
+        "driver_info": DriverInfo(),
         # redis-py's own policy retries for seconds, and timeouts too.
         "retry": Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
     }

@@ -10,6 +10,7 @@ which was a fifth of all that a miss takes.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import ssl
 import urllib.request
@@ -248,13 +249,16 @@ async def _read_at_most(response: aiohttp.ClientResponse, max_bytes: int) -> byt
     if response.content_length is not None and response.content_length > max_bytes:
         response.close()
         return None
-    body = bytearray()
+    chunks: list[bytes] = []
+    size_bytes = 0
     async for chunk in response.content.iter_any():
-        body += chunk
-        if len(body) > max_bytes:
+        chunks.append(chunk)
+        size_bytes += len(chunk)
+        if size_bytes > max_bytes:
             response.close()
             return None
-    return bytes(body)
+    # In a thread, where it holds up nobody: several large pictures come in one answer.
+    return await asyncio.to_thread(b"".join, chunks)
 
 
 def _is_private(response: aiohttp.ClientResponse) -> bool:
