@@ -68,6 +68,7 @@ LIBRARIES: dict[str, set[str]] = {
     "grpc_reflection": {"rpc"},
     "google": {"rpc", "client", "pb"},
     "redis": {"tiers/redis.py", "control"},
+    "boto3": {"tiers/s3_client.py"},
     "botocore": {"tiers/s3.py", "tiers/s3_client.py", "tiers/objects.py"},
     "orjson": {"log"},
     "PIL": {"generation", "images", "renditions"},

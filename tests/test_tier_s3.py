@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import datetime as dt
 import uuid
 import zlib
 from collections import Counter
@@ -24,6 +25,7 @@ from cacheserver.model import CacheKey, SourceObject, TierName
 from cacheserver.tiers import codec
 from cacheserver.tiers.guard import GuardedTier
 from cacheserver.tiers.s3 import S3Tier
+from cacheserver.tiers.s3_client import new_session
 from tests.fakes import FakeClock
 from tests.servers import S3Server, TcpProxy
 from tests.tier_contract import (
@@ -641,3 +643,12 @@ async def test_old_figures_that_cannot_be_asked_for_say_so(clock: FakeClock, s3_
     async with open_tier(s3_server, clock, endpoint="http://127.0.0.1:1", connect_timeout_s=0.2) as tier:
         with pytest.raises(AccountsUnavailableError, match="Object storage"):
             await ObjectArchive(tier).days()
+
+
+@pytest.mark.parametrize(
+    "spelled", ["2009-10-12T17:50:00.000Z", "Mon, 12 Oct 2009 17:50:00 GMT", 1255369800, "1255369800"]
+)
+def test_dates_are_understood_in_each_form_that_s3_knows(spelled: str | int) -> None:
+    core = new_session("key", "secret")._session
+    read = core.get_component("response_parser_factory").create_parser("rest-xml")._timestamp_parser
+    assert read(spelled) == dt.datetime(2009, 10, 12, 17, 50, tzinfo=dt.UTC)

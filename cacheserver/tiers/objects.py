@@ -34,9 +34,9 @@ class Objects:
     Args:
         buckets: those that may be read; no other is even asked for.
         clock: times reading a body.
-        region: of the buckets; None leaves it to botocore's own settings.
+        region: of the buckets; None leaves it to boto3's own settings.
         endpoint: `https://…` of an S3-compatible server; None is Amazon's.
-        access_key: with `secret_key`, credentials; None leaves them to botocore's own ways of finding them.
+        access_key: with `secret_key`, credentials; None leaves them to boto3's own ways of finding them.
         secret_key: see `access_key`.
         read_timeout_s: how long reading an object may take in all.
         threads: most reads at a time; more wait.
@@ -121,7 +121,7 @@ class Objects:
 
     @property
     def _client(self) -> S3Client:
-        """Made on first use, in a thread: it takes botocore a while, and a look for credentials."""
+        """Made on first use, in a thread: it takes boto3 a while, and a look for credentials."""
         with self._lock:
             if self._made_client is None:
                 session = new_session(self._access_key, self._secret_key)

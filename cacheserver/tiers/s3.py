@@ -44,7 +44,7 @@ _CLOSE_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class _Clients:
-    """Clients of botocore, one per kind of patience: a write may take longer than a read is worth."""
+    """boto3 clients, one per kind of patience: a write may take longer than a read is worth."""
 
     reading: S3Client
     writing: S3Client
@@ -67,7 +67,7 @@ class S3Tier:
         <prefix>v1/<partition>/<first two hex digits of the fingerprint>/<key>
         <the same>.meta.<xxh3-128>     metadata too long for headers, written before the object that names it
 
-    Writes are conditional on what was read, so that of two writers one wins and the other hears of it. botocore
+    Writes are conditional on what was read, so that of two writers one wins and the other hears of it. boto3
     blocks; its calls run in threads of this tier's own. Needs s3:GetObject, s3:PutObject, s3:DeleteObject and
     s3:ListBucket (without the last S3 says 403 for what is absent).
 
@@ -75,10 +75,10 @@ class S3Tier:
         bucket: its name.
         clock: decides what is fresh, and times reading a body.
         prefix: begins every object's name.
-        region: of the bucket; None leaves it to botocore's own settings.
+        region: of the bucket; None leaves it to boto3's own settings.
         endpoint: `https://…` of an S3-compatible server; None is Amazon's.
         public_endpoint: the endpoint in signed URLs, where callers know it by another name.
-        access_key: with `secret_key`, credentials; None leaves them to botocore's own ways of finding them.
+        access_key: with `secret_key`, credentials; None leaves them to boto3's own ways of finding them.
         secret_key: see `access_key`.
         connect_timeout_s: how long connecting may take.
         read_timeout_s: how long a read may go without a byte, and at most in all.
@@ -450,7 +450,7 @@ class S3Tier:
 
     @property
     def _clients(self) -> _Clients:
-        """Made on first use, in a thread: it takes botocore a while, and a look for credentials."""
+        """Made on first use, in a thread: it takes boto3 a while, and a look for credentials."""
         with self._lock:
             if self._made_clients is None:
                 session = new_session(self._access_key, self._secret_key)
