@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
+from functools import cache, lru_cache
 from itertools import chain
 from typing import Any, Protocol, TypeVar, Unpack
 
@@ -70,6 +71,7 @@ class _WireEnum(Protocol):
 
     def Name(self, number: int) -> str: ...  # noqa: N802 - protobuf's name
     def values(self) -> Sequence[int]: ...
+    def __hash__(self) -> int: ...
 
 
 # --- requests ---
@@ -116,7 +118,8 @@ def spec_message(prompt: str | ImageSpec, **options: Unpack[SpecOptions]) -> pb.
 
 def _merged(prompt: str | ImageSpec, options: Mapping[str, Any]) -> ImageSpec:
     given = {name: value for name, value in options.items() if value is not None}
-    return replace(prompt if isinstance(prompt, ImageSpec) else ImageSpec(prompt), **given)
+    spec = prompt if isinstance(prompt, ImageSpec) else ImageSpec(prompt)
+    return replace(spec, **given) if given else spec
 
 
 def image_request(  # noqa: PLR0913 - one keyword per field of the message
@@ -316,6 +319,12 @@ def read_image(image: pb.Image) -> Image:
 
 def read_status(status: pb.CacheStatus) -> CacheStatus:
     """Where a picture came from."""
+    return _read_status(status.SerializeToString())
+
+
+@lru_cache(maxsize=256)  # hits are much alike
+def _read_status(raw: bytes) -> CacheStatus:
+    status = pb.CacheStatus.FromString(raw)
     return CacheStatus(
         tier=member(TierName, pb.Tier, "TIER", status.tier),
         state=member(State, pb.State, "STATE", status.state),
@@ -503,9 +512,14 @@ def _name(prefix: str, value: Enum | None) -> str | None:
 
 def member(ours: type[_E], wire: _WireEnum, prefix: str, number: int) -> _E | None:
     """Our member for a number on the wire; None for unspecified and for what a newer service may say."""
-    if number not in wire.values():
-        return None
-    return ours.__members__.get(wire.Name(number).removeprefix(f"{prefix}_"))
+    return _members(ours, wire, prefix).get(number)
+
+
+@cache
+def _members(ours: type[_E], wire: _WireEnum, prefix: str) -> Mapping[int, _E]:
+    """Our members by their numbers on the wire."""
+    names = {number: wire.Name(number).removeprefix(f"{prefix}_") for number in wire.values()}
+    return {number: ours[name] for number, name in names.items() if name in ours.__members__}
 
 
 def _duration(seconds: float | None) -> timedelta | None:
@@ -514,7 +528,7 @@ def _duration(seconds: float | None) -> timedelta | None:
 
 def seconds_of(duration: Duration) -> float:
     """A length of time in seconds."""
-    return duration.ToTimedelta().total_seconds()
+    return duration.seconds + duration.nanos / 1e9
 
 
 def time_of(message: Message, name: str) -> datetime | None:
