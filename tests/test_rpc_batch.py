@@ -163,6 +163,13 @@ class TestFlow:
             house.upstream.release()
             assert len(await answers(call)) == 8
 
+    async def test_how_many_are_worked_on_is_said_before_anything_is_asked(self, house: House) -> None:
+        async with open_front(house, limits=Limits(batch_in_flight=3)) as front:
+            call = front.stub.BatchGetImages()
+            assert ("x-batch-in-flight", "3") in tuple(await call.initial_metadata())
+            await call.done_writing()
+            assert await answers(call) == {}
+
     async def test_every_answer_comes_though_nothing_more_is_sent(self, front: Front) -> None:
         front.house.upstream.hold()
         call = front.stub.BatchGetImages()

@@ -159,8 +159,8 @@ class PromptCacheServiceServicer:
 
     def BatchGetImages(self, request_iterator, context):
         """BatchGetImages answers many requests on one stream, each as soon as it is ready, matched by the request_id
-        of its request. At most server.batch_in_flight of them are worked on at a time: a client that sends faster is
-        slowed down by gRPC's own flow control. A client that closes its side still gets every answer.
+        of its request. At most server.batch_in_flight of them are worked on at a time, and the header x-batch-in-flight
+        says how many: a client that sends faster is slowed down by gRPC's own flow control. A client that closes its side still gets every answer.
 
         Errors: of one item, its Failure. The stream itself fails only as every call may, and with
         INVALID_ARGUMENT (INVALID_FIELD): a request without a request_id, or with one that is still being worked on.

@@ -6,7 +6,7 @@ The rpcs themselves get a parsed message and a `Call`, return or yield bytes, an
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Any, Generic, TypeAlias, TypeVar, cast
 
@@ -92,15 +92,21 @@ class Calls:
         return grpc.stream_unary_rpc_method_handler(handle)
 
     def streams_both(
-        self, rpc: str, message_type: type[M], method: Callable[[Parts[M], Call], AsyncGenerator[bytes, None]]
+        self,
+        rpc: str,
+        message_type: type[M],
+        method: Callable[[Parts[M], Call], AsyncGenerator[bytes, None]],
+        headers: Sequence[tuple[str, str]] = (),
     ) -> Handler:
-        """The handler of an rpc that takes many messages and answers many."""
+        """The handler of an rpc that takes many messages and answers many. `headers`, if any, go out as it begins."""
 
         async def handle(_: AsyncIterator[bytes], context: Context) -> None:
             async with (
                 self._call(rpc, context) as call,
                 aclosing(method(Parts(message_type, context), call)) as answers,
             ):
+                if headers:
+                    await context.send_initial_metadata(headers)
                 async for answer in answers:
                     await context.write(answer)
 

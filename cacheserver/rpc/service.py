@@ -159,12 +159,15 @@ class PromptCacheService:
         parse, and names our types.
         """
         calls = self._calls
+        places = (("x-batch-in-flight", str(self._limits.batch_in_flight)),)
         return Service(
             SERVICE_NAME,
             {
                 "GetImage": calls.unary_ready("GetImage", self.get_image, self._get_image_at_once),
                 "StreamImage": calls.streams_out("StreamImage", pb.StreamImageRequest, self.stream_image),
-                "BatchGetImages": calls.streams_both("BatchGetImages", pb.BatchGetImagesRequest, self.batch_get_images),
+                "BatchGetImages": calls.streams_both(
+                    "BatchGetImages", pb.BatchGetImagesRequest, self.batch_get_images, headers=places
+                ),
                 "FindCached": calls.unary("FindCached", pb.FindCachedRequest, self._find.find_cached),
                 "PutImage": calls.streams_in("PutImage", pb.PutImageRequest, self.put_image),
                 "PurgeImages": calls.unary("PurgeImages", pb.PurgeImagesRequest, self.purge_images),
