@@ -104,6 +104,8 @@ class TestFailures:
         assert grpc.StatusCode[whole.code].value[0] == failed.code
         assert (failed.reason, failed.message, dict(failed.violations)) == (whole.reason, whole.message, whole.fields)
         assert not failed.HasField("retry_delay")
+        assert set(failed.metadata) == set(whole.info.metadata)
+        assert {**failed.metadata, "request_id": ""} == {**whole.info.metadata, "request_id": ""}
         assert items["good"].response.images
 
     @pytest.mark.parametrize("error", [PromptRefusedError("refused"), UpstreamDownError("down", retry_after_s=7.0)])

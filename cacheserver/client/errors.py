@@ -196,6 +196,7 @@ def error_of_item(failure: pb.Failure) -> CacheError:
         reason=failure.reason,
         violations=failure.violations,
         retry_after_s=failure.retry_delay.ToTimedelta().total_seconds() if failure.HasField("retry_delay") else None,
+        metadata=failure.metadata,
     )
 
 

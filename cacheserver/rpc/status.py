@@ -86,7 +86,8 @@ _MAX_MESSAGE_CHARACTERS = 400
 class RpcStatus:
     """How a call failed, as gRPC sends it: code, message, and trailers with the google.rpc details.
 
-    `violations` and `retry_after_s` (seconds; None where trying again does not help) are in the details too.
+    `violations`, `retry_after_s` (seconds; None where trying again does not help) and `metadata` are among the
+    details, too.
     """
 
     code: grpc.StatusCode
@@ -94,6 +95,7 @@ class RpcStatus:
     message: str
     violations: Mapping[str, str]
     retry_after_s: float | None
+    metadata: Mapping[str, str]
     trailers: tuple[tuple[str, str | bytes], ...]
 
     def as_failure(self) -> pb.Failure:
@@ -104,6 +106,7 @@ class RpcStatus:
             message=self.message,
             retry_delay=None if self.retry_after_s is None else _duration(self.retry_after_s),
             violations=self.violations,
+            metadata=self.metadata,
         )
 
 
@@ -116,7 +119,8 @@ def status_of(error: Exception, *, request_id: str) -> RpcStatus:
     violations = _violations(error)
     retry_after_s = _retry_after_s(error) if code is grpc.StatusCode.UNAVAILABLE else None
     packed = Status(code=code.value[0], message=message)
-    info = ErrorInfo(reason=error.reason, domain=DOMAIN, metadata={"request_id": request_id, **_facts(error)})
+    metadata = {"request_id": request_id, **_facts(error)}
+    info = ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)
     for detail in (info, *_details(error, code, message, violations, retry_after_s)):
         any_detail = Any()
         any_detail.Pack(detail)
@@ -124,7 +128,7 @@ def status_of(error: Exception, *, request_id: str) -> RpcStatus:
     trailers: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", packed.SerializeToString())]
     if retry_after_s is not None:
         trailers.append(("grpc-retry-pushback-ms", str(round(retry_after_s * 1000))))
-    return RpcStatus(code, error.reason, message, violations, retry_after_s, tuple(trailers))
+    return RpcStatus(code, error.reason, message, violations, retry_after_s, metadata, tuple(trailers))
 
 
 def _details(
