@@ -822,6 +822,18 @@ async def test_closing_the_sync_client_ends_what_runs(address: str, service: Ser
         await call
 
 
+async def test_closing_the_asyncio_client_ends_what_runs_with_an_error_and_cancels_nobody(
+    address: str, service: Service
+) -> None:
+    service.script = ["hang"]
+    client = AsyncClient(address)
+    call = asyncio.create_task(client.get_image("a red fox"))
+    await service.hanging.wait()
+    await client.close()
+    with pytest.raises(UnreachableError):
+        await call
+
+
 async def test_many_threads_share_one_client(address: str, service: Service) -> None:
     service.script = [answer() for _ in range(50)]
     with Client(address) as client:

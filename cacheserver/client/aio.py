@@ -27,7 +27,7 @@ from cacheserver.client.batch import (
     run_async,
 )
 from cacheserver.client.download import Download
-from cacheserver.client.errors import UnreachableError, as_broken, error_of
+from cacheserver.client.errors import UnreachableError, as_broken, error_of, unreachable
 from cacheserver.client.fallback import AsyncFallback, Fallbacks, can_stand_in, result_of
 from cacheserver.client.image_file import ImageFile
 from cacheserver.client.values import (
@@ -92,6 +92,7 @@ class AsyncClient:
         self._address = address
         self._fallback = fallback
         self._fallbacks = Fallbacks()
+        self._is_closed = False
         self._metadata = channel.call_metadata(token)
         options = channel.CHANNEL_OPTIONS if fallback is None else channel.IMPATIENT_OPTIONS
         credentials = channel.credentials(tls=tls, root_certificates=root_certificates)
@@ -388,6 +389,7 @@ class AsyncClient:
     async def close(self) -> None:
         """Let go of the connection. Calls that still run end with CacheError."""
         self._fallback = None
+        self._is_closed = True
         await self._channel.close()
 
     async def __aenter__(self) -> Self:
@@ -405,6 +407,11 @@ class AsyncClient:
                 return await method(request, timeout=timeout_s, metadata=(*self._metadata, *told, *named))
         except grpc.RpcError as exc:
             raise error_of(exc, self._address) from exc
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._is_closed and task is not None and not task.cancelling():  # the call was cancelled, not its caller
+                raise unreachable(self._address) from None
+            raise
 
     async def _stream(self, method: Any, request: Any, timeout_s: float, call_id: str = "") -> AsyncGenerator[Any]:
         named = (("x-request-id", call_id),) if call_id else ()

@@ -164,9 +164,9 @@ def error_of(failure: grpc.RpcError, address: str) -> CacheError:
     code = failure.code()
     info, violations, retry_after_s = _details(failure)
     if not info.reason and code in _BROKEN:
-        return UnreachableError(f"no answer from the cache service at {address}", code=grpc.StatusCode.UNAVAILABLE)
+        return unreachable(address)
     if not info.reason and code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return DeadlineError(f"no answer from the cache service at {address} within the call's time", code=code)
+        return too_late(address)
     return _class_of(code, info.reason)(
         failure.details() or code.name,
         code=code,
@@ -175,6 +175,17 @@ def error_of(failure: grpc.RpcError, address: str) -> CacheError:
         retry_after_s=retry_after_s,
         metadata=info.metadata,
     )
+
+
+def unreachable(address: str) -> UnreachableError:
+    """The error of a call that nobody at `address` answered."""
+    return UnreachableError(f"no answer from the cache service at {address}", code=grpc.StatusCode.UNAVAILABLE)
+
+
+def too_late(address: str) -> DeadlineError:
+    """The error of a call that had no answer from `address` in time."""
+    what = f"no answer from the cache service at {address} within the call's time"
+    return DeadlineError(what, code=grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 def as_broken(error: CacheError) -> CacheError:
