@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -30,6 +29,7 @@ from cacheserver.client.download import Download
 from cacheserver.client.errors import UnreachableError, as_broken, error_of, unreachable
 from cacheserver.client.fallback import AsyncFallback, Fallbacks, can_stand_in, result_of
 from cacheserver.client.image_file import ImageFile
+from cacheserver.client.multiplex import Multiplexer
 from cacheserver.client.values import (
     CallExplanation,
     Delivery,
@@ -55,7 +55,7 @@ from cacheserver.client.warm import (
     read_progress,
 )
 from cacheserver.model import MatchLevel, StatsField, StatsSpan
-from cacheserver.pb.promptcache_pb2 import ExplainCallRequest
+from cacheserver.pb.promptcache_pb2 import BatchGetImagesRequest, ExplainCallRequest, GetImageRequest
 from cacheserver.pb.promptcache_pb2_grpc import PromptCacheServiceStub
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class AsyncClient:
     seconds and raises CacheError if it fails.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one keyword per way to connect
         self,
         address: str = channel.DEFAULT_ADDRESS,
         *,
@@ -78,6 +78,7 @@ class AsyncClient:
         tls: bool = False,
         root_certificates: bytes | None = None,
         fallback: AsyncFallback | None = None,
+        multiplex: bool = False,
     ) -> None:
         """Prepare a connection; nothing is sent yet.
 
@@ -88,6 +89,12 @@ class AsyncClient:
             root_certificates: PEM certificates to trust instead of the usual authorities.
             fallback: Makes a picture without the service: what `get_image` answers with where nobody answers at the
                 address. A call that broke off when it had reached the service may then be paid for twice.
+            multiplex: Let calls of `get_image`, `get_by_key` and `generate_many` that run at a time share streams: hits
+                cost the client and the service a fraction then. Answers and errors are those of calls of their own.
+                Off by default, because a proxy picks a replica once for a whole stream, where it would spread calls
+                over all of them. Of a call on a stream the service knows no deadline: it takes a picture to be made
+                for one that may take as long as its priority allows. And it hears that a call was given up only when
+                all others on its stream have ended: until then it may still begin to pay for it.
         """
         self._address = address
         self._fallback = fallback
@@ -101,6 +108,7 @@ class AsyncClient:
         else:
             self._channel = grpc.aio.secure_channel(address, credentials, options)
         self._stub = PromptCacheServiceStub(self._channel)  # type: ignore[no-untyped-call] # generated without types
+        self._multiplexer = Multiplexer(self._open_stream, self._ask_alone, address) if multiplex else None
 
     @functools.cached_property
     def admin(self) -> AsyncAdmin:
@@ -127,10 +135,8 @@ class AsyncClient:
             CacheError: the call failed otherwise.
         """
         request = messages.image_request(prompt, **options)
-        call_id = channel.call_id()
         try:
-            answer = await self._call(self._stub.GetImage, request, timeout_s, call_id)
-            return messages.read_result(answer, call_id)
+            return await self._ask(request, timeout_s)
         except UnreachableError:
             fallback = self._fallback
             if fallback is None or not can_stand_in(options):
@@ -163,8 +169,7 @@ class AsyncClient:
             InvalidRequestError: an option cannot be sent.
         """
         batch = Batch(prompts, options=options, timeout_s=timeout_s, on_progress=on_progress)
-        get_image = functools.partial(self._call, self._stub.GetImage)
-        return await run_async(batch, get_image, max_in_flight)
+        return await run_async(batch, self._ask, max_in_flight)
 
     def batch(
         self,
@@ -212,8 +217,7 @@ class AsyncClient:
             max_inline_bytes=max_inline_bytes,
             max_wait_s=max_wait_s,
         )
-        call_id = channel.call_id()
-        return messages.read_result(await self._call(self._stub.GetImage, request, timeout_s, call_id), call_id)
+        return await self._ask(request, timeout_s)
 
     def stream_image(
         self,
@@ -390,6 +394,8 @@ class AsyncClient:
         """Let go of the connection. Calls that still run end with CacheError."""
         self._fallback = None
         self._is_closed = True
+        if self._multiplexer is not None:
+            await self._multiplexer.aclose()
         await self._channel.close()
 
     async def __aenter__(self) -> Self:
@@ -399,6 +405,21 @@ class AsyncClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
+
+    async def _ask(self, request: GetImageRequest, timeout_s: float) -> ImageResult:
+        multiplexer = self._multiplexer
+        # What the fallback made is told with a call of its own: a stream's metadata are sent once, when it begins.
+        if multiplexer is None or self._fallbacks.are_untold or not multiplexer.carries(request):
+            return await self._ask_alone(request, timeout_s)
+        return await multiplexer.ask(request, timeout_s)
+
+    async def _ask_alone(self, request: GetImageRequest, timeout_s: float) -> ImageResult:
+        call_id = channel.call_id()
+        answer = await self._call(self._stub.GetImage, request, timeout_s, call_id)
+        return messages.read_result(answer, call_id)
+
+    def _open_stream(self, requests: AsyncIterator[BatchGetImagesRequest], call_id: str) -> Any:
+        return self._stub.BatchGetImages(requests, metadata=(*self._metadata, ("x-request-id", call_id)))
 
     async def _call(self, method: Any, request: Any, timeout_s: float, call_id: str = "") -> Any:
         named = (("x-request-id", call_id),) if call_id else ()

@@ -321,7 +321,7 @@ class Attempts:
 
 
 async def run_async(
-    batch: Batch, get_image: Callable[[pb.GetImageRequest, float], Awaitable[Any]], max_in_flight: int
+    batch: Batch, get_image: Callable[[pb.GetImageRequest, float], Awaitable[ImageResult]], max_in_flight: int
 ) -> BatchResult:
     """Run a batch with at most `max_in_flight` prompts at once. Cancelling it cancels the calls that run."""
 
@@ -329,7 +329,7 @@ async def run_async(
         attempts = batch.begin(index)
         while True:
             try:
-                return messages.read_result(await get_image(attempts.request, attempts.left_s))
+                return await get_image(attempts.request, attempts.left_s)
             except TryAgainError as error:
                 await asyncio.sleep(attempts.pause_s(error))
 

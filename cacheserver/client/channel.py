@@ -15,6 +15,19 @@ DEFAULT_ADDRESS: Final = "127.0.0.1:50051"
 MAX_ATTEMPTS: Final = 4
 """How often a call is made in all before its UNAVAILABLE reaches the caller."""
 
+RETRY_FIRST_S: Final = 0.2
+"""About how long after a failed attempt the second one is made, where the service does not say."""
+
+RETRY_LONGEST_S: Final = 5.0
+"""The pause doubles from one attempt to the next, up to this."""
+
+RETRY_TOKENS: Final = 10
+"""The throttle stops retries of a client most of whose calls fail, so that a sick service is not kept sick: a failure
+takes one of these tokens, and no call is repeated while only half of them are left."""
+
+RETRY_TOKENS_A_SUCCESS: Final = 0.1
+"""What a success gives back."""
+
 MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 """Largest answer accepted in one message: ten inline images of the default limit, and room to raise it."""
 
@@ -23,22 +36,21 @@ _REPEATED: Final = ("GetImage", "FindCached", "PutImage", "PurgeImages", "Explai
 """Those that answer one message. A stream that a retry policy covers and whose connection breaks before its first
 answer never ends where nobody can be connected to then, not even at its deadline (grpcio 1.85, sync calls alone)."""
 
-# UNAVAILABLE is the one code that says "try again"; pushback from the service replaces the backoff. The
-# throttle stops retries of a client most of whose calls fail, so that a sick service is not kept sick.
+# UNAVAILABLE is the one code that says "try again"; pushback from the service replaces the backoff.
 _SERVICE_CONFIG: Final = {
     "methodConfig": [
         {
             "name": [{"service": _SERVICE, "method": method} for method in _REPEATED],
             "retryPolicy": {
                 "maxAttempts": MAX_ATTEMPTS,
-                "initialBackoff": "0.2s",
-                "maxBackoff": "5s",
+                "initialBackoff": f"{RETRY_FIRST_S:g}s",
+                "maxBackoff": f"{RETRY_LONGEST_S:g}s",
                 "backoffMultiplier": 2,
                 "retryableStatusCodes": ["UNAVAILABLE"],
             },
         }
     ],
-    "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
+    "retryThrottling": {"maxTokens": RETRY_TOKENS, "tokenRatio": RETRY_TOKENS_A_SUCCESS},
 }
 
 _FIT_FOR_A_LOG: Final = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")

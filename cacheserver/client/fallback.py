@@ -34,6 +34,11 @@ class Fallbacks:
         self.made = 0
         """In all."""
 
+    @property
+    def are_untold(self) -> bool:
+        """Whether the service has yet to be told of some."""
+        return bool(self._untold)
+
     @contextmanager
     def telling(self) -> Iterator[Sequence[tuple[str, str]]]:
         """The metadata that tells a call's service; if the call fails, the next one tells."""
