@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import structlog
 
@@ -20,6 +21,7 @@ from cacheserver.control.budgets import LocalBudgets
 from cacheserver.control.figures import RedisFigures
 from cacheserver.errors import LedgerUnavailableError
 from cacheserver.generation.generator import Generator
+from cacheserver.machine import Machine, Room
 from cacheserver.model import CachePolicy
 from cacheserver.precheck import DenyList
 from cacheserver.settings import load_settings
@@ -81,6 +83,47 @@ async def test_a_bug_in_the_background_is_said_and_not_the_end_of_it(
         finally:
             await service.stop()
     assert [event["task"] for event in events if event["event"] == "round_failed"] == [loop]
+
+
+async def test_memory_is_a_share_of_the_container_and_gives_way_where_that_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use = {"bytes": 0}
+    room = Room(400 * 2**20, is_container=True, used_bytes=lambda: use["bytes"])
+    monkeypatch.setattr(Machine, "room", lambda _: room)
+    with structlog.testing.capture_logs() as events:
+        service = await start(load_settings(None, environment(tmp_path)), clock=HastyClock())
+        try:
+            async with httpx.AsyncClient(base_url=f"http://{service.http_address}", trust_env=False) as http:
+
+                async def has(*lines: str) -> bool:
+                    text = (await http.get("/metrics")).text
+                    return all(line in text for line in lines)
+
+                assert await has("cacheserver_memory_limit_bytes 4.194304e+08", "cacheserver_resident_bytes ")
+                await until(lambda: has("cacheserver_memory_room_bytes 1.048576e+08"))
+                use["bytes"] = 399 * 2**20
+                await until(lambda: has("cacheserver_memory_room_bytes 0.0"))
+                use["bytes"] = 0
+                await until(lambda: has("cacheserver_memory_room_bytes 1.048576e+08"))
+                await until(lambda: any(event["event"] == "memory_no_longer_short" for event in events))
+        finally:
+            await service.stop()
+    [serving] = [event for event in events if event["event"] == "serving"]
+    assert "memory (100 MiB, a quarter of the container's)" in serving["tiers"]
+
+
+async def test_where_nobody_tells_how_much_memory_there_is_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Machine, "room", lambda _: None)
+    monkeypatch.setattr(Machine, "resident_bytes", lambda _: None)
+    with structlog.testing.capture_logs() as events:
+        async with running(environment(tmp_path)):
+            pass
+    assert [event["event"] for event in events].count("memory_not_guarded") == 1
+    [serving] = [event for event in events if event["event"] == "serving"]
+    assert "memory (256 MiB) >" in serving["tiers"]
 
 
 async def test_a_cache_whose_closing_is_cancelled_leaves_nothing_running(

@@ -23,6 +23,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": {"errors", "interfaces"},
     "images": set(),
     "log": set(),
+    "machine": set(),
+    "allocator": set(),
     "identity": VALUES,
     "tiers": VALUES,
     "generation": VALUES,
@@ -33,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "variants": VALUES,
     "control": VALUES | {"tiers"},
     "keep": VALUES | {"tiers"},
+    "pressure": VALUES | {"tiers", "machine"},
     "purge": VALUES | {"tiers", "keep"},
     "paying": VALUES | {"flight"},
     "reviews": VALUES | {"tiers", "keep"},
@@ -48,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": VALUES
     | {"tiers", "flight", "keep", "purge", "paying", "resent", "alone", "variants", "reviews", "remakes", "rungs"}
     | {"deriving"},
-    "settings": VALUES | {"identity"},
+    "settings": VALUES | {"identity", "machine"},
     "calls": VALUES | {"cache", "identity", "precheck", "recall"},
     "http": VALUES | {"cache", "calls", "identity", "generation", "renditions"},
     "warming": VALUES | {"keep", "cache"},

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import pytest
@@ -154,6 +157,61 @@ def test_long_texts_count(memory_for: MemoryFor) -> None:
     before = entry_bytes(make_entry(revised_prompt=""))
     assert entry_bytes(make_entry(revised_prompt="猫" * 1000)) == before + 4000
     assert memory.size_bytes == 0
+
+
+def test_what_is_shed_is_used_least_and_no_more_comes_until_it_may(clock: FakeClock) -> None:
+    memory = memory_for(4, clock)
+    for prompt in "abcd":
+        put(memory, prompt)
+    memory.get(make_key("a"))
+    memory.shed(2 * ONE_KILOBYTE + 1)
+    assert [memory.contains(make_key(prompt)) for prompt in "abcd"] == [True, False, False, True]
+    put(memory, "e")
+    assert [memory.contains(make_key(prompt)) for prompt in "ade"] == [True, False, True]
+    memory.shed(10 * ONE_KILOBYTE)
+    assert memory.room_bytes == memory.max_bytes == 4 * ONE_KILOBYTE
+    for prompt in "fghi":
+        put(memory, prompt)
+    assert memory.size_bytes == 4 * ONE_KILOBYTE
+
+
+def test_memory_that_shed_all_keeps_nothing(clock: FakeClock) -> None:
+    memory = memory_for(2, clock)
+    put(memory, "a")
+    memory.shed(0)
+    put(memory, "b")
+    assert (len(memory), memory.size_bytes) == (0, 0)
+
+
+_MANY_ENTRIES = """
+import gc
+from cacheserver import allocator
+from cacheserver.clock import SystemClock
+from cacheserver.machine import Machine
+from cacheserver.tiers import codec
+from cacheserver.tiers.memory import MemoryCache
+from tests.tier_contract import make_entry, make_key
+
+memory = MemoryCache(clock=SystemClock(), max_bytes=2**30)
+gc.collect()
+before = Machine().resident_bytes()
+for number in range(20_000):
+    entry = codec.decode(codec.encode(make_entry(make_key(f"{number}"), b"%d" % number)))  # as lower tiers give it
+    memory.put(entry.key, entry)
+gc.collect()
+allocator.giver_back()()
+print(memory.size_bytes, Machine().resident_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is resident is known on Linux alone")
+def test_all_that_an_entry_takes_is_counted() -> None:
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", _MANY_ENTRIES]
+    # A process of its own: what others leave free in this one would be used first.
+    printed = subprocess.run(command, cwd=root, capture_output=True, check=True, text=True)  # noqa: S603 - our own program
+    counted, resident = map(int, printed.stdout.split())
+    assert counted / 2 < resident <= counted
 
 
 class DictionaryWithLosses(RuleBasedStateMachine):

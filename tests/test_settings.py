@@ -16,11 +16,13 @@ from pydantic.fields import FieldInfo
 
 import cacheserver
 from cacheserver.errors import ConfigError
+from cacheserver.machine import Room
 from cacheserver.model import Caller, Permission, Priority, TierName
 from cacheserver.settings import Settings, environment_names, is_loopback, load_settings, setting_names, warnings
 
 EXAMPLE = Path(cacheserver.__file__).with_name("config.example.toml")
 TOKEN_SHA256 = hashlib.sha256(b"secret").hexdigest()
+MIB = 1024 * 1024
 KEY = {"OPENAI_API_KEY": "sk-very-secret"}
 
 Write = Callable[[str], Path]
@@ -51,12 +53,30 @@ def test_nothing_configured_is_a_painter_on_loopback_with_our_own_valkey_and_a_d
     assert settings.tier_names == (TierName.MEMORY, TierName.REDIS, TierName.DISK)
     assert settings.runs_own_valkey
     assert settings.disk_path == Path(".cacheserver/images")
-    assert settings.memory.entry_limit_bytes == 32 * 1024 * 1024
     assert warnings(settings) == []
 
 
 def test_a_small_memory_takes_an_eighth_of_itself_per_image() -> None:
-    assert load_settings(None, {"CACHESERVER_MEMORY_MAX_BYTES": "8000"}).memory.entry_limit_bytes == 1000
+    settings = load_settings(None, {"CACHESERVER_MEMORY_MAX_BYTES": "8000"})
+    assert settings.memory.sizes(None) == (8000, 1000)
+
+
+@pytest.mark.parametrize(
+    ("limit_mib", "is_container", "max_mib"),
+    [(2048, True, 512), (65_536, True, 16_384), (64, True, 16), (65_536, False, 256), (512, False, 128)],
+)
+def test_unless_it_is_set_memory_is_a_quarter_of_the_container_or_a_little_of_the_machine(
+    limit_mib: int,
+    is_container: bool,  # noqa: FBT001 - a table's column
+    max_mib: int,
+) -> None:
+    room = Room(limit_mib * MIB, is_container=is_container, used_bytes=lambda: 0)
+    assert load_settings(None, {}).memory.sizes(room) == (max_mib * MIB, min(max_mib * MIB // 8, 32 * MIB))
+    assert load_settings(None, {"CACHESERVER_MEMORY_MAX_BYTES": "8000"}).memory.sizes(room) == (8000, 1000)
+
+
+def test_where_nobody_knows_how_much_memory_there_is_memory_is_256_mib() -> None:
+    assert load_settings(None, {}).memory.sizes(None) == (256 * MIB, 32 * MIB)
 
 
 @pytest.mark.parametrize(
@@ -333,6 +353,7 @@ _REFUSED: list[tuple[str, dict[str, str], str]] = [
     ("", {"CACHESERVER_GRPC_PORT": "70000"}, r"server\.grpc_port \(set by CACHESERVER_GRPC_PORT\): .* 65535"),
     ("", {"CACHESERVER_MEMORY_MAX_BYTES": "1 GB"}, r"memory\.max_bytes \(set by .*\): should be a valid integer"),
     ("[memory]\npolicy = 'lfu'", {}, r"memory\.policy: should be 'lru' or 'value'"),
+    ("[memory]\nhigh_water = 90", {}, r"memory\.high_water: should be less than or equal to 1\. It is: Share of"),
     ("[generation]\nwhen_unknown = 'ask'", {}, r"generation\.when_unknown: should be 'pay' or 'refuse'"),
     ("[redis]\nurl = 'http://r'", KEY, r"redis\.url: should begin with one of redis://"),
     ("[s3]\nbucket = 'b'\nendpoint = 's3.example.com'", KEY, r"s3\.endpoint: should be a URL"),

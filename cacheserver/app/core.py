@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from cacheserver.control.replays import LocalReplays, RedisReplays
 from cacheserver.identity import QUALITIES, identify
 from cacheserver.interfaces import Clock, Replays
 from cacheserver.keep import Keeper
+from cacheserver.machine import Machine, Room
 from cacheserver.model import CachedImage, GeneratedImage, TierName
 from cacheserver.paying import UnknownPolicy
 from cacheserver.renditions.renderer import ThreadRenderer
@@ -33,7 +35,7 @@ _FOR_NOTHING_MICROUSD = 1
 
 @dataclass(frozen=True, slots=True)
 class Core:
-    """What all that is built around it works with. `registry` has the metrics."""
+    """What all that is built around it works with. `registry` has the metrics, `room` says what memory there is."""
 
     settings: Settings
     clock: Clock
@@ -41,6 +43,7 @@ class Core:
     books: CounterBooks
     lower: Lower
     memory: MemoryCache
+    room: Room | None
     keeper: Keeper
     miss_path: MissPath
     reviews: Reviews
@@ -61,8 +64,12 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
     for tier in lower.tiers:
         books.breaker(tier.name, is_open=False)  # a series that alerts can find before anything happens
     await look_at_tiers(lower, settings)
-    # There is a miss path before there is a picture to price.
-    memory = _memory(settings, price=lambda image: miss_path.generator.worth_microusd(image, image.model), clock=clock)
+    room = await asyncio.to_thread(Machine().room)
+
+    def price(image: GeneratedImage) -> int:  # there is a miss path before there is a picture to price
+        return miss_path.generator.worth_microusd(image, image.model)
+
+    memory = _memory(settings, room=room, price=price, clock=clock)
     keeper = Keeper(memory=memory, tiers=lower.tiers, books=books, clock=clock)
     undo.push_async_callback(lambda: keeper.aclose(patience.for_writes_s()))
     miss_path = await build_miss_path(settings, lower=lower, books=books, clock=clock, undo=undo)
@@ -117,6 +124,7 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
         books=books,
         lower=lower,
         memory=memory,
+        room=room,
         keeper=keeper,
         miss_path=miss_path,
         reviews=reviews,
@@ -125,14 +133,18 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
     )
 
 
-def _memory(settings: Settings, *, price: Callable[[GeneratedImage], int], clock: Clock) -> MemoryCache:
+def _memory(
+    settings: Settings, *, room: Room | None, price: Callable[[GeneratedImage], int], clock: Clock
+) -> MemoryCache:
+    max_bytes, max_entry_bytes = settings.memory.sizes(room)
+
     def microusd(entry: CachedImage) -> int:
         return _FOR_NOTHING_MICROUSD if entry.derived_from else max(_FOR_NOTHING_MICROUSD, price(entry.image))
 
     return MemoryCache(
         clock=clock,
-        max_bytes=settings.memory.max_bytes,
-        max_entry_bytes=settings.memory.entry_limit_bytes,
+        max_bytes=max_bytes,
+        max_entry_bytes=max_entry_bytes,
         policy=settings.memory.policy,
         # From a level below every picture comes back at about the same cost, whatever was paid for it.
         cost=microusd if settings.tier_names == (TierName.MEMORY,) else lambda _: 1,

@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack
 import structlog
 import uvloop
 
+from cacheserver import allocator
 from cacheserver.app.alarms import build_alarms
 from cacheserver.app.core import build_core
 from cacheserver.app.front import build_front
@@ -103,7 +104,7 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
         "serving",
         grpc=service.grpc_address,
         http=service.http_address,
-        tiers=describe_tiers(core.lower, settings),
+        tiers=describe_tiers(core.lower, settings, memory_bytes=core.memory.max_bytes, room=core.room),
         upstreams=", ".join(upstream.name for upstream in settings.upstreams),
     )
     for line in warnings(settings):
@@ -113,6 +114,7 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
 
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT; a second signal ends at once. Raises ConfigError."""
+    allocator.set_up()
     set_up_logging(level=settings.log.level, form=settings.log.format)
     uvloop.run(_serve(settings))  # a miss costs a third less than on asyncio's own loop
 

@@ -13,6 +13,7 @@ from cacheserver.control.redis import refuse_eviction_of_control_state
 from cacheserver.embedded.lock import DirectoryLock
 from cacheserver.errors import ConfigError, TierError
 from cacheserver.interfaces import Books, Clock, CopyingTier, Files, SigningTier, Tier
+from cacheserver.machine import Room
 from cacheserver.model import TierName
 from cacheserver.settings import Settings
 from cacheserver.tiers.disk import DiskTier
@@ -200,15 +201,17 @@ def _objects(settings: Settings, access: _S3Access, *, clock: Clock) -> Objects:
     )
 
 
-def describe_tiers(lower: Lower, settings: Settings) -> str:
+def describe_tiers(lower: Lower, settings: Settings, *, memory_bytes: int, room: Room | None) -> str:
     """The levels in one line, as a person would say them at start-up."""
+    is_share = settings.memory.max_bytes is None and room is not None and room.is_container
+    share = ", a quarter of the container's" if is_share else ""
     s3 = settings.s3
     words = {
         TierName.REDIS: "redis (yours)" if settings.redis.url else "redis (our own Valkey)",
         TierName.DISK: f"disk ({settings.disk_path})",
         TierName.S3: "s3 (our own SeaweedFS)" if s3.local else f"s3 (bucket {s3.bucket})",
     }
-    memory = f"memory ({settings.memory.max_bytes // 2**20} MiB)"
+    memory = f"memory ({memory_bytes // 2**20} MiB{share})"
     return " > ".join([memory, *(words[tier.name] for tier in lower.tiers)])
 
 

@@ -6,8 +6,10 @@ import functools
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 
-from prometheus_client import Gauge
+import structlog
+from prometheus_client import Counter, Gauge
 
+from cacheserver import allocator
 from cacheserver.alarms import Alarms
 from cacheserver.app.background import keep_doing
 from cacheserver.app.core import Core
@@ -15,13 +17,18 @@ from cacheserver.app.lag import LoopLag
 from cacheserver.app.miss_path import MissPath
 from cacheserver.app.tiers import tier_states
 from cacheserver.errors import CacheServerError
+from cacheserver.machine import Machine
 from cacheserver.model import Priority, TierName
+from cacheserver.pressure import MemoryGuard
 from cacheserver.rpc.server import RpcServer
 from cacheserver.tiers.guard import GuardedTier
+
+_log = structlog.get_logger(__name__)
 
 _TIERS_S = 1.0
 _BUDGETS_S = 5.0
 _ALARMS_S = 5.0
+_MEMORY_S = 1.0
 
 
 def watch(core: Core, *, rpc: RpcServer, alarms: Alarms, undo: AsyncExitStack) -> None:
@@ -39,6 +46,36 @@ def watch(core: Core, *, rpc: RpcServer, alarms: Alarms, undo: AsyncExitStack) -
     registry.register(lag)
     lag.start()
     undo.callback(lag.stop)
+    _guard_memory(core, undo=undo)
+
+
+def _guard_memory(core: Core, *, undo: AsyncExitStack) -> None:
+    """Begin to watch how much memory is in use."""
+    memory, registry, machine = core.memory, core.registry, Machine()
+    guard = MemoryGuard(
+        memory=memory,
+        machine=machine,
+        room=core.room,
+        high_water=core.settings.memory.high_water,
+        give_back=allocator.giver_back(),
+    )
+    undo.callback(guard.close)
+    if core.room is None:
+        _log.info("memory_not_guarded", text="this system does not tell how much memory is in use")
+    room = Gauge("cacheserver_memory_room_bytes", "What L1 may hold now", registry=registry)
+    room.set_function(lambda: memory.room_bytes)
+    resident = Gauge("cacheserver_resident_bytes", "What is in memory of this process", registry=registry)
+    resident.set_function(lambda: machine.resident_bytes() or 0)
+    limit = Gauge("cacheserver_memory_limit_bytes", "Of the container, or the machine; 0 if unknown", registry=registry)
+    limit.set(core.room.limit_bytes if core.room else 0)
+    shed = Counter("cacheserver_memory_shed_bytes", "Dropped from L1 for want of memory", registry=registry)
+
+    async def look() -> None:
+        before_bytes = guard.shed_bytes
+        await guard.look()
+        shed.inc(guard.shed_bytes - before_bytes)
+
+    keep_doing(look, _MEMORY_S, clock=core.clock, name="watch memory", at_once=True, undo=undo)
 
 
 async def _show_tiers(rpc: RpcServer, tiers: Sequence[GuardedTier]) -> None:

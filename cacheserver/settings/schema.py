@@ -14,6 +14,7 @@ from pydantic import model_validator as check
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from cacheserver.identity import PROFILES, compile_catalog_patterns
+from cacheserver.machine import Room
 from cacheserver.model import (
     MAX_VARIANT,
     PARTITION_PATTERN,
@@ -196,7 +197,13 @@ class ServerSettings(_Section):
 class MemorySettings(_Section):
     """L1, in this process."""
 
-    max_bytes: Bytes = Field(default=256 * _MIB, description="Memory for images and their metadata, in bytes.")
+    max_bytes: Bytes | None = Field(
+        default=None,
+        description=(
+            "Memory for images and their metadata, in bytes. Unset: a quarter of the container's memory; where that "
+            "has no limit 256 MiB, or a quarter of the machine's memory if that is less."
+        ),
+    )
     max_entry_bytes: Bytes | None = Field(
         default=None, description="Largest image kept, in bytes; unset: an eighth of max_bytes, at most 32 MiB."
     )
@@ -207,11 +214,28 @@ class MemorySettings(_Section):
             "it was asked for lately and by its size, and where memory is the only level also by what it would cost."
         ),
     )
+    high_water: float = Field(
+        default=0.9,
+        ge=0.1,
+        le=1,
+        description=(
+            "Share of the container's memory, 0.1 to 1, or of the machine's where the container has no limit: when "
+            "more is in use, images are dropped from memory before the kernel ends the process."
+        ),
+    )
 
-    @property
-    def entry_limit_bytes(self) -> int:
-        """The largest image kept."""
-        return self.max_entry_bytes or min(self.max_bytes // 8, 32 * _MIB)
+    def sizes(self, room: Room | None) -> tuple[int, int]:
+        """How many bytes L1 takes in all and of one image; `room` is the memory there is, None if unknown."""
+        max_bytes = self.max_bytes or _share_of(room)
+        return max_bytes, self.max_entry_bytes or min(max_bytes // 8, 32 * _MIB)
+
+
+def _share_of(room: Room | None) -> int:
+    """What L1 takes where nobody says: all of a container is ours, while a machine has other things to do."""
+    if room is None:
+        return 256 * _MIB
+    quarter = room.limit_bytes // 4
+    return quarter if room.is_container else min(256 * _MIB, quarter)
 
 
 class RedisSettings(_Section):

@@ -15,7 +15,11 @@ EvictionPolicy = Literal["lru", "value"]
 """What goes first: what was used least recently, or what is worth least for its bytes."""
 
 OVERHEAD_BYTES = 3_000
-"""What an entry takes beside its bytes and texts: its objects, its name and its places in two dictionaries."""
+"""What an entry takes beside its bytes and texts: its objects, its name and its places in two dictionaries.
+
+Measured with 100,000 entries of 100 and of 4,000 bytes, as the process's resident bytes: 2,330 bytes each, the texts
+included. The rest is for what a hit leaves with them. `test_all_that_an_entry_takes_is_counted` holds it.
+"""
 
 
 class MemoryCache:
@@ -23,6 +27,10 @@ class MemoryCache:
 
     Synchronous, and so not a `Tier`: nothing in it can wait, and a hit must not. It belongs to the event
     loop's thread. All bytes an entry holds count, metadata too. The bytes are handed out, never copied.
+
+    Others hold bytes of pictures too, and count them on their own: the `Keeper` those that the last tier has yet to
+    take, 256 MiB at most; OpenAI's API the answers that are told again, 32 MiB; and every call and flight, what it has
+    in hand.
 
     Args:
         max_bytes: most that all entries together may take; 0 keeps none.
@@ -46,6 +54,7 @@ class MemoryCache:
         self._entries: Cache[str, CachedImage] = (
             LRUCache(max_bytes, entry_bytes) if policy == "lru" else ValueCache(max_bytes, entry_bytes, cost)
         )
+        self._room_bytes = max_bytes
 
     def get(self, key: CacheKey) -> CachedImage | None:
         """The fresh entry stored under `key`, which counts as used; None if there is none.
@@ -79,6 +88,17 @@ class MemoryCache:
             self.delete(key)
             return
         self._entries[key.name] = entry
+        if self._entries.currsize > self._room_bytes:
+            self.shed(self._room_bytes)
+
+    def shed(self, to_bytes: int) -> None:
+        """Take at most `to_bytes` from now on, or `max_bytes` if that is less; what is above goes, least worth first.
+
+        It may grow again once it is told a larger figure.
+        """
+        self._room_bytes = min(to_bytes, self.max_bytes)
+        while self._entries.currsize > self._room_bytes:
+            self._entries.popitem()
 
     def keep_reply(self, entry: CachedImage, reply: Reply) -> CachedImage:
         """Keep a finished reply with its entry: in one buffer, the picture a view. The entry as it is kept.
@@ -125,6 +145,16 @@ class MemoryCache:
     def size_bytes(self) -> int:
         """How much the entries take now."""
         return int(self._entries.currsize)
+
+    @property
+    def room_bytes(self) -> int:
+        """How much they may take now: `max_bytes`, or less once some had to be `shed`."""
+        return self._room_bytes
+
+    @property
+    def max_bytes(self) -> int:
+        """How much they may ever take."""
+        return int(self._entries.maxsize)
 
     def __len__(self) -> int:
         return len(self._entries)
