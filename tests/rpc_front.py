@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2 as details
 from google.rpc.status_pb2 import Status
 
+from cacheserver.calls.call import Call
 from cacheserver.calls.uploads import UploadMemory
 from cacheserver.generation.images import inspect_in_thread
 from cacheserver.http.delivery.partitions import Partitions
@@ -119,6 +120,13 @@ def image_urls(house: House, *namespaces: Namespace) -> ImageUrls:
     )
 
 
+class NothingAtOnce(PromptCacheService):
+    """A service that answers nothing before it has waited for it: slower, and otherwise the same."""
+
+    def get_image_at_once(self, raw: bytes, call: Call) -> bytes | None:  # noqa: ARG002 - as that of the service
+        return None
+
+
 @asynccontextmanager
 async def open_front(
     house: House,
@@ -134,8 +142,9 @@ async def open_front(
     figures: FigureSource | None = None,
     urls: ImageLinks | None = None,
     uploads: UploadMemory | None = None,
+    at_once: bool = True,
 ) -> AsyncIterator[Front]:
-    """Serve `house` on a free port until the block ends."""
+    """Serve `house` on a free port until the block ends. Unless `at_once`, each call takes the way of a miss."""
     policies = policies or {}
     at = desk(
         house,
@@ -147,7 +156,7 @@ async def open_front(
         prompts=prompts,
     )
     reception, asking, recall = at.reception, at.asking, at.recall
-    service = PromptCacheService(
+    service = (PromptCacheService if at_once else NothingAtOnce)(
         cache=house.cache,
         asking=asking,
         reception=reception,

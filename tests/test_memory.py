@@ -159,8 +159,8 @@ def test_long_texts_count(memory_for: MemoryFor) -> None:
     assert memory.size_bytes == 0
 
 
-def test_what_is_shed_is_used_least_and_no_more_comes_until_it_may(clock: FakeClock) -> None:
-    memory = memory_for(4, clock)
+def test_what_is_shed_is_used_least_and_no_more_comes_until_it_may(memory_for: MemoryFor) -> None:
+    memory = memory_for(4)
     for prompt in "abcd":
         put(memory, prompt)
     memory.get(make_key("a"))
@@ -175,8 +175,8 @@ def test_what_is_shed_is_used_least_and_no_more_comes_until_it_may(clock: FakeCl
     assert memory.size_bytes == 4 * ONE_KILOBYTE
 
 
-def test_memory_that_shed_all_keeps_nothing(clock: FakeClock) -> None:
-    memory = memory_for(2, clock)
+def test_memory_that_shed_all_keeps_nothing(memory_for: MemoryFor) -> None:
+    memory = memory_for(2)
     put(memory, "a")
     memory.shed(0)
     put(memory, "b")

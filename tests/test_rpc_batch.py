@@ -272,8 +272,8 @@ class TestBooks:
 
         monkeypatch.setattr(front.house.cache, "get", look)
         call = front.stub.BatchGetImages(timeout=600)
-        for _ in range(2):
-            await call.write(request("a"))
+        for prompt in ("a red fox", "a blue fox"):
+            await call.write(request("a", prompt))
             await call.read()
             front.house.clock.advance(100)
         await call.done_writing()

@@ -233,15 +233,15 @@ class Caller:
         calls.ready_item = counted  # type: ignore[method-assign] # it only looks on
 
 
-async def carried_out(plan: Plan, *, known_requests: int) -> Caller:
-    """The caller, once it has carried out the plan with a service that knows so many requests again."""
+async def carried_out(plan: Plan, *, at_once: bool) -> Caller:
+    """The caller, once it has carried out the plan with a service that answers what it can at once, or nothing."""
     clock = FakeClock()
     redis, s3 = (FaultyTier(DictTier(clock), name) for name in (TierName.REDIS, TierName.S3))
     house = House(clock=clock, redis=redis, s3=s3)
     house.upstream = Painter()
     house.restart()
-    limits = Limits(batch_in_flight=plan.in_flight, known_requests=known_requests)
-    async with open_front(house, limits=limits) as front:
+    limits = Limits(batch_in_flight=plan.in_flight)
+    async with open_front(house, limits=limits, at_once=at_once) as front:
         caller = Caller(front, plan)
         await caller.carry_out()
     await house.aclose()
@@ -261,8 +261,8 @@ plans = st.builds(
 @settings(max_examples=25)
 @given(plans)
 def test_what_is_answered_at_once_is_answered_booked_and_recalled_as_if_it_had_been_worked_on(plan: Plan) -> None:
-    worked_on = asyncio.run(carried_out(plan, known_requests=0))
-    at_once = asyncio.run(carried_out(plan, known_requests=100))
+    worked_on = asyncio.run(carried_out(plan, at_once=False))
+    at_once = asyncio.run(carried_out(plan, at_once=True))
     assert worked_on.ready == 0
     assert at_once.ready >= at_once.should_be_ready
     assert at_once.told == worked_on.told

@@ -182,6 +182,24 @@ class TestWhatIsAskedEveryTime:
             await known(front, ask())
         assert len(read) == 3
 
+    async def test_how_long_a_caller_waits_is_known_where_it_has_to(
+        self, front: Front, house: House, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[float | None] = []
+        get = house.cache.get
+
+        async def look(*args: Any, **kwargs: Any) -> Any:
+            seen.append(kwargs["terms"].deadline_s)
+            return await get(*args, **kwargs)
+
+        monkeypatch.setattr(house.cache, "get", look)
+        await front.stub.GetImage(ask(), timeout=600)
+        await front.stub.GetImage(ask("a blue fox"))
+        timed, untimed = seen
+        assert timed is not None
+        assert 590 < timed <= 600
+        assert untimed is None
+
     async def test_calls_that_are_too_many_hear_so(self, house: House) -> None:
         async with open_front(house, max_concurrent_calls=1) as front:
             await known(front, ask())
@@ -291,7 +309,7 @@ steps = st.lists(
 
 
 @asynccontextmanager
-async def shop(limits: Limits) -> AsyncIterator[Front]:
+async def shop(*, at_once: bool) -> AsyncIterator[Front]:
     async with AsyncExitStack() as stack:
         directory, clock = Path(stack.enter_context(tempfile.TemporaryDirectory())), FakeClock()
         tiers = [await open_tier(directory / name, name, clock) for name in (TierName.REDIS, TierName.S3)]
@@ -299,13 +317,13 @@ async def shop(limits: Limits) -> AsyncIterator[Front]:
             stack.push_async_callback(tier.aclose)
         house = House(clock=clock, redis=tiers[0], s3=tiers[1])
         stack.push_async_callback(house.aclose)
-        yield await stack.enter_async_context(open_front(house, limits=limits))
+        yield await stack.enter_async_context(open_front(house, at_once=at_once))
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow], max_examples=40)
 @given(steps)
-async def test_whatever_happens_the_answers_and_the_books_are_those_of_calls_that_are_read(happens: list[Step]) -> None:
-    async with shop(Limits()) as quick, shop(Limits(known_requests=0)) as slow:
+async def test_whatever_happens_the_answers_and_the_books_are_those_of_calls_that_wait(happens: list[Step]) -> None:
+    async with shop(at_once=True) as quick, shop(at_once=False) as slow:
         for step in happens:
             assert await step.what(quick) == await step.what(slow)
         assert quick.house.books.snapshot(None).rows == slow.house.books.snapshot(None).rows

@@ -218,6 +218,7 @@ class _ReadyCall(grpc.RpcMethodHandler):  # type: ignore[type-arg]  # generic in
         calls = rpc.calls
         context.add_done_callback(calls.end)  # type: ignore[arg-type]  # the stub has a class for any callable
         call = calls.begun(rpc.rpc, self._metadata)
+        call.deadline_s = context.time_remaining()
         try:
             calls.reception.admit(call)
             answer = rpc.ready(raw, call)
@@ -226,7 +227,6 @@ class _ReadyCall(grpc.RpcMethodHandler):  # type: ignore[type-arg]  # generic in
         if answer is not None:
             calls.succeeded(call, context)
             return answer
-        call.deadline_s = context.time_remaining()
         async with calls.received(call, context):
             return await rpc.method(raw, call)
 

@@ -163,7 +163,7 @@ class PromptCacheService:
         return Service(
             SERVICE_NAME,
             {
-                "GetImage": calls.unary_ready("GetImage", self.get_image, self._get_image_at_once),
+                "GetImage": calls.unary_ready("GetImage", self.get_image, self.get_image_at_once),
                 "StreamImage": calls.streams_out("StreamImage", pb.StreamImageRequest, self.stream_image),
                 "BatchGetImages": calls.streams_both(
                     "BatchGetImages", pb.BatchGetImagesRequest, self.batch_get_images, headers=places
@@ -185,7 +185,7 @@ class PromptCacheService:
 
     # ── asking ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _get_image_at_once(self, raw: bytes, call: Call) -> bytes | None:
+    def get_image_at_once(self, raw: bytes, call: Call) -> bytes | None:
         """What `get_image` answers where memory has the picture. None: it is read, and that is all."""
         if (ready := self._ready.answer(raw, call)) is not None:
             return ready
@@ -257,7 +257,7 @@ class PromptCacheService:
         batch = Batch(
             calls=self._calls,
             get_image=self.get_image,
-            ready=self._get_image_at_once,
+            ready=self.get_image_at_once,
             in_flight=self._limits.batch_in_flight,
         )
         return batch.answers(parts, call)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, cast
 
 from cachetools import Cache, LRUCache
 
@@ -169,5 +169,6 @@ def entry_bytes(entry: CachedImage) -> int:
     """How much memory an entry takes: its bytes, its texts at up to four bytes a character, its objects."""
     image = entry.image
     texts = (entry.namespace, *entry.tags, image.model, image.revised_prompt, image.upstream_request_id)
-    buffer_bytes = len(image.data) if entry.reply is None else len(entry.reply.raw)
-    return OVERHEAD_BYTES + buffer_bytes + sum(64 + 4 * len(text) for text in texts)
+    # A view keeps the whole buffer it is of: a reply, or what a lower tier stored.
+    buffer = image.data if isinstance(image.data, bytes) else cast("bytes", image.data.obj)
+    return OVERHEAD_BYTES + len(buffer) + sum(64 + 4 * len(text) for text in texts)
