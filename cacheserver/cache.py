@@ -170,6 +170,8 @@ class PromptCache:
         self._failures: TTLCache[tuple[str, str], CacheServerError] = TTLCache(
             _REMEMBERED_FAILURES, ttl=_FAILURES_LAST_S, timer=clock.monotonic_s
         )
+        self.still_has = memory.holds
+        """Whether memory answers a key with this very entry, which it did before."""
         self._rungs = Rungs(get=self._get_as_asked, generation=generation, identify=identify)
         self.remakes = Remakes(make=self._remake, clock=clock)
         self._purger = Purger(memory=memory, tiers=tiers, keeper=keeper)
@@ -228,10 +230,6 @@ class PromptCache:
         waiter.asked = ask.request, ask.identity
         hits = self._in_memory(waiter)
         return None if hits is None else [self._served(loaded, waiter) for loaded in hits]
-
-    def still_has(self, name: str, entry: CachedImage) -> bool:
-        """Whether memory answers the key of this name with this very entry, which it did before."""
-        return self._memory.holds(name, entry)
 
     def keep_reply(self, entry: CachedImage, reply: Reply) -> CachedImage:
         """Keep in memory how `entry` is told; see `MemoryCache.keep_reply`."""

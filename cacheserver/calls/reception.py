@@ -42,7 +42,7 @@ class Reception:
         self._logs_calls = self._log.is_enabled_for(logging.INFO)
         self._in_progress = 0
         self._idle = asyncio.Event()
-        self._idle.set()
+        """Looked at once no more is let in."""
         self.going_down = asyncio.Event()
         """Set once the service only answers what has begun: a stream of items takes no further one."""
 
@@ -54,19 +54,18 @@ class Reception:
     async def idle(self) -> None:
         """Let nothing more in, and return when every call that has begun is answered."""
         self.going_down.set()
-        await self._idle.wait()
+        if self._in_progress:
+            await self._idle.wait()
 
     def begin(self, rpc: str, metadata: Mapping[str, str], *, deadline_s: float | None = None) -> Call:
         """A call has come. Whoever serves it says `end` when its answer has gone out."""
-        if not self._in_progress:
-            self._idle.clear()
         self._in_progress += 1
         return Call(rpc, metadata, request_id_of(metadata), deadline_s, self._clock.monotonic_s())
 
     def end(self) -> None:
         """The answer of a call has gone out, or nobody waits for it."""
         self._in_progress -= 1
-        if not self._in_progress:
+        if not self._in_progress and self.going_down.is_set():
             self._idle.set()
 
     def begin_item(self, stream: Call, item_id: str) -> Call:
@@ -114,7 +113,7 @@ class Reception:
 
     def succeeded(self, call: Call) -> None:
         """The call is answered."""
-        if fallbacks := call.fallbacks:
+        if "x-fallbacks" in call.metadata and (fallbacks := call.fallbacks):
             self._books.client_fallbacks(call.namespace, fallbacks)
         self.conclude(call, OK)
 

@@ -18,7 +18,6 @@ from cacheserver.interfaces import Clock
 from cacheserver.model import (
     CachedImage,
     CachePolicy,
-    Permission,
     Served,
     VariantPolicy,
 )
@@ -64,9 +63,6 @@ class ReadyImages:
         """The answer to a call that was answered from memory lately, if it would be answered so again; booked.
 
         None: nothing has happened, and the call is to be read and answered as any other.
-
-        Raises:
-            PermissionDeniedError: the caller may not read there.
         """
         known = self._find(raw, call)
         if known is None:
@@ -76,7 +72,6 @@ class ReadyImages:
         reply = None if entry is None else entry.reply
         if entry is None or reply is None or not reply.fits(again.matched, again.saved_microusd):
             return None
-        self._asking.namespace(again.namespace.name, Permission.READ, call)
         if not self._asking.hit_again(again, entry, call):
             return None
         now_s = self._clock.now_s()
