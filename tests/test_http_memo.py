@@ -8,7 +8,7 @@ from typing import cast
 from weakref import ref
 
 from cacheserver.calls.again import HitAgain
-from cacheserver.calls.call import Call
+from cacheserver.calls.call import NOBODY, Call
 from cacheserver.figures import HitRow, Key
 from cacheserver.http.openai.asked import HttpAsked
 from cacheserver.http.openai.memo import _MOST_MEMOS, _MOST_NAME_BYTES, _MOST_TOLD_BYTES, Memo, Memos, Told, name_of
@@ -26,6 +26,7 @@ def memo() -> Memo:
 
 def told_of(served: Served, body: bytes) -> Told:
     again = HitAgain(
+        caller=NOBODY,
         namespace=NAMESPACE,
         what=served.entry.key,
         match_level=None,

@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from weakref import ref
 
 from cacheserver.figures import HitRow
-from cacheserver.model import CachedImage, CacheKey, Identity, ImageRequest, MatchLevel, Namespace, Served, TierName
+from cacheserver.model import (
+    CachedImage,
+    CacheKey,
+    Caller,
+    Identity,
+    ImageRequest,
+    MatchLevel,
+    Namespace,
+    Served,
+    TierName,
+)
 from cacheserver.recall import ToldImages
 
 
@@ -14,10 +24,12 @@ from cacheserver.recall import ToldImages
 class HitAgain:
     """A call that was answered with one picture from memory, and that picture, which this keeps there not a moment.
 
+    `caller` may read in `namespace`: what a caller may never changes.
     `name` is where memory had it. What was `saved_microusd` holds until `until_s` (monotonic): prices change. `row` is
     where such hits are booked, `told` what is remembered of them.
     """
 
+    caller: Caller
     namespace: Namespace
     what: ImageRequest | CacheKey
     match_level: MatchLevel | None

@@ -169,6 +169,7 @@ class Asking:
         model, quality = model or entry.image.model, quality or entry.image.quality
         key = Key(asked.namespace.name, model, quality, call.caller.name, Outcome.HIT, TierName.MEMORY)
         return HitAgain(
+            caller=call.caller,
             namespace=asked.namespace,
             what=asked.what if isinstance(asked.what, CacheKey) else asked.what.without_bytes,
             match_level=asked.match_level,
@@ -191,12 +192,11 @@ class Asking:
 
         It does what `namespace`, `hit` and `book` do, at a fraction of their cost.
         """
-        name = again.namespace.name
-        if again.until_s < call.started_s or not call.caller.may(Permission.READ, name):
+        if call.caller is not again.caller or again.until_s < call.started_s:
             return False
         if not self._cache.still_has(again.name, entry):
             return False
-        call.namespace, call.wanted, call.told = name, again.identity, again.told
+        call.namespace, call.wanted, call.told = again.namespace.name, again.identity, again.told
         if self._trace is not None:
             self._trace.answered(
                 again.served(entry),

@@ -43,6 +43,7 @@ class Reception:
         self._in_progress = 0
         self._idle = asyncio.Event()
         """Looked at once no more is let in."""
+        self._is_going_down = False
         self.going_down = asyncio.Event()
         """Set once the service only answers what has begun: a stream of items takes no further one."""
 
@@ -53,6 +54,7 @@ class Reception:
 
     async def idle(self) -> None:
         """Let nothing more in, and return when every call that has begun is answered."""
+        self._is_going_down = True
         self.going_down.set()
         if self._in_progress:
             await self._idle.wait()
@@ -62,10 +64,10 @@ class Reception:
         self._in_progress += 1
         return Call(rpc, metadata, request_id_of(metadata), deadline_s, self._clock.monotonic_s())
 
-    def end(self) -> None:
-        """The answer of a call has gone out, or nobody waits for it."""
+    def end(self, _: object = None) -> None:
+        """The answer of a call has gone out, or nobody waits for it. Whatever transports tell of that is ignored."""
         self._in_progress -= 1
-        if not self._in_progress and self.going_down.is_set():
+        if not self._in_progress and self._is_going_down:
             self._idle.set()
 
     def begin_item(self, stream: Call, item_id: str) -> Call:
@@ -89,14 +91,15 @@ class Reception:
             ShuttingDownError: the service is going down.
             UnauthenticatedError: nobody we know.
         """
-        self.let_in()
-        self.authenticate(call)
+        if self._in_progress > self._max_in_progress or self._is_going_down:
+            self.let_in()
+        call.caller = self._authenticator.authenticate(call.metadata)
 
     def let_in(self) -> None:
         """Let the call in that came last, whoever calls. Raises OverloadedError and ShuttingDownError."""
         if self._in_progress > self._max_in_progress:
             raise OverloadedError(f"More than {self._max_in_progress} calls at a time; try again.")
-        if self.going_down.is_set():
+        if self._is_going_down:
             raise ShuttingDownError("The service is shutting down; try another replica.")
 
     def authenticate(self, call: Call) -> None:

@@ -146,15 +146,13 @@ class Calls:
         return self.received(self._begin(rpc, context), context)
 
     def _begin(self, rpc: str, context: Context) -> Call:
-        # Ended when the answer has gone out, which is later than when the method returns.
-        context.add_done_callback(self.end)  # type: ignore[arg-type]  # the stub has a class for any callable
-        call = self.begun(rpc, context.invocation_metadata() or ())
-        call.deadline_s = context.time_remaining()
-        return call
+        return self.begun(rpc, context.invocation_metadata() or (), context)
 
-    def begun(self, rpc: str, metadata: Metadata) -> Call:
-        """A call that begins. Whoever serves it has `end` called when its answer has gone out."""
-        return self.reception.begin(rpc, cast("dict[str, str]", dict(metadata)))  # those in bytes nobody looks at
+    def begun(self, rpc: str, metadata: Metadata, context: Context) -> Call:
+        """A call that begins. It ends when its answer has gone out, which is later than when its method returns."""
+        context.add_done_callback(self.reception.end)  # type: ignore[arg-type]  # the stub has a class for any callable
+        said = cast("dict[str, str]", dict(metadata))  # at what is in bytes nobody looks
+        return self.reception.begin(rpc, said, deadline_s=context.time_remaining())
 
     @asynccontextmanager
     async def received(self, call: Call, context: Context) -> AsyncIterator[Call]:
@@ -177,10 +175,6 @@ class Calls:
         """The call is answered."""
         context.set_trailing_metadata((*call.trailers, ("x-request-id", call.request_id)))
         self.reception.succeeded(call)
-
-    def end(self, ctx: Context) -> None:  # noqa: ARG002 - grpc names and passes it
-        """The answer of a call has gone out, or nobody waits for it."""
-        self.reception.end()
 
     def _failed(self, call: Call, error: Exception) -> RpcStatus:
         status = status_of(error, request_id=call.request_id)
@@ -214,11 +208,8 @@ class _ReadyCall(grpc.RpcMethodHandler):  # type: ignore[type-arg]  # generic in
         self._metadata = metadata
 
     async def unary_unary(self, raw: bytes, context: Context) -> bytes:  # type: ignore[override]  # that of grpc.aio
-        rpc = self._rpc
-        calls = rpc.calls
-        context.add_done_callback(calls.end)  # type: ignore[arg-type]  # the stub has a class for any callable
-        call = calls.begun(rpc.rpc, self._metadata)
-        call.deadline_s = context.time_remaining()
+        rpc, calls = self._rpc, self._rpc.calls
+        call = calls.begun(rpc.rpc, self._metadata, context)
         try:
             calls.reception.admit(call)
             answer = rpc.ready(raw, call)

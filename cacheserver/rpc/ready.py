@@ -64,8 +64,8 @@ class ReadyImages:
 
         None: nothing has happened, and the call is to be read and answered as any other.
         """
-        known = self._find(raw, call)
-        if known is None:
+        known = self._known.get((raw, call.caller.name)) or self._find(raw, call)
+        if known is None or "cache-control" in call.metadata:
             return None
         again = known.again
         entry = again.entry()
@@ -105,8 +105,6 @@ class ReadyImages:
         self._known[name] = _Known(again, asked.terms.cache_policy)
 
     def _find(self, raw: bytes, call: Call) -> _Known | None:
-        if known := self._known.get((raw, call.caller.name)):
-            return None if "cache-control" in call.metadata else known
         name = self._name(raw, call) if self._known else None
         return None if name is None else self._known.get(name)
 
