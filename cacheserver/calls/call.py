@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cacheserver.calls.again import HitAgain
 from cacheserver.calls.asked import Asked
 from cacheserver.model import Caller, Identity, Pending, Served
-from cacheserver.recall import ToldImages
 
 NOBODY = Caller("", frozenset())
 """Who makes a call until it is known who does."""
@@ -30,8 +30,8 @@ class Call:
     `rpc` is what is called: the name of an rpc, or method and route. `deadline_s` is how long the caller waits in all,
     None where it does not say; `started_s` is monotonic.
     `model` and `quality` are those asked for, empty for a call that asks by key.
-    `wanted` is the identity of the picture it asks for, `answer` what it was answered with, `told` what is remembered
-    of that where it is known already. `items` counts those of a stream. `asked` is what it asks for, once it is read.
+    `wanted` is the identity of the picture it asks for, `answer` what it was answered with, `again` where that
+    was told before. `items` counts those of a stream. `asked` is what it asks for, once it is read.
     """
 
     rpc: str
@@ -46,7 +46,7 @@ class Call:
     trailers: list[tuple[str, str]] = field(default_factory=list)
     wanted: Identity | None = None
     answer: Sequence[Served] | Pending | None = None
-    told: ToldImages | None = None
+    again: HitAgain | None = None
     items: int = 0
     asked: Asked | None = None
 

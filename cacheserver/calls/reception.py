@@ -8,10 +8,12 @@ from collections.abc import Mapping
 
 import structlog
 
+from cacheserver.calls.again import HitAgain
 from cacheserver.calls.auth import Authenticator
 from cacheserver.calls.call import BY_URL, NOBODY, Call, is_fit_id, request_id_of
 from cacheserver.errors import OverloadedError, ShuttingDownError
 from cacheserver.interfaces import Books, Clock
+from cacheserver.model import Caller
 from cacheserver.recall import Recall, ToldImages
 
 _log = structlog.get_logger(__name__)
@@ -43,7 +45,6 @@ class Reception:
         self._in_progress = 0
         self._idle = asyncio.Event()
         """Looked at once no more is let in."""
-        self._is_going_down = False
         self.going_down = asyncio.Event()
         """Set once the service only answers what has begun: a stream of items takes no further one."""
 
@@ -54,7 +55,6 @@ class Reception:
 
     async def idle(self) -> None:
         """Let nothing more in, and return when every call that has begun is answered."""
-        self._is_going_down = True
         self.going_down.set()
         if self._in_progress:
             await self._idle.wait()
@@ -67,7 +67,7 @@ class Reception:
     def end(self, _: object = None) -> None:
         """The answer of a call has gone out, or nobody waits for it. Whatever transports tell of that is ignored."""
         self._in_progress -= 1
-        if not self._in_progress and self._is_going_down:
+        if not self._in_progress and self.going_down.is_set():
             self._idle.set()
 
     def begin_item(self, stream: Call, item_id: str) -> Call:
@@ -91,7 +91,7 @@ class Reception:
             ShuttingDownError: the service is going down.
             UnauthenticatedError: nobody we know.
         """
-        if self._in_progress > self._max_in_progress or self._is_going_down:
+        if self._in_progress > self._max_in_progress or self.going_down.is_set():
             self.let_in()
         call.caller = self._authenticator.authenticate(call.metadata)
 
@@ -99,7 +99,7 @@ class Reception:
         """Let the call in that came last, whoever calls. Raises OverloadedError and ShuttingDownError."""
         if self._in_progress > self._max_in_progress:
             raise OverloadedError(f"More than {self._max_in_progress} calls at a time; try again.")
-        if self._is_going_down:
+        if self.going_down.is_set():
             raise ShuttingDownError("The service is shutting down; try another replica.")
 
     def authenticate(self, call: Call) -> None:
@@ -120,6 +120,39 @@ class Reception:
             self._books.client_fallbacks(call.namespace, fallbacks)
         self.conclude(call, OK)
 
+    def known_caller(self, metadata: Mapping[str, str]) -> Caller | None:
+        """Who makes a call with this metadata, if it may come in and its caller is known. None: ask `admit`."""
+        if self._in_progress >= self._max_in_progress or self.going_down.is_set():
+            return None
+        return self._authenticator.known(metadata)
+
+    def hit_again(self, rpc: str, metadata: Mapping[str, str], again: HitAgain, started_s: float) -> str:
+        """A call of a known caller was answered what `again` was, all of it: its request id.
+
+        Its answer has yet to go out: whoever serves it says `answering` now and `end` then.
+        """
+        request_id = request_id_of(metadata)
+        if self._logs_calls or self._recall is None:
+            self.conclude(Call(rpc, metadata, request_id, None, started_s, again.caller, again=again), OK)
+            return request_id
+        seconds = self._clock.monotonic_s() - started_s
+        self._recall.note(
+            request_id,
+            rpc=rpc,
+            time_s=self._clock.now_s() - seconds,
+            caller=again.caller.name,
+            namespace=again.namespace.name,
+            seconds=seconds,
+            reason="",
+            images=again.told,
+            wanted=again.identity,
+        )
+        return request_id
+
+    def answering(self) -> None:
+        """An answer begins to go out, of a call that did not `begin`."""
+        self._in_progress += 1
+
     def failed(self, call: Call, code: str, reason: str, *, exc_info: Exception | None = None) -> None:
         """The call ends with an error, for this published reason; `exc_info` where we are to blame."""
         self._books.error(reason)
@@ -128,6 +161,8 @@ class Reception:
     def conclude(self, call: Call, code: str, *, reason: str = "", exc_info: Exception | None = None) -> None:
         """Write the call's one line, and remember it if its caller is known."""
         seconds = self._clock.monotonic_s() - call.started_s
+        if (again := call.again) is not None:
+            call.namespace, call.wanted = again.namespace.name, again.identity
         if self._recall is not None and call.caller is not NOBODY and call.caller is not BY_URL:
             self._recall.note(
                 call.request_id,
@@ -137,7 +172,7 @@ class Reception:
                 namespace=call.namespace,
                 seconds=seconds,
                 reason="" if code == OK else reason or code,
-                images=call.told or (ToldImages() if call.answer is None else ToldImages.of(call.answer)),
+                images=_told(call),
                 wanted=call.wanted,
             )
         if exc_info is None and not self._logs_calls:
@@ -154,3 +189,9 @@ class Reception:
             seconds=round(seconds, 6),
             exc_info=exc_info,
         )
+
+
+def _told(call: Call) -> ToldImages:
+    if call.again is not None:
+        return call.again.told
+    return ToldImages() if call.answer is None else ToldImages.of(call.answer)

@@ -24,6 +24,7 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
 AnswerRaw: TypeAlias = Callable[[bytes, Call], Awaitable[bytes]]
 FindReady: TypeAlias = Callable[[bytes, Call], bytes | None]
+TellAgain: TypeAlias = Callable[[bytes, Mapping[str, str]], tuple[bytes, tuple[tuple[str, str], ...]] | None]
 M = TypeVar("M", bound=Message)
 
 
@@ -61,12 +62,12 @@ class Calls:
 
         return grpc.unary_unary_rpc_method_handler(handle)
 
-    def unary_ready(self, rpc: str, method: AnswerRaw, ready: FindReady) -> ReadyRpc:
-        """The same for an rpc whose answers may lie ready: both get the message as it came, `ready` first.
+    def unary_ready(self, rpc: str, method: AnswerRaw, ready: FindReady, again: TellAgain) -> ReadyRpc:
+        """The same for an rpc whose answers may lie ready. All get the message as it came, in turn until one answers.
 
-        What `ready` returns is the answer, sent at once; after None nothing has happened, and `method` answers.
+        `again` answers a call that has not even begun, if it was answered before, `ready` one that need not wait.
         """
-        return ReadyRpc(self, rpc, method, ready)
+        return ReadyRpc(self, rpc, method, ready, again)
 
     def streams_out(
         self, rpc: str, message_type: type[M], method: Callable[[M, Call], AsyncGenerator[bytes, None]]
@@ -146,15 +147,21 @@ class Calls:
         return self.received(self._begin(rpc, context), context)
 
     def _begin(self, rpc: str, context: Context) -> Call:
-        return self.begun(rpc, context.invocation_metadata() or (), context)
+        said = cast("dict[str, str]", dict(context.invocation_metadata() or ()))  # at what is in bytes nobody looks
+        return self.begun(rpc, said, context)
 
-    def begun(self, rpc: str, metadata: Metadata, context: Context) -> Call:
-        """A call that begins. It ends when its answer has gone out, which is later than when its method returns."""
-        # grpc's own callbacks lead in a circle: everything it has of a call would stay until garbage is collected.
+    def begun(self, rpc: str, metadata: Mapping[str, str], context: Context) -> Call:
+        """A call that begins, and ends when its answer has gone out: that is later than when its method returns."""
+        self.ends_with_its_task()
+        return self.reception.begin(rpc, metadata, deadline_s=context.time_remaining())
+
+    def ends_with_its_task(self) -> None:
+        """Let the call that runs end with its task.
+
+        grpc's own callbacks lead in a circle: everything it has of a call would stay until garbage is collected.
+        """
         task = cast("asyncio.Task[None]", asyncio.current_task())
         task.add_done_callback(self.reception.end)
-        said = cast("dict[str, str]", dict(metadata))  # at what is in bytes nobody looks
-        return self.reception.begin(rpc, said, deadline_s=context.time_remaining())
 
     @asynccontextmanager
     async def received(self, call: Call, context: Context) -> AsyncIterator[Call]:
@@ -192,11 +199,12 @@ class Calls:
 class ReadyRpc:
     """An rpc that takes one message and answers one, at once where the answer lies ready."""
 
-    def __init__(self, calls: Calls, rpc: str, method: AnswerRaw, ready: FindReady) -> None:
+    def __init__(self, calls: Calls, rpc: str, method: AnswerRaw, ready: FindReady, again: TellAgain) -> None:
         self.calls = calls
         self.rpc = rpc
         self.method = method
         self.ready = ready
+        self.again = again
 
 
 class _ReadyCall(grpc.RpcMethodHandler):  # type: ignore[type-arg]  # generic in its stub alone
@@ -211,15 +219,23 @@ class _ReadyCall(grpc.RpcMethodHandler):  # type: ignore[type-arg]  # generic in
 
     async def unary_unary(self, raw: bytes, context: Context) -> bytes:  # type: ignore[override]  # that of grpc.aio
         rpc, calls = self._rpc, self._rpc.calls
-        call = calls.begun(rpc.rpc, self._metadata, context)
+        said = cast("dict[str, str]", dict(self._metadata))  # at what is in bytes nobody looks
+        told = rpc.again(raw, said)
+        if told is not None:
+            calls.reception.answering()
+            calls.ends_with_its_task()
+            answer, trailers = told
+            context.set_trailing_metadata(trailers)
+            return answer
+        call = calls.begun(rpc.rpc, said, context)
         try:
             calls.reception.admit(call)
-            answer = rpc.ready(raw, call)
+            ready = rpc.ready(raw, call)
         except CacheServerError:
-            answer = None  # the same is found out on the ordinary way, where it is told
-        if answer is not None:
+            ready = None  # the same is found out on the ordinary way, where it is told
+        if ready is not None:
             calls.succeeded(call, context)
-            return answer
+            return ready
         async with calls.received(call, context):
             return await rpc.method(raw, call)
 

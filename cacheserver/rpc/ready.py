@@ -6,6 +6,7 @@ Rights are no part of what is known of a call: who asks, whether they may, and w
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cacheserver.cache import PromptCache
@@ -14,10 +15,12 @@ from cacheserver.calls.asking import Asking
 from cacheserver.calls.bounds import MAX_REQUEST_ID, MAX_TAGS, TAG
 from cacheserver.calls.call import Call
 from cacheserver.calls.directives import cache_status
+from cacheserver.calls.reception import Reception
 from cacheserver.interfaces import Clock
 from cacheserver.model import (
     CachedImage,
     CachePolicy,
+    Caller,
     Served,
     VariantPolicy,
 )
@@ -34,51 +37,78 @@ _TAG = pb.GetImageRequest.TAGS_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
 _FIT_ID = re.compile(rb"[ -~]{0,%d}" % MAX_REQUEST_ID)
 _FIT_TAG = re.compile(TAG.pattern.encode("ascii"))
 
+_SAYS_MORE = frozenset({"cache-control", "x-fallbacks"})
+"""Metadata that a call is read for every time."""
+
+Told = tuple[bytes, tuple[tuple[str, str], tuple[str, str]]]
+"""An answer and its trailing metadata."""
+
 _Name = tuple[bytes, str]
 """A request's bytes without its request_id and tags, and its caller."""
 
 
 @dataclass(slots=True)
 class _Known:
-    """A call that was answered from memory. `cache_status` is what it is told in that `second`."""
+    """A call that was answered from memory. `status` is the cache-status that it is told in that `second`."""
 
     again: HitAgain
     policy: CachePolicy
     second: int = 0
-    cache_status: str = ""
+    status: str = ""
+
+    def reply(self, entry: CachedImage) -> bytes | None:
+        """What goes out, if what lies ready says of the hit what is to be said."""
+        reply, again = entry.reply, self.again
+        if reply is None or reply.matched is not again.matched or reply.saved_microusd != again.saved_microusd:
+            return None
+        return reply.raw
 
 
 class ReadyImages:
     """Answers calls from memory with finished replies, and knows which calls were answered so."""
 
-    def __init__(self, *, asking: Asking, cache: PromptCache, clock: Clock, most_known: int) -> None:
+    def __init__(
+        self, *, reception: Reception, asking: Asking, cache: PromptCache, clock: Clock, most_known: int
+    ) -> None:
         """At most so many calls are known, some 3 kB each; the oldest goes first. With 0 none is."""
+        self._reception = reception
         self._asking = asking
         self._cache = cache
         self._clock = clock
         self._most_known = most_known
         self._known: dict[_Name, _Known] = {}
 
-    def answer(self, raw: bytes, call: Call) -> bytes | None:
-        """The answer to a call that was answered from memory lately, if it would be answered so again; booked.
+    def again(self, raw: bytes, metadata: Mapping[str, str]) -> Told | None:
+        """The answer to a call that was answered from memory lately, if it would be answered so again.
 
-        None: nothing has happened, and the call is to be read and answered as any other.
+        It is booked and remembered. None: nothing has happened, and the call is to be begun as any other.
         """
-        known = self._known.get((raw, call.caller.name)) or self._find(raw, call)
-        if known is None or "cache-control" in call.metadata:
+        started_s = self._clock.monotonic_s()
+        caller = self._reception.known_caller(metadata)
+        if caller is None or not _SAYS_MORE.isdisjoint(metadata):
             return None
-        again = known.again
-        entry = again.entry()
-        reply = None if entry is None else entry.reply
-        if entry is None or reply is None or not reply.fits(again.matched, again.saved_microusd):
+        known = self._known.get((raw, caller.name)) or self._find(raw, caller)
+        entry = None if known is None else known.again.entry()
+        if known is None or entry is None or (reply := known.reply(entry)) is None:
             return None
-        if not self._asking.hit_again(again, entry, call):
+        if not self._asking.hit_again(known.again, entry, caller, started_s):
             return None
-        now_s = self._clock.now_s()
-        if int(now_s) != known.second:
-            known.second, known.cache_status = int(now_s), cache_status(again.served(entry), known.policy, now_s)
-        call.trailers.append(("cache-status", known.cache_status))
-        return reply.raw
+        request_id = self._reception.hit_again("GetImage", metadata, known.again, started_s)
+        return reply, (("cache-status", self._status(known, entry)), ("x-request-id", request_id))
+
+    def answer(self, raw: bytes, call: Call) -> bytes | None:
+        """The same for a call that has begun: booked, and remembered as any when it is concluded."""
+        if not _SAYS_MORE.isdisjoint(call.metadata):
+            return None
+        known = self._known.get((raw, call.caller.name)) or self._find(raw, call.caller)
+        entry = None if known is None else known.again.entry()
+        if known is None or entry is None or (reply := known.reply(entry)) is None:
+            return None
+        if not self._asking.hit_again(known.again, entry, call.caller, call.started_s):
+            return None
+        call.again = known.again
+        call.trailers.append(("cache-status", self._status(known, entry)))
+        return reply
 
     def tell(self, served: Served, asked: RpcAsked, raw: bytes, call: Call) -> bytes:
         """The finished answer with one picture, inline. A hit's is kept in memory, and its call known."""
@@ -94,7 +124,7 @@ class ReadyImages:
         return reply.raw
 
     def _know(self, served: Served, entry: CachedImage, asked: RpcAsked, raw: bytes, call: Call) -> None:
-        name = self._name(raw, call) if self._most_known else None
+        name = self._name(raw, call.caller) if self._most_known and _SAYS_MORE.isdisjoint(call.metadata) else None
         if name is None or asked.terms.variant_policy is not VariantPolicy.FIRST:
             return
         again = self._asking.again(served, entry, asked, call)
@@ -104,17 +134,21 @@ class ReadyImages:
             del self._known[next(iter(self._known))]
         self._known[name] = _Known(again, asked.terms.cache_policy)
 
-    def _find(self, raw: bytes, call: Call) -> _Known | None:
-        name = self._name(raw, call) if self._known else None
+    def _find(self, raw: bytes, caller: Caller) -> _Known | None:
+        name = self._name(raw, caller) if self._known else None
         return None if name is None else self._known.get(name)
 
+    def _status(self, known: _Known, entry: CachedImage) -> str:
+        now_s = self._clock.now_s()
+        if int(now_s) != known.second:
+            known.second, known.status = int(now_s), cache_status(known.again.served(entry), known.policy, now_s)
+        return known.status
+
     @staticmethod
-    def _name(raw: bytes, call: Call) -> _Name | None:
+    def _name(raw: bytes, caller: Caller) -> _Name | None:
         """What such a call is known by; None if it is none to know."""
-        if len(raw) > _MOST_BYTES or "cache-control" in call.metadata:
-            return None
-        lasting = _lasting(raw)
-        return None if lasting is None else (lasting, call.caller.name)
+        lasting = _lasting(raw) if len(raw) <= _MOST_BYTES else None
+        return None if lasting is None else (lasting, caller.name)
 
 
 def _lasting(raw: bytes) -> bytes | None:

@@ -146,7 +146,9 @@ class PromptCacheService:
         self._uploads = uploads
         self._reception = reception
         self._calls = Calls(reception)
-        self._ready = ReadyImages(asking=asking, cache=cache, clock=clock, most_known=limits.known_requests)
+        self._ready = ReadyImages(
+            reception=reception, asking=asking, cache=cache, clock=clock, most_known=limits.known_requests
+        )
         self._find = FindCached(cache=cache, asking=asking, known=KnownKeys())
         self._warm = WarmImages(
             warming, read=self._asked, namespace_of=asking.namespace, policies=policies, books=books
@@ -163,7 +165,7 @@ class PromptCacheService:
         return Service(
             SERVICE_NAME,
             {
-                "GetImage": calls.unary_ready("GetImage", self.get_image, self.get_image_at_once),
+                "GetImage": calls.unary_ready("GetImage", self.get_image, self.get_image_at_once, self._ready.again),
                 "StreamImage": calls.streams_out("StreamImage", pb.StreamImageRequest, self.stream_image),
                 "BatchGetImages": calls.streams_both(
                     "BatchGetImages", pb.BatchGetImagesRequest, self.batch_get_images, headers=places

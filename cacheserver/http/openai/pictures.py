@@ -84,8 +84,11 @@ class Pictures:
         memo = self._memos.find(name)
         told = None if memo is None else memo.told
         entry = None if told is None else told.again.entry()
-        if told is None or entry is None or not self._asking.hit_again(told.again, entry, call):
+        if told is None or entry is None:
             return None
+        if not self._asking.hit_again(told.again, entry, call.caller, call.started_s):
+            return None
+        call.again = told.again
         milliseconds = self._milliseconds(call).encode("ascii")
         head = b"%sopenai-processing-ms: %s\r\n" % (told.head(entry, self._clock.now_s()), milliseconds)
         return ReadyAnswer(head, told.body)
