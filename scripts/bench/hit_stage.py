@@ -24,6 +24,7 @@ from typing import Self
 
 import grpc
 
+from cacheserver.cli.serve import GRPC_EXPERIMENTS
 from cacheserver.client import AsyncClient, ImageSpec
 from cacheserver.embedded.child import leashed
 from cacheserver.pb import promptcache_pb2 as pb
@@ -201,7 +202,8 @@ class Stage:
     ) -> AsyncIterator[Server]:
         """A bare server in a process of its own, from `hit_floors` with these options of its."""
         argv = [sys.executable, "-m", _FLOORS, str(answer_file), "--method", SERVICE + rpc, *options]
-        async with process(argv, {**_S3_CREDENTIALS, **(environment or {})}) as (port, pid):
+        ours = {"GRPC_EXPERIMENTS": GRPC_EXPERIMENTS} if "--tuned" in options else {}
+        async with process(argv, {**_S3_CREDENTIALS, **ours, **(environment or {})}) as (port, pid):
             self.cores.pin(pid)
             yield Server(f"127.0.0.1:{port}", pid)
 
