@@ -9,8 +9,8 @@ each, as on many virtual ones), in processor time per buffer of 1.5 MB that is t
     eight at a time: 1,250 us by default, as the end of the heap goes back each time; 85 to 125 us with what is set here
 
 A hit of 1.5 MB costs as much as by default (0.94 to 1.02 of it), and 1.6 times that where it is mapped each time. Under
-hits, misses and evictions at L1 = 256 MiB a service with one heap grew it to 377 MiB, one with four to 526 MiB. To map
-only what stays in L1 does not work: glibc maps nothing for which it has a free piece.
+hits, misses and evictions at L1 = 256 MiB a service with one heap grew it to 377 MiB, one with several to 526 MiB. To
+map only what stays in L1 does not work: glibc maps nothing for which it has a free piece.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from cacheserver.interfaces import Clock
 
 TICK_S = 0.01
-"""Between two looks. With the wake-ups, so many looks take some 0.5 % of a core."""
+"""Between two looks. Each wakes the process, also where nothing else would."""
 
 _BOUNDS_S = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _LONGEST_S = 60.0

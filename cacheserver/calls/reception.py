@@ -91,9 +91,8 @@ class Reception:
             ShuttingDownError: the service is going down.
             UnauthenticatedError: nobody we know.
         """
-        if self._in_progress > self._max_in_progress or self.going_down.is_set():
-            self.let_in()
-        call.caller = self._authenticator.authenticate(call.metadata)
+        self.let_in()
+        self.authenticate(call)
 
     def let_in(self) -> None:
         """Let the call in that came last, whoever calls. Raises OverloadedError and ShuttingDownError."""
@@ -129,8 +128,9 @@ class Reception:
     def hit_again(self, rpc: str, metadata: Mapping[str, str], again: HitAgain, started_s: float) -> str:
         """A call of a known caller was answered what `again` was, all of it: its request id.
 
-        Its answer has yet to go out: whoever serves it says `answering` now and `end` then.
+        It is in progress until its answer has gone out: whoever serves it says `end` then, as after `begin`.
         """
+        self._in_progress += 1
         request_id = request_id_of(metadata)
         if self._logs_calls or self._recall is None:
             self.conclude(Call(rpc, metadata, request_id, None, started_s, again.caller, again=again), OK)
@@ -148,10 +148,6 @@ class Reception:
             wanted=again.identity,
         )
         return request_id
-
-    def answering(self) -> None:
-        """An answer begins to go out, of a call that did not `begin`."""
-        self._in_progress += 1
 
     def failed(self, call: Call, code: str, reason: str, *, exc_info: Exception | None = None) -> None:
         """The call ends with an error, for this published reason; `exc_info` where we are to blame."""

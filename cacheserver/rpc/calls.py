@@ -222,7 +222,6 @@ class _ReadyCall(grpc.RpcMethodHandler):  # type: ignore[type-arg]  # generic in
         said = cast("dict[str, str]", dict(self._metadata))  # at what is in bytes nobody looks
         told = rpc.again(raw, said)
         if told is not None:
-            calls.reception.answering()
             calls.ends_with_its_task()
             answer, trailers = told
             context.set_trailing_metadata(trailers)

@@ -40,8 +40,7 @@ _FIT_TAG = re.compile(TAG.pattern.encode("ascii"))
 _SAYS_MORE = frozenset({"cache-control", "x-fallbacks"})
 """Metadata that a call is read for every time."""
 
-Told = tuple[bytes, tuple[tuple[str, str], tuple[str, str]]]
-"""An answer and its trailing metadata."""
+Trailers = tuple[tuple[str, str], ...]
 
 _Name = tuple[bytes, str]
 """A request's bytes without its request_id and tags, and its caller."""
@@ -59,9 +58,7 @@ class _Known:
     def reply(self, entry: CachedImage) -> bytes | None:
         """What goes out, if what lies ready says of the hit what is to be said."""
         reply, again = entry.reply, self.again
-        if reply is None or reply.matched is not again.matched or reply.saved_microusd != again.saved_microusd:
-            return None
-        return reply.raw
+        return reply.raw if reply is not None and reply.fits(again.matched, again.saved_microusd) else None
 
 
 class ReadyImages:
@@ -78,14 +75,34 @@ class ReadyImages:
         self._most_known = most_known
         self._known: dict[_Name, _Known] = {}
 
-    def again(self, raw: bytes, metadata: Mapping[str, str]) -> Told | None:
-        """The answer to a call that was answered from memory lately, if it would be answered so again.
+    def again(self, raw: bytes, metadata: Mapping[str, str]) -> tuple[bytes, Trailers] | None:
+        """The answer to a call that was answered from memory lately and its trailers, if it would be answered so again.
 
         It is booked and remembered. None: nothing has happened, and the call is to be begun as any other.
         """
         started_s = self._clock.monotonic_s()
         caller = self._reception.known_caller(metadata)
-        if caller is None or not _SAYS_MORE.isdisjoint(metadata):
+        hit = None if caller is None else self._hit(raw, caller, metadata, started_s)
+        if hit is None:
+            return None
+        reply, status, again = hit
+        request_id = self._reception.hit_again("GetImage", metadata, again, started_s)
+        return reply, (("cache-status", status), ("x-request-id", request_id))
+
+    def answer(self, raw: bytes, call: Call) -> bytes | None:
+        """The same for a call that has begun: booked, and remembered as any when it is concluded."""
+        hit = self._hit(raw, call.caller, call.metadata, call.started_s)
+        if hit is None:
+            return None
+        reply, status, call.again = hit
+        call.trailers.append(("cache-status", status))
+        return reply
+
+    def _hit(
+        self, raw: bytes, caller: Caller, metadata: Mapping[str, str], started_s: float
+    ) -> tuple[bytes, str, HitAgain] | None:
+        """The reply to such a call, its cache-status, and what it was answered with before; it is booked."""
+        if not _SAYS_MORE.isdisjoint(metadata):
             return None
         known = self._known.get((raw, caller.name)) or self._find(raw, caller)
         entry = None if known is None else known.again.entry()
@@ -93,22 +110,7 @@ class ReadyImages:
             return None
         if not self._asking.hit_again(known.again, entry, caller, started_s):
             return None
-        request_id = self._reception.hit_again("GetImage", metadata, known.again, started_s)
-        return reply, (("cache-status", self._status(known, entry)), ("x-request-id", request_id))
-
-    def answer(self, raw: bytes, call: Call) -> bytes | None:
-        """The same for a call that has begun: booked, and remembered as any when it is concluded."""
-        if not _SAYS_MORE.isdisjoint(call.metadata):
-            return None
-        known = self._known.get((raw, call.caller.name)) or self._find(raw, call.caller)
-        entry = None if known is None else known.again.entry()
-        if known is None or entry is None or (reply := known.reply(entry)) is None:
-            return None
-        if not self._asking.hit_again(known.again, entry, call.caller, call.started_s):
-            return None
-        call.again = known.again
-        call.trailers.append(("cache-status", self._status(known, entry)))
-        return reply
+        return reply, self._status(known, entry), known.again
 
     def tell(self, served: Served, asked: RpcAsked, raw: bytes, call: Call) -> bytes:
         """The finished answer with one picture, inline. A hit's is kept in memory, and its call known."""
