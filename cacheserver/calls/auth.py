@@ -11,10 +11,6 @@ from cacheserver.model import Caller
 _HELP = "Send `authorization: Bearer <token>` with the token of one of the service's callers."
 
 
-_MOST_KNOWN, _LONGEST_KNOWN = 1_000, 1_000
-"""Headers known at a time, and their length: one header may be written in many ways."""
-
-
 class Authenticator:
     """Tells callers apart by their bearer token.
 
@@ -30,15 +26,18 @@ class Authenticator:
         """
         self._callers = dict(callers)
         self._anonymous = anonymous
-        self._known: dict[str, Caller] = {}
-        """Callers by the headers that named them: to take the digest of a token costs as much as the rest of a hit."""
 
     def known(self, metadata: Mapping[str, str]) -> Caller | None:
-        """The caller of a call with this metadata, if it is one that nothing has to be found out about."""
+        """The caller whose token is in a call's metadata; None if there is none, or one nobody knows."""
         authorization = metadata.get("authorization")
         if self._anonymous is not None and (authorization is None or not self._callers):
             return self._anonymous
-        return None if authorization is None else self._known.get(authorization)
+        if authorization is None:
+            return None
+        scheme, _, token = authorization.partition(" ")
+        return (
+            self._callers.get(hashlib.sha256(token.strip().encode()).digest()) if scheme.lower() == "bearer" else None
+        )
 
     def authenticate(self, metadata: Mapping[str, str]) -> Caller:
         """The caller whose token is in a call's metadata.
@@ -46,15 +45,7 @@ class Authenticator:
         Raises:
             UnauthenticatedError: there is no token, or one nobody knows.
         """
-        if (known := self.known(metadata)) is not None:
-            return known
-        authorization = metadata.get("authorization")
-        if authorization is None:
-            raise UnauthenticatedError(f"No token. {_HELP}")
-        scheme, _, token = authorization.partition(" ")
-        caller = self._callers.get(hashlib.sha256(token.strip().encode()).digest())
-        if scheme.lower() != "bearer" or caller is None:
-            raise UnauthenticatedError(f"Unknown token. {_HELP}")
-        if len(self._known) < _MOST_KNOWN and len(authorization) <= _LONGEST_KNOWN:
-            self._known[authorization] = caller
+        caller = self.known(metadata)
+        if caller is None:
+            raise UnauthenticatedError(f"{'Unknown' if 'authorization' in metadata else 'No'} token. {_HELP}")
         return caller

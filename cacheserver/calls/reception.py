@@ -120,7 +120,7 @@ class Reception:
         self.conclude(call, OK)
 
     def known_caller(self, metadata: Mapping[str, str]) -> Caller | None:
-        """Who makes a call with this metadata, if it may come in and its caller is known. None: ask `admit`."""
+        """Who makes a call with this metadata, if it may come in. None: `admit` says why not."""
         if self._in_progress >= self._max_in_progress or self.going_down.is_set():
             return None
         return self._authenticator.known(metadata)
@@ -156,7 +156,7 @@ class Reception:
 
     def conclude(self, call: Call, code: str, *, reason: str = "", exc_info: Exception | None = None) -> None:
         """Write the call's one line, and remember it if its caller is known."""
-        seconds = self._clock.monotonic_s() - call.started_s
+        seconds = self.seconds(call)
         if (again := call.again) is not None:
             call.namespace, call.wanted = again.namespace.name, again.identity
         if self._recall is not None and call.caller is not NOBODY and call.caller is not BY_URL:
