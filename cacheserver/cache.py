@@ -220,11 +220,7 @@ class PromptCache:
     def hit(self, ask: Ask) -> list[Served] | None:
         """What `get` would answer without waiting, at a fraction of its cost: pictures in memory. None: ask `get`."""
         terms, namespace = ask.terms, ask.namespace
-        is_plain = (
-            terms.cache_policy in (CachePolicy.USE_CACHE, CachePolicy.ONLY_IF_CACHED)
-            and terms.variant_policy is VariantPolicy.FIRST
-        )
-        if not is_plain or terms.n > namespace.max_variants or not namespace.serves(ask.identity.key):
+        if not terms.wants_stored or terms.n > namespace.max_variants or not namespace.serves(ask.identity.key):
             return None
         waiter = self._waiter(ask.identity.key, tuple(range(terms.n)), namespace, ask.caller, terms)
         waiter.asked = ask.request, ask.identity

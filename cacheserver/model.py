@@ -807,6 +807,12 @@ class Terms:
     partial_images: int = 0
     on_partial: Callable[[PartialImage], None] | None = field(default=None, compare=False, repr=False)
 
+    @property
+    def wants_stored(self) -> bool:
+        """Whether it takes what is stored, the first of it, every time it is sent: nothing is made anew or chosen."""
+        is_read = self.cache_policy in (CachePolicy.USE_CACHE, CachePolicy.ONLY_IF_CACHED)
+        return is_read and self.variant_policy is VariantPolicy.FIRST
+
 
 @dataclass(frozen=True, slots=True)
 class Ask:

@@ -107,6 +107,17 @@ class TestWhatIsAnsweredUnread:
         assert len(read) == 1
         assert front.house.upstream.calls == 2
 
+    async def test_a_call_that_has_a_picture_made_is_not_known_by_what_it_was_given_when_it_was_sent_twice(
+        self, front: Front
+    ) -> None:
+        first, second, third = (ask(cache_policy=pb.CACHE_POLICY_REFRESH, request_id=name) for name in ("1", "2", ""))
+        made = await front.stub.GetImage(first)
+        for _ in range(2):
+            assert (await front.stub.GetImage(first)).images == made.images
+        for other in (second, third):
+            assert (await front.stub.GetImage(other)).status.tier == pb.TIER_UPSTREAM
+        assert front.house.upstream.calls == 3
+
     async def test_a_longer_request_is_read(self, front: Front, read: list[bytes]) -> None:
         await known(front, ask("x" * 5_000))
         assert len(read) == 3

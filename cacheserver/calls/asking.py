@@ -161,10 +161,12 @@ class Asking:
     def again(self, served: Served, entry: CachedImage, asked: Asked, call: Call) -> HitAgain | None:
         """What it takes to answer such a call with that picture again; None: the next one is to be asked as any other.
 
-        `entry` is what memory has of it. It was asked for as one picture, the first.
+        `entry` is what memory has of it. It was asked for as one picture.
         """
         is_passed = isinstance(asked.what, CacheKey) or not self._screens(asked.namespace)
-        if not is_passed or not served.is_plain_hit or asked.terms.max_age_s is not None:
+        # A call that has a picture made is answered from memory where it is sent twice, and only then.
+        is_lasting = asked.terms.wants_stored and asked.terms.max_age_s is None
+        if not (is_passed and is_lasting and served.is_plain_hit):
             return None
         model, quality = asked.model_and_quality
         model, quality = model or entry.image.model, quality or entry.image.quality

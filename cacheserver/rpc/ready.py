@@ -22,7 +22,6 @@ from cacheserver.model import (
     CachePolicy,
     Caller,
     Served,
-    VariantPolicy,
 )
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.rpc import replies, wire
@@ -127,10 +126,8 @@ class ReadyImages:
 
     def _know(self, served: Served, entry: CachedImage, asked: RpcAsked, raw: bytes, call: Call) -> None:
         name = self._name(raw, call.caller) if self._most_known and _SAYS_MORE.isdisjoint(call.metadata) else None
-        if name is None or asked.terms.variant_policy is not VariantPolicy.FIRST:
-            return
-        again = self._asking.again(served, entry, asked, call)
-        if again is None:
+        again = None if name is None else self._asking.again(served, entry, asked, call)
+        if name is None or again is None:
             return
         if name not in self._known and len(self._known) >= self._most_known:
             del self._known[next(iter(self._known))]
