@@ -107,6 +107,20 @@ class TestWhatIsAnsweredUnread:
         assert len(read) == 1
         assert front.house.upstream.calls == 2
 
+    @pytest.mark.parametrize(
+        ("written_otherwise", "in_the_end"),
+        [(b"\xf2\x00\x81\x01" + b"x" * 129, b"\x72\x03one"), (b"\xfa\x00\x01a" * 16, b"")],
+        ids=["request_id", "tags"],
+    )
+    async def test_an_id_and_tags_that_are_written_as_nobody_writes_them_are_read_every_time(
+        self, front: Front, written_otherwise: bytes, in_the_end: bytes
+    ) -> None:
+        raw = ask().SerializeToString() + written_otherwise
+        for _ in range(3):
+            await front.raw("GetImage", raw + in_the_end)
+        unfit = raw if in_the_end else raw + b"\x7a\x01b"
+        assert (await failure(front.raw("GetImage", unfit))).code == "INVALID_ARGUMENT"
+
     async def test_a_call_that_has_a_picture_made_is_not_known_by_what_it_was_given_when_it_was_sent_twice(
         self, front: Front
     ) -> None:

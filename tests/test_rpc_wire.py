@@ -128,6 +128,7 @@ def test_bytes_that_protobuf_parses_to_something_else_have_no_fields(
         b"\x02\x00",  # field 0
         b"\x0b\x0c",  # a group
         b"\x0d\x00\x00",  # a fixed number cut off
+        b"\xf2\x00\x01a",  # field 14, in two bytes
     ],
 )
 def test_what_is_no_message_has_no_fields(raw: bytes) -> None:

@@ -142,7 +142,10 @@ def _varint(number: int) -> bytes:
 
 
 def _read_varint(raw: bytes, at: int) -> tuple[int, int]:
-    """The number that begins at `at`, and where it ends. Raises IndexError if it does not."""
+    """The number that begins at `at` and takes several bytes, and where it ends.
+
+    Raises IndexError if it does not end, and if it takes more than it need: one field had several spellings.
+    """
     number = shift = 0
     while (group := raw[at]) >= _MORE_FOLLOWS:
         number |= (group & 0x7F) << shift
@@ -150,4 +153,6 @@ def _read_varint(raw: bytes, at: int) -> tuple[int, int]:
         at += 1
         if shift >= 7 * _LONGEST_VARINT:
             raise IndexError
+    if not group:
+        raise IndexError
     return number | group << shift, at + 1
