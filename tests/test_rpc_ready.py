@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from cacheserver.model import CacheKey, Caller, GeneratedImage, MatchLevel, Namespace, Permission, Reply, TierName
 from cacheserver.pb import promptcache_pb2 as pb
+from cacheserver.recall import Recall
 from cacheserver.rpc import service
 from cacheserver.rpc.service import Limits
 from cacheserver.tiers.memory import MemoryCache
@@ -234,6 +235,39 @@ class TestWhatIsAskedEveryTime:
             assert (await failure(front.stub.GetImage(ask()))).code == "UNAVAILABLE"
             house.upstream.release()
             await waiting
+
+
+class TestABug:
+    @pytest.mark.parametrize(("part", "does"), [("books", "hit_again"), ("books", "answered"), ("memory", "get")])
+    async def test_is_told_as_internal_and_not_in_its_own_words(
+        self, front: Front, monkeypatch: pytest.MonkeyPatch, part: str, does: str
+    ) -> None:
+        for _ in range(2 if does == "hit_again" else 1):
+            await front.stub.GetImage(ask())
+
+        def fail(*_: object, **__: object) -> NoReturn:
+            raise RuntimeError("a secret of ours")
+
+        monkeypatch.setattr(getattr(front.house, part), does, fail)
+        failed = await failure(front.stub.GetImage(ask(), metadata=(("x-request-id", "r1"),)))
+        assert (failed.code, failed.reason, failed.trailers["x-request-id"]) == ("INTERNAL", "INTERNAL", "r1")
+        assert "r1" in failed.message
+        assert "secret" not in failed.message
+        monkeypatch.undo()
+        assert (await front.stub.GetImage(ask())).images
+
+    async def test_leaves_no_call_in_progress(self, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+        async with open_front(house, max_concurrent_calls=1) as front:
+            first = await known(front, ask())
+
+            def fail(*_: object, **__: object) -> NoReturn:
+                raise RuntimeError("a secret of ours")
+
+            monkeypatch.setattr(Recall, "note", fail)
+            for _ in range(2):
+                assert (await failure(front.stub.GetImage(ask()))).code == "INTERNAL"
+            monkeypatch.undo()
+            assert await front.stub.GetImage(ask()) == first
 
 
 class TestTheBufferOfAnEntry:

@@ -130,23 +130,23 @@ class Reception:
 
         It is in progress until its answer has gone out: whoever serves it says `end` then, as after `begin`.
         """
-        self._in_progress += 1
         request_id = request_id_of(metadata)
         if self._logs_calls or self._recall is None:
             self.conclude(Call(rpc, metadata, request_id, None, started_s, again.caller, again=again), OK)
-            return request_id
-        seconds = self._clock.monotonic_s() - started_s
-        self._recall.note(
-            request_id,
-            rpc=rpc,
-            time_s=self._clock.now_s() - seconds,
-            caller=again.caller.name,
-            namespace=again.namespace.name,
-            seconds=seconds,
-            reason="",
-            images=again.told,
-            wanted=again.identity,
-        )
+        else:
+            seconds = self._clock.monotonic_s() - started_s
+            self._recall.note(
+                request_id,
+                rpc=rpc,
+                time_s=self._clock.now_s() - seconds,
+                caller=again.caller.name,
+                namespace=again.namespace.name,
+                seconds=seconds,
+                reason="",
+                images=again.told,
+                wanted=again.identity,
+            )
+        self._in_progress += 1
         return request_id
 
     def failed(self, call: Call, code: str, reason: str, *, exc_info: Exception | None = None) -> None:

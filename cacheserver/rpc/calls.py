@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from typing import Any, Generic, TypeAlias, TypeVar, cast
+from typing import Any, Generic, NoReturn, TypeAlias, TypeVar, cast
 
 import grpc
 import structlog
@@ -175,10 +175,14 @@ class Calls:
                 self.reception.conclude(call, self._how_gone(call))
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it was, the caller gets a status that fits
-                status = self._failed(call, error)
-                trailers = (*status.trailers, ("x-request-id", call.request_id))
-                await context.abort(status.code, status.message, trailers)
+                await self.abort(call, error, context)
             self.succeeded(call, context)
+
+    async def abort(self, call: Call, error: Exception, context: Context) -> NoReturn:
+        """End a call with the status that fits what was raised."""
+        status = self._failed(call, error)
+        trailers = (*status.trailers, ("x-request-id", call.request_id))
+        await context.abort(status.code, status.message, trailers)
 
     def succeeded(self, call: Call, context: Context) -> None:
         """The call is answered."""
@@ -220,7 +224,10 @@ class _ReadyCall(grpc.RpcMethodHandler):  # type: ignore[type-arg]  # generic in
     async def unary_unary(self, raw: bytes, context: Context) -> bytes:  # type: ignore[override]  # that of grpc.aio
         rpc, calls = self._rpc, self._rpc.calls
         said = cast("dict[str, str]", dict(self._metadata))  # at what is in bytes nobody looks
-        told = rpc.again(raw, said)
+        try:
+            told = rpc.again(raw, said)
+        except Exception as error:  # noqa: BLE001 - whatever it was, the caller gets a status that fits
+            await calls.abort(calls.begun(rpc.rpc, said, context), error, context)
         if told is not None:
             calls.ends_with_its_task()
             answer, trailers = told
@@ -232,6 +239,8 @@ class _ReadyCall(grpc.RpcMethodHandler):  # type: ignore[type-arg]  # generic in
             ready = rpc.ready(raw, call)
         except CacheServerError:
             ready = None  # the same is found out on the ordinary way, where it is told
+        except Exception as error:  # noqa: BLE001 - as above
+            await calls.abort(call, error, context)
         if ready is not None:
             calls.succeeded(call, context)
             return ready
