@@ -19,7 +19,7 @@ from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.recall import Recall
 from cacheserver.rpc import service
 from cacheserver.rpc.service import Limits
-from cacheserver.tiers.memory import MemoryCache
+from cacheserver.tiers.memory import MemoryCache, entry_bytes
 from tests.fakes import FakeClock
 from tests.house import House, open_tier
 from tests.rpc_front import Front, ask, authorization, failure, open_front
@@ -302,6 +302,14 @@ class TestTheBufferOfAnEntry:
         assert memory.get(stored.key) is kept
         assert kept == stored
         assert replace(kept, tags=("other",)).reply is None
+
+    def test_one_that_is_as_large_as_may_be_stays_as_it_is(self, clock: FakeClock) -> None:
+        stored = make_entry()
+        memory = MemoryCache(clock=clock, max_bytes=1_000_000, max_entry_bytes=entry_bytes(stored))
+        memory.put(stored.key, stored)
+        raw = b"." + bytes(stored.image.data)
+        assert memory.keep_reply(stored, Reply(raw, 1, MatchLevel.EXACT, 5)) is stored
+        assert memory.get(stored.key) is stored
 
     def test_one_that_lies_there_no_more_keeps_none(self, clock: FakeClock) -> None:
         memory = MemoryCache(clock=clock, max_bytes=1_000_000)

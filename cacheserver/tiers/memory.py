@@ -103,12 +103,16 @@ class MemoryCache:
     def keep_reply(self, entry: CachedImage, reply: Reply) -> CachedImage:
         """Keep a finished reply with its entry: in one buffer, the picture a view. The entry as it is kept.
 
-        That is `entry` itself, without the reply, if it does not lie under its own key any more.
+        That is `entry` itself, without the reply, if it does not lie under its own key any more, or would take more
+        than an entry may.
         """
-        if self._stored(entry.key) is entry:
-            entry = entry.within(reply)
-            self.put(entry.key, entry)
-        return entry
+        if self._stored(entry.key) is not entry:
+            return entry
+        within = entry.within(reply)
+        if entry_bytes(within) > self._max_entry_bytes:
+            return entry
+        self.put(entry.key, within)
+        return within
 
     def contains(self, key: CacheKey) -> bool:
         """Whether `get` would answer; it is no use."""
