@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cacheserver.calls.directives import Directives, cache_status, pending_status, read_cache_control
+from cacheserver.calls.directives import (
+    Directives,
+    cache_status,
+    pending_status,
+    read_cache_control,
+    status_lasts_until_s,
+)
 from cacheserver.model import CachedImage, CacheKey, CachePolicy, GeneratedImage, MatchLevel, Served, TierName
 
 NOW_S = 1_800_000_000.0
@@ -90,6 +98,22 @@ def served(
 )
 def test_cache_status_says_where_the_picture_came_from(answer: Served, policy: CachePolicy, expected: str) -> None:
     assert cache_status(answer, policy, NOW_S) == expected
+
+
+moments = st.integers(-40, 400).map(lambda quarter: NOW_S + quarter / 4)
+
+
+@given(moments, st.none() | moments, st.integers(0, 20))
+def test_cache_status_stays_what_it_is_for_as_long_as_it_is_said_to(
+    now_s: float, expire_time_s: float | None, quarters: int
+) -> None:
+    answer = served(TierName.MEMORY, expire_time_s=expire_time_s)
+    until_s = status_lasts_until_s(answer.entry, now_s)
+    assert until_s <= now_s + 1
+    later_s = now_s + quarters / 4
+    if later_s < until_s:
+        policy = CachePolicy.USE_CACHE
+        assert cache_status(answer, policy, later_s) == cache_status(answer, policy, now_s)
 
 
 def test_cache_status_of_an_answer_on_its_way() -> None:

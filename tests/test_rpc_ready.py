@@ -192,6 +192,19 @@ class TestWhatIsAskedEveryTime:
         house.clock.advance(31)
         assert (await front.stub.GetImage(ask(ttl={"seconds": 30}))).status.tier == pb.TIER_UPSTREAM
 
+    async def test_its_age_and_what_is_left_of_its_freshness_are_to_the_second(
+        self, front: Front, house: House
+    ) -> None:
+        house.clock.advance(0.5)
+        await known(front, ask(ttl={"seconds": 30}))
+        told = []
+        for passed_s in (0.25, 0.5, 0.25, 0.25, -1.25):
+            house.clock.advance(passed_s)
+            call = front.stub.GetImage(ask(ttl={"seconds": 30}))
+            await call
+            told.append(dict(await call.trailing_metadata())["cache-status"].partition("memory; ")[2])
+        assert told == ["ttl=29; age=0", "ttl=29; age=0", "ttl=29; age=1", "ttl=28; age=1", "ttl=30; age=0"]
+
     async def test_what_it_saves_is_within_a_minute(
         self, front: Front, house: House, monkeypatch: pytest.MonkeyPatch
     ) -> None:

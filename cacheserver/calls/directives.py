@@ -82,6 +82,14 @@ def _status(entry: CachedImage, way: list[str], detail: str, now_s: float) -> st
     return "; ".join(members)
 
 
+def status_lasts_until_s(entry: CachedImage, now_s: float) -> float:
+    """Until when a stored picture's `cache_status` stays what it is now: it is in whole seconds."""
+    older_s = entry.create_time_s + max(0, int(now_s - entry.create_time_s)) + 1
+    if entry.expire_time_s is None:
+        return older_s
+    return min(older_s, entry.expire_time_s - int(entry.expire_time_s - now_s))
+
+
 def pending_status() -> str:
     """The `cache-status` of an answer that is on its way."""
     return "cacheserver; fwd=uri-miss; detail=pending"

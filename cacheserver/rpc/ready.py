@@ -14,7 +14,7 @@ from cacheserver.calls.again import HitAgain
 from cacheserver.calls.asking import Asking
 from cacheserver.calls.bounds import MAX_REQUEST_ID, MAX_TAGS, TAG
 from cacheserver.calls.call import Call
-from cacheserver.calls.directives import cache_status
+from cacheserver.calls.directives import cache_status, status_lasts_until_s
 from cacheserver.calls.reception import Reception
 from cacheserver.interfaces import Clock
 from cacheserver.model import (
@@ -47,12 +47,13 @@ _Name = tuple[bytes, str]
 
 @dataclass(slots=True)
 class _Known:
-    """A call that was answered from memory. `status` is the cache-status that it is told in that `second`."""
+    """A call that was answered from memory. `status` is the cache-status it is told, from then and until then."""
 
     again: HitAgain
     policy: CachePolicy
-    second: int = 0
     status: str = ""
+    from_s: float = 0.0
+    until_s: float = 0.0
 
     def reply(self, entry: CachedImage) -> bytes | None:
         """What goes out, if what lies ready says of the hit what is to be said."""
@@ -139,8 +140,9 @@ class ReadyImages:
 
     def _status(self, known: _Known, entry: CachedImage) -> str:
         now_s = self._clock.now_s()
-        if int(now_s) != known.second:
-            known.second, known.status = int(now_s), cache_status(known.again.served(entry), known.policy, now_s)
+        if not known.from_s <= now_s < known.until_s:
+            known.status = cache_status(known.again.served(entry), known.policy, now_s)
+            known.from_s, known.until_s = now_s, status_lasts_until_s(entry, now_s)
         return known.status
 
     @staticmethod

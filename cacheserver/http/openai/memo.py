@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from cacheserver.calls.again import HitAgain
 from cacheserver.calls.call import Call
+from cacheserver.calls.directives import status_lasts_until_s
 from cacheserver.http.openai.answers import lasting_headers, passing_headers
 from cacheserver.http.openai.asked import HttpAsked
 from cacheserver.http.openai.headers import IDEMPOTENCY_KEY, READ
@@ -39,13 +40,13 @@ class Told:
         self.again = again
         self._policy = policy
         self._lasting = head_lines(lasting_headers([served]))
-        self._second = 0
         self._head = b""
+        self._from_s = self._until_s = 0.0
 
     def head(self, entry: CachedImage, now_s: float) -> bytes:
-        """The lines of its headers with that picture: what changes in them changes once a second."""
-        if int(now_s) != self._second:
-            self._second = int(now_s)
+        """The lines of its headers with that picture."""
+        if not self._from_s <= now_s < self._until_s:
+            self._from_s, self._until_s = now_s, status_lasts_until_s(entry, now_s)
             self._head = self._lasting + head_lines(passing_headers([self.again.served(entry)], self._policy, now_s))
         return self._head
 
