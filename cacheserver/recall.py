@@ -66,14 +66,18 @@ class Remembered(NamedTuple):
     wish: Wish | None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Wish:
-    """A request as far as it is compared with others: where, its prompt's digest and words, and its other fields."""
+    """A request as far as it is compared with others: where, its prompt's digest and words, and its other fields.
+
+    Calls that are remembered may hold it longer than it is compared: then it `is_forgotten`.
+    """
 
     key: CacheKey
     prompt: int
     words: array[int]
     fields: tuple[tuple[str, str], ...]
+    is_forgotten: bool = False
 
 
 _Call = tuple[str, str, float, str, str, float, str, "ToldImages"]
@@ -157,7 +161,7 @@ class Recall:
 
         Takes one or two microseconds for a call whose request was seen before: this is on the way of every hit.
         """
-        if wanted is not None and images.wish is None:
+        if wanted is not None and (images.wish is None or images.wish.is_forgotten):
             images.wish = self._wishes.get((wanted.key.partition, wanted.key.digest)) or self._wished(wanted)
         self._calls.append((request_id, rpc, time_s, caller, namespace, seconds, reason, images))
 
@@ -210,6 +214,7 @@ class Recall:
         return wish
 
     def _forget(self, wish: Wish) -> None:
+        wish.is_forgotten = True
         partition = wish.key.partition
         del self._by_prompt[partition, wish.prompt][wish]
         if not self._by_prompt[partition, wish.prompt]:

@@ -32,7 +32,15 @@ def wanted(prompt: str = "a red fox", **fields: Any) -> Identity:
     return identify(ImageRequest(prompt=prompt, model="gpt-image-2", **fields), NAMESPACE)
 
 
-def note(recall: Recall, request_id: str, identity: Identity | None, caller: str = "ann", reason: str = "") -> None:
+def note(
+    recall: Recall,
+    request_id: str,
+    identity: Identity | None,
+    *,
+    caller: str = "ann",
+    reason: str = "",
+    images: ToldImages | None = None,
+) -> None:
     recall.note(
         request_id,
         rpc="GetImage",
@@ -41,7 +49,7 @@ def note(recall: Recall, request_id: str, identity: Identity | None, caller: str
         namespace="default",
         seconds=0.5,
         reason=reason,
-        images=ToldImages(),
+        images=images or ToldImages(),
         wanted=identity,
     )
 
@@ -104,6 +112,15 @@ class TestNearest:
         note(recall, "one", low)
         found = await near(recall, wanted(quality="high"), low)
         assert found == NearMiss(low.key, "quality", "high", "low")
+
+    async def test_what_is_told_again_and_again_is_near_however_many_others_were_asked_for(self) -> None:
+        recall = Recall(wishes=2)
+        low, told = wanted(quality="low"), ToldImages()
+        note(recall, "one", low, images=told)
+        for prompt in ("a blue fox", "a green fox"):
+            note(recall, prompt, wanted(prompt))
+        note(recall, "one", low, images=told)
+        assert await near(recall, wanted(quality="high"), low) is not None
 
     async def test_what_is_in_no_tier_any_more_does_not_count(self) -> None:
         recall = Recall()
