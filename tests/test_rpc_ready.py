@@ -150,6 +150,23 @@ class TestWhatIsAnsweredUnread:
             await known(front, ask())
         assert len(read) == 3
 
+    async def test_long_ones_are_known_in_place_of_several(self, house: House, read: list[bytes]) -> None:
+        async with open_front(house, limits=Limits(known_requests=6)) as front:
+            short, long = ask(), ask("x" * 3_900)
+            await known(front, short)
+            await known(front, long)
+            del read[:]
+            await front.stub.GetImage(short)
+            await front.stub.GetImage(long)
+            assert not read
+            await known(front, ask("y" * 3_900))
+            del read[:]
+            await front.stub.GetImage(ask("y" * 3_900))
+            assert not read
+            await front.stub.GetImage(short)
+            await front.stub.GetImage(long)
+        assert len(read) == 2
+
     async def test_the_oldest_of_too_many_is_read_again(self, house: House, read: list[bytes]) -> None:
         async with open_front(house, limits=Limits(known_requests=1)) as front:
             await known(front, ask())

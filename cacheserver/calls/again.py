@@ -24,9 +24,10 @@ from cacheserver.recall import ToldImages
 class HitAgain:
     """A call that was answered with one picture from memory, and that picture, which this keeps there not a moment.
 
-    `caller` has the right to read in `namespace`, and rights never change while the service runs. `name` is where
-    memory had it. What was `saved_microusd` holds until `until_s` (monotonic): prices change. `row` is where such hits
-    are booked, `told` what is remembered of them.
+    `caller` has the right to read in `namespace`, and rights never change while the service runs. `what` is for who
+    notes what is answered, and the picture's key where nobody does. `name` is where memory had it. What was
+    `saved_microusd` holds until `until_s` (monotonic): prices change. `row` is where such hits are booked, `told` what
+    is remembered of them.
     """
 
     caller: Caller

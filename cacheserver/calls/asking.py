@@ -174,7 +174,7 @@ class Asking:
         return HitAgain(
             caller=call.caller,
             namespace=asked.namespace,
-            what=asked.what if isinstance(asked.what, CacheKey) else asked.what.without_bytes,
+            what=self._noted(asked.what) if self._trace is not None else entry.key,
             match_level=asked.match_level,
             identity=call.wanted,
             name=entry.key.name,
@@ -185,6 +185,10 @@ class Asking:
             row=HitRow(key, entry.size_bytes, served.saved_microusd),
             told=ToldImages.of((served,)),
         )
+
+    @staticmethod
+    def _noted(what: ImageRequest | CacheKey) -> ImageRequest | CacheKey:
+        return what if isinstance(what, CacheKey) else what.without_bytes
 
     def _screens(self, namespace: Namespace) -> bool:
         """Whether its prompts are screened or recorded: none of its calls is answered without that."""
@@ -253,7 +257,7 @@ class Asking:
     def book(self, answer: Sequence[Served], asked: Asked, call: Call) -> None:
         """Book the pictures of an answer, once nothing keeps them from going out."""
         seconds = self._clock.monotonic_s() - call.started_s
-        what = asked.what if isinstance(asked.what, CacheKey) else asked.what.without_bytes
+        what = self._noted(asked.what)
         for served in answer:
             outcome = _outcome(served)
             if self._trace is not None:

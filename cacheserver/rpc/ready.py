@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from sys import getsizeof
 
 from cacheserver.cache import PromptCache
 from cacheserver.calls.again import HitAgain
@@ -21,6 +22,7 @@ from cacheserver.model import (
     CachedImage,
     CachePolicy,
     Caller,
+    ImageRequest,
     Served,
 )
 from cacheserver.pb import promptcache_pb2 as pb
@@ -29,6 +31,13 @@ from cacheserver.rpc.messages import RpcAsked
 
 _MOST_BYTES = 4_096
 """A longer request is read every time."""
+
+_KNOWN_BYTES = 3_000
+"""What is kept of a call and the texts it was read to, as a rule; all together take no more than so much each."""
+
+_OBJECTS_BYTES = 1_600
+_EXTRA_BYTES = 24
+"""What provider parameters take at the most as objects, by the bytes of their request."""
 
 _LENGTH_DELIMITED = 2
 _REQUEST_ID = pb.GetImageRequest.REQUEST_ID_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
@@ -47,10 +56,14 @@ _Name = tuple[bytes, str]
 
 @dataclass(slots=True)
 class _Known:
-    """A call that was answered from memory. `status` is the cache-status it is told, from then and until then."""
+    """A call that was answered from memory, and how much memory it takes.
+
+    `status` is the cache-status that it is told from `from_s` until `until_s` (since 1970).
+    """
 
     again: HitAgain
     policy: CachePolicy
+    size_bytes: int
     status: str = ""
     from_s: float = 0.0
     until_s: float = 0.0
@@ -67,13 +80,14 @@ class ReadyImages:
     def __init__(
         self, *, reception: Reception, asking: Asking, cache: PromptCache, clock: Clock, most_known: int
     ) -> None:
-        """At most so many calls are known, some 3 kB each; the oldest goes first. With 0 none is."""
+        """At most so many calls are known, 3 kB each, a long one for several; the oldest goes first. With 0 none is."""
         self._reception = reception
         self._asking = asking
         self._cache = cache
         self._clock = clock
         self._most_known = most_known
         self._known: dict[_Name, _Known] = {}
+        self._known_bytes = 0
 
     def again(self, raw: bytes, metadata: Mapping[str, str]) -> tuple[bytes, Trailers] | None:
         """The answer to a call that was answered from memory lately and its trailers, if it would be answered so again.
@@ -102,7 +116,7 @@ class ReadyImages:
         self, raw: bytes, caller: Caller, metadata: Mapping[str, str], started_s: float
     ) -> tuple[bytes, str, HitAgain] | None:
         """The reply to such a call, its cache-status, and what it was answered with before; it is booked."""
-        if not _SAYS_MORE.isdisjoint(metadata):
+        if len(raw) > _MOST_BYTES or not _SAYS_MORE.isdisjoint(metadata):
             return None
         known = self._known.get((raw, caller.name)) or self._find(raw, caller)
         entry = None if known is None else known.again.entry()
@@ -130,9 +144,20 @@ class ReadyImages:
         again = None if name is None else self._asking.again(served, entry, asked, call)
         if name is None or again is None:
             return
-        if name not in self._known and len(self._known) >= self._most_known:
-            del self._known[next(iter(self._known))]
-        self._known[name] = _Known(again, asked.terms.cache_policy)
+        known = _Known(again, asked.terms.cache_policy, _size_bytes(name, again))
+        if name in self._known:
+            self._forget(name)
+        while self._known and self._is_full(known):
+            self._forget(next(iter(self._known)))
+        self._known[name] = known
+        self._known_bytes += known.size_bytes
+
+    def _is_full(self, more: _Known) -> bool:
+        room_bytes = self._most_known * _KNOWN_BYTES
+        return len(self._known) >= self._most_known or self._known_bytes + more.size_bytes > room_bytes
+
+    def _forget(self, name: _Name) -> None:
+        self._known_bytes -= self._known.pop(name).size_bytes
 
     def _find(self, raw: bytes, caller: Caller) -> _Known | None:
         name = self._name(raw, caller) if self._known else None
@@ -150,6 +175,16 @@ class ReadyImages:
         """What such a call is known by; None if it is none to know."""
         lasting = _lasting(raw) if len(raw) <= _MOST_BYTES else None
         return None if lasting is None else (lasting, caller.name)
+
+
+def _size_bytes(name: _Name, again: HitAgain) -> int:
+    what, identity = again.what, again.identity
+    size = _OBJECTS_BYTES + getsizeof(name[0])
+    if identity is not None:
+        size += getsizeof(identity.normalized_prompt) + getsizeof(identity.canonical)
+    if isinstance(what, ImageRequest):
+        size += getsizeof(what.prompt) + (_EXTRA_BYTES * len(name[0]) if what.extra else 0)
+    return size
 
 
 def _lasting(raw: bytes) -> bytes | None:

@@ -171,7 +171,7 @@ class ServerSettings(_Section):
     known_requests: int = Field(
         default=10_000,
         ge=0,
-        description="GetImage calls answered from memory that are known by their bytes, 3 kB each; 0: all are read.",
+        description="GetImage hits known by the bytes of their requests, 3 kB each, long ones count more; 0: none.",
     )
 
     @check(mode="after")
