@@ -63,14 +63,12 @@ class Bucket(NamedTuple):
 
 @dataclass(slots=True)
 class HitRow:
-    """Where hits like one that was booked before are booked: the row of the books it belongs to, found once.
+    """Where hits like one that was booked before are booked: the row of the books they belong to, found once.
 
     `figures` are that row's in the books of the time `taken`.
     """
 
     key: Key
-    image_bytes: int
-    saved_microusd: int
     figures: Figures | None = None
     taken: int = -1
 

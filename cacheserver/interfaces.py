@@ -527,8 +527,8 @@ class Books(Protocol):
         """
         ...
 
-    def hit_again(self, row: HitRow, seconds: float) -> None:
-        """One picture was answered from memory, as one that `answered` booked before: its row is known."""
+    def hit_again(self, row: HitRow, seconds: float, image_bytes: int, saved_microusd: int) -> None:
+        """One picture was answered from memory, as `answered` books it: its row is known."""
         ...
 
     def spent(self, namespace: str, microusd: int) -> None:

@@ -17,7 +17,18 @@ from typing import NamedTuple, Self
 
 from cacheserver.errors import UnknownCallError
 from cacheserver.identity import fields_of
-from cacheserver.model import CacheKey, Caller, Found, Identity, MatchLevel, Pending, Permission, Served, TierName
+from cacheserver.model import (
+    CachedImage,
+    CacheKey,
+    Caller,
+    Found,
+    Identity,
+    MatchLevel,
+    Pending,
+    Permission,
+    Served,
+    TierName,
+)
 
 Find = Callable[[Sequence[CacheKey]], Awaitable[tuple[list[Found], list[TierName]]]]
 
@@ -131,6 +142,24 @@ class ToldImages:
             )
             for each in answer
         )
+
+    @classmethod
+    def of_hit(cls, entry: CachedImage, matched: MatchLevel, saved_microusd: int) -> Self:
+        """That of a plain hit in memory."""
+        key, expire_time_s = entry.key, entry.expire_time_s
+        facts = (
+            key,
+            TierName.MEMORY,
+            matched,
+            False,
+            False,
+            False,
+            expire_time_s,
+            0,
+            saved_microusd,
+            entry.derived_from,
+        )
+        return cls((facts,))
 
 
 class Recall:

@@ -14,7 +14,6 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2 as details
 from google.rpc.status_pb2 import Status
 
-from cacheserver.calls.call import Call
 from cacheserver.calls.uploads import UploadMemory
 from cacheserver.generation.images import inspect_in_thread
 from cacheserver.http.delivery.partitions import Partitions
@@ -123,8 +122,10 @@ def image_urls(house: House, *namespaces: Namespace) -> ImageUrls:
 class NothingAtOnce(PromptCacheService):
     """A service that answers nothing before it has waited for it: slower, and otherwise the same."""
 
-    def get_image_at_once(self, raw: bytes, call: Call) -> bytes | None:  # noqa: ARG002 - as that of the service
-        return None
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+        self._ready.again = lambda *_: None  # type: ignore[method-assign] # nothing of it is ready
+        self._ready.answer = lambda *_: None  # type: ignore[method-assign] # nor of a stream's
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""GetImage calls that are answered with a finished reply, unread: nobody can tell them from those that are read."""
+"""GetImage calls that are answered with a finished reply: nobody can tell them from those that are asked in full."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cacheserver.model import CacheKey, Caller, GeneratedImage, MatchLevel, Namespace, Permission, Reply, TierName
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.recall import Recall
-from cacheserver.rpc import service
+from cacheserver.rpc import service, templates
 from cacheserver.rpc.service import Limits
 from cacheserver.tiers.memory import MemoryCache, entry_bytes
 from tests.fakes import FakeClock
@@ -35,7 +35,7 @@ async def front(house: House) -> AsyncIterator[Front]:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """The GetImage requests that were parsed."""
+    """The GetImage requests that took the ordinary way."""
     parsed: list[bytes] = []
 
     def parse(message_type: Any, raw: bytes) -> Any:
@@ -44,6 +44,20 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
     monkeypatch.setattr(service, "parse", parse)
     return parsed
+
+
+@pytest.fixture
+def taken_apart(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The GetImage requests whose prompts were read."""
+    taken: list[bytes] = []
+
+    def parts(raw: bytes) -> Any:
+        taken.append(raw)
+        return apart(raw)
+
+    apart = templates._parts
+    monkeypatch.setattr(templates, "_parts", parts)
+    return taken
 
 
 async def known(front: Front, request: pb.GetImageRequest, **options: Any) -> pb.GetImageResponse:
@@ -145,37 +159,119 @@ class TestWhatIsAnsweredUnread:
         assert await front.stub.GetImage(by_key) == first
         assert not read
 
-    async def test_none_is_where_none_is_to_be_known(self, house: House, read: list[bytes]) -> None:
+    async def test_none_is_where_none_is_to_be_known(self, house: House, taken_apart: list[bytes]) -> None:
         async with open_front(house, limits=Limits(known_requests=0)) as front:
-            await known(front, ask())
-        assert len(read) == 3
+            first = await known(front, ask())
+            del taken_apart[:]
+            assert await front.stub.GetImage(ask()) == first
+        assert len(taken_apart) == 1
 
-    async def test_long_ones_are_known_in_place_of_several(self, house: House, read: list[bytes]) -> None:
+    async def test_long_ones_are_known_in_place_of_several(self, house: House, taken_apart: list[bytes]) -> None:
         async with open_front(house, limits=Limits(known_requests=6)) as front:
             short, long = ask(), ask("x" * 3_900)
             await known(front, short)
             await known(front, long)
-            del read[:]
+            del taken_apart[:]
             await front.stub.GetImage(short)
             await front.stub.GetImage(long)
-            assert not read
+            assert not taken_apart
             await known(front, ask("y" * 3_900))
-            del read[:]
+            del taken_apart[:]
             await front.stub.GetImage(ask("y" * 3_900))
-            assert not read
+            assert not taken_apart
             await front.stub.GetImage(short)
             await front.stub.GetImage(long)
-        assert len(read) == 2
+        assert len(taken_apart) == 2
 
-    async def test_the_oldest_of_too_many_is_read_again(self, house: House, read: list[bytes]) -> None:
+    async def test_the_oldest_of_too_many_is_read_again(self, house: House, taken_apart: list[bytes]) -> None:
         async with open_front(house, limits=Limits(known_requests=1)) as front:
             await known(front, ask())
             await known(front, ask("a blue fox"))
-            del read[:]
+            del taken_apart[:]
             await front.stub.GetImage(ask("a blue fox"))
-            assert not read
+            assert not taken_apart
             await front.stub.GetImage(ask())
+        assert len(taken_apart) == 1
+
+
+class TestWhereTheirPromptsAloneAreRead:
+    async def test_calls_are_that_say_what_an_earlier_one_did_in_all_else(
+        self, front: Front, read: list[bytes]
+    ) -> None:
+        for prompt in ("a red fox", "a blue fox"):
+            await known(front, ask(prompt, of={"quality": "low"}))
+        del read[:]
+        other = await front.stub.GetImage(ask("A blue fox.", of={"quality": "low"}, request_id="x", tags=["t"]))
+        assert not read
+        assert other.status.matched == pb.MATCH_LEVEL_STANDARD
+        assert other.images[0] == (await front.stub.GetImage(ask("a blue fox", of={"quality": "low"}))).images[0]
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            ask("a blue fox", n=2),
+            ask("a blue fox", cache_policy=pb.CACHE_POLICY_REFRESH),
+            ask("a blue fox", max_age={"seconds": 60}),
+            ask("a blue fox", variant_policy=pb.VARIANT_POLICY_STICKY),
+            ask("a blue fox", request_id="x" * 129),
+            ask("a blue fox", tags=["not fit"]),
+            ask("a blue fox", max_inline_bytes=1),
+            ask("a blue fox", delivery=pb.DELIVERY_URL),
+            ask("a blue fox", of={"inputs": [pb.InputImage(digest=f"sha256:{'0' * 64}")]}),
+            ask(" "),
+            ask("x" * 5_000),
+        ],
+        ids=lambda request: str(request)[:60],
+    )
+    async def test_others_take_the_ordinary_way_every_time(
+        self, front: Front, read: list[bytes], other: pb.GetImageRequest
+    ) -> None:
+        await known(front, ask())
+        await known(front, ask("a blue fox"))
+        del read[:]
+        for _ in range(3):
+            await asyncio.gather(front.stub.GetImage(other), return_exceptions=True)
+        assert len(read) == 3
+
+    async def test_parameters_of_providers_are_part_of_what_is_alike(self, front: Front, read: list[bytes]) -> None:
+        def with_steps(prompt: str, steps: int) -> pb.GetImageRequest:
+            request = ask(prompt)
+            request.spec.extra.update({"steps": steps, "prompt_strength": {"prompt": "a red fox"}})
+            return request
+
+        few = await known(front, with_steps("a red fox", 10))
+        many = await known(front, with_steps("a red fox", 50))
+        assert few.images[0].key != many.images[0].key
+        blue = await known(front, with_steps("a blue fox", 50))
+        del read[:]
+        assert (await front.stub.GetImage(with_steps("a blue fox.", 50))).images == blue.images
+        assert not read
+
+    async def test_callers_have_none_in_common(self, house: House, read: list[bytes]) -> None:
+        callers = [(digest(name), Caller(name, frozenset(Permission))) for name in ("ann", "bob")]
+        async with open_front(house, callers=callers, anonymous=None) as front:
+            await known(front, ask(), metadata=authorization("ann"))
+            del read[:]
+            await front.stub.GetImage(ask(), metadata=authorization("bob"))
         assert len(read) == 1
+
+    async def test_a_picture_derived_from_another_takes_the_ordinary_way(
+        self, front: Front, house: House, read: list[bytes]
+    ) -> None:
+        made = await known(front, ask())
+        entry = house.memory.get(CacheKey.parse(made.images[0].key))
+        assert entry is not None
+        house.memory.put(entry.key, replace(entry, derived_from="v1.of.another.one.0", derived_by=frozenset({"size"})))
+        del read[:]
+        other = await front.stub.GetImage(ask())
+        assert len(read) == 1
+        assert other.status.tier == pb.TIER_REDIS  # this namespace allows no derived picture, and Redis has its own
+
+    async def test_a_share_of_keys_that_is_only_observed_stays_so(self, house: House) -> None:
+        house.namespace = replace(house.namespace, serve_percent=0)
+        async with open_front(house) as front:
+            await known(front, ask())
+        assert house.upstream.calls == 3
 
 
 class TestWhatIsAskedEveryTime:
@@ -406,7 +502,7 @@ steps = st.lists(
 
 
 @asynccontextmanager
-async def shop(*, at_once: bool) -> AsyncIterator[Front]:
+async def shop(*, at_once: bool, known_requests: int = 10_000) -> AsyncIterator[Front]:
     async with AsyncExitStack() as stack:
         directory, clock = Path(stack.enter_context(tempfile.TemporaryDirectory())), FakeClock()
         tiers = [await open_tier(directory / name, name, clock) for name in (TierName.REDIS, TierName.S3)]
@@ -414,17 +510,25 @@ async def shop(*, at_once: bool) -> AsyncIterator[Front]:
             stack.push_async_callback(tier.aclose)
         house = House(clock=clock, redis=tiers[0], s3=tiers[1])
         stack.push_async_callback(house.aclose)
-        yield await stack.enter_async_context(open_front(house, at_once=at_once))
+        limits = Limits(known_requests=known_requests)
+        yield await stack.enter_async_context(open_front(house, at_once=at_once, limits=limits))
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow], max_examples=40)
 @given(steps)
 async def test_whatever_happens_the_answers_and_the_books_are_those_of_calls_that_wait(happens: list[Step]) -> None:
-    async with shop(at_once=True) as quick, shop(at_once=False) as slow:
+    async with (
+        shop(at_once=True) as quick,
+        shop(at_once=True, known_requests=0) as reading,
+        shop(at_once=False) as slow,
+    ):
         for step in happens:
-            assert await step.what(quick) == await step.what(slow)
-        assert quick.house.books.snapshot(None).rows == slow.house.books.snapshot(None).rows
-        assert quick.house.upstream.calls == slow.house.upstream.calls
+            expected = await step.what(slow)
+            assert await step.what(quick) == expected
+            assert await step.what(reading) == expected
+        for front in (quick, reading):
+            assert front.house.books.snapshot(None).rows == slow.house.books.snapshot(None).rows
+            assert front.house.upstream.calls == slow.house.upstream.calls
 
 
 def test_a_picture_made_of_an_entry_is_not_bound_to_its_buffer() -> None:

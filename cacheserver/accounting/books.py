@@ -105,17 +105,17 @@ class CounterBooks:
         if is_degraded:
             cell.degraded += 1
 
-    def hit_again(self, row: HitRow, seconds: float) -> None:
+    def hit_again(self, row: HitRow, seconds: float, image_bytes: int, saved_microusd: int) -> None:
         """See `Books.hit_again`."""
         if row.taken != self._times_taken or row.figures is None:
             row.figures, row.taken = self._cell(row.key), self._times_taken
         figures = row.figures
         figures.requests += 1
-        figures.image_bytes += row.image_bytes
+        figures.image_bytes += image_bytes
         figures.seconds += seconds
         figures.latency_counts[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
-        figures.saved_microusd += row.saved_microusd
-        figures.would_cost_microusd += row.saved_microusd
+        figures.saved_microusd += saved_microusd
+        figures.would_cost_microusd += saved_microusd
 
     def spent(self, namespace: str, microusd: int) -> None:
         """A call to an upstream was paid for."""

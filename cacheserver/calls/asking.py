@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 from weakref import ref
 
 from cacheserver.cache import PromptCache
-from cacheserver.calls.again import HitAgain
+from cacheserver.calls.again import HitAgain, Template
 from cacheserver.calls.asked import Asked
 from cacheserver.calls.call import Call
 from cacheserver.calls.recorded import kind_of_failure, kinds_of_answer
@@ -27,7 +27,7 @@ from cacheserver.errors import (
     UpstreamInvalidError,
 )
 from cacheserver.figures import HitRow, Key
-from cacheserver.identity import identify
+from cacheserver.identity import Identifier, identify
 from cacheserver.interfaces import Books, Clock, Prompts
 from cacheserver.model import (
     Ask,
@@ -169,12 +169,10 @@ class Asking:
         if not (is_passed and is_lasting and served.is_plain_hit):
             return None
         model, quality = asked.model_and_quality
-        model, quality = model or entry.image.model, quality or entry.image.quality
-        key = Key(asked.namespace.name, model, quality, call.caller.name, Outcome.HIT, TierName.MEMORY)
         return HitAgain(
             caller=call.caller,
             namespace=asked.namespace,
-            what=self._noted(asked.what) if self._trace is not None else entry.key,
+            what=None if self._trace is None else _kept(asked.what),
             match_level=asked.match_level,
             identity=call.wanted,
             name=entry.key.name,
@@ -182,26 +180,66 @@ class Asking:
             matched=served.matched,
             saved_microusd=served.saved_microusd,
             until_s=self._clock.monotonic_s() + _SAME_PRICE_S,
-            row=HitRow(key, entry.size_bytes, served.saved_microusd),
+            row=_row(call.caller, asked.namespace, model or entry.image.model, quality or entry.image.quality),
             told=ToldImages.of((served,)),
         )
 
-    @staticmethod
-    def _noted(what: ImageRequest | CacheKey) -> ImageRequest | CacheKey:
-        return what if isinstance(what, CacheKey) else what.without_bytes
+    def template(self, asked: Asked, call: Call) -> Template | None:
+        """What a call has in common with others that ask for one picture; None where each is to be asked as any."""
+        what, terms, namespace = asked.what, asked.terms, asked.namespace
+        is_plain = terms.n == 1 and terms.wants_stored and terms.max_age_s is None
+        if isinstance(what, CacheKey) or what.inputs or self._screens(namespace) or not is_plain:
+            return None
+        return Template(
+            caller=call.caller,
+            namespace=namespace,
+            request=replace(what, prompt=""),
+            match_level=asked.match_level,
+            identifier=Identifier(what, namespace, asked.match_level),
+            row=_row(call.caller, namespace, what.model, what.quality),
+        )
+
+    def hit_one(self, template: Template, prompt: str) -> tuple[HitAgain, CachedImage] | None:
+        """What memory answers to a call of this template for a valid prompt. None: ask for an answer.
+
+        It does what `hit` and `again` do, at a fraction of their cost.
+        """
+        identity = template.identifier.identity(prompt)
+        found = self._cache.hit_one(identity.key, template.request.model, template.namespace)
+        if found is None:
+            return None
+        entry, saved_microusd = found
+        matched = MatchLevel.EXACT if entry.prompt_digest == identity.prompt_digest else identity.level
+        again = HitAgain(
+            caller=template.caller,
+            namespace=template.namespace,
+            what=None if self._trace is None else replace(template.request, prompt=prompt),
+            match_level=template.match_level,
+            identity=identity,
+            name=identity.key.name,
+            entry=ref(entry),
+            matched=matched,
+            saved_microusd=saved_microusd,
+            until_s=self._clock.monotonic_s() + _SAME_PRICE_S,
+            row=template.row,
+            told=ToldImages.of_hit(entry, matched, saved_microusd),
+        )
+        return again, entry
 
     def _screens(self, namespace: Namespace) -> bool:
         """Whether its prompts are screened or recorded: none of its calls is answered without that."""
         return namespace.store_prompts or namespace.name in self._policies
 
-    def hit_again(self, again: HitAgain, entry: CachedImage, caller: Caller, started_s: float) -> bool:
-        """Whether a call that began then is answered what `again` was, which had `entry`; if so it is booked.
+    def holds_still(self, again: HitAgain, entry: CachedImage, caller: Caller, started_s: float) -> bool:
+        """Whether a call that began then is answered what `again` was, which had `entry`.
 
-        It does what `namespace`, `hit` and `book` do, at a fraction of their cost.
+        It finds out what `namespace` and `hit` do, at a fraction of their cost.
         """
-        if caller is not again.caller or again.until_s < started_s or not self._cache.still_has(again.name, entry):
-            return False
-        if self._trace is not None:
+        return caller is again.caller and started_s <= again.until_s and self._cache.still_has(again.name, entry)
+
+    def book_again(self, again: HitAgain, entry: CachedImage, started_s: float) -> None:
+        """Book that a call which began then is answered what `again` was, as `book` does at a multiple of the cost."""
+        if self._trace is not None and again.what is not None:
             self._trace.answered(
                 again.served(entry),
                 Outcome.HIT,
@@ -209,8 +247,8 @@ class Asking:
                 namespace=again.namespace,
                 match_level=again.match_level,
             )
-        self._books.hit_again(again.row, self._clock.monotonic_s() - started_s)
-        return True
+        seconds = self._clock.monotonic_s() - started_s
+        self._books.hit_again(again.row, seconds, entry.size_bytes, again.saved_microusd)
 
     async def answer(self, asked: Asked, call: Call) -> list[Served] | Pending:
         """What the cache answers to a screened call."""
@@ -257,7 +295,7 @@ class Asking:
     def book(self, answer: Sequence[Served], asked: Asked, call: Call) -> None:
         """Book the pictures of an answer, once nothing keeps them from going out."""
         seconds = self._clock.monotonic_s() - call.started_s
-        what = self._noted(asked.what)
+        what = _kept(asked.what)
         for served in answer:
             outcome = _outcome(served)
             if self._trace is not None:
@@ -301,6 +339,15 @@ class Asking:
             quality=call.quality,
             caller=call.caller.name,
         )
+
+
+def _kept(what: ImageRequest | CacheKey) -> ImageRequest | CacheKey:
+    """What is asked for, as it may be kept."""
+    return what if isinstance(what, CacheKey) else what.without_bytes
+
+
+def _row(caller: Caller, namespace: Namespace, model: str, quality: str) -> HitRow:
+    return HitRow(Key(namespace.name, model, quality, caller.name, Outcome.HIT, TierName.MEMORY))
 
 
 def _outcome_of_failure(error: Exception) -> Outcome:

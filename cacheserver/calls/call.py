@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cacheserver.calls.again import HitAgain
-from cacheserver.calls.asked import Asked
 from cacheserver.model import Caller, Identity, Pending, Served
 
 NOBODY = Caller("", frozenset())
@@ -31,7 +30,7 @@ class Call:
     None where it does not say; `started_s` is monotonic.
     `model` and `quality` are those asked for, empty for a call that asks by key.
     `wanted` is the identity of the picture it asks for, `answer` what it was answered with, `again` where that
-    was told before. `items` counts those of a stream. `asked` is what it asks for, once it is read.
+    was told before. `items` counts those of a stream.
     """
 
     rpc: str
@@ -48,7 +47,6 @@ class Call:
     answer: Sequence[Served] | Pending | None = None
     again: HitAgain | None = None
     items: int = 0
-    asked: Asked | None = None
 
     @property
     def ids(self) -> dict[str, str]:

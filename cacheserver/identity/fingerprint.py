@@ -40,6 +40,35 @@ plain_values = attrgetter(*PLAIN_FIELDS)
 """The values of a request's PLAIN_FIELDS."""
 
 
+class Identifier:
+    """Identifies validated requests that differ in nothing but their prompt. All else of them is written once."""
+
+    def __init__(self, request: ImageRequest, namespace: Namespace, match_level: MatchLevel | None = None) -> None:
+        """`request` is one of them, whatever its prompt; `namespace` and `match_level` are those of `identify`.
+
+        Raises:
+            KeyError: the namespace's profile does not exist.
+            ValueError: the request holds what `validate` refuses.
+        """
+        self._partition = namespace.partition
+        self._profile = profile = _profile(namespace, match_level)
+        self._patterns = _patterns(namespace, profile)
+        self._before, self._after = _around_prompt(request, profile, self._patterns)
+
+    def identity(self, prompt: str) -> Identity:
+        """The identity of the one with this prompt, with the key of variant 0; ValueError as that of `identify`."""
+        normalized = normalize_prompt(prompt, self._profile.name, self._patterns)
+        canonical = f"{self._before}{_JSON.encode(normalized)}{self._after}".encode()
+        return Identity(
+            key=CacheKey(self._partition, fingerprint_of(canonical), digest_of(canonical), variant=0),
+            level=self._profile.level,
+            profile=self._profile.versioned,
+            normalized_prompt=normalized,
+            canonical=canonical,
+            prompt_digest=digest_of(prompt.encode()),
+        )
+
+
 def identify(request: ImageRequest, namespace: Namespace, match_level: MatchLevel | None = None) -> Identity:
     """The identity of a validated request under the namespace's profile, with the key of variant 0.
 
@@ -50,21 +79,14 @@ def identify(request: ImageRequest, namespace: Namespace, match_level: MatchLeve
         KeyError: the namespace's profile does not exist.
         ValueError: a catalog pattern cannot be used, or the request holds what `validate` refuses.
     """
-    profile = _profile(namespace, match_level)
-    prompt, canonical = _normalized(request, namespace, profile)
-    return Identity(
-        key=CacheKey(namespace.partition, fingerprint_of(canonical), digest_of(canonical), variant=0),
-        level=profile.level,
-        profile=profile.versioned,
-        normalized_prompt=prompt,
-        canonical=canonical,
-        prompt_digest=digest_of(request.prompt.encode()),
-    )
+    return Identifier(request, namespace, match_level).identity(request.prompt)
 
 
 def key_of(request: ImageRequest, namespace: Namespace, variant: int) -> CacheKey:
     """The key that `identify` gives a request's `variant`, for whoever wants nothing else of its identity."""
-    _, canonical = _normalized(request, namespace, PROFILES[namespace.profile])
+    profile = PROFILES[namespace.profile]
+    patterns = _patterns(namespace, profile)
+    canonical = _canonical(request, profile, normalize_prompt(request.prompt, profile.name, patterns), patterns)
     return CacheKey(namespace.partition, fingerprint_of(canonical), digest_of(canonical), variant)
 
 
@@ -115,28 +137,37 @@ def _profile(namespace: Namespace, match_level: MatchLevel | None) -> Profile:
     return next(profile for profile in PROFILES.values() if profile.level is match_level)
 
 
-def _normalized(request: ImageRequest, namespace: Namespace, profile: Profile) -> tuple[str, bytes]:
-    """The prompt under the profile, and the canonical bytes."""
-    patterns = namespace.catalog_patterns if profile.level is MatchLevel.CATALOG else ()
-    prompt = normalize_prompt(request.prompt, profile.name, patterns)
-    return prompt, _canonical(request, profile, prompt, patterns)
+def _patterns(namespace: Namespace, profile: Profile) -> tuple[str, ...]:
+    return namespace.catalog_patterns if profile.level is MatchLevel.CATALOG else ()
 
 
 def _canonical(request: ImageRequest, profile: Profile, prompt: str, patterns: tuple[str, ...]) -> bytes:
-    """The canonical bytes. Every field enters by itself: one is left out by saying so, never by oversight."""
+    """The canonical bytes with a normalized prompt."""
+    before, after = _around_prompt(request, profile, patterns)
+    return f"{before}{_JSON.encode(prompt)}{after}".encode()
+
+
+def _around_prompt(request: ImageRequest, profile: Profile, patterns: tuple[str, ...]) -> tuple[str, str]:
+    """What stands before and after the prompt in the canonical JSON of a request, whatever its prompt.
+
+    Every field enters by itself: one is left out by saying so, never by oversight.
+    """
     if request.extra or request.inputs:
-        values = {name: getattr(request, name) for name in _FIELDS}
-        return _identity_json(profile, patterns, values | {"prompt": prompt}).encode()
-    before, after = _around_prompt(profile, patterns, *plain_values(request))
-    return f"{before}{canonical_json(prompt)}{after}".encode()
+        return _written_around(profile, patterns, {name: getattr(request, name) for name in _FIELDS})
+    return _around_plain(profile, patterns, *plain_values(request))
 
 
 @lru_cache(maxsize=256, typed=True)  # typed: 1 and True are equal, and not alike as JSON
-def _around_prompt(profile: Profile, patterns: tuple[str, ...], *plain: object) -> tuple[str, str]:
-    """What stands before and after the prompt in the JSON of a request that has these values and nothing else."""
+def _around_plain(profile: Profile, patterns: tuple[str, ...], *plain: object) -> tuple[str, str]:
+    """The same for a request that has these values and no others."""
     values = dict(zip(PLAIN_FIELDS, plain, strict=True))
-    written = _identity_json(profile, patterns, values | {"prompt": "", "extra": {}, "inputs": ()})
-    before, name, after = written.partition('"prompt":')  # no text holds this: its quotes would be escaped
+    return _written_around(profile, patterns, values | {"extra": {}, "inputs": ()})
+
+
+def _written_around(profile: Profile, patterns: tuple[str, ...], values: dict[str, object]) -> tuple[str, str]:
+    written = _identity_json(profile, patterns, values | {"prompt": ""})
+    # Of what may hold such a name `extra` alone does, and it stands before; no text does: its quotes are escaped.
+    before, name, after = written.rpartition('"prompt":')
     return before + name, after.removeprefix('""')
 
 

@@ -23,8 +23,7 @@ Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
 AnswerRaw: TypeAlias = Callable[[bytes, Call], Awaitable[bytes]]
-FindReady: TypeAlias = Callable[[bytes, Call], bytes | None]
-TellAgain: TypeAlias = Callable[[bytes, Mapping[str, str]], tuple[bytes, tuple[tuple[str, str], ...]] | None]
+FindReady: TypeAlias = Callable[[bytes, Mapping[str, str]], tuple[bytes, tuple[tuple[str, str], ...]] | None]
 M = TypeVar("M", bound=Message)
 
 
@@ -62,12 +61,12 @@ class Calls:
 
         return grpc.unary_unary_rpc_method_handler(handle)
 
-    def unary_ready(self, rpc: str, method: AnswerRaw, ready: FindReady, again: TellAgain) -> ReadyRpc:
-        """The same for an rpc whose answers may lie ready. All get the message as it came, in turn until one answers.
+    def unary_ready(self, rpc: str, method: AnswerRaw, ready: FindReady) -> ReadyRpc:
+        """The same for an rpc whose answers may lie ready. Both get the message as it came.
 
-        `again` answers a call that has not even begun, if it was answered before, `ready` one that need not wait.
+        `ready` answers a call that has not even begun, `method` those it does not.
         """
-        return ReadyRpc(self, rpc, method, ready, again)
+        return ReadyRpc(self, rpc, method, ready)
 
     def streams_out(
         self, rpc: str, message_type: type[M], method: Callable[[M, Call], AsyncGenerator[bytes, None]]
@@ -203,12 +202,11 @@ class Calls:
 class ReadyRpc:
     """An rpc that takes one message and answers one, at once where the answer lies ready."""
 
-    def __init__(self, calls: Calls, rpc: str, method: AnswerRaw, ready: FindReady, again: TellAgain) -> None:
+    def __init__(self, calls: Calls, rpc: str, method: AnswerRaw, ready: FindReady) -> None:
         self.calls = calls
         self.rpc = rpc
         self.method = method
         self.ready = ready
-        self.again = again
 
 
 class _ReadyCall(grpc.RpcMethodHandler):  # type: ignore[type-arg]  # generic in its stub alone
@@ -225,26 +223,15 @@ class _ReadyCall(grpc.RpcMethodHandler):  # type: ignore[type-arg]  # generic in
         rpc, calls = self._rpc, self._rpc.calls
         said = cast("dict[str, str]", dict(self._metadata))  # at what is in bytes nobody looks
         try:
-            told = rpc.again(raw, said)
+            ready = rpc.ready(raw, said)
         except Exception as error:  # noqa: BLE001 - whatever it was, the caller gets a status that fits
             await calls.abort(calls.begun(rpc.rpc, said, context), error, context)
-        if told is not None:
+        if ready is not None:
             calls.ends_with_its_task()
-            answer, trailers = told
+            answer, trailers = ready
             context.set_trailing_metadata(trailers)
             return answer
-        call = calls.begun(rpc.rpc, said, context)
-        try:
-            calls.reception.admit(call)
-            ready = rpc.ready(raw, call)
-        except CacheServerError:
-            ready = None  # the same is found out on the ordinary way, where it is told
-        except Exception as error:  # noqa: BLE001 - as above
-            await calls.abort(call, error, context)
-        if ready is not None:
-            calls.succeeded(call, context)
-            return ready
-        async with calls.received(call, context):
+        async with calls.received(calls.begun(rpc.rpc, said, context), context) as call:
             return await rpc.method(raw, call)
 
 

@@ -165,7 +165,7 @@ class PromptCacheService:
         return Service(
             SERVICE_NAME,
             {
-                "GetImage": calls.unary_ready("GetImage", self.get_image, self.get_image_at_once, self._ready.again),
+                "GetImage": calls.unary_ready("GetImage", self.get_image, self._ready.again),
                 "StreamImage": calls.streams_out("StreamImage", pb.StreamImageRequest, self.stream_image),
                 "BatchGetImages": calls.streams_both(
                     "BatchGetImages", pb.BatchGetImagesRequest, self.batch_get_images, headers=places
@@ -187,29 +187,10 @@ class PromptCacheService:
 
     # ── asking ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def get_image_at_once(self, raw: bytes, call: Call) -> bytes | None:
-        """What `get_image` answers where memory has the picture. None: it is read, and that is all."""
-        if (ready := self._ready.answer(raw, call)) is not None:
-            return ready
-        message = parse(pb.GetImageRequest, raw)
-        if message.spec.inputs:
-            return None
-        asked = call.asked = self._asked(message, call)
-        answer = None if asked.delivery is Delivery.URL else self._asking.hit(asked, call)
-        if answer is None or len(answer) > 1 or answer[0].entry.size_bytes > asked.max_inline_bytes:
-            return None
-        response = self._ready.tell(answer[0], asked, raw, call)
-        self._asking.book(answer, asked, call)
-        self._add_status(answer, asked, call)
-        return response
-
     async def get_image(self, raw: bytes, call: Call) -> bytes:
         """Images from the fastest tier that has them; what is missing is generated."""
         with self._asking.booked(call), self._uploads.hold() as hold:
-            asked = call.asked
-            if not isinstance(asked, RpcAsked):
-                asked = await self._read(parse(pb.GetImageRequest, raw), call, hold)
-            asked = await self._asking.screened(asked)
+            asked = await self._asking.screened(await self._read(parse(pb.GetImageRequest, raw), call, hold))
             self._check_delivery(asked)
             answer = await self._asking.answer(asked, call)
             if isinstance(answer, Pending):
@@ -259,7 +240,7 @@ class PromptCacheService:
         batch = Batch(
             calls=self._calls,
             get_image=self.get_image,
-            ready=self.get_image_at_once,
+            ready=self._ready.answer,
             in_flight=self._limits.batch_in_flight,
         )
         return batch.answers(parts, call)

@@ -86,8 +86,9 @@ class Pictures:
         entry = None if told is None else told.again.entry()
         if told is None or entry is None:
             return None
-        if not self._asking.hit_again(told.again, entry, call.caller, call.started_s):
+        if not self._asking.holds_still(told.again, entry, call.caller, call.started_s):
             return None
+        self._asking.book_again(told.again, entry, call.started_s)
         call.again = told.again
         milliseconds = self._milliseconds(call).encode("ascii")
         head = b"%sopenai-processing-ms: %s\r\n" % (told.head(entry, self._clock.now_s()), milliseconds)
