@@ -275,10 +275,11 @@ class TestWhereTheirPromptsAloneAreRead:
 
 
 class TestWhatIsAskedEveryTime:
-    async def test_rights_are(self, house: House) -> None:
+    @pytest.mark.parametrize("name", ["bob", "ann"])
+    async def test_rights_are(self, house: House, name: str) -> None:
         ann = Caller("ann", frozenset(Permission))
-        bob = Caller("bob", frozenset(Permission), namespaces=frozenset({"other"}))
-        callers = [(digest("a"), ann), (digest("b"), bob)]
+        other = Caller(name, frozenset(Permission), namespaces=frozenset({"other"}))
+        callers = [(digest("a"), ann), (digest("b"), other)]
         async with open_front(
             house, callers=callers, anonymous=None, namespaces=[Namespace("other", "other")]
         ) as front:
