@@ -353,6 +353,12 @@ class TestWhatIsAskedEveryTime:
         assert 590 < timed <= 600
         assert untimed is None
 
+    async def test_whether_the_service_is_going_down_is(self, front: Front) -> None:
+        await known(front, ask())
+        front.server._services[0]._reception.going_down.set()  # type: ignore[union-attr] # a PromptCacheService
+        failed = await failure(front.stub.GetImage(ask()))
+        assert (failed.code, failed.reason) == ("UNAVAILABLE", "SHUTTING_DOWN")
+
     async def test_calls_that_are_too_many_hear_so(self, house: House) -> None:
         async with open_front(house, max_concurrent_calls=1) as front:
             await known(front, ask())
