@@ -51,12 +51,26 @@ URL_FORMS = (
 
 _HEAD_GUESS_BYTES = 4_096
 _BATCH = 500
+
+_FIND_BATCH = 250
+"""Names looked up in one script: a millisecond of the event loop's."""
+
+_FIND_IN_CLUSTER_BATCH = 50
+"""And in one pipeline, of which each costs redis-py as much as ten in a script."""
+
 _PUT_ATTEMPTS = 4
 _MAX_LISTED = 1_000
 """Renditions listed of one fingerprint at most."""
 
 _LIST_OUTLIVES_MS = 60_000
 """By this a list stays longer than what it names."""
+
+# Tells of many names at once what a pipeline would tell one by one, at a sixth of the event loop's time.
+_COUNT_EACH = """
+local counts = {}
+for i, name in ipairs(KEYS) do counts[i] = redis.call('EXISTS', name) end
+return counts
+"""
 
 # Overwrites a value only if it is still the one the caller found unfit: another writer may have been faster.
 _REPLACE_UNFIT = """
@@ -168,12 +182,10 @@ class RedisTier:
     async def find(self, keys: Sequence[CacheKey], *, on_step: Callable[[], None] = no_step) -> list[bool]:
         """See `Tier.find`."""
         found: list[bool] = []
-        for start in range(0, len(keys), _BATCH):
+        batch = _FIND_IN_CLUSTER_BATCH if isinstance(self._client, RedisCluster) else _FIND_BATCH
+        for start in range(0, len(keys), batch):
             async with self._turn("find"):
-                pipeline = self._client.pipeline(transaction=False)
-                for key in keys[start : start + _BATCH]:
-                    pipeline.exists(self._name(key))
-                found += [bool(count) for count in await pipeline.execute()]
+                found += map(bool, await self._count([self._name(key) for key in keys[start : start + batch]]))
             on_step()
         return found
 
@@ -244,6 +256,18 @@ class RedisTier:
     async def aclose(self) -> None:
         """See `Tier.aclose`."""
         await disconnect(self._client)
+
+    async def _count(self, names: Sequence[str]) -> list[int]:
+        """How many values each of these names has: one or none."""
+        counts: list[int]
+        if isinstance(self._client, RedisCluster):  # where the names of one script have to be in one slot
+            pipeline = self._client.pipeline(transaction=False)
+            for name in names:
+                pipeline.exists(name)
+            counts = await pipeline.execute()
+        else:
+            counts = await self._client.execute_command("EVAL", _COUNT_EACH, len(names), *names)  # type: ignore[no-untyped-call]  # theirs
+        return counts
 
     async def _put_if_free(self, key: CacheKey, entry: CachedImage, stored: bytes) -> bool:
         for _ in range(_PUT_ATTEMPTS):
