@@ -52,10 +52,10 @@ URL_FORMS = (
 _HEAD_GUESS_BYTES = 4_096
 _BATCH = 500
 
-_FIND_BATCH = 250
-"""Names looked up in one script: a millisecond of the event loop's."""
+_FIND_BATCH = 100
+"""Names looked up in one script: half a millisecond of the event loop's."""
 
-_FIND_IN_CLUSTER_BATCH = 50
+_FIND_IN_CLUSTER_BATCH = 25
 """And in one pipeline, of which each costs redis-py as much as ten in a script."""
 
 _PUT_ATTEMPTS = 4
