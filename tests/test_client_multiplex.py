@@ -46,6 +46,7 @@ from tests.test_client import PNG, Fail, answer, serving
 from tests.waiting import until
 
 SOON = Duration(nanos=5_000_000)
+CALLED_OFF = pb.Failure(code=grpc.StatusCode.CANCELLED.value[0])
 DOWN = pb.Failure(code=grpc.StatusCode.UNAVAILABLE.value[0], reason="UPSTREAM_DOWN", retry_delay=SOON)
 
 
@@ -53,7 +54,8 @@ DOWN = pb.Failure(code=grpc.StatusCode.UNAVAILABLE.value[0], reason="UPSTREAM_DO
 class Service(pb_grpc.PromptCacheServiceServicer):
     """Answers requests of streams and calls of their own, each with the next step of its prompt's script, or a picture.
 
-    A step is an answer, a Failure, a Fail that ends the whole stream, an event to wait for, or "hang" for `release`.
+    A step is an answer, a Failure, a Fail that ends the whole stream, an event to wait for, "hang" for `release`, or
+    "no place". It answers for what is cancelled if it `hears`.
     """
 
     script: dict[str, list[Any]] = field(default_factory=dict)
@@ -61,7 +63,9 @@ class Service(pb_grpc.PromptCacheServiceServicer):
     metadata: list[dict[str, str]] = field(default_factory=list)
     alone: list[pb.GetImageRequest] = field(default_factory=list)
     alone_metadata: list[dict[str, str]] = field(default_factory=list)
-    places: str = ""
+    headers: tuple[tuple[str, str], ...] = (("x-batch-in-flight", "32"),)
+    hears: bool = True
+    called_off: list[str] = field(default_factory=list)
     cancelled: int = 0
     ended: int = 0
     release: asyncio.Event = field(default_factory=asyncio.Event)
@@ -88,13 +92,15 @@ class Service(pb_grpc.PromptCacheServiceServicer):
         sent: list[pb.BatchGetImagesRequest] = []
         self.streams.append(sent)
         self.metadata.append({name: str(value) for name, value in context.invocation_metadata() or ()})
-        if self.places:
-            await context.send_initial_metadata((("x-batch-in-flight", self.places),))
+        await context.send_initial_metadata(self.headers)
         working: list[asyncio.Task[None]] = []
         turn = asyncio.Lock()  # gRPC writes one message at a time
         try:
             async for message in requests:
                 sent.append(message)
+                self.called_off += message.cancelled
+                told_off = [self._answer(each, CALLED_OFF, context, turn) for each in message.cancelled if self.hears]
+                working += map(asyncio.create_task, told_off)
                 for request in message.requests:
                     step = self._step(request)
                     if isinstance(step, Fail):
@@ -121,8 +127,11 @@ class Service(pb_grpc.PromptCacheServiceServicer):
         if isinstance(step, asyncio.Event):
             await step.wait()
             step = answer()
-        failed = isinstance(step, pb.Failure)
-        item = pb.BatchItem(request_id=request_id, **{"failure" if failed else "response": step})
+        item = pb.BatchItem(request_id=request_id)
+        if step == "no place":
+            item.no_place = True
+        else:
+            (item.failure if isinstance(step, pb.Failure) else item.response).CopyFrom(step)
         async with turn:
             await context.write(pb.BatchGetImagesResponse(items=[item]))
 
@@ -216,10 +225,27 @@ class TestIds:
     async def test_two_calls_of_one_id_are_both_answered(self, client: AsyncClient, service: Service) -> None:
         service.script = {"a red fox": ["hang", "hang"]}
         calls = in_progress(*(client.get_image("a red fox", request_id="id-1") for _ in range(2)))
-        await until(lambda: len(service.asked) == 2)
-        assert len(service.streams) == 2
+        await until(lambda: len(service.asked) + len(service.alone) == 2)
+        assert [request.request_id for request in (*service.asked, *service.alone)] == ["id-1"] * 2
         service.release.set()
         assert [(await call).data for call in calls] == [PNG, PNG]
+
+    async def test_one_that_was_given_up_is_not_used_again_before_the_service_has_answered_for_it(
+        self, client: AsyncClient, service: Service
+    ) -> None:
+        service.hears = False
+        blue = answer(b"blue")
+        service.script = {"a red fox": ["hang"], "a blue fox": [blue, blue]}
+        [goes] = in_progress(client.get_image("a red fox", request_id="id-1"))
+        await until(lambda: len(service.asked) == 1)
+        goes.cancel()
+        await asyncio.wait({goes})
+        assert (await client.get_image("a blue fox", request_id="id-1")).data == b"blue"
+        assert len(service.alone) == 1
+        service.release.set()
+        await until(lambda: not streams_of(client)[0]._waiting)
+        assert (await client.get_image("a blue fox", request_id="id-1")).data == b"blue"
+        assert len(service.alone) == 1
 
     async def test_one_of_ours_is_never_that_of_a_caller(self, client: AsyncClient, service: Service) -> None:
         service.script = {"a red fox": ["hang"] * 3}
@@ -252,41 +278,37 @@ class TestPlaces:
             house.upstream.release()
             assert {(await miss).tier for miss in misses} == {TierName.UPSTREAM}
 
-    async def test_as_many_go_on_a_stream_as_the_service_says(self, client: AsyncClient, service: Service) -> None:
-        service.places = "2"
-        await client.get_image("a red fox")
-        service.script = {"slow": ["hang"] * 5}
-        calls = in_progress(*(client.get_image("slow") for _ in range(5)))
-        await until(lambda: len(service.asked) == 6)
-        assert [sum(len(message.requests) for message in stream) for stream in service.streams] == [3, 2, 1]
-        service.release.set()
-        assert [(await call).data for call in calls] == [PNG] * 5
+    async def test_a_thousand_hits_at_a_time_go_on_one_stream(self, client: AsyncClient, service: Service) -> None:
+        results = await asyncio.gather(*(client.get_image(f"fox {number}") for number in range(1_000)))
+        assert len(results) == 1_000
+        assert (len(service.streams), service.alone) == (1, [])
 
-    @pytest.mark.parametrize("places", ["", "0", "-1", "2.5", "9" * 30, "many"])
-    async def test_a_number_that_is_none_leaves_it_at_the_usual(
-        self, client: AsyncClient, service: Service, places: str
-    ) -> None:
-        service.places = places
-        await client.get_image("a red fox")
-        service.script = {"slow": ["hang"] * 33}
-        calls = in_progress(*(client.get_image("slow") for _ in range(33)))
-        await until(lambda: len(service.asked) == 34)
-        assert [sum(len(message.requests) for message in stream) for stream in service.streams] == [33, 1]
-        service.release.set()
-        await asyncio.gather(*calls)
+    async def test_what_has_no_place_goes_by_a_call_of_its_own(self, client: AsyncClient, service: Service) -> None:
+        service.script = {"a red fox": ["no place", answer(b"alone")]}
+        assert (await client.get_image("a red fox")).data == b"alone"
+        assert (len(service.asked), len(service.alone)) == (1, 1)
 
-    async def test_beyond_the_most_streams_calls_go_alone(
+    async def test_as_many_pictures_are_made_at_a_time_as_of_calls_of_their_own(self, house: House) -> None:
+        async with open_front(house, limits=Limits(batch_in_flight=3)) as front, multiplexing(front) as client:
+            house.upstream.hold()
+            misses = in_progress(*(client.get_image(f"fox {number}") for number in range(20)))
+            await house.upstream.arrived(20)
+            house.upstream.release()
+            assert len({(await miss).key for miss in misses}) == house.upstream.calls == 20
+
+    async def test_a_service_that_knows_no_such_streams_is_left_in_peace_for_a_while(
         self, client: AsyncClient, service: Service, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(multiplex, "MAX_STREAMS", 2)
-        service.places = "3"
+        service.headers = ()
+        assert (await client.get_image("a red fox")).data == PNG
+        assert (await client.get_image("a red fox")).data == PNG
+        assert (len(service.streams), len(service.alone)) == (1, 2)
+        monkeypatch.setattr(multiplex, "ALONE_S", 0.0)
+        service.headers = Service.headers
+        assert client._multiplexer is not None
+        client._multiplexer._service.alone_until_s = 0.0
         await client.get_image("a red fox")
-        service.script = {"slow": ["hang"] * 10}
-        calls = in_progress(*(client.get_image("slow") for _ in range(10)))
-        await until(lambda: len(service.asked) + len(service.alone) == 11)
-        assert (len(service.streams), len(service.asked), len(service.alone)) == (2, 7, 4)
-        service.release.set()
-        assert [(await call).data for call in calls] == [PNG] * 10
+        assert (len(service.streams), len(service.alone)) == (2, 2)
 
 
 class TestGivingUp:
@@ -324,29 +346,76 @@ class TestGivingUp:
         await client.get_image("a blue fox")
         assert [request.spec.prompt for request in service.asked] == ["a blue fox"]
 
-    async def test_a_stream_that_nobody_waits_for_is_cancelled(self, client: AsyncClient, service: Service) -> None:
+    async def test_the_service_hears_of_each_and_the_stream_goes_on(
+        self, client: AsyncClient, service: Service
+    ) -> None:
         service.script = {"slow": ["hang"] * 2}
-        calls = in_progress(client.get_image("slow"), client.get_image("slow"))
+        calls = in_progress(*(client.get_image("slow", request_id=each) for each in ("a", "b")))
         await until(lambda: len(service.asked) == 2)
         for call in calls:
             call.cancel()
         await asyncio.wait(calls)
-        await until(lambda: service.cancelled == 1)
+        await until(lambda: service.called_off == ["a", "b"])
+        await until(lambda: not streams_of(client)[0]._waiting)
         assert (await client.get_image("a red fox")).data == PNG
+        assert (len(service.streams), service.cancelled) == (1, 0)
 
-    async def test_a_stream_is_cancelled_too_once_the_last_that_waited_is_answered(
-        self, client: AsyncClient, service: Service
+    async def test_the_service_is_told_how_long_each_is_waited_for(self, client: AsyncClient, service: Service) -> None:
+        times_s = (30.0, 7.5, 1e300, float("inf"))
+        await asyncio.gather(*(client.get_image("a red fox", timeout_s=each) for each in times_s))
+        [[message]] = service.streams
+        assert message.no_waiting
+        assert len(message.timeout_ms) == 4
+        assert 20_000 < message.timeout_ms[0] <= 30_000
+        assert 0 < message.timeout_ms[1] <= 7_500
+        assert message.timeout_ms[2] == message.timeout_ms[3] == 10**12
+
+    async def test_a_stream_on_which_the_service_answers_for_nothing_is_given_up(
+        self, client: AsyncClient, service: Service, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        second = asyncio.Event()
-        service.script = {"slow": [second], "slower": ["hang"]}
-        goes, stays = in_progress(client.get_image("slower"), client.get_image("slow"))
-        await until(lambda: len(service.asked) == 2)
-        goes.cancel()
-        await asyncio.wait({goes})
-        assert service.cancelled == 0
-        second.set()
-        assert (await stays).data == PNG
+        monkeypatch.setattr(multiplex, "MOST_GIVEN_UP", 3)
+        service.hears = False
+        service.script = {"slow": ["hang"] * 4}
+        *go, stays = in_progress(*(client.get_image("slow") for _ in range(4)))
+        await until(lambda: len(service.asked) == 4)
+        for call in go:
+            call.cancel()
+        await asyncio.wait(go)
+        assert (await client.get_image("a red fox")).data == PNG
+        assert len(service.streams) == 2
+        stays.cancel()
         await until(lambda: service.cancelled == 1)
+        assert len(streams_of(client)) == 1
+
+    async def test_what_the_service_knows_ends_with_the_call(self, house: House) -> None:
+        house.restart(max_concurrent=1)
+        async with open_front(house) as front, multiplexing(front) as client:
+            house.upstream.hold()
+            [paid] = in_progress(client.get_image("a red fox"))
+            await house.upstream.arrived(1)
+            with pytest.raises(DeadlineError, match="within the call's time"):
+                await client.get_image("a blue fox", timeout_s=0.05)
+            await until(lambda: house.cache.in_flight == 1)
+            [goes] = in_progress(client.get_image("a green fox"))
+            await until(lambda: house.cache.in_flight == 2)
+            goes.cancel()
+            await until(lambda: house.cache.in_flight == 1)
+            house.upstream.release()
+            assert (await paid).tier is TierName.UPSTREAM
+            assert house.upstream.calls == 1
+
+    async def test_who_shares_a_picture_being_made_still_gets_it(self, house: House) -> None:
+        async with open_front(house) as front, multiplexing(front) as client:
+            house.upstream.hold()
+            first, second = in_progress(client.get_image("a red fox"), client.get_image("a red fox"))
+            await house.upstream.arrived(1)
+            with pytest.raises(DeadlineError):
+                await client.get_image("a red fox", timeout_s=0.05)
+            first.cancel()
+            await asyncio.wait({first})
+            house.upstream.release()
+            assert (await second).tier is TierName.UPSTREAM
+            assert house.upstream.calls == 1
 
     async def test_what_nobody_waits_for_and_has_not_begun_is_not_paid_for(self, house: House) -> None:
         house.restart(max_concurrent=1)

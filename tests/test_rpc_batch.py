@@ -234,6 +234,173 @@ class TestFlow:
         await asyncio.wait_for(draining, timeout=10)
 
 
+def without_waiting(*requests: pb.GetImageRequest, **fields: Any) -> pb.BatchGetImagesRequest:
+    return pb.BatchGetImagesRequest(requests=requests, no_waiting=True, **fields)
+
+
+async def read(call: Any, number: int) -> dict[str, pb.BatchItem]:
+    """So many answers by their request_ids."""
+    items: dict[str, pb.BatchItem] = {}
+    while len(items) < number:
+        items |= {item.request_id: item for item in (await call.read()).items}
+    return items
+
+
+class TestNotWaiting:
+    async def test_what_has_no_place_hears_so_and_what_is_in_memory_is_answered(self, house: House) -> None:
+        async with open_front(house, limits=Limits(batch_in_flight=2)) as front:
+            await front.stub.GetImage(ask("a hit"))
+            house.upstream.hold()
+            call = front.stub.BatchGetImages()
+            await call.write(without_waiting(*(ask(f"fox {n}", request_id=f"{n}") for n in range(4))))
+            assert {each: item.no_place for each, item in (await read(call, 2)).items()} == {"2": True, "3": True}
+            await call.write(without_waiting(ask("a hit", request_id="2"), ask("fox 5", request_id="3")))
+            items = await read(call, 2)
+            assert items["2"].response.images
+            assert items["3"].no_place
+            house.upstream.release()
+            assert set(await read(call, 2)) == {"0", "1"}
+            assert house.upstream.calls == 3
+            await call.done_writing()
+            assert await answers(call) == {}
+
+    async def test_a_thousand_that_lie_ready_have_a_place_each(self, house: House) -> None:
+        async with open_front(house, limits=Limits(batch_in_flight=2), max_concurrent_calls=10) as front:
+            await front.stub.GetImage(ask())
+            call = front.stub.BatchGetImages()
+            await call.write(without_waiting(*(ask(request_id=f"{n}") for n in range(1_000))))
+            assert all(item.response.images for item in (await read(call, 1_000)).values())
+            call.cancel()
+
+    async def test_a_service_that_is_full_of_others_has_no_place(self, house: House) -> None:
+        async with open_front(house, max_concurrent_calls=2) as front:
+            await front.stub.GetImage(ask("a hit"))
+            house.upstream.hold()
+            single = asyncio.ensure_future(front.stub.GetImage(ask()))
+            await house.upstream.arrived(2)
+            call = front.stub.BatchGetImages()
+            await call.write(without_waiting(ask("a hit", request_id="a"), ask("a fox", request_id="b")))
+            assert all(item.no_place for item in (await read(call, 2)).values())
+            house.upstream.release()
+            await single
+            call.cancel()
+            reception = front.server._services[0]._reception  # type: ignore[union-attr] # a PromptCacheService
+            await until(lambda: reception._in_progress == 0)
+
+    async def test_what_has_no_place_is_booked_and_remembered_nowhere(self, house: House) -> None:
+        async with open_front(house, limits=Limits(batch_in_flight=1)) as front:
+            house.upstream.hold()
+            call = front.stub.BatchGetImages(metadata=(("x-request-id", "r1"),))
+            await call.write(without_waiting(ask(request_id="a"), ask("a blue fox", request_id="b")))
+            assert (await read(call, 1))["b"].no_place
+            told = await failure(front.stub.ExplainCall(pb.ExplainCallRequest(request_id="r1/b")))
+            assert told.reason == "CALL_UNKNOWN"
+            house.upstream.release()
+            await read(call, 1)
+            await call.done_writing()
+            assert await call.read() is grpc.aio.EOF
+            stats = await front.stub.GetStats(pb.GetStatsRequest())
+            assert sum(row.requests for row in stats.rows) == 1
+
+    async def test_the_number_of_a_request_counts_those_without_a_place(self, house: House) -> None:
+        async with open_front(house, limits=Limits(batch_in_flight=1)) as front:
+            house.upstream.hold()
+            with structlog.testing.capture_logs([structlog.contextvars.merge_contextvars]) as lines:
+                call = front.stub.BatchGetImages(metadata=(("x-request-id", "r1"),))
+                await call.write(without_waiting(*(ask(request_id=f"not fit {n}") for n in range(2))))
+                await read(call, 1)
+                house.upstream.release()
+                await read(call, 1)
+                await call.write(without_waiting(ask(request_id="not fit 3")))
+                await read(call, 1)
+                await call.done_writing()
+                assert await call.read() is grpc.aio.EOF
+            assert [line["request_id"] for line in lines if line["event"] == "call"] == ["r1/?1", "r1/?3", "r1"]
+
+    async def test_one_that_is_cancelled_ends_as_a_call_of_its_own_and_no_other_does(self, house: House) -> None:
+        house.restart(max_concurrent=1)
+        async with open_front(house, limits=Limits(batch_in_flight=2)) as front:
+            house.upstream.hold()
+            call = front.stub.BatchGetImages()
+            await call.write(without_waiting(ask(request_id="a"), ask("a blue fox", request_id="b")))
+            await house.upstream.arrived(1)
+            await until(lambda: house.cache.in_flight == 2)
+            await call.write(without_waiting(cancelled=["b", "never asked for"]))
+            item = (await read(call, 1))["b"]
+            assert (item.failure.code, item.failure.reason) == (grpc.StatusCode.CANCELLED.value[0], "")
+            assert house.cache.in_flight == 1
+            await call.write(without_waiting(ask("a green fox", request_id="b")))  # there is a place again
+            house.upstream.release()
+            assert all(item.response.images for item in (await read(call, 2)).values())
+            assert house.upstream.calls == 2
+            await call.write(without_waiting(cancelled=["a"]))  # it has been answered
+            await call.done_writing()
+            assert await answers(call) == {}
+
+    async def test_what_is_paid_for_goes_on_when_it_is_cancelled(self, house: House) -> None:
+        async with open_front(house) as front:
+            house.upstream.hold()
+            call = front.stub.BatchGetImages()
+            await call.write(without_waiting(ask(request_id="a")))
+            await house.upstream.arrived(1)
+            await call.write(without_waiting(cancelled=["a"]))
+            assert (await read(call, 1))["a"].failure.code == grpc.StatusCode.CANCELLED.value[0]
+            house.upstream.release()
+            await until(lambda: house.cache.in_flight == 0)
+            assert (await front.stub.GetImage(ask())).status.tier == pb.TIER_MEMORY
+            assert house.upstream.calls == 1
+            call.cancel()
+
+
+class TestTimes:
+    async def test_one_whose_time_is_over_ends_and_the_others_go_on(self, house: House) -> None:
+        house.restart(max_concurrent=1)
+        async with open_front(house) as front:
+            house.upstream.hold()
+            call = front.stub.BatchGetImages()
+            await call.write(request("a"))
+            await house.upstream.arrived(1)
+            requests = [ask("a blue fox", request_id="b"), ask("a green fox", request_id="c")]
+            await call.write(pb.BatchGetImagesRequest(requests=requests, timeout_ms=[30]))
+            item = (await read(call, 1))["b"]
+            assert (item.failure.code, item.failure.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED.value[0], "")
+            await until(lambda: house.cache.in_flight == 2)
+            house.upstream.release()
+            assert all(item.response.images for item in (await read(call, 2)).values())
+            assert house.upstream.calls == 2
+            call.cancel()
+
+    @pytest.mark.parametrize(
+        ("timeout_ms", "stream_s", "expected_s"), [(7_000, 600, 7), (0, 600, 600), (2**63 - 1, 600, 600)]
+    )
+    async def test_it_is_known_to_whatever_works_on_a_request(
+        self, front: Front, monkeypatch: pytest.MonkeyPatch, timeout_ms: int, stream_s: float, expected_s: float
+    ) -> None:
+        seen: list[Terms] = []
+        get = front.house.cache.get
+
+        async def look(*args: Any, **kwargs: Any) -> Any:
+            seen.append(kwargs["terms"])
+            return await get(*args, **kwargs)
+
+        monkeypatch.setattr(front.house.cache, "get", look)
+        sent = pb.BatchGetImagesRequest(requests=[ask(request_id="a")], timeout_ms=[timeout_ms])
+        await answers(front.stub.BatchGetImages(iter([sent]), timeout=stream_s))
+        [terms] = seen
+        now_s = front.house.clock.monotonic_s()
+        assert terms.deadline_s is not None
+        assert now_s + expected_s - 10 < terms.deadline_s <= now_s + expected_s
+
+    async def test_more_times_than_requests_are_ignored(self, front: Front) -> None:
+        sent = pb.BatchGetImagesRequest(requests=[ask(request_id="a")], timeout_ms=[60_000] * 3)
+        assert (await answers(front.stub.BatchGetImages(iter([sent]))))["a"].response.images
+
+    async def test_a_negative_one_fails_the_stream(self, front: Front) -> None:
+        sent = pb.BatchGetImagesRequest(requests=[ask(request_id="a")], timeout_ms=[-1])
+        failed = await failure(answers(front.stub.BatchGetImages(iter([sent]))))
+        assert (failed.code, list(failed.fields)) == ("INVALID_ARGUMENT", ["timeout_ms"])
+
+
 class TestBooks:
     async def test_items_are_booked_as_calls_are(self, front: Front) -> None:
         bad = request("c", cache_policy="CACHE_POLICY_ONLY_IF_CACHED", of={"seed": 5})

@@ -70,16 +70,19 @@ class Reception:
         if not self._in_progress and self.going_down.is_set():
             self._idle.set()
 
-    def begin_item(self, stream: Call, item_id: str) -> Call:
+    def begin_item(self, stream: Call, item_id: str, timeout_s: float | None = None) -> Call:
         """One item of a stream, as a call of its own: under the stream's request id and its own.
 
-        (Or its number in the stream, where its own is not fit for a log.) It has the stream's caller, metadata and
-        deadline, and ends like any call.
+        (Or its number in the stream, where its own is not fit for a log.) It has the stream's caller and metadata, what
+        is left of its time, or its own where that is shorter, and ends like any call.
         """
         stream.items += 1
         self._in_progress += 1
         now_s = self._clock.monotonic_s()
-        left_s = None if stream.deadline_s is None else max(0.0, stream.started_s + stream.deadline_s - now_s)
+        left_s = timeout_s
+        if stream.deadline_s is not None:
+            of_stream_s = max(0.0, stream.started_s + stream.deadline_s - now_s)
+            left_s = of_stream_s if timeout_s is None else min(timeout_s, of_stream_s)
         request_id = f"{stream.request_id}/{item_id if is_fit_id(item_id) else f'?{stream.items}'}"
         return Call(stream.rpc, stream.metadata, request_id, left_s, now_s, stream.caller)
 

@@ -90,12 +90,12 @@ class AsyncClient:
             root_certificates: PEM certificates to trust instead of the usual authorities.
             fallback: Makes a picture without the service: what `get_image` answers with where nobody answers at the
                 address. A call that broke off when it had reached the service may then be paid for twice.
-            multiplex: Let calls of `get_image`, `get_by_key` and `generate_many` that run at a time share streams: hits
-                cost the client and the service a fraction then. Answers and errors are those of calls of their own.
-                Off by default, because a proxy picks a replica once for a whole stream, where it would spread calls
-                over all of them. Of a call on a stream the service knows no deadline: it takes a picture to be made
-                for one that may take as long as its priority allows. And it hears that a call was given up only when
-                all others on its stream have ended: until then it may still begin to pay for it.
+            multiplex: Let calls of `get_image`, `get_by_key` and `generate_many` that run at a time share a stream:
+                hits cost the client and the service a fraction then. Answers and errors are those of calls of their
+                own, and so are the deadline that the service knows and what a call that is cancelled ends there.
+                What a stream has no place for, pictures that are not in memory beyond the service's
+                `batch_in_flight`, goes by calls of their own. Off by default, because a proxy picks a replica once
+                for a whole stream, where it would spread calls over all of them.
         """
         self._address = address
         self._fallback = fallback

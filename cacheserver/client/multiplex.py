@@ -1,14 +1,9 @@
-"""Calls of GetImage that share streams: what a call costs both sides beside its answer is paid once for a stream.
+"""Calls of GetImage that share a stream: what a call costs both sides beside its answer is paid once for all of them.
 
-A request goes on the first stream that has a place for it and, with all that wait there, into the next message that
-can be written. A service works on so many requests of a stream at a time, and says how many: here they are its places,
-so that no request ever waits on a stream behind others. Where all places are taken, mostly by pictures that are still
-being made, another stream is opened, and beyond `MAX_STREAMS` a call is made as one of its own. More places on one
-stream would be simpler, but how many of one caller's requests a service works on is for the service to say.
-
-The protocol cannot call a single request off. So a stream on which a caller has given up takes no more requests, and
-is cancelled once only such are left: their waits end at the service as those of calls of their own would, and what was
-not yet begun is not paid for.
+A request goes, with all that wait, into the next message that can be written, with the time that is left to it. The
+service answers what lies in memory in any case, and works on so many others of a stream at a time. What it has no place
+for it says at once, having done nothing, and the request is made as a call of its own: so no request ever waits behind
+others, as it would not without a stream. A request that was given up is called off at the service.
 
 Each call is answered as one of its own would be. UNAVAILABLE, of a request or of the whole stream, is tried again as
 gRPC does it. What had no answer when its stream failed otherwise is asked for by a call of its own, and has its error:
@@ -18,9 +13,10 @@ which request was the stream's undoing nobody can tell.
 from __future__ import annotations
 
 import asyncio
-import re
+import math
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -28,28 +24,36 @@ from typing import Any, Final
 import grpc.aio
 
 from cacheserver.client import channel, messages
-from cacheserver.client.errors import CacheError, as_broken, error_of, error_of_item, too_late, unreachable
+from cacheserver.client.errors import (
+    CacheError,
+    UnsupportedError,
+    as_broken,
+    error_of,
+    error_of_item,
+    too_late,
+    unreachable,
+)
 from cacheserver.client.retries import Throttle, Tries
 from cacheserver.client.values import ImageResult
 from cacheserver.pb import promptcache_pb2 as pb
 
-PLACES: Final = 32
-"""How many requests of a stream a service works on at a time that does not say: the default of its setting."""
-
-MAX_STREAMS: Final = 32
-"""A thousand requests at a time; each stream counts as a call at the service."""
-
 IDLE_S: Final = 60.0
 """A stream that has had nothing to do for so long is closed: to open one costs as much as one call."""
 
-FURTHER_IDLE_S: Final = 5.0
-"""The same for one opened beside others: a burst of calls is soon over, and streams count as calls at the service."""
+ALONE_S: Final = 60.0
+"""So long no stream is opened to a service that knows none of the kind: there may be another by then."""
 
-_PLACES_HEADER: Final = "x-batch-in-flight"
-_COUNT: Final = re.compile(r"[1-9][0-9]{0,5}")
+MOST_GIVEN_UP: Final = 10_000
+"""A stream on which the service answers for none of so many calls that were given up is given up, too."""
+
+_KNOWN_BY: Final = "x-batch-in-flight"
+"""A service whose streams have this header knows timeouts, cancelled requests and no_waiting."""
+
 _MESSAGE_BYTES: Final = 1024 * 1024
-_ANSWER_BYTES: Final = 16 * 1024 * 1024
+_ANSWER_BYTES: Final = 4 * 1024 * 1024
 """What a stream may have to carry at once: the others' answers wait behind it."""
+
+_LONGEST_TIMEOUT_MS: Final = 10**12
 
 _PAYS_EVERY_TIME: Final = (pb.CACHE_POLICY_REFRESH, pb.CACHE_POLICY_NO_STORE)
 
@@ -69,15 +73,14 @@ class Multiplexer:
         self._ask_alone = ask_alone
         self._service = _Service(address)
         self._streams: dict[asyncio.Task[None], _Stream] = {}
-        self._is_closed = False
+        self._closed = asyncio.Event()
 
     @staticmethod
     def carries(request: pb.GetImageRequest) -> bool:
         """Whether a stream is the way for this request.
 
         It is not for what is large, either way: others would wait behind it, and an answer above the channel's limit
-        would be the end of them all. Nor for what pays every time: that takes seconds, and by a call of its own the
-        service knows until when.
+        would be the end of them all. Nor for what pays every time: to that a stream saves nothing that counts.
         """
         return (
             request.max_inline_bytes <= _ANSWER_BYTES
@@ -95,71 +98,72 @@ class Multiplexer:
         ends_s = loop.time() + timeout_s
         throttle = self._service.throttle
         tries = Tries(throttle)
-        while True:
-            stream = self._with_place(request.request_id)
-            if stream is None:
-                return await self._ask_alone(request, ends_s - loop.time())
+        while (stream := self._stream(request.request_id)) is not None:
             try:
                 item, call_id = await stream.ask(request, ends_s)
             except _StreamFailedError as failed:
                 error = failed.error
                 if error.code is not grpc.StatusCode.UNAVAILABLE:
-                    return await self._ask_alone(request, ends_s - loop.time())
+                    break
             else:
                 if item.HasField("response"):
                     throttle.succeeded()
                     return messages.read_result(item.response, call_id)
-                error = error_of_item(item.failure)
+                if item.no_place:
+                    break
+                error = self._error_of(item.failure)
                 if error.code is not grpc.StatusCode.UNAVAILABLE:
                     raise error
                 throttle.failed()
-            pause_s = tries.pause_s(error)
-            if not self._is_closed:
-                await self._pause(pause_s, ends_s)
-            if self._is_closed:
-                raise error
+            await self._pause(tries.pause_s(error), ends_s)
+        return await self._ask_alone(request, ends_s - loop.time())
 
     async def aclose(self) -> None:
-        """End the streams. Calls that still wait for their answers end with UnreachableError."""
-        self._is_closed = True
+        """End the streams. Calls that still wait for their answers, or to be made again, end with UnreachableError."""
+        self._closed.set()
         for task in self._streams:
             task.cancel()
         await asyncio.gather(*self._streams, return_exceptions=True)
 
-    def _with_place(self, request_id: str) -> _Stream | None:
-        """The first stream with a place for a request of this id, so that the others run out of work and are closed."""
-        for stream in self._streams.values():
-            if stream.has_place(request_id):
-                return stream
-        if len(self._streams) >= MAX_STREAMS:
+    def _stream(self, request_id: str) -> _Stream | None:
+        """The stream for a request of this id. None: it is to be asked for by a call of its own."""
+        if self._closed.is_set():
             return None
-        idle_s = FURTHER_IDLE_S if self._streams else IDLE_S
-        stream = _Stream(self._open_stream, self._service, idle_s)
+        for stream in self._streams.values():
+            if stream.is_open:
+                return stream if stream.is_free(request_id) else None
+        if asyncio.get_running_loop().time() < self._service.alone_until_s:
+            return None
+        stream = _Stream(self._open_stream, self._service)
         task = asyncio.create_task(stream.run(), name="multiplexed_stream")
         self._streams[task] = stream
         task.add_done_callback(self._streams.pop)
         return stream
 
+    def _error_of(self, failure: pb.Failure) -> CacheError:
+        """What a failure is to its caller; that the time is over is said in our words, not in those of the service."""
+        error = error_of_item(failure)
+        is_late = error.code is grpc.StatusCode.DEADLINE_EXCEEDED and not error.reason
+        return too_late(self._service.address) if is_late else error
+
     async def _pause(self, pause_s: float, ends_s: float) -> None:
         left_s = ends_s - asyncio.get_running_loop().time()
-        await asyncio.sleep(min(pause_s, left_s))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(pause_s, left_s)):
+                await self._closed.wait()
+        if self._closed.is_set():
+            raise unreachable(self._service.address)
         if pause_s >= left_s:
             raise too_late(self._service.address)
 
 
 @dataclass(slots=True)
 class _Service:
-    """What is known of the service: `places` as its last stream told."""
+    """What is known of the service. Until `alone_until_s`, of the loop's time, no stream is opened to it."""
 
     address: str
     throttle: Throttle = field(default_factory=Throttle)
-    places: int = PLACES
-
-    def learn(self, metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
-        """Read what a stream's answer begins with."""
-        stated = dict(metadata or ()).get(_PLACES_HEADER, "")
-        if isinstance(stated, str) and _COUNT.fullmatch(stated):
-            self.places = int(stated)
+    alone_until_s: float = -math.inf
 
 
 class _StreamFailedError(Exception):
@@ -174,11 +178,13 @@ class _StreamFailedError(Exception):
 class _Waiting:
     """A request on a stream, under the id it has there.
 
-    `number`, from 1, tells when it was sent; 0 until then. Once `is_given_up` nobody waits for `answered` any more.
+    `number`, from 1, tells when it was sent; 0 until then. `ends_s` is until when its caller waits, of the loop's time.
+    Once `is_given_up` nobody waits for `answered` any more.
     """
 
     request: pb.GetImageRequest
     request_id: str
+    ends_s: float
     answered: asyncio.Future[pb.BatchItem]
     number: int = 0
     is_given_up: bool = False
@@ -187,40 +193,37 @@ class _Waiting:
 class _Stream:
     """One BatchGetImages stream. Whoever makes it runs `run` as a task."""
 
-    def __init__(self, open_stream: OpenStream, service: _Service, idle_s: float) -> None:
+    def __init__(self, open_stream: OpenStream, service: _Service) -> None:
         self._service = service
-        self._idle_s = idle_s
         self._call_id = channel.call_id()
         self._loop = asyncio.get_running_loop()
-        self._is_open = True
+        self.is_open = True
+        """Whether it takes requests."""
         self._waiting: dict[str, _Waiting] = {}
-        """All that have a place, by id: also those whose callers have gone, until their answers come."""
+        """All that are on it, by id: also those that were given up, until the service has answered for them."""
         self._unsent: deque[_Waiting] = deque()
+        self._called_off: list[str] = []
+        """The ids of those given up of which the service is still to hear."""
         self._given_up = 0
         self._sent = 0
         self._made = 0
         self._has_work = asyncio.Event()
-        self._idle_since_s = self._loop.time()
-        self._idle_timer = self._loop.call_later(idle_s, self._close_if_idle)
         self._call = open_stream(self._messages(), self._call_id)
+        self._idle_since_s = self._loop.time()
+        self._idle_timer = self._loop.call_later(IDLE_S, self._close_if_idle)
 
-    def has_place(self, request_id: str) -> bool:
-        """Whether a request may go on it, under this id if it has one."""
-        return (
-            self._is_open
-            and not self._given_up
-            and len(self._waiting) < self._service.places
-            and (not request_id or request_id not in self._waiting)
-        )
+    def is_free(self, request_id: str) -> bool:
+        """Whether a request may have this id on it; without one it gets one of ours."""
+        return not request_id or request_id not in self._waiting
 
     async def ask(self, request: pb.GetImageRequest, ends_s: float) -> tuple[pb.BatchItem, str]:
-        """The answer to a request there is a place for, and the x-request-id under which the service knows it.
+        """The answer to a request whose id `is_free`, and the x-request-id under which the service knows it.
 
         Raises:
             DeadlineError: there is none by `ends_s`, of the loop's time.
             _StreamFailedError: the stream ended before.
         """
-        waiting = _Waiting(request, request.request_id or self._new_id(), self._loop.create_future())
+        waiting = _Waiting(request, request.request_id or self._new_id(), ends_s, self._loop.create_future())
         self._waiting[waiting.request_id] = waiting
         self._unsent.append(waiting)
         self._has_work.set()
@@ -246,9 +249,11 @@ class _Stream:
     async def _read(self) -> Callable[[], CacheError]:
         """Hand out answers until the stream ends; what makes the error of those that have none."""
         try:
-            self._service.learn(await self._call.initial_metadata())
+            is_known = _KNOWN_BY in dict(await self._call.initial_metadata() or ())
             # What is no message here is gRPC's word for the end, or was none on the wire.
             while isinstance(response := await self._call.read(), pb.BatchGetImagesResponse):
+                if not is_known:
+                    return _not_known
                 for item in response.items:
                     self._answer(item)
         except grpc.RpcError as failure:
@@ -265,68 +270,79 @@ class _Stream:
             waiting.answered.set_result(item)
         if not self._waiting:
             self._idle_since_s = self._loop.time()
-        self._cancel_if_forsaken()
+        self._end_if_forsaken()
 
     def _expire(self, waiting: _Waiting) -> None:
         if not waiting.answered.done():
             waiting.answered.set_exception(too_late(self._service.address))
 
     def _give_up(self, waiting: _Waiting) -> None:
+        waiting.is_given_up = True
         if waiting.number == 0:
-            self._unsent.remove(waiting)
             del self._waiting[waiting.request_id]
             return
-        waiting.is_given_up = True
         self._given_up += 1
-        self._cancel_if_forsaken()
+        self._called_off.append(waiting.request_id)
+        self._has_work.set()
+        if self._given_up >= MOST_GIVEN_UP:
+            self.is_open = False
+        self._end_if_forsaken()
 
-    def _cancel_if_forsaken(self) -> None:
-        if self._given_up and self._given_up == len(self._waiting):
-            self._is_open = False
+    def _end_if_forsaken(self) -> None:
+        if not self.is_open and self._given_up == len(self._waiting):
             self._call.cancel()
 
     def _end(self, why: Callable[[], CacheError]) -> None:
-        self._is_open = False
+        self.is_open = False
         self._unsent.clear()
+        self._called_off.clear()
         self._has_work.set()  # its messages end, too
         unanswered = [waiting for waiting in self._waiting.values() if not waiting.answered.done()]
         self._waiting.clear()
         for waiting in unanswered:
             waiting.answered.set_exception(_StreamFailedError(why()))
-        if unanswered and why().code is grpc.StatusCode.UNAVAILABLE:
+        code = why().code
+        if code is grpc.StatusCode.UNIMPLEMENTED:
+            self._service.alone_until_s = self._loop.time() + ALONE_S
+        elif unanswered and code is grpc.StatusCode.UNAVAILABLE:
             self._service.throttle.failed()
 
     def _close_if_idle(self) -> None:
-        left_s = self._idle_s if self._waiting else self._idle_since_s + self._idle_s - self._loop.time()
+        left_s = IDLE_S if self._waiting else self._idle_since_s + IDLE_S - self._loop.time()
         if left_s > 0:
             self._idle_timer = self._loop.call_later(left_s, self._close_if_idle)
         else:
-            self._is_open = False
+            self.is_open = False
             self._has_work.set()
 
     async def _messages(self) -> AsyncGenerator[pb.BatchGetImagesRequest]:
         """What waits to be sent whenever something can be. They end when the stream is to take nothing more."""
-        while self._is_open or self._unsent:
-            if self._unsent:
+        await self._call.wait_for_connection()
+        while self.is_open or self._unsent or self._called_off:
+            if self._unsent or self._called_off:
                 yield self._packed()
             else:
                 self._has_work.clear()
                 await self._has_work.wait()
 
     def _packed(self) -> pb.BatchGetImagesRequest:
-        message = pb.BatchGetImagesRequest()
-        size = 0
+        message = pb.BatchGetImagesRequest(cancelled=self._called_off, no_waiting=True)
+        self._called_off.clear()
+        now_s, size = self._loop.time(), 0
         while self._unsent:
             waiting = self._unsent[0]
             size += waiting.request.ByteSize()
             if size > _MESSAGE_BYTES and message.requests:
                 break
             self._unsent.popleft()
+            if waiting.is_given_up:
+                continue
             self._sent += 1
             waiting.number = self._sent
             request = message.requests.add()
             request.CopyFrom(waiting.request)
             request.request_id = waiting.request_id
+            message.timeout_ms.append(_milliseconds(waiting.ends_s - now_s))
         return message
 
     def _new_id(self) -> str:
@@ -337,5 +353,14 @@ class _Stream:
                 return request_id
 
 
+def _milliseconds(seconds: float) -> int:
+    return math.ceil(max(1.0, min(seconds * 1_000, _LONGEST_TIMEOUT_MS)))
+
+
 def _error_of(failure: grpc.RpcError, address: str) -> CacheError:
     return as_broken(error_of(failure, address))
+
+
+def _not_known() -> CacheError:
+    what = "the service does not know streams whose requests have a time of their own"
+    return UnsupportedError(what, code=grpc.StatusCode.UNIMPLEMENTED)

@@ -422,10 +422,16 @@ class ImageHeader(_message.Message):
     def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., status: _Optional[_Union[CacheStatus, _Mapping]] = ..., read_offset: _Optional[int] = ..., index: _Optional[int] = ...) -> None: ...
 
 class BatchGetImagesRequest(_message.Message):
-    __slots__ = ("requests",)
+    __slots__ = ("requests", "timeout_ms", "cancelled", "no_waiting")
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    CANCELLED_FIELD_NUMBER: _ClassVar[int]
+    NO_WAITING_FIELD_NUMBER: _ClassVar[int]
     requests: _containers.RepeatedCompositeFieldContainer[GetImageRequest]
-    def __init__(self, requests: _Optional[_Iterable[_Union[GetImageRequest, _Mapping]]] = ...) -> None: ...
+    timeout_ms: _containers.RepeatedScalarFieldContainer[int]
+    cancelled: _containers.RepeatedScalarFieldContainer[str]
+    no_waiting: bool
+    def __init__(self, requests: _Optional[_Iterable[_Union[GetImageRequest, _Mapping]]] = ..., timeout_ms: _Optional[_Iterable[int]] = ..., cancelled: _Optional[_Iterable[str]] = ..., no_waiting: _Optional[bool] = ...) -> None: ...
 
 class BatchGetImagesResponse(_message.Message):
     __slots__ = ("items",)
@@ -434,14 +440,16 @@ class BatchGetImagesResponse(_message.Message):
     def __init__(self, items: _Optional[_Iterable[_Union[BatchItem, _Mapping]]] = ...) -> None: ...
 
 class BatchItem(_message.Message):
-    __slots__ = ("request_id", "response", "failure")
+    __slots__ = ("request_id", "response", "failure", "no_place")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    NO_PLACE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     response: GetImageResponse
     failure: Failure
-    def __init__(self, request_id: _Optional[str] = ..., response: _Optional[_Union[GetImageResponse, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+    no_place: bool
+    def __init__(self, request_id: _Optional[str] = ..., response: _Optional[_Union[GetImageResponse, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., no_place: _Optional[bool] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("code", "reason", "message", "retry_delay", "violations", "metadata")

@@ -160,7 +160,9 @@ class PromptCacheServiceServicer:
     def BatchGetImages(self, request_iterator, context):
         """BatchGetImages answers many requests on one stream, each as soon as it is ready, matched by the request_id
         of its request. At most server.batch_in_flight of them are worked on at a time, and the header x-batch-in-flight
-        says how many: a client that sends faster is slowed down by gRPC's own flow control. A client that closes its side still gets every answer.
+        says how many: a client that sends faster is slowed down by gRPC's own flow control, or hears at once what has no
+        place (no_waiting). Every request gets one item, also one that is cancelled or runs out of time. A client that closes
+        its side still gets every answer.
 
         Errors: of one item, its Failure. The stream itself fails only as every call may, and with
         INVALID_ARGUMENT (INVALID_FIELD): a request without a request_id, or with one that is still being worked on.
