@@ -53,7 +53,8 @@ _MESSAGE_BYTES: Final = 1024 * 1024
 _ANSWER_BYTES: Final = 4 * 1024 * 1024
 """What a stream may have to carry at once: the others' answers wait behind it."""
 
-_LONGEST_TIMEOUT_MS: Final = 10**12
+_LONGEST_TIMEOUT_S: Final = 1e6
+"""What gRPC makes of a longer time, or of none that has an end, is for gRPC to say."""
 
 _PAYS_EVERY_TIME: Final = (pb.CACHE_POLICY_REFRESH, pb.CACHE_POLICY_NO_STORE)
 
@@ -94,6 +95,8 @@ class Multiplexer:
         Raises:
             CacheError: the call failed, as a call of its own would have.
         """
+        if not 0 < timeout_s < _LONGEST_TIMEOUT_S:
+            return await self._ask_alone(request, timeout_s)
         loop = asyncio.get_running_loop()
         ends_s = loop.time() + timeout_s
         throttle = self._service.throttle
@@ -354,7 +357,7 @@ class _Stream:
 
 
 def _milliseconds(seconds: float) -> int:
-    return math.ceil(max(1.0, min(seconds * 1_000, _LONGEST_TIMEOUT_MS)))
+    return max(1, math.ceil(seconds * 1_000))
 
 
 def _error_of(failure: grpc.RpcError, address: str) -> CacheError:
