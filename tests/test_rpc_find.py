@@ -111,6 +111,14 @@ def test_the_oldest_known_keys_go_first() -> None:
     assert known.size_bytes <= 2_300
 
 
+def test_an_item_that_two_calls_make_known_counts_once() -> None:
+    known = KnownKeys(max_bytes=2_300)
+    for _ in range(10):
+        known.keep("a", b"one", KEY)
+    assert known.find("a", b"one") == KEY
+    assert known.size_bytes == 703
+
+
 def test_a_long_item_is_not_kept() -> None:
     known = KnownKeys()
     known.keep("a", bytes(2_049), KEY)

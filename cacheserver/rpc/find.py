@@ -59,8 +59,8 @@ class KnownKeys:
         return self._keys.get((namespace, item))
 
     def keep(self, namespace: str, item: bytes, key: CacheKey) -> None:
-        """Know the key of an item, which is not known yet; a long item never will be."""
-        if len(item) > _LONGEST_KNOWN_BYTES:
+        """Know the key of an item; a long one never will be."""
+        if len(item) > _LONGEST_KNOWN_BYTES or (namespace, item) in self._keys:  # by another call, meanwhile
             return
         self._keys[namespace, item] = key
         self._bytes += len(item) + _KNOWN_OVERHEAD_BYTES
