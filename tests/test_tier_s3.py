@@ -10,7 +10,7 @@ import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing, suppress
 from random import Random
 from typing import Any
 
@@ -551,6 +551,70 @@ async def test_a_body_that_drips_is_given_up_at_the_deadline(s3_server: S3Server
     ):
         with pytest.raises(TierTimeoutError, match="within 5 s"):
             await tier.get(make_key())
+
+
+async def test_a_small_body_that_drips_is_given_up_at_the_deadline_too(s3_server: S3Server, clock: FakeClock) -> None:
+    sent = 0
+
+    async def drip(writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.write(b'HTTP/1.1 200 -\r\nETag: "x"\r\nContent-Length: 10000\r\n\r\n')
+        with suppress(ConnectionError):
+            while sent < 1_000:
+                writer.write(b"x")
+                await writer.drain()
+                clock.advance(1)
+                sent += 1
+                await asyncio.sleep(0.001)
+
+    async with (
+        answering(drip) as endpoint,
+        open_tier(s3_server, clock, endpoint=endpoint, read_timeout_s=5.0) as tier,
+    ):
+        with pytest.raises(TierTimeoutError, match="within 5 s"):
+            await tier.get(make_key())
+    assert sent < 100
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b'HTTP/1.1 200 -\r\nETag: "x"\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n',
+        b'HTTP/1.1 200 -\r\nETag: "x"\r\nContent-Length: many\r\n\r\nabc',
+        b'HTTP/1.1 200 -\r\nETag: "x"\r\nLast-Modified: lately\r\nContent-Length: 3\r\n\r\nabc',
+        b"HTTP/1.1 200 -\r\nContent-Length: 3\r\n\r\nabc",
+        b'HTTP/1.1 200 -\r\nETag: "x"\r\nContent-Length: 3\r\n\r\na',
+        b"HTTP/1.1 200 -\r\nContent-Type: text/html\r\nContent-Length: 6\r\n\r\n<p>hi<",
+    ],
+    ids=["no length", "a length that is none", "a date that is none", "no version", "a short body", "a web page"],
+)
+async def test_an_answer_that_is_not_s3s_is_unknown(s3_server: S3Server, clock: FakeClock, answer: bytes) -> None:
+    async with answering(answer) as endpoint, open_tier(s3_server, clock, endpoint=endpoint) as tier:
+        for call in (tier.get(make_key()), tier.labels(make_key()), tier.put(make_key(), make_entry(), replace=True)):
+            with suppress(TierError):
+                assert await call is None
+        with pytest.raises(TierError):
+            await tier.get(make_key())
+        with suppress(TierError):
+            assert await keys_of(tier, "studio") == set()
+
+
+async def test_a_connection_whose_body_was_read_is_used_again(s3_server: S3Server, clock: FakeClock) -> None:
+    connections = 0
+
+    async def count(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        with suppress(asyncio.IncompleteReadError), closing(writer):
+            while await reader.readuntil(b"\r\n\r\n"):
+                writer.write(b'HTTP/1.1 200 -\r\nETag: "x"\r\nContent-Length: 5\r\n\r\nhello')
+
+    server = await asyncio.start_server(count, "127.0.0.1", 0)
+    endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, open_tier(s3_server, clock, endpoint=endpoint) as tier:
+        for _ in range(3):
+            assert await tier.read_file("a", 5) == b"hello"
+    assert connections == 1
 
 
 async def test_a_cancelled_put_goes_on_and_closing_waits_for_it(s3_server: S3Server, clock: FakeClock) -> None:

@@ -10,18 +10,24 @@ from typing import TYPE_CHECKING
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from cacheserver.errors import InvalidRequestError, TierError, TierTimeoutError
+from cacheserver.errors import InvalidRequestError, TierTimeoutError
 from cacheserver.interfaces import Clock
 from cacheserver.model import SourceObject
-from cacheserver.tiers.s3_client import is_absent, new_client, new_session, tier_error
+from cacheserver.tiers.s3_client import (
+    UNREADABLE,
+    is_absent,
+    new_client,
+    new_session,
+    read_body,
+    tier_error,
+    unreadable,
+)
 from cacheserver.tiers.workers import Workers
 
 if TYPE_CHECKING:
-    from botocore.response import StreamingBody
     from mypy_boto3_s3 import S3Client
 
 _URI = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(.{1,1024})", re.DOTALL)
-_CHUNK_BYTES = 1024 * 1024
 _CONNECT_TIMEOUT_S = 2.0
 _SILENCE_S = 10.0
 _CLOSE_S = 10.0
@@ -85,6 +91,8 @@ class Objects:
             return await self._workers.run(self._read, bucket, name, max_bytes)
         except (BotoCoreError, ClientError) as exc:
             raise tier_error("import", exc, setting="imports.buckets", rights="s3:GetObject") from exc
+        except UNREADABLE as exc:
+            raise unreadable(exc) from exc
 
     async def aclose(self) -> None:
         """Let go of connections and threads. Nothing else may be called afterwards."""
@@ -96,6 +104,11 @@ class Objects:
 
     def _read(self, bucket: str, name: str, max_bytes: int) -> SourceObject:
         deadline_s = self._clock.monotonic_s() + self._read_timeout_s
+
+        def check() -> None:
+            if self._clock.monotonic_s() > deadline_s:
+                raise TierTimeoutError(f"S3 did not send the object within {self._read_timeout_s:g} s")
+
         try:
             answer = self._client.get_object(Bucket=bucket, Key=name)
         except ClientError as exc:
@@ -105,19 +118,8 @@ class Objects:
         with closing(answer["Body"]) as body:
             if answer["ContentLength"] > max_bytes:
                 raise InvalidRequestError({_FIELD: f"the object is larger than {max_bytes} bytes"})
-            data = self._body(body, answer["ContentLength"], deadline_s)
-        return SourceObject(bucket, name, answer["ETag"], data)
-
-    def _body(self, body: StreamingBody, size_bytes: int, deadline_s: float) -> bytes:
-        chunks: list[bytes] = []
-        while chunk := body.read(_CHUNK_BYTES):
-            chunks.append(chunk)
-            if self._clock.monotonic_s() > deadline_s:
-                raise TierTimeoutError(f"S3 did not send the object within {self._read_timeout_s:g} s")
-        data = b"".join(chunks)
-        if len(data) != size_bytes:
-            raise TierError("S3 did not send the whole object")
-        return data
+            data = read_body(body, answer["ContentLength"], check)
+            return SourceObject(bucket, name, answer["ETag"], data)
 
     @property
     def _client(self) -> S3Client:

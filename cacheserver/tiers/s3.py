@@ -9,7 +9,7 @@ import threading
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from botocore.exceptions import BotoCoreError, ClientError, ConnectionClosedError
@@ -20,11 +20,19 @@ from cacheserver.interfaces import Clock, no_step
 from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Head, Labels, SourceObject, TierName
 from cacheserver.tiers import codec
 from cacheserver.tiers.presence import Page, Presence
-from cacheserver.tiers.s3_client import code_of, is_absent, new_client, new_session, tier_error
+from cacheserver.tiers.s3_client import (
+    UNREADABLE,
+    code_of,
+    is_absent,
+    new_client,
+    new_session,
+    read_body,
+    tier_error,
+    unreadable,
+)
 from cacheserver.tiers.workers import Workers
 
 if TYPE_CHECKING:
-    from botocore.response import StreamingBody
     from mypy_boto3_s3 import S3Client
 
 _Args = ParamSpec("_Args")
@@ -33,9 +41,6 @@ _Result = TypeVar("_Result")
 _CACHE_CONTROL = "private, max-age=31536000, immutable"
 _MAX_INLINE_METADATA = 1_900
 """Of the 2,048 bytes that S3 allows for user metadata, what the other headers leave."""
-
-_CHUNK_BYTES = 4 * 1024 * 1024
-"""A picture seldom has more: it is read in one go and copied nowhere. A larger one is timed between its pieces."""
 
 _PUT_ATTEMPTS = 4
 _CONFLICT_ATTEMPTS = 3
@@ -397,29 +402,27 @@ class S3Tier:
             if is_absent(exc):
                 return None
             raise
-        return _Stored(answer["ETag"], answer["Metadata"], answer["ContentLength"])
+        return _stored(answer)
 
     def _read(self, name: str, max_bytes: int) -> _Stored | None:
         """The object; its bytes only if they are at most `max_bytes`."""
         deadline_s = self._clock.monotonic_s() + self._read_timeout_s
+
+        def check() -> None:
+            if self._clock.monotonic_s() > deadline_s:
+                raise TierTimeoutError(f"S3 did not send the object within {self._read_timeout_s:g} s")
+
         try:
             answer = self._ask(self._clients.reading.get_object, Key=name)
         except ClientError as exc:
             if is_absent(exc):
                 return None
             raise
-        size = answer["ContentLength"]
         with closing(answer["Body"]) as body:
-            data = self._body(body, deadline_s) if size <= max_bytes else None
-        return _Stored(answer["ETag"], answer["Metadata"], size, data)
-
-    def _body(self, body: StreamingBody, deadline_s: float) -> bytes:
-        chunks: list[bytes] = []
-        while chunk := body.read(_CHUNK_BYTES):
-            chunks.append(chunk)
-            if self._clock.monotonic_s() > deadline_s:
-                raise TierTimeoutError(f"S3 did not send the object within {self._read_timeout_s:g} s")
-        return b"".join(chunks)
+            stored = _stored(answer)
+            if stored.size_bytes > max_bytes:
+                return stored
+            return replace(stored, data=read_body(body, stored.size_bytes, check))
 
     def _metadata(self, name: str, headers: Mapping[str, str]) -> codec.Metadata:
         try:
@@ -437,10 +440,13 @@ class S3Tier:
 
     def _ask(self, call: Callable[..., _Result], **arguments: object) -> _Result:
         try:
-            return call(Bucket=self._bucket, **arguments)
-        except ConnectionClosedError:
-            # A pooled connection that the server had closed. Every call here may be repeated.
-            return call(Bucket=self._bucket, **arguments)
+            try:
+                return call(Bucket=self._bucket, **arguments)
+            except ConnectionClosedError:
+                # A pooled connection that the server had closed. Every call here may be repeated.
+                return call(Bucket=self._bucket, **arguments)
+        except UNREADABLE as exc:
+            raise unreadable(exc) from exc
 
     def _object(self, key: CacheKey) -> str:
         return f"{self._folder(key.partition)}{key.fingerprint.hex()[:2]}/{key.name}"
@@ -468,6 +474,14 @@ class S3Tier:
                     signing=make(endpoint=public_endpoint, timeout_s=self._read_timeout_s),
                 )
             return self._made_clients
+
+
+def _stored(answer: Mapping[str, Any]) -> _Stored:
+    """An object as it was told of, without its bytes."""
+    try:
+        return _Stored(answer["ETag"], answer["Metadata"], answer["ContentLength"])
+    except KeyError as exc:
+        raise unreadable(exc) from exc
 
 
 def _keys(names: Iterable[str]) -> list[CacheKey]:

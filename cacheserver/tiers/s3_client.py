@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -20,16 +21,21 @@ from botocore.exceptions import (
     ReadTimeoutError,
 )
 from botocore.loaders import Loader
+from botocore.parsers import ResponseParserError
 from botocore.utils import parse_timestamp
 
 from cacheserver.errors import TierError, TierTimeoutError
 
 if TYPE_CHECKING:
+    from botocore.response import StreamingBody
     from mypy_boto3_s3 import S3Client
 
 _SERVICE: Literal["s3"] = "s3"
 _RIGHTS = "s3:GetObject, s3:PutObject, s3:DeleteObject and s3:ListBucket"
 _ABSENT = {"NoSuchKey", "404"}
+
+UNREADABLE = (ResponseParserError, ValueError, KeyError)
+"""What is raised at an answer that lacks what S3 would say, or says it as S3 would not."""
 
 
 def new_client(  # noqa: PLR0913 - settings
@@ -94,6 +100,42 @@ def _time(value: Any) -> datetime:
     return parse_timestamp(value)  # in one of the other forms that AWS knows
 
 
+class _Watched:
+    """A socket that asks before each time it reads."""
+
+    def __init__(self, watched: Any, check: Callable[[], None]) -> None:
+        self._watched = watched
+        self._check = check
+
+    def recv_into(self, buffer: memoryview) -> int:
+        """What a body is read by."""
+        self._check()
+        count: int = self._watched.recv_into(buffer)
+        return count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._watched, name)
+
+
+def read_body(body: StreamingBody, size_bytes: int, check: Callable[[], None]) -> bytes:
+    """A body of so many bytes, in one go and copied nowhere. `check` is called whenever more is read, and may raise.
+
+    A socket's timeout begins anew with each byte: a server that sends one now and then would keep a thread for days.
+
+    Raises:
+        TierError: it is shorter.
+        BotoCoreError: it could not be read.
+    """
+    response = getattr(body._raw_stream, "_fp", None)  # type: ignore[attr-defined]  # noqa: SLF001 - as botocore's own set_socket_timeout
+    if getattr(response, "fp", None) is not None:
+        stream = response.fp.raw  # type: ignore[union-attr]
+        stream._sock = _Watched(stream._sock, check)  # noqa: SLF001 - see above
+    data = body.read(size_bytes)
+    if len(data) != size_bytes:
+        raise TierError("S3 did not send the whole object")
+    return data
+
+
 def code_of(exc: ClientError) -> str:
     """What the server calls it."""
     return str(exc.response.get("Error", {}).get("Code", ""))
@@ -126,3 +168,8 @@ def tier_error(
             f"S3 refuses {op} ({status} {code_of(exc)}): see the credentials, and that they allow {rights} on {setting}"
         )
     return TierError(f"S3 failed at {op}: {status} {code_of(exc)}")
+
+
+def unreadable(exc: Exception) -> TierError:
+    """What one of UNREADABLE means for a tier."""
+    return TierError(f"what answers at the address of S3 does not answer as S3 does: {type(exc).__name__}")
