@@ -157,6 +157,58 @@ async def test_only_so_many_late_reads_are_hedged_at_a_time() -> None:
     await stand.hedge.aclose()
 
 
+async def test_what_is_read_beside_late_reads_is_bounded_if_the_next_tier_hangs() -> None:
+    stand = Stand(REDIS, S3, max_at_a_time=3)
+    await stand.learn()
+    for _ in range(10):
+        walk = stand.walk()
+        await until(lambda: stand.tiers[0].is_asked)
+        await asyncio.sleep(0)
+        stand.clock.advance(1)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        stand.tiers[0].asked[-1].set_result(make_entry())
+        assert await walk == [(REDIS, make_entry())]
+    assert len(stand.tiers[1].asked) == 3
+    await stand.hedge.aclose()
+
+
+async def test_of_many_reads_that_become_late_together_only_so_many_are_hedged() -> None:
+    stand = Stand(REDIS, S3, max_at_a_time=3)
+    await stand.learn()
+    walks = [stand.walk() for _ in range(10)]
+    await until(lambda: stand.clock.sleepers == 10)
+    stand.clock.advance(1)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert len(stand.tiers[1].asked) == 3
+    for reading in stand.tiers[0].asked[-10:]:
+        reading.set_result(make_entry())
+    assert await asyncio.gather(*walks) == [[(REDIS, make_entry())]] * 10
+    await stand.hedge.aclose()
+
+
+async def test_a_late_read_is_hedged_and_counted_once_even_if_what_came_first_does_not_do() -> None:
+    stand = Stand(REDIS, DISK, S3)
+    await stand.learn()
+    answers = stand.hedge.reads(cast("list[Tier]", stand.tiers), lambda tier: cast("ToldTier", tier).read())
+    first = asyncio.create_task(anext(answers))
+    await until(lambda: stand.clock.sleepers == 1)
+    stand.clock.advance(1)
+    await until(lambda: stand.tiers[1].is_asked)
+    stand.tiers[1].asked[-1].set_result(make_entry())
+    assert (await first)[0] is cast("Tier", stand.tiers[1])
+    second = asyncio.create_task(anext(answers))
+    for _ in range(5):
+        await asyncio.sleep(0)
+        stand.clock.advance(1)
+    stand.tiers[0].asked[-1].set_result(make_entry())
+    assert (await second)[0] is cast("Tier", stand.tiers[0])
+    await answers.aclose()
+    assert (stand.hedged("won"), stand.hedged("lost")) == (1, 0)
+    await stand.hedge.aclose()
+
+
 async def test_only_the_last_pictures_say_what_is_late() -> None:
     stand = Stand(REDIS, S3)
     for seconds in [1.0] * 2 + [0.1] * 70:
