@@ -9,6 +9,9 @@ import pytest
 import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
+from redis.asyncio import Redis
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from cacheserver.tiers.redis import Client, connect, disconnect
 from cacheserver.tiers.redis_values import ValueInlet
@@ -109,6 +112,27 @@ async def test_a_value_that_nobody_waits_for_any_more_is_dropped() -> None:
     assert await inlet.rest() == b""
 
 
+async def test_an_inlet_owes_a_value_from_when_it_is_expected_until_somebody_has_it() -> None:
+    inlet = Inlet()
+    assert not inlet.inlet.is_owing
+    inlet.inlet.expect()
+    assert inlet.inlet.is_owing
+    inlet.come(b"$30000\r\n" + bytes(30_002))
+    assert inlet.inlet.is_owing
+    await inlet.inlet.value()
+    assert not inlet.inlet.is_owing
+    inlet.inlet.expect()
+    inlet.come(b"$30000\r\n" + bytes(20_000))
+    waiting = asyncio.create_task(inlet.inlet.value())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert inlet.inlet.is_owing
+    inlet.come(bytes(10_002))
+    assert inlet.inlet.is_owing  # its reader is gone: whatever comes next is not what the next command asks for
+
+
 @pytest_asyncio.fixture
 async def client(valkey_server: ValkeyServer) -> AsyncIterator[Client]:
     client = connect(valkey_server.url, timeout_s=5.0, connect_timeout_s=5.0, max_connections=1)
@@ -143,3 +167,34 @@ async def test_a_value_that_hangs_half_way_costs_its_connection_alone(valkey_ser
         proxy.resume()
         assert await client.execute_command("GETRANGE", "other", 0, 10**7) == PICTURE[::-1]
         await disconnect(client)
+
+
+async def test_a_connection_that_owes_a_value_is_lent_to_nobody_and_takes_no_command(client: Client) -> None:
+    await client.set("one", PICTURE)
+    await client.set("two", PICTURE[::-1])
+    assert isinstance(client, Redis)
+    pool = client.connection_pool
+    for leaves_by in ("never read", "read in vain"):
+        connection = await pool.get_connection()
+        await connection.read_response(timeout=0.0)  # it has read before: that is when values are expected
+        await connection.send_command("GETRANGE", "one", 0, 10**7)
+        if leaves_by == "read in vain":
+            await connection.read_response(timeout=0.0)  # as of pubsub: redis-py keeps the connection
+        with pytest.raises(RedisConnectionError):
+            await connection.send_command("GETRANGE", "two", 0, 10**7)
+        await connection.send_command("GETRANGE", "one", 0, 10**7)
+        await pool.release(connection)
+        assert await client.execute_command("GETRANGE", "two", 0, 10**7) == PICTURE[::-1]
+
+
+async def test_a_redis_py_that_reads_in_another_way_gets_its_answers_all_the_same(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def read_response(connection: AbstractConnection, **_: object) -> object:
+        return await connection._parser.read_response()
+
+    monkeypatch.setattr(AbstractConnection, "read_response", read_response)
+    await client.set("large", PICTURE)
+    for _ in range(3):
+        async with asyncio.timeout(5):
+            assert await client.execute_command("GETRANGE", "large", 0, 10**7) == PICTURE

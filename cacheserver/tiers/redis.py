@@ -394,21 +394,24 @@ class _AlertConnection(AbstractConnection):
     alone, takes such a connection for sound and writes; then the event loop raises what nobody expects of a network:
     uvloop a RuntimeError, asyncio of Python 3.13.0 an AttributeError. Nothing was written, so redis-py may repeat it.
 
-    And what GETRANGE answers comes as a view into a buffer of its own, see `ValueInlet`.
+    And what GETRANGE answers comes as a view into a buffer of its own, see `ValueInlet`. The methods by which that is
+    done are redis-py's own: should a release of it read in another way, no value is expected and it reads as ever.
     """
 
     _inlet: ValueInlet | None = None
+    _reads_here = False
+    """Whether replies have been seen to be read through `_read_response_from_parser`."""
 
     async def can_read(self) -> bool:
         """Whether the pool must connect anew before it lends this; behind Sentinel, that asks for the master again."""
-        return self._is_lost() or await super().can_read()
+        return self._is_unfit() or await super().can_read()
 
     async def _send_packed_command(self, command: Iterable[bytes]) -> None:
         # A Cluster's nodes lend without a look, and a reset may come after one.
-        if self._is_lost():
+        if self._is_unfit():
             raise ConnectionResetError("the connection was lost before")
         packed = [*command]
-        if self._inlet is not None and packed[0].startswith(_GETRANGE):
+        if self._inlet is not None and self._reads_here and packed[0].startswith(_GETRANGE):
             self._inlet.expect()
         await super()._send_packed_command(packed)
 
@@ -419,11 +422,15 @@ class _AlertConnection(AbstractConnection):
         await super().on_connect_check_health(check_health)
 
     async def _read_response_from_parser(self, *args: Any, **kwargs: Any) -> Any:
+        self._reads_here = True
         value = None if self._inlet is None else await self._inlet.value()
         return await super()._read_response_from_parser(*args, **kwargs) if value is None else value
 
-    def _is_lost(self) -> bool:
-        return self._writer is not None and self._writer.transport.is_closing()
+    def _is_unfit(self) -> bool:
+        """Whether it was lost, or a reply is on its way that is nobody's."""
+        if self._writer is not None and self._writer.transport.is_closing():
+            return True
+        return self._inlet is not None and self._inlet.is_owing
 
 
 def _with_alert_connections(client: Client) -> Client:

@@ -26,7 +26,8 @@ _MAX_VALUE_BYTES = 64 * 1024 * 1024
 class ValueInlet(asyncio.BufferedProtocol):
     """What a connection's bytes come through on their way to its stream, but for a value that is expected.
 
-    Belongs to one connection, which has one command under way at a time.
+    Belongs to one connection, which has one command under way at a time. A value that was expected and that nobody has
+    taken would be mistaken for the next command's: while one is owing, the connection is fit for nothing.
     """
 
     def __init__(self, stream: asyncio.StreamReader, below: asyncio.StreamReaderProtocol) -> None:
@@ -47,6 +48,11 @@ class ValueInlet(asyncio.BufferedProtocol):
         transport.set_protocol(inlet)
         return inlet
 
+    @property
+    def is_owing(self) -> bool:
+        """Whether a value was expected that nobody has taken, or whose reader gave up: then for good."""
+        return self._coming is not None
+
     def expect(self) -> None:
         """What comes next is the reply to a command that asks for a value; to be called before it is sent."""
         # Bytes that nobody has read yet would come before it; the end is the stream's to tell.
@@ -55,14 +61,18 @@ class ValueInlet(asyncio.BufferedProtocol):
             self._coming = asyncio.get_running_loop().create_future()
 
     async def value(self) -> memoryview | None:
-        """The value that was expected; None if the stream has the reply, or that the connection ended."""
+        """The value that was expected; None if the stream has the reply, or that the connection ended.
+
+        Raises:
+            ConnectionResetError: whoever was to have the reply gave up, and what comes now belongs to nobody.
+        """
         if self._coming is None:
             return None
-        try:
-            return await self._coming
-        finally:
-            self._coming = None
-            self._value = self._spare[:0]
+        if self._coming.cancelled():
+            raise ConnectionResetError("a reply was given up half way")
+        value = await self._coming
+        self._coming, self._value = None, self._spare[:0]
+        return value
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's
         """See `asyncio.BufferedProtocol`."""
