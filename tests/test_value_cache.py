@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from cacheserver.tiers import value_cache
 from cacheserver.tiers.memory import MemoryCache, entry_bytes
-from cacheserver.tiers.value_cache import ASKS_PER_ENTRY, LEAST_ASKS, MOST_ASKS, MOST_COUNTED, Asked, ValueCache
+from cacheserver.tiers.value_cache import ASKS_PER_ENTRY, LEAST_ASKS, MOST_COUNTED, ValueCache
 from tests.fakes import FakeClock
 from tests.tier_contract import make_entry, make_key
 
@@ -190,9 +190,11 @@ def test_a_hit_makes_nothing_worth_less_though_what_was_asked_before_is_forgotte
         cache[key] = Entry(10)
         for _ in range(hits):
             assert cache[key]
-    cache._asked = Asked()
+    cache["other"] = Entry(10)
+    for _ in range(2 * LEAST_ASKS):
+        assert cache["other"]
     assert cache["a"]
-    assert [cache.popitem()[0] for _ in range(2)] == ["b", "a"]
+    assert [cache.popitem()[0] for _ in range(3)] == ["b", "a", "other"]
 
 
 def test_of_what_is_asked_for_alike_the_larger_and_the_cheaper_go_first() -> None:
@@ -222,35 +224,36 @@ def test_what_is_put_in_the_place_of_another_was_not_asked_for() -> None:
     assert [cache.popitem()[0] for _ in range(3)] == ["c", "a", "b"]
 
 
-def test_counts_are_halved_and_then_forgotten() -> None:
-    asked = Asked()
-    for _ in range(6):
-        assert asked.again("a") <= 6
-    counts = []
+@pytest.mark.parametrize("is_away", [False, True])
+def test_counts_are_halved_and_then_forgotten_whether_there_is_an_entry_or_not(*, is_away: bool) -> None:
+    cache = cache_for(100)
+    cache["other"] = Entry(1)
+    cache["a"] = Entry(1)
+    for _ in range(5):
+        assert cache["a"]
+    worths = []
     for _ in range(2):
-        for number in range(LEAST_ASKS):
-            asked.again(number)
-        counts.append(asked.lately("a"))
-    assert counts == [3, 1]
+        if is_away:
+            del cache["a"]
+        for _ in range(LEAST_ASKS):
+            assert cache["other"]
+        cache["a"] = Entry(1)
+        worths.append(cache._kept["a"].priority)
+    assert worths == ([4**2, (1 / 2 + 1) ** 2] if is_away else [3**2, 1])  # one that comes back was asked for once more
 
 
-def test_as_many_keys_are_remembered_as_two_generations_have_asks() -> None:
-    asked = Asked()
+@pytest.mark.parametrize(("asks_per_entry", "most_asks"), [(ASKS_PER_ENTRY, LEAST_ASKS), (1_000_000, 3_000)])
+def test_as_many_keys_are_remembered_as_two_generations_have_asks(
+    monkeypatch: pytest.MonkeyPatch, asks_per_entry: int, most_asks: int
+) -> None:
+    monkeypatch.setattr(value_cache, "ASKS_PER_ENTRY", asks_per_entry)
+    monkeypatch.setattr(value_cache, "MOST_ASKS", most_asks)
+    cache = cache_for(10)
     most = 0
-    for number in range(5 * LEAST_ASKS):
-        asked.again(f"key {number}")
-        most = max(most, len(asked))
-    assert most < 2 * LEAST_ASKS
-    assert ASKS_PER_ENTRY * 10_000_000 > MOST_ASKS
-
-
-@pytest.mark.no_cover
-def test_a_cache_of_a_great_many_entries_remembers_no_more_keys_than_the_bound() -> None:
-    asked = Asked()
-    asked.last_for(10_000_000)
-    for number in range(3 * MOST_ASKS):
-        asked.again(number)
-    assert len(asked) < 2 * MOST_ASKS
+    for number in range(5 * most_asks):
+        cache[f"scanned {number}"] = Entry(5)
+        most = max(most, len(cache._asked))
+    assert most_asks < most <= 2 * most_asks
 
 
 def test_memory_evicts_by_the_cost_it_is_given(clock: FakeClock) -> None:

@@ -68,7 +68,7 @@ class MemoryCache:
             return None
         if not key.matches(entry.key.digest):
             return None
-        if not entry.is_fresh(self._clock.now_s()):
+        if entry.expire_time_s is not None and not entry.is_fresh(self._clock.now_s()):
             del self._entries[name]
             return None
         return entry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Hashable
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from cachetools import Cache
 
@@ -20,17 +20,39 @@ ASKS_PER_ENTRY = 20
 LEAST_ASKS, MOST_ASKS = 1_000, 200_000
 """Bounds of a generation's length, and so of the keys it remembers: at the most two of them take 35 MB."""
 
-_Worth = tuple[float, int, K, float]
-"""Priority, when it was given, key, and what the priority grows by where the key is asked for once: cost per byte."""
+
+class _Kept(Generic[K, V]):
+    """An entry, how often its key was asked for lately, and what it is worth.
+
+    `asked` counts in the generation of this number, `asked_before` in the one before it. `turn` is when `priority` was
+    given. `per_byte` is what the priority grows by where the key is asked for once: cost per byte.
+    """
+
+    __slots__ = ("asked", "asked_before", "generation", "key", "per_byte", "priority", "turn", "value")
+
+    def __init__(self, key: K, value: V, *, generation: int, asked: int, asked_before: int) -> None:
+        self.key = key
+        self.value = value
+        self.generation = generation
+        self.asked = asked
+        self.asked_before = asked_before
+        self.per_byte = self.priority = 0.0
+        self.turn = 0
+
+    def fade(self, generation: int) -> None:
+        """Count in this generation from now on."""
+        self.asked_before = self.asked if self.generation == generation - 1 else 0
+        self.asked, self.generation = 0, generation
 
 
 class ValueCache(Cache[K, V]):
     """Entries by what they are worth per byte, the lowest priority going first when their bytes reach a bound.
 
     An entry's priority is `clock + asked**2 * cost / size`. `clock` is the priority of what went last, so that what is
-    no longer asked for sinks below newcomers. `asked` is how often the key was asked for lately, entries that went
-    included (`Asked`): each hit counts, and each time an entry comes that was not there, since it was asked for and
-    had to be brought. So a scan, whose keys are asked for once, has to go through the cache more than three times
+    no longer asked for sinks below newcomers. `asked` is how often the key was asked for lately, in this generation of
+    so many asks and half as often as in the last one: each hit counts, and each time an entry comes that was not there,
+    since it was asked for and had to be brought. An entry has its counts with it, and leaves them behind when it goes
+    (`Asked`). So a scan, whose keys are asked for once, has to go through the cache more than three times
     before it drives out one of its like that was asked for twice. Of equal priorities the older goes first.
 
     This is GreedyDual-Size-Frequency (Cherkasova, HP Labs 1998) with the memory of TinyLFU (Einziger et al., ACM ToS
@@ -48,77 +70,120 @@ class ValueCache(Cache[K, V]):
         super().__init__(maxsize, getsizeof)
         self._getcost = getcost
         self._asked = Asked()
+        self._generation = 0
+        self._asks_left = self._asks = LEAST_ASKS
         self._clock = 0.0
         self._turn = 0
-        self._worths: dict[K, _Worth[K]] = {}
-        self._heap: list[_Worth[K]] = []
-        """For each entry at least one item that is not above its worth. Hits leave it behind; `popitem` catches up."""
+        self._kept: dict[K, _Kept[K, V]] = {}
+        self._heap: list[tuple[float, int, K]] = []
+        """For each entry at least one priority, turn and key that are not above what they are now.
+
+        Hits leave it behind; `popitem` catches up.
+        """
 
     def __getitem__(self, key: K) -> V:
         """The entry, which was asked for; raises KeyError."""
-        # On the way of every hit: calls to super(), len, min and max would take half of its time.
-        value = Cache.__getitem__(self, key)
-        before, _, _, per_byte = self._worths[key]
-        asked = self._asked.again(key)
-        priority = self._clock + asked * asked * per_byte
-        self._turn = turn = self._turn + 1
-        if priority < before:  # noqa: PLR1730 - as above
-            priority = before  # counts have faded; what is asked for does not sink for that
-        self._worths[key] = (priority, turn, key, per_byte)
-        return value
+        # On the way of every hit: there is one look into one dictionary, and calls would take half of the time.
+        kept = self._kept[key]
+        if kept.generation != self._generation:
+            kept.fade(self._generation)
+        kept.asked = count = kept.asked + 1
+        asked = count + kept.asked_before / 2
+        if asked > MOST_COUNTED:  # noqa: PLR1730 - as above
+            asked = MOST_COUNTED
+        priority = self._clock + asked * asked * kept.per_byte
+        if priority > kept.priority:  # noqa: PLR1730 - as above
+            kept.priority = priority  # else counts have faded; what is asked for does not sink for that
+        kept.turn = self._turn = self._turn + 1
+        self._asks_left = left = self._asks_left - 1
+        if left <= 0:
+            self._end_generation()
+        return kept.value
 
     def __setitem__(self, key: K, value: V) -> None:
         """Keep an entry; raises ValueError if it is larger than the whole cache."""
-        is_new = key not in self
-        super().__setitem__(key, value)
-        self._asked.last_for(len(self))
-        asked = self._asked.again(key) if is_new else self._asked.lately(key)
         per_byte = self._getcost(value) / self.getsizeof(value)
-        self._turn += 1
-        worth = self._worths[key] = (self._clock + asked * asked * per_byte, self._turn, key, per_byte)
-        heapq.heappush(self._heap, worth)
+        is_new = key not in self._kept
+        super().__setitem__(key, value)
+        kept = self._kept.get(key)
+        if kept is None:  # what was there may have gone to make room
+            asked, before = self._asked.recall(key)
+            kept = _Kept(key, value, generation=self._generation, asked=asked, asked_before=before)
+            self._kept[key] = kept
+        self._set_asks()
+        kept.value, kept.per_byte, kept.priority = value, per_byte, 0.0
+        if is_new:
+            self.__getitem__(key)
+        else:
+            self._value_as_asked(kept)
+        heapq.heappush(self._heap, (kept.priority, kept.turn, key))
         self._sweep()
 
     def __delitem__(self, key: K) -> None:
         """Drop an entry; raises KeyError."""
         super().__delitem__(key)
-        del self._worths[key]
+        self._leave(self._kept.pop(key))
         self._sweep()
 
     def popitem(self) -> tuple[K, V]:
         """Drop the entry of the lowest priority and return it with its key; raises KeyError if there is none."""
         heap = self._heap
         while heap:
-            lowest = heap[0]
-            key = lowest[2]
-            worth = self._worths.get(key)
-            if worth is None:
+            priority, turn, key = heap[0]
+            kept = self._kept.get(key)
+            if kept is None:
                 heapq.heappop(heap)
-            elif worth is not lowest:
-                heapq.heapreplace(heap, worth)
+            elif turn != kept.turn:
+                heapq.heapreplace(heap, (kept.priority, kept.turn, key))
             else:
                 heapq.heappop(heap)
-                self._clock = lowest[0]
-                value = super().__getitem__(key)
+                self._clock = priority
                 del self[key]
-                return key, value
+                return key, kept.value
         raise KeyError("the cache is empty")
 
     def clear(self) -> None:
         """Drop all entries. What was asked for is remembered."""
         super().clear()
-        self._worths.clear()
+        for kept in self._kept.values():
+            self._leave(kept)
+        self._kept.clear()
         self._heap.clear()
 
+    def _value_as_asked(self, kept: _Kept[K, V]) -> None:
+        """Say what an entry is worth that was put in the place of another: as often as that was asked for, or once."""
+        if kept.generation != self._generation:
+            kept.fade(self._generation)
+        asked = min(MOST_COUNTED, max(1, kept.asked + kept.asked_before / 2))
+        kept.priority = self._clock + asked * asked * kept.per_byte
+        kept.turn = self._turn = self._turn + 1
+
+    def _leave(self, kept: _Kept[K, V]) -> None:
+        """An entry goes, and its counts stay."""
+        if kept.generation != self._generation:
+            kept.fade(self._generation)
+        self._asked.remember(kept.key, kept.asked, kept.asked_before)
+
+    def _set_asks(self) -> None:
+        """How long a generation is goes by how many entries there are."""
+        asks = min(MOST_ASKS, max(LEAST_ASKS, ASKS_PER_ENTRY * len(self._kept)))
+        self._asks_left += asks - self._asks
+        self._asks = asks
+
+    def _end_generation(self) -> None:
+        self._generation += 1
+        self._asks_left = self._asks
+        self._asked.fade()
+
     def _sweep(self) -> None:
-        """Leave out of the heap what is no entry's worth any more, once that is more than half of it."""
-        if len(self._heap) > 2 * len(self._worths) + 1:
-            self._heap = list(self._worths.values())
+        """Leave out of the heap what is not so any more, once that is more than half of it."""
+        if len(self._heap) > 2 * len(self._kept) + 1:
+            self._heap = [(kept.priority, kept.turn, key) for key, kept in self._kept.items()]
             heapq.heapify(self._heap)
 
 
 class Asked:
-    """How often keys were asked for lately: as often as in this generation, and half as often as in the last one.
+    """How often keys that have no entry were asked for, in this generation and in the last one.
 
     Keys are told apart by their hashes of 64 bits, so a remembered key takes no more than a place in a dictionary.
     """
@@ -126,28 +191,23 @@ class Asked:
     def __init__(self) -> None:
         self._now: dict[int, int] = {}
         self._before: dict[int, int] = {}
-        self._asks_left = self._generation = LEAST_ASKS
 
-    def last_for(self, entries: int) -> None:
-        """How many entries there are now, by which a generation's length goes."""
-        generation = min(MOST_ASKS, max(LEAST_ASKS, ASKS_PER_ENTRY * entries))
-        self._asks_left += generation - self._generation
-        self._generation = generation
-
-    def again(self, key: Hashable) -> float:
-        """The key was asked for once more; how often it was lately."""
+    def remember(self, key: Hashable, now: int, before: int) -> None:
+        """The entry of the key goes, which was asked for so often in either generation."""
         name = hash(key)
-        self._now[name] = count = self._now.get(name, 0) + 1
-        asked = count + self._before.get(name, 0) / 2
-        self._asks_left -= 1
-        if self._asks_left <= 0:
-            self._before, self._now, self._asks_left = self._now, {}, self._generation
-        return asked if asked < MOST_COUNTED else MOST_COUNTED  # noqa: FURB136 - a call to min takes as long as all this
+        if now:
+            self._now[name] = now
+        if before:
+            self._before[name] = before
 
-    def lately(self, key: Hashable) -> float:
-        """How often the key was asked for lately, at least once: it is there."""
+    def recall(self, key: Hashable) -> tuple[int, int]:
+        """The same of a key that has an entry again; nothing is remembered of it here any more."""
         name = hash(key)
-        return min(MOST_COUNTED, max(1, self._now.get(name, 0) + self._before.get(name, 0) / 2))
+        return self._now.pop(name, 0), self._before.pop(name, 0)
+
+    def fade(self) -> None:
+        """Another generation begins."""
+        self._before, self._now = self._now, {}
 
     def __len__(self) -> int:
         """How many counts are kept."""
