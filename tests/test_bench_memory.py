@@ -55,6 +55,8 @@ class NoChannel:
 
     def unary_stream(self, method: str) -> Any: ...
 
+    def stream_unary(self, method: str) -> Any: ...
+
 
 def test_the_load_asks_for_lately_made_pictures_and_for_some_new_ones() -> None:
     load = Load(NoChannel(), callers=1, miss_share=0.1, span=500)  # type: ignore[arg-type] # asks nothing

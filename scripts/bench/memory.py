@@ -1,10 +1,12 @@
 """Whether memory stays where it was set: resident bytes under a mixed load of 1.5 MB pictures that evict one another.
 
-The service has a Redis that takes three times what L1 does, and nothing below. First L1 is filled. Then a few callers
-ask without a pause: most calls for pictures asked for lately, which L1 has, or, the older they are, only Redis; some
-for new ones, which an emulated provider makes. Whatever comes from Redis or is new drives another picture out of L1.
-Most calls are GetImage, a quarter StreamImage. The resident bytes of the service's process are read every second, also
-for a while after the load. Against:
+The service has a Redis that takes three times what L1 does, and nothing below. First as many small pictures are put
+and asked for as a service remembers requests: what it knows of calls by their bytes and what became of them take some
+60 MB that come once and stay, and would be taken for growth for as long as they come. Then L1 is filled. Then a few
+callers ask without a pause: most calls for pictures asked for lately, which L1 has, or, the older they are, only Redis;
+some for new ones, which an emulated provider makes. Whatever comes from Redis or is new drives another picture out of
+L1. Most calls are GetImage, a quarter StreamImage. The resident bytes of the service's process are read every second,
+also for a while after the load. Against:
 
     resident bytes are at most 1.15 x memory.max_bytes + 150 MB, while L1 is filled too
     they do not grow: over the second half of the load a line through them rises by at most 2 % of memory.max_bytes
@@ -38,11 +40,13 @@ from scripts.bench.figures import BusyCores, print_table, print_verdict, write_j
 from scripts.bench.hit_cost import cpu_s
 from scripts.bench.provider import KeyConfig, ProviderConfig, ProviderProcess
 from scripts.bench.stand import ServiceProcess
+from tests.provider import small_image
 from tests.servers import ValkeyServer
 
 _MIB = 1024 * 1024
 _MB = 1_000_000
 _PICTURE_BYTES = 1_500_000
+_SMALL = small_image(0)
 _SERVICE = "/promptcache.v1.PromptCacheService"
 _STREAMED_SHARE = 0.25
 _SKEW = 3
@@ -53,6 +57,8 @@ _MOST_RISE = 0.02
 _FULL = 0.95
 _SHED = "cacheserver_memory_shed_bytes_total"
 _DEADLINE_S = 60.0
+_REMEMBERED = 10_000
+"""Different requests that a service remembers, by its own count and as limits.known_requests is by default."""
 
 
 class BoundedValkey(ValkeyServer):
@@ -132,12 +138,26 @@ class Load:
         # Nothing is parsed: what the answers are is for the service's own counters to say.
         self._unary: Any = channel.unary_unary(f"{_SERVICE}/GetImage")
         self._stream: Any = channel.unary_stream(f"{_SERVICE}/StreamImage")
+        self._put: Any = channel.stream_unary(f"{_SERVICE}/PutImage")
         self._callers = callers
         self._miss_share = miss_share
         self._span = span
         self._random = Random(7)  # noqa: S311 - a load
         self._newest = 0
         self.failures: Counter[str] = Counter()
+
+    async def be_remembered(self, requests: int) -> None:
+        """Put a small picture for each of so many requests, and ask for it: they are answered from memory."""
+        left = iter(range(requests))
+
+        async def caller() -> None:
+            for number in left:
+                spec = _spec(f"small picture {number}")
+                parts = pb.PutImageRequest(header=pb.PutImageHeader(spec=spec)), pb.PutImageRequest(chunk=_SMALL)
+                await self._put((part.SerializeToString() for part in parts), timeout=_DEADLINE_S)
+                await self._unary(pb.GetImageRequest(spec=spec).SerializeToString(), timeout=_DEADLINE_S)
+
+        await asyncio.gather(*(caller() for _ in range(self._callers)))
 
     async def fill(self, pictures: int) -> None:
         """Ask for so many new pictures."""
@@ -155,8 +175,7 @@ class Load:
         await asyncio.gather(*(caller() for _ in range(self._callers)))
 
     async def _ask(self, number: int) -> None:
-        spec = pb.ImageSpec(prompt=f"picture {number}", size="1024x1024", quality="low")
-        request = pb.GetImageRequest(spec=spec)
+        request = pb.GetImageRequest(spec=_spec(f"picture {number}"))
         try:
             if self._random.random() < _STREAMED_SHARE:
                 message = pb.StreamImageRequest(request=request).SerializeToString()
@@ -177,6 +196,10 @@ class Load:
         oldest = max(1, self._newest - self._span)
         newest = max(oldest, self._newest - _YOUNG)
         return newest - int((newest - oldest) * self._random.random() ** _SKEW)
+
+
+def _spec(prompt: str) -> pb.ImageSpec:
+    return pb.ImageSpec(prompt=prompt, size="1024x1024", quality="low")
 
 
 def resident_bytes(pid: int) -> int:
@@ -210,7 +233,14 @@ async def _answered(http: httpx.AsyncClient) -> Counter[str]:
 
 
 async def measure(  # noqa: PLR0913 - what a run is made of, by keyword
-    *, l1_bytes: int, seconds: float, after_s: float, callers: int, miss_share: float, env: Mapping[str, str]
+    *,
+    l1_bytes: int,
+    seconds: float,
+    after_s: float,
+    callers: int,
+    miss_share: float,
+    requests: int,
+    env: Mapping[str, str],
 ) -> Run:
     """One run."""
     run = Run(l1_bytes, seconds)
@@ -225,6 +255,7 @@ async def measure(  # noqa: PLR0913 - what a run is made of, by keyword
         fits = l1_bytes // _PICTURE_BYTES
         load = Load(channel, callers=callers, miss_share=miss_share, span=4 * fits)
         sampling = asyncio.create_task(_sample(run, service.pid, http))
+        await load.be_remembered(requests)
         await load.fill(fits + fits // 8)
         run.began_s, answered = time.monotonic(), await _answered(http)
         before_s = cpu_s(service.pid)
@@ -295,6 +326,7 @@ def main(  # noqa: PLR0913 - its options
     l1_mib: Annotated[int, typer.Option(help="memory.max_bytes, in MiB.")] = 1024,
     callers: Annotated[int, typer.Option(help="Calls at a time.")] = 16,
     misses: Annotated[float, typer.Option(help="Share of calls for a new picture.")] = 0.03,
+    requests: Annotated[int, typer.Option(help="Different requests to be remembered before that.")] = _REMEMBERED,
     after: Annotated[float, typer.Option(help="Seconds watched after the load.")] = 10.0,
     env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE in the service's environment.")] = None,
     json: Annotated[Path | None, typer.Option(help="File for the figures.")] = None,
@@ -309,6 +341,7 @@ def main(  # noqa: PLR0913 - its options
             after_s=after,
             callers=callers,
             miss_share=misses,
+            requests=requests,
             env=variables,
         )
     )
