@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from cacheserver.model import CachedImage, CacheKey, Labels
+from cacheserver.model import CachedImage, CacheKey, Labels, MatchLevel, Reply
 from cacheserver.tiers.memory import EvictionPolicy, MemoryCache, entry_bytes
 from tests.fakes import FakeClock
 from tests.tier_contract import StoreContract, make_entry, make_key, with_data
@@ -80,6 +80,13 @@ def put(memory: MemoryCache, prompt: str, data: bytes = bytes(1000)) -> CachedIm
     entry = make_entry(make_key(prompt), data)
     memory.put(entry.key, entry)
     return entry
+
+
+def reply_of(entry: CachedImage, *, rest: int = 50) -> Reply:
+    """A finished reply with so many bytes around the picture."""
+    head = bytes(rest // 2)
+    raw = head + bytes(entry.image.data) + bytes(rest - len(head))
+    return Reply(raw, len(head), MatchLevel.EXACT, 0)
 
 
 def test_what_was_used_stays_and_what_was_not_goes(memory_for: MemoryFor) -> None:
@@ -175,6 +182,23 @@ def test_what_is_shed_is_used_least_and_no_more_comes_until_it_may(memory_for: M
     assert memory.size_bytes == 4 * ONE_KILOBYTE
 
 
+def test_an_entry_above_what_is_left_after_shedding_drives_nothing_out(memory_for: MemoryFor) -> None:
+    memory = memory_for(4)
+    for prompt in "abcd":
+        put(memory, prompt)
+    memory.shed(2 * ONE_KILOBYTE)
+    put(memory, "big", bytes(2 * ONE_KILOBYTE))
+    assert [memory.contains(make_key(prompt)) for prompt in ("c", "d", "big")] == [True, True, False]
+
+
+def test_an_entry_whose_reply_makes_it_too_large_stays_as_it_is(memory_for: MemoryFor) -> None:
+    memory = memory_for(3, max_entry_bytes=ONE_KILOBYTE)
+    entry = put(memory, "a")
+    assert memory.keep_reply(entry, reply_of(entry)) is entry
+    assert memory.get(entry.key) is entry
+    assert memory.size_bytes == ONE_KILOBYTE
+
+
 def test_memory_that_shed_all_keeps_nothing(memory_for: MemoryFor) -> None:
     memory = memory_for(2)
     put(memory, "a")
@@ -238,8 +262,11 @@ class DictionaryWithLosses(RuleBasedStateMachine):
         entry = make_entry(key, bytes(size), expire_time_s=expire_time_s)
         self.memory.put(key, entry)
         self.model[key.name] = entry
-        # What was just put is there, unless it is above the limit.
-        assert self.memory.contains(key) == (entry_bytes(entry) <= 3 * ONE_KILOBYTE)
+        # What was just put is there, unless it is above the limit, or some have to go and it is worth least.
+        if entry_bytes(entry) > min(3 * ONE_KILOBYTE, self.memory.room_bytes):
+            assert not self.memory.contains(key)
+        elif self.policy == "lru" or self.memory.room_bytes == self.memory.max_bytes:
+            assert self.memory.contains(key)
 
     @rule(key=keys)
     def get(self, key: CacheKey) -> None:
@@ -249,6 +276,21 @@ class DictionaryWithLosses(RuleBasedStateMachine):
         if entry is not None:
             assert entry is self.model[key.name]
             assert entry.is_fresh(self.clock.now_s())
+
+    @rule(key=keys, rest=st.integers(0, ONE_KILOBYTE))
+    def keep_reply(self, key: CacheKey, rest: int) -> None:
+        entry = self.memory.peek(key)
+        if entry is None:
+            return
+        told = self.memory.keep_reply(entry, reply_of(entry, rest=rest))
+        assert bytes(told.image.data) == bytes(entry.image.data)
+        self.model[key.name] = told
+        kept = self.memory.peek(key)
+        assert kept is told or kept is None
+
+    @rule(to_bytes=st.integers(0, 5 * ONE_KILOBYTE))
+    def shed(self, to_bytes: int) -> None:
+        self.memory.shed(to_bytes)
 
     @rule(key=keys)
     def delete(self, key: CacheKey) -> None:
@@ -263,7 +305,7 @@ class DictionaryWithLosses(RuleBasedStateMachine):
 
     @invariant()
     def never_above_its_bytes(self) -> None:
-        assert self.memory.size_bytes <= 4 * ONE_KILOBYTE
+        assert self.memory.size_bytes <= self.memory.room_bytes <= self.memory.max_bytes
 
     @invariant()
     def counts_every_byte(self) -> None:

@@ -83,7 +83,7 @@ class MemoryCache:
 
     def put(self, key: CacheKey, entry: CachedImage) -> None:
         """Keep `entry` under `key` in place of what was there; too large an entry leaves the place empty."""
-        if entry_bytes(entry) > self._max_entry_bytes:
+        if not self._admits(entry):
             # What was there is older than what the caller has, and must not be served in its stead.
             self.delete(key)
             return
@@ -103,16 +103,15 @@ class MemoryCache:
     def keep_reply(self, entry: CachedImage, reply: Reply) -> CachedImage:
         """Keep a finished reply with its entry: in one buffer, the picture a view. The entry as it is kept.
 
-        That is `entry` itself, without the reply, if it does not lie under its own key any more, or would take more
-        than an entry may.
+        That is `entry` itself, without the reply, if it does not lie under its own key any more, or would be too large.
         """
         if self._stored(entry.key) is not entry:
             return entry
-        within = entry.within(reply)
-        if entry_bytes(within) > self._max_entry_bytes:
+        told = entry.within(reply)
+        if not self._admits(told):
             return entry
-        self.put(entry.key, within)
-        return within
+        self.put(told.key, told)
+        return told
 
     def contains(self, key: CacheKey) -> bool:
         """Whether `get` would answer; it is no use."""
@@ -162,6 +161,10 @@ class MemoryCache:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def _admits(self, entry: CachedImage) -> bool:
+        """Whether it may come: it is no larger than entries may be, nor than all of them together now."""
+        return entry_bytes(entry) <= min(self._max_entry_bytes, self._room_bytes)
 
     def _stored(self, key: CacheKey) -> CachedImage | None:
         name = key.name
