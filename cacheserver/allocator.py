@@ -58,6 +58,33 @@ def giver_back() -> Callable[[], None] | None:
     return lambda: trim(0)
 
 
+class _Counts(ctypes.Structure):
+    """`struct mallinfo2` of glibc's malloc.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks")),
+        *((name, ctypes.c_size_t) for name in ("uordblks", "fordblks", "keepcost")),
+    )
+
+
+def taker() -> Callable[[], int] | None:
+    """What tells how many bytes are taken from the allocator, and not free again; None where that is not known.
+
+    Python's own small objects are not among them, which it takes from the system itself.
+    """
+    library = _glibc()
+    if library is None or not hasattr(library, "mallinfo2"):  # new in glibc 2.33
+        return None
+    count = library.mallinfo2
+    count.restype = _Counts
+
+    def taken_bytes() -> int:
+        counts = count()
+        return int(counts.uordblks + counts.hblkhd)
+
+    return taken_bytes
+
+
 def _glibc() -> ctypes.CDLL | None:
     """The C library, if it is glibc."""
     if os.name != "posix":

@@ -55,9 +55,11 @@ class MemoryGuard:
         room: the memory there is; None where that is not known: then nothing is shed.
         high_water: share of the room, 0 to 1, from which on L1 gives way.
         give_back: gives free memory back to the system; called in a thread.
+        taken: tells how much is taken from the allocator that gives back, called in a thread; None: what L1 holds is
+            all that is known to be.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what it watches and what it can do, by keyword
         self,
         *,
         memory: MemoryCache,
@@ -65,6 +67,7 @@ class MemoryGuard:
         room: Room | None,
         high_water: float,
         give_back: Callable[[], None] | None,
+        taken: Callable[[], int] | None = None,
     ) -> None:
         self._memory = memory
         self._machine = machine
@@ -73,6 +76,7 @@ class MemoryGuard:
         self._high_bytes = int(high_water * limit_bytes)
         self._low_bytes = int((high_water - _BETWEEN_MARKS) * limit_bytes)
         self._give_back = give_back
+        self._taken = taken
         self._others_bytes: int | None = None
         self._is_short = False
         # One of its own: where all others are at work, memory is what may run out.
@@ -96,8 +100,8 @@ class MemoryGuard:
             self._let_grow(used_bytes)
 
     async def _mind_slack(self) -> None:
-        """Give back what is free if it may be much: what is resident grew, and not by what L1 holds."""
-        beside_bytes = await self._beside_l1_bytes()
+        """Give back what is free if it may be much: what is resident grew, and not by what is taken."""
+        beside_bytes = await self._in_thread(self._beside_bytes)
         if beside_bytes is None or self._give_back is None:
             return
         if self._others_bytes is None or beside_bytes < self._others_bytes:
@@ -106,7 +110,7 @@ class MemoryGuard:
         if beside_bytes > self._others_bytes + slack_bytes:
             await self._in_thread(self._give_back)
             # What is still resident is in use, and would not go back however often one asked.
-            self._others_bytes = await self._beside_l1_bytes()
+            self._others_bytes = await self._in_thread(self._beside_bytes)
 
     async def _relieve(self) -> None:
         if self._give_back is not None:
@@ -152,10 +156,16 @@ class MemoryGuard:
         except (OSError, ValueError):
             return None
 
-    async def _beside_l1_bytes(self) -> int | None:
-        """What is resident of this process beside what L1 holds; None where that cannot be told."""
-        resident_bytes = await self._in_thread(self._machine.resident_bytes)
-        return None if resident_bytes is None else resident_bytes - self._memory.size_bytes
+    def _beside_bytes(self) -> int | None:
+        """What is resident of this process beside what is taken from the allocator; None where that cannot be told.
+
+        Without what calls have in hand, which comes and goes: were it counted, as much could lie free unseen once they
+        have ended.
+        """
+        resident_bytes = self._machine.resident_bytes()
+        if resident_bytes is None:
+            return None
+        return resident_bytes - (self._taken() if self._taken is not None else self._memory.size_bytes)
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

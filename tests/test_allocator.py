@@ -47,6 +47,7 @@ def test_where_there_is_no_glibc_there_is_nothing_to_do(monkeypatch: pytest.Monk
     monkeypatch.setattr(allocator, "_glibc", lambda: None)
     allocator.set_up()
     assert allocator.giver_back() is None
+    assert allocator.taker() is None
 
 
 _HOLES = """
@@ -71,3 +72,14 @@ def test_free_memory_is_kept_until_it_is_asked_to_go_back() -> None:
     at_once, when_asked = map(int, printed.stdout.split())
     assert at_once < 15_000_000
     assert when_asked > 120_000_000
+
+
+@pytest.mark.skipif(not hasattr(LIBRARY, "mallinfo2"), reason="another C library, or an old one")
+def test_what_is_taken_from_the_allocator_is_told() -> None:
+    taken = allocator.taker()
+    assert taken is not None
+    before = taken()
+    pictures = [bytes(1_500_000) for _ in range(10)]
+    assert taken() - before == pytest.approx(15_000_000, rel=0.02)
+    del pictures
+    assert taken() - before == pytest.approx(0, abs=300_000)

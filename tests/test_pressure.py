@@ -205,6 +205,21 @@ async def test_slack_goes_back_once_it_is_more_than_a_service_needs(house: House
     assert house.machine.given_back == [64 * MIB]
 
 
+async def test_what_calls_had_in_hand_goes_back_when_they_have_ended(house: House) -> None:
+    house.guard._taken = lambda: house.memory.size_bytes + in_hand
+    in_hand = 0
+    await house.guard.look()
+    in_hand = 200 * MIB
+    house.machine.others += in_hand
+    for _ in range(3):
+        await house.guard.look()
+    assert house.machine.given_back == []
+    house.machine.others -= in_hand
+    in_hand, house.machine.free = 0, 100 * MIB
+    await house.guard.look()
+    assert house.machine.given_back == [100 * MIB]
+
+
 async def test_what_is_in_use_is_not_asked_for_again_and_again(house: House) -> None:
     await house.guard.look()
     house.machine.others += 200 * MIB  # as of pictures that the last tier has yet to take

@@ -58,6 +58,7 @@ def _guard_memory(core: Core, *, undo: AsyncExitStack) -> None:
         room=core.room,
         high_water=core.settings.memory.high_water,
         give_back=allocator.giver_back(),
+        taken=allocator.taker(),
     )
     undo.callback(guard.close)
     if core.room is None:
