@@ -1,8 +1,8 @@
 """What memory there is, and how much is in use: of the container where that has a limit, else of the machine.
 
 Read from Linux's /proc and from control groups, as they are documented: cgroup v2 in the kernel's
-admin-guide/cgroup-v2.rst (memory.max, memory.current, memory.stat), v1 in admin-guide/cgroup-v1/memory.rst. Elsewhere
-nothing of this is known.
+admin-guide/cgroup-v2.rst (memory.max, .high, .current, .stat), v1 in admin-guide/cgroup-v1/memory.rst.
+Elsewhere nothing of this is known.
 """
 
 from __future__ import annotations
@@ -11,17 +11,22 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 _KIB = 1024
+
+_ROOT, _POINT = 3, 4
+"""Of the fields of a line of mountinfo: what is mounted, and where."""
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
     """The memory there is for this process and whatever shares it.
 
-    `limit_bytes` may not be exceeded; `is_container` says whether a control group sets it, or only the machine ends
-    there. `used_bytes` reads how much of it is in use that nobody can simply drop: without cached files.
+    `limit_bytes` may not be exceeded, or only at a crawl (memory.high); `is_container` says whether a control group
+    sets it, or only the machine ends there. `used_bytes` reads how much of it is in use that nobody can simply drop:
+    without cached files.
     """
 
     limit_bytes: int
@@ -52,12 +57,13 @@ class Machine:
     def room(self) -> Room | None:
         """The narrowest limit there is: of the control groups this process is in, nested ones included, or all memory.
 
-        A group's limit above what the machine has is none. None where nothing can be told.
+        A group's limit above what the machine has is none, nor is one under which nothing could run. None where nothing
+        can be told.
         """
         total_bytes = self._meminfo("MemTotal")
         if total_bytes is None:
             return None
-        rooms = [room for room in self._group_rooms() if room.limit_bytes < total_bytes]
+        rooms = [room for room in self._group_rooms() if 0 < room.limit_bytes < total_bytes]
         whole = Room(total_bytes, is_container=False, used_bytes=self._used_bytes)
         return min(rooms, key=lambda room: room.limit_bytes, default=whole)
 
@@ -79,9 +85,9 @@ class Machine:
         """The limits of the control groups we are in, of both versions: a machine may have both."""
         for mount, is_v2 in self._mounts():
             version = _V2 if is_v2 else _V1
-            for group in self._groups(mount, is_v2=is_v2):
+            for group, limit in product(self._groups(mount, is_v2=is_v2), version.limits):
                 with suppress(OSError, ValueError):  # the topmost has no such file, and where it says "max" is no limit
-                    limit_bytes = int((group / version.limit).read_text())
+                    limit_bytes = int((group / limit).read_text())
                     yield Room(limit_bytes, is_container=True, used_bytes=_GroupUse(group, version))
 
     def _mounts(self) -> Iterator[tuple[_Mount, bool]]:
@@ -91,8 +97,9 @@ class Machine:
                 about, _, kind = line.partition(" - ")
                 fields, kinds = about.split(), kind.split()
                 is_v2 = kinds[:1] == ["cgroup2"]
-                if is_v2 or (kinds[:1] == ["cgroup"] and "memory" in kinds[-1].split(",")):
-                    yield _Mount(root=fields[3], point=self._root / fields[4].lstrip("/")), is_v2
+                is_of_memory = is_v2 or (kinds[:1] == ["cgroup"] and "memory" in kinds[-1].split(","))
+                if is_of_memory and len(fields) > _POINT:
+                    yield _Mount(root=fields[_ROOT], point=self._root / fields[_POINT].lstrip("/")), is_v2
 
     def _groups(self, mount: _Mount, *, is_v2: bool) -> Iterator[Path]:
         """The directory of the group we are in, and those above it."""
@@ -126,15 +133,17 @@ class _Mount:
 class _Version:
     """The files of a version of control groups, and of memory.stat what the kernel can drop when it needs room."""
 
-    limit: str
+    limits: tuple[str, ...]
     use: str
     droppable: frozenset[str]
 
 
 _V1 = _Version(
-    "memory.limit_in_bytes", "memory.usage_in_bytes", frozenset({"total_inactive_file", "total_active_file"})
+    ("memory.limit_in_bytes",), "memory.usage_in_bytes", frozenset({"total_inactive_file", "total_active_file"})
 )
-_V2 = _Version("memory.max", "memory.current", frozenset({"inactive_file", "active_file", "slab_reclaimable"}))
+_V2 = _Version(
+    ("memory.max", "memory.high"), "memory.current", frozenset({"inactive_file", "active_file", "slab_reclaimable"})
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,29 @@ def test_the_limit_of_our_group_counts_in_either_version(system: FakeSystem) -> 
     assert system.limit() == (3 * GIB, True)
 
 
+def test_where_a_group_is_slowed_down_is_as_narrow_as_where_it_is_killed(system: FakeSystem) -> None:
+    system.v2("/app", app=str(2 * GIB))
+    system.write("sys/fs/cgroup/app/memory.high", "max\n")
+    assert system.limit() == (2 * GIB, True)
+    system.write("sys/fs/cgroup/app/memory.high", f"{GIB}\n")
+    assert system.limit() == (GIB, True)
+    system.write("sys/fs/cgroup/app/memory.max", "max\n")
+    assert system.limit() == (GIB, True)
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "", "1e9", "9" * 5_000])
+def test_a_limit_that_nobody_could_run_under_is_none(system: FakeSystem, limit: str) -> None:
+    system.v2("/app", app=limit)
+    assert system.limit() == (16 * GIB, False)
+
+
+def test_a_line_of_mounts_that_is_cut_off_is_passed_over(system: FakeSystem) -> None:
+    system.v2("/app", app=str(2 * GIB))
+    mounts = (OTHER_MOUNTS, "40 1 0:1 - cgroup2\n", "31 - cgroup\n", " - \n\n", V2_MOUNT.format(root="/"))
+    system.write("proc/self/mountinfo", "".join(mounts))
+    assert system.limit() == (2 * GIB, True)
+
+
 def test_of_nested_groups_the_narrowest_counts(system: FakeSystem) -> None:
     system.v2("/pod/app/worker", **{"pod": str(2 * GIB), "pod/app": str(3 * GIB), "pod/app/worker": "max"})
     assert system.limit() == (2 * GIB, True)
