@@ -99,6 +99,18 @@ async def test_whoever_waits_for_a_value_when_the_connection_ends_hears_it_from_
         assert await waiting is None
 
 
+async def test_a_connection_keeps_nothing_of_a_value_that_it_brought() -> None:
+    inlet = Inlet()
+    inlet.inlet.expect()
+    inlet.come(b"$30000\r\n" + bytes(30_002))
+    value = await inlet.inlet.value()
+    assert value is not None
+    room = value.obj
+    assert isinstance(room, bytearray)
+    value.release()
+    room.clear()  # BufferError while there is a view of it
+
+
 async def test_a_value_that_nobody_waits_for_any_more_is_dropped() -> None:
     inlet = Inlet()
     inlet.inlet.expect()

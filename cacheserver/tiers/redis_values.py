@@ -83,6 +83,7 @@ class ValueInlet(asyncio.BufferedProtocol):
         if self._missing:
             self._missing = self._missing[nbytes:]
             if not self._missing:
+                self._missing = self._spare[:0]  # an empty view would keep the value as long as the connection lasts
                 self._tell(self._value)
         elif self._is_expecting:
             self._is_expecting = False
