@@ -1,11 +1,11 @@
 """L1 gives way before the kernel ends the process, and free memory goes back to the system.
 
-Looked at every second:
+Looked at twice a second:
 
     slack ──── free memory that the allocator keeps goes back to the system once it is more than a service needs
     pressure ─ more than the high-water mark of the room (the container's, else the machine's) is in use: first what is
                free goes back, which loses nothing; if that is not enough, L1 sheds what is above the low-water mark
-    relief ─── below the low-water mark again: L1 may grow, by a little each second, until it may be as large as set
+    relief ─── below the low-water mark again: L1 may grow, by a little each look, until it may be as large as set
 
 Between the marks nothing changes, and L1 needs longer than a look to grow from the low to the high one: so the guard
 does not swing. L1 sheds even where others use the memory: the kernel ends the largest process, whoever was too greedy.

@@ -103,15 +103,16 @@ class MemoryCache:
     def keep_reply(self, entry: CachedImage, reply: Reply) -> CachedImage:
         """Keep a finished reply with its entry: in one buffer, the picture a view. The entry as it is kept.
 
-        That is `entry` itself, without the reply, if it does not lie under its own key any more, or would be too large.
+        That is `entry` itself, without the reply, if it does not lie under its own key any more, or would take more
+        than an entry may.
         """
         if self._stored(entry.key) is not entry:
             return entry
-        told = entry.within(reply)
-        if not self._admits(told):
+        within = entry.within(reply)
+        if not self._admits(within):
             return entry
-        self.put(told.key, told)
-        return told
+        self.put(entry.key, within)
+        return within
 
     def contains(self, key: CacheKey) -> bool:
         """Whether `get` would answer; it is no use."""
