@@ -72,11 +72,11 @@ class TestWhatIsAnsweredUnread:
     async def test_a_call_that_comes_again_is_and_its_answer_is_the_same(self, front: Front, read: list[bytes]) -> None:
         await front.stub.GetImage(ask())
         hit = await front.stub.GetImage(ask())
-        assert len(read) == 2
+        assert len(read) == 1
         call = front.stub.GetImage(ask())
         assert await call == hit
         trailers = dict(await call.trailing_metadata())
-        assert len(read) == 2
+        assert len(read) == 1
         assert trailers["cache-status"] == "cacheserver; hit; detail=memory; age=0"
         assert len(trailers["x-request-id"]) == 32
 
@@ -371,12 +371,11 @@ class TestWhatIsAskedEveryTime:
 
 
 class TestABug:
-    @pytest.mark.parametrize(("part", "does"), [("books", "hit_again"), ("books", "answered"), ("memory", "get")])
+    @pytest.mark.parametrize(("part", "does"), [("books", "hit_again"), ("memory", "get")])
     async def test_is_told_as_internal_and_not_in_its_own_words(
         self, front: Front, monkeypatch: pytest.MonkeyPatch, part: str, does: str
     ) -> None:
-        for _ in range(2 if does == "hit_again" else 1):
-            await front.stub.GetImage(ask())
+        await front.stub.GetImage(ask())
 
         def fail(*_: object, **__: object) -> NoReturn:
             raise RuntimeError("a secret of ours")

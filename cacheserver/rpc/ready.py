@@ -8,6 +8,7 @@ every time.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from weakref import ref
 
 from cacheserver.cache import PromptCache
 from cacheserver.calls.again import HitAgain
@@ -80,9 +81,7 @@ class ReadyImages:
             if found is None:
                 return None
             known, entry = found
-        reply = _reply(known.again, entry)
-        if reply is None:
-            return None
+        reply = self._reply(known, entry)
         self._asking.book_again(known.again, entry, started_s)
         return reply, known.status_at(entry, self._clock.now_s()), known.again
 
@@ -102,21 +101,28 @@ class ReadyImages:
             self._templates.keep(raw, template, asked.max_inline_bytes)
         if not served.is_plain_hit:
             return replies.finished(served).raw
-        entry, reply = served.entry, served.entry.reply
-        if reply is None or not reply.fits(served.matched, served.saved_microusd):
-            had, reply = reply, replies.finished(served)
-            if had is None or had.matched is reply.matched:  # there is one for each entry: as the first one asked
-                entry = self._cache.keep_reply(entry, reply)
+        reply, entry = self._finished(served)
         if is_to_know and (again := self._asking.again(served, entry, asked, call)) is not None:
             self._known.keep(again, raw)
-        return reply.raw
+        return reply
 
+    def _reply(self, known: Known, entry: CachedImage) -> bytes:
+        again, reply = known.again, entry.reply
+        if reply is not None and reply.fits(again.matched, again.saved_microusd):
+            return reply.raw
+        raw, kept = self._finished(again.served(entry))
+        known.again = again._replace(entry=ref(kept))
+        return raw
 
-def _reply(again: HitAgain, entry: CachedImage) -> bytes | None:
-    """What goes out with that picture. None: what lies ready tells of another price, and is to be made anew."""
-    reply = entry.reply
-    if reply is None:
-        return None
-    if reply.matched is not again.matched:
-        return replies.finished(again.served(entry)).raw  # there is one for each entry: as the first one asked
-    return reply.raw if reply.saved_microusd == again.saved_microusd else None
+    def _finished(self, served: Served) -> tuple[bytes, CachedImage]:
+        """What a hit is told with, and its entry as memory keeps it from now on.
+
+        It keeps one reply with each entry, for those who ask as the first one did: others' is made every time.
+        """
+        entry, had = served.entry, served.entry.reply
+        if had is not None and had.fits(served.matched, served.saved_microusd):
+            return had.raw, entry
+        reply = replies.finished(served)
+        if had is None or had.matched is reply.matched:
+            entry = self._cache.keep_reply(entry, reply)
+        return reply.raw, entry
