@@ -353,6 +353,14 @@ class TestWhatIsAskedEveryTime:
         assert 590 < timed <= 600
         assert untimed is None
 
+    async def test_the_books_are_where_they_were_taken_meanwhile(self, front: Front, house: House) -> None:
+        await known(front, ask())
+        house.books.take()
+        await front.stub.GetImage(ask())
+        [figures] = house.books.take().values()
+        assert figures.requests == 1
+        assert house.books.snapshot(None).total.requests == 4
+
     async def test_whether_the_service_is_going_down_is(self, front: Front) -> None:
         await known(front, ask())
         front.server._services[0]._reception.going_down.set()  # type: ignore[union-attr] # a PromptCacheService
