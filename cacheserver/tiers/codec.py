@@ -74,10 +74,7 @@ class Metadata:
         Raises:
             CorruptEntryError: `data` is not the image that was stored.
         """
-        if len(data) != self.size_bytes:
-            raise CorruptEntryError(f"the stored image has {len(data)} bytes and should have {self.size_bytes}")
-        if xxh3_128_hexdigest(data) != self.xxh3:
-            raise CorruptEntryError("the stored image does not match its checksum")
+        _verify(data, self.size_bytes, self.xxh3)
         return replace(self.bare, image=replace(self.bare.image, data=data))
 
 
@@ -101,7 +98,7 @@ def decode(stored: ImageBytes) -> CachedImage:
     """
     view = memoryview(stored)
     end = head_length(view)
-    return decode_head(view[:end]).entry(view[end:])
+    return unpack_entry(_checked(view[:end]), view[end:])
 
 
 def head_length(start: ImageBytes) -> int:
@@ -128,12 +125,17 @@ def decode_head(head: ImageBytes) -> Metadata:
     Raises:
         CorruptEntryError: damaged or not an entry.
     """
+    return unpack_metadata(_checked(head))
+
+
+def _checked(head: ImageBytes) -> bytes:
+    """The packed metadata in the first `head_length` bytes."""
     if len(head) != head_length(head):
         raise CorruptEntryError("the stored entry is cut short")
     checked, checksum = head[:-_CHECKSUM_BYTES], head[-_CHECKSUM_BYTES:]
     if xxh3_128_digest(checked) != checksum:
         raise CorruptEntryError("the stored metadata does not match its checksum")
-    return unpack_metadata(bytes(checked[PREAMBLE_BYTES:]))
+    return bytes(checked[PREAMBLE_BYTES:])
 
 
 def check_version(version: int) -> None:
@@ -206,13 +208,32 @@ def unpack_metadata(packed: bytes) -> Metadata:
     Raises:
         CorruptEntryError: `packed` is not that.
     """
+    return Metadata(*_unpacked(packed, b""))
+
+
+def unpack_entry(packed: bytes, data: ImageBytes) -> CachedImage:
+    """The whole entry of the metadata that `pack_metadata` made `packed` from, its bytes verified.
+
+    Raises:
+        CorruptEntryError: `packed` is not that, or `data` not the image that was stored.
+    """
+    entry, size_bytes, xxh3 = _unpacked(packed, data)
+    _verify(data, size_bytes, xxh3)
+    return entry
+
+
+def _verify(data: ImageBytes, size_bytes: int, xxh3: str) -> None:
+    if len(data) != size_bytes:
+        raise CorruptEntryError(f"the stored image has {len(data)} bytes and should have {size_bytes}")
+    if xxh3_128_hexdigest(data) != xxh3:
+        raise CorruptEntryError("the stored image does not match its checksum")
+
+
+def _unpacked(packed: bytes, data: ImageBytes) -> tuple[CachedImage, int, str]:
+    """The entry with these bytes, and the length and xxh3-128 that they must have."""
     try:
         fields = json.loads(packed.decode("utf-8", "surrogatepass"))
-        return Metadata(
-            bare=_entry(fields),
-            size_bytes=_whole(fields["size_bytes"], 0, _MAX_INT64),
-            xxh3=_text(fields["xxh3"]),
-        )
+        return _entry(fields, data), _whole(fields["size_bytes"], 0, _MAX_INT64), _text(fields["xxh3"])
     except (ValueError, TypeError, KeyError, RecursionError) as exc:
         raise CorruptEntryError("the stored metadata does not parse") from exc
 
@@ -220,11 +241,11 @@ def unpack_metadata(packed: bytes) -> Metadata:
 _USAGE_FIELDS = ("input_tokens", "input_text_tokens", "input_image_tokens", "output_tokens", "total_tokens")
 
 
-def _entry(fields: dict[str, JsonValue]) -> CachedImage:
+def _entry(fields: dict[str, JsonValue], data: ImageBytes) -> CachedImage:
     expire_time = fields["expire_time_s"]
     return CachedImage(
         key=_key(_text(fields["key"]), bytes.fromhex(_text(fields["identity"]))),
-        image=_image(fields),
+        image=_image(fields, data),
         namespace=_text(fields["namespace"]),
         prompt_digest=bytes.fromhex(_text(fields["prompt_digest"])),
         create_time_s=_seconds(fields["create_time_s"]),
@@ -235,11 +256,11 @@ def _entry(fields: dict[str, JsonValue]) -> CachedImage:
     )
 
 
-def _image(fields: dict[str, JsonValue]) -> GeneratedImage:
+def _image(fields: dict[str, JsonValue], data: ImageBytes) -> GeneratedImage:
     seed, usage = fields["seed"], fields["usage"]
     score = fields.get("score")  # entries from before there were scores have none
     return GeneratedImage(
-        data=b"",
+        data=data,
         content_type=_text(fields["content_type"]),
         width=_whole(fields["width"], 0, _MAX_INT32),
         height=_whole(fields["height"], 0, _MAX_INT32),
@@ -264,7 +285,7 @@ def _key(name: str, digest: bytes) -> CacheKey:
     key = CacheKey.parse(name)
     if not key.matches(digest) or len(digest) != 32:  # noqa: PLR2004 - a SHA-256
         raise ValueError("the key and the identity digest disagree")
-    return replace(key, digest=digest)
+    return CacheKey(key.partition, key.fingerprint, digest, key.variant)
 
 
 def _usage(values: list[JsonValue]) -> Usage:

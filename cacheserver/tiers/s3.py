@@ -253,10 +253,10 @@ class S3Tier:
         return None if stored is None else self._servable(key, name, stored)
 
     def _servable(self, key: CacheKey, name: str, stored: _Stored) -> CachedImage | None:
-        metadata = self._metadata(name, stored.headers)
+        packed = self._packed(name, stored.headers)
         if stored.data is None:
             raise CorruptEntryError(f"the object has {stored.size_bytes} bytes, more than an entry can")
-        entry = metadata.entry(stored.data)
+        entry = codec.unpack_entry(packed, stored.data)
         return entry if codec.answers(entry, key, self._clock.now_s()) else None
 
     def _names(self, keys: Sequence[CacheKey]) -> tuple[list[str], dict[str, list[str]]]:
@@ -374,7 +374,7 @@ class S3Tier:
         name = self._object(key)
         stored = self._head(name)
         try:
-            return None if stored is None else self._metadata(name, stored.headers)
+            return None if stored is None else codec.unpack_metadata(self._packed(name, stored.headers))
         except CorruptEntryError:
             return None
 
@@ -424,19 +424,20 @@ class S3Tier:
                 return stored
             return replace(stored, data=read_body(body, stored.size_bytes, check))
 
-    def _metadata(self, name: str, headers: Mapping[str, str]) -> codec.Metadata:
+    def _packed(self, name: str, headers: Mapping[str, str]) -> bytes:
+        """The metadata that the object's headers hold, or its sidecar."""
         try:
             codec.check_version(int(headers["codec-version"]))
         except (KeyError, ValueError) as exc:
             raise CorruptEntryError("the object in S3 is not an entry") from exc
         if "entry" in headers:
-            return codec.unpack_metadata(_decompressed(_from_base64(headers["entry"])))
+            return _decompressed(_from_base64(headers["entry"]))
         if "sidecar" not in headers:
             raise CorruptEntryError("the object in S3 has lost its metadata")
         sidecar = self._read(_sidecar(name, headers), codec.MAX_METADATA_BYTES)
         if sidecar is None or sidecar.data is None or xxh3_128_hexdigest(sidecar.data) != headers["sidecar"]:
             raise CorruptEntryError("the sidecar of the object in S3 is missing or damaged")
-        return codec.unpack_metadata(_decompressed(sidecar.data))
+        return _decompressed(sidecar.data)
 
     def _ask(self, call: Callable[..., _Result], **arguments: object) -> _Result:
         try:
