@@ -206,9 +206,10 @@ class TestSharing:
             {"cache_policy": CachePolicy.REFRESH},
             {"cache_policy": CachePolicy.NO_STORE},
             {"max_inline_bytes": 60_000_000},
+            {"max_inline_bytes": 5_000_000},
             {"extra": {"x": "x" * 1_100_000}},
         ],
-        ids=["refresh", "no store", "a large answer", "a large request"],
+        ids=["refresh", "no store", "a large answer", "an answer that others would wait for", "a large request"],
     )
     async def test_what_a_stream_is_not_for_goes_by_a_call_of_its_own(
         self, client: AsyncClient, service: Service, options: dict[str, Any]

@@ -30,8 +30,8 @@ Answer = Callable[[str, Call], bytes | None]
 """Answers a request by its id."""
 
 
-def message(*ids: str) -> bytes:
-    return pb.BatchGetImagesRequest(requests=[ask(request_id=each) for each in ids]).SerializeToString()
+def message(*ids: str, **fields: Any) -> bytes:
+    return pb.BatchGetImagesRequest(requests=[ask(request_id=each) for each in ids], **fields).SerializeToString()
 
 
 def numbers(count: int) -> list[str]:
@@ -192,6 +192,30 @@ class TestBounds:
         assert len(stream.sent.unread) == 2
         assert ids(await stream.next()) == ["1"]
         await until(lambda: len(stream.sent.unread) == 1)
+
+    @pytest.mark.parametrize("lies_ready", [True, False])
+    async def test_where_nothing_waits_for_a_place_no_more_than_a_thousand_answers_lie_unsent(
+        self, open_stream: OpenStream, reception: Reception, *, lies_ready: bool
+    ) -> None:
+        stream = open_stream(ready=lambda _, __: picture(1) if lies_ready else None, in_flight=1)
+        stream.sent.send(message(*numbers(2_500), no_waiting=True))
+        stream.sent.send(message("later"))
+        stream.sent.close()
+        got = ids(await stream.next())
+        await until(lambda: len(stream._batch._unsent) == 1_000)
+        await turns()
+        assert (len(stream._batch._unsent), len(stream.sent.unread)) == (1_000, 1)
+        assert reception._in_progress <= 1 + 1_000 + len(got)
+        stream.done.set_result(None)
+        got += ids([item async for raw in stream.answers for item in pb.BatchGetImagesResponse.FromString(raw).items])
+        assert sorted(got) == sorted([*numbers(2_500), "later"])
+
+    async def test_what_is_cancelled_is_heard_of_while_all_places_are_taken(self, open_stream: OpenStream) -> None:
+        stream = open_stream(ready=lambda _, __: None, in_flight=2)
+        stream.sent.send(message("a", "b", no_waiting=True))
+        stream.sent.send(message("c", cancelled=["a", "b"]))
+        items = [*(await stream.next()), *(await stream.next())]
+        assert {item.request_id: item.no_place for item in items} == {"c": True, "a": False, "b": False}
 
     async def test_an_item_is_in_progress_until_its_answer_has_gone_out(
         self, open_stream: OpenStream, reception: Reception
