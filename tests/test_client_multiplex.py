@@ -454,6 +454,17 @@ class TestGivingUp:
                 await other.get_image("slow", timeout_s=0.05)
         assert_same_error(late.value, alone.value)
 
+    async def test_it_is_the_same_error_where_the_service_is_the_first_to_notice(
+        self, client: AsyncClient, service: Service
+    ) -> None:
+        over = pb.Failure(code=grpc.StatusCode.DEADLINE_EXCEEDED.value[0], message="in words of its own")
+        service.script = {"slow": [over], "slower": ["hang"]}
+        with pytest.raises(DeadlineError) as told:
+            await client.get_image("slow")
+        with pytest.raises(DeadlineError) as noticed:
+            await client.get_image("slower", timeout_s=0.05)
+        assert_same_error(told.value, noticed.value)
+
     async def test_no_attempt_is_waited_for_beyond_the_time_of_its_call(
         self, client: AsyncClient, service: Service
     ) -> None:
