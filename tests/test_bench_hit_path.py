@@ -100,8 +100,21 @@ def test_the_median_of_the_ratios_counts_not_the_ratio_of_the_medians() -> None:
 @pytest.mark.parametrize(("again", "can_tell"), [(1.009, True), (0.991, True), (1.011, False), (0.988, False)])
 def test_a_run_counts_only_when_the_bare_server_is_as_dear_as_itself(again: float, can_tell: bool) -> None:  # noqa: FBT001 - a parameter of the table
     rounds = measured(bare=[100], again=[100 * again], ours=[90])
-    assert rounds.can_tell is can_tell
+    assert rounds.can_tell() is can_tell
     assert (shortfalls("row", [Goal(BARE, 1.0)], rounds) == []) is can_tell
+
+
+def test_a_run_counts_only_when_what_is_a_goal_is_alike_too() -> None:
+    rounds = Rounds({BARE: [cost(100)], AGAIN: [cost(100, p50_us=102)], TUNED: [cost(100)], OURS: [cost(100)]})
+    assert shortfalls("row", [Goal(TUNED, 1.0)], rounds) == []
+    assert shortfalls("row", [Goal(TUNED, 1.0, "p50_us")], rounds) == [
+        "row: A/A is 1.0000 in cpu_us, 1.0200 in p50_us after 1 rounds: the machine is too restless to tell"
+    ]
+
+
+def test_of_a_few_calls_there_is_no_99th_percentile() -> None:
+    few, many = (Taken(calls=n, seconds=1.0, cpu_s=1.0, us=[1.0] * n) for n in (99, 100))
+    assert (math.isnan(Round.of([few]).p99_us), Round.of([many]).p99_us) == (True, 1.0)
 
 
 def test_each_goal_that_is_missed_is_named() -> None:
@@ -118,7 +131,7 @@ def test_what_was_not_measured_falls_short() -> None:
     assert shortfalls("l2", [Goal(TUNED, 1.3)], measured(ours=[1.0])) == ["l2: cpu_us is nan x tuned, not 1.3"]
 
 
-async def run_rounds(again_s: Sequence[float], *, most_rounds: int) -> Rounds:
+async def run_rounds(again_s: Sequence[float], *, most_rounds: int, most_s: float = math.inf) -> Rounds:
     """Rounds in which the second bare server takes so many seconds a turn, and the first one second."""
     again = iter(again_s)
 
@@ -128,24 +141,29 @@ async def run_rounds(again_s: Sequence[float], *, most_rounds: int) -> Rounds:
     async def other() -> Taken:
         return Taken(calls=1, seconds=1.0, cpu_s=next(again), us=[1.0])
 
-    return await measure({BARE: one, AGAIN: other}, rounds=1, most_rounds=most_rounds, turns=1)
+    return await measure({BARE: one, AGAIN: other}, rounds=1, most_rounds=most_rounds, turns=1, most_s=most_s)
 
 
 async def test_rounds_are_added_until_the_bare_server_is_as_dear_as_itself() -> None:
     rounds = await run_rounds([1.5, 0.9, 1.0, 7.0], most_rounds=31)
-    assert (len(rounds), rounds.can_tell) == (3, True)
+    assert (len(rounds), rounds.can_tell()) == (3, True)
 
 
 async def test_rounds_end_at_the_most_there_may_be() -> None:
     rounds = await run_rounds([1.5, 1.5, 1.5], most_rounds=2)
-    assert (len(rounds), rounds.can_tell) == (2, False)
+    assert (len(rounds), rounds.can_tell()) == (2, False)
+
+
+async def test_a_row_that_has_had_its_time_is_given_no_further_rounds() -> None:
+    rounds = await run_rounds([1.5, 1.5], most_rounds=31, most_s=0)
+    assert (len(rounds), rounds.can_tell()) == (1, False)
 
 
 def test_the_figures_of_a_row_are_those_that_were_measured() -> None:
     rounds = measured(bare=[100.0, 100.0], again=[100.0, 100.0], tuned=[80.0, 80.0], ours=[90.0, 92.0])
     row = Row("l1/x/32", sides=lambda *_: pytest.fail("not measured again"), goals=(Goal(BARE, 0.9),), bytes_each=5_000)
     figures = hit_path.figures_of(row, rounds)
-    assert (figures["rounds"], figures["alike"]) == (2, 1.0)
+    assert (figures["rounds"], figures["alike"]) == (2, {"cpu_us": 1.0, "p50_us": 1.0})
     assert figures["sides"][OURS]["cpu_us"] == 91
     assert figures["sides"][OURS]["cpu_to"] == {BARE: 0.91, AGAIN: 0.91, TUNED: 1.1375}
     assert figures["sides"][BARE]["mb_per_second"] == 50

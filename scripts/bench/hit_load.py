@@ -139,14 +139,15 @@ def _each_its_own(call: Call, address: str, calls: int, at_a_time: int, log_file
 
 
 async def _watched(argv: Sequence[str], pid: int) -> tuple[str, list[Sample]]:
-    """Run a program: what it prints, and how the processor time of process `pid` grew meanwhile."""
+    """Run a program: what it prints, and how the processor time of process `pid` and of its own ones grew meanwhile."""
+    pids = [pid, *_children(pid)]
     process = await asyncio.create_subprocess_exec(*argv, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, cwd=_ROOT)
     ending = asyncio.create_task(process.communicate(), name="load")
     try:
-        samples = [_sample(pid)]
+        samples = [_sample(pids)]
         while not ending.done():
             await asyncio.wait({ending}, timeout=_SAMPLE_EVERY_S)
-            samples.append(_sample(pid))
+            samples.append(_sample(pids))
         out, err = ending.result()
     finally:
         if process.returncode is None:
@@ -157,8 +158,13 @@ async def _watched(argv: Sequence[str], pid: int) -> tuple[str, list[Sample]]:
     return out.decode(), samples
 
 
-def _sample(pid: int) -> Sample:
-    return Sample(time.time(), cpu_s(pid))
+def _children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+def _sample(pids: Sequence[int]) -> Sample:
+    return Sample(time.time(), sum(map(cpu_s, pids)))
 
 
 def read_log(text: str) -> list[Answered]:

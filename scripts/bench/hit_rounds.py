@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,9 @@ BARE, AGAIN, TUNED, OURS = "bare", "bare again", "tuned", "service"
 ALIKE = 0.01
 """By how much the bare server may differ from itself."""
 
+_FEWEST_FOR_P99 = 100
+"""Calls: with fewer, the 99th percentile is but the longest of them."""
+
 Turn = Callable[[], Awaitable[Taken]]
 
 
@@ -28,6 +32,7 @@ class Round:
     cpu_us: float
     p50_us: float
     p99_us: float
+    """NaN of a few calls."""
 
     @property
     def us_each(self) -> float:
@@ -42,7 +47,7 @@ class Round:
             per_second=calls / sum(turn.seconds for turn in turns),
             cpu_us=sum(turn.cpu_s for turn in turns) / calls * 1e6,
             p50_us=percentile(us, 50),
-            p99_us=percentile(us, 99),
+            p99_us=percentile(us, 99) if len(us) >= _FEWEST_FOR_P99 else math.nan,
         )
 
 
@@ -71,32 +76,35 @@ class Rounds:
         pairs = zip(self.sides[side], self.sides[floor], strict=True)
         return statistics.median(getattr(one, figure) / getattr(other, figure) for one, other in pairs)
 
-    @property
-    def alike(self) -> float:
-        """A/A: the processor time of the bare server against itself; NaN without a second one."""
-        return self.ratio(AGAIN, BARE)
+    def alike(self, figure: str = "cpu_us") -> float:
+        """A/A: a figure of the bare server against itself; NaN without a second one."""
+        return self.ratio(AGAIN, BARE, figure)
 
-    @property
-    def can_tell(self) -> bool:
-        """Whether the machine was at rest, as far as that was looked at."""
-        return math.isnan(self.alike) or abs(self.alike - 1) <= ALIKE
+    def can_tell(self, goals: Sequence[Goal] = ()) -> bool:
+        """Whether the machine was at rest, as far as that was looked at: by processor time, and by what is a goal."""
+        alike = [self.alike(figure) for figure in {"cpu_us", *(goal.figure for goal in goals)}]
+        return all(math.isnan(each) or abs(each - 1) <= ALIKE for each in alike)
 
 
-async def measure(
+async def measure(  # noqa: PLR0913 - when it ends, by keyword
     sides: Mapping[str, Turn],
     *,
     rounds: int,
     most_rounds: int,
     turns: int,
+    goals: Sequence[Goal] = (),
+    most_s: float = math.inf,
     told: Callable[[Rounds], None] = lambda _: None,
 ) -> Rounds:
-    """`rounds` at least, and further ones up to `most_rounds` until A/A is as it should be.
+    """`rounds` at least, and further ones until A/A is as it should be: up to `most_rounds`, none after `most_s`.
 
     In each round each side has `turns` turns, in a random order: what else the machine does then meets all of them.
     `told` is told after each round.
     """
-    measured = Rounds()
-    while len(measured) < rounds or (not measured.can_tell and len(measured) < most_rounds):
+    measured, until_s = Rounds(), time.monotonic() + most_s
+    while len(measured) < rounds or (
+        not measured.can_tell(goals) and len(measured) < most_rounds and time.monotonic() < until_s
+    ):
         taken: dict[str, list[Taken]] = {name: [] for name in sides}
         for _ in range(turns):
             for name in random.sample([*sides], len(sides)):
@@ -130,6 +138,8 @@ class Goal:
 
 def shortfalls(row: str, goals: Sequence[Goal], measured: Rounds) -> list[str]:
     """What of a row is not as it should be."""
-    if goals and not measured.can_tell:
-        return [f"{row}: A/A is {measured.alike:.4f} after {len(measured)} rounds: the machine is too restless to tell"]
+    if goals and not measured.can_tell(goals):
+        figures = dict.fromkeys(("cpu_us", *(goal.figure for goal in goals)))
+        alike = ", ".join(f"{measured.alike(figure):.4f} in {figure}" for figure in figures)
+        return [f"{row}: A/A is {alike} after {len(measured)} rounds: the machine is too restless to tell"]
     return [told for goal in goals if (told := goal.shortfall(row, measured)) is not None]

@@ -32,6 +32,7 @@ class Row:
         goals: what ours may cost at most.
         bytes_each: of the pictures that a call brings.
         lacking: why it cannot be measured, if so.
+        note: what else is to be known of its figures.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Row:
     goals: tuple[Goal, ...] = ()
     bytes_each: int = 0
     lacking: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,8 +76,8 @@ def main(  # noqa: PLR0913 - options
     measured = asyncio.run(
         compare(attempts, size_bytes=SIZES[size], load=load, rounds=rounds, turns=turns, turn_s=turn_s)
     )
-    if not measured.can_tell:
-        print(f"A/A is {measured.alike:.4f}: the machine is too restless to tell", file=sys.stderr)
+    if not measured.can_tell():
+        print(f"A/A is {measured.alike():.4f}: the machine is too restless to tell", file=sys.stderr)
     figures = {
         side: {"cpu_us": measured.median(side, "cpu_us"), "ratio": measured.ratio(side, BARE)}
         for side in measured.sides
