@@ -19,7 +19,7 @@ from cacheserver.rpc.messages import Problems
 from cacheserver.tasks import in_turns
 
 _TURN_BYTES = 4 * 1024
-"""To key so much takes a tenth of a millisecond: thirty ordinary items that are known, or three that are not.
+"""To key so much takes one or two tenths of a millisecond: thirty ordinary items that are known, or three that are not.
 
 A call has to wait for several turns of the loop until it is answered, and grpc lets in one more with each.
 """
