@@ -852,14 +852,17 @@ async def lived(plan: Plan, directory: Path, *, multiplexed: bool) -> list[Outco
         elif plan.happens:
             proxy.cut()
             proxy.resume()
-        late = [call for call, each in zip(calls, plan.calls, strict=True) if is_late(each)]
-        if late:
-            await asyncio.wait(late)
+        ending = [call for call, each in zip(calls, plan.calls, strict=True) if is_late(each) or each.kind not in MADE]
+        if ending:
+            await asyncio.wait(ending)
         if not plan.happens:
             reception = front.server._services[0]._reception  # type: ignore[union-attr] # a PromptCacheService
             await until(lambda: reception._in_progress == len(staying) + multiplexed)
         house.upstream.release()
-        outcomes = [await outcome_of(call, told=not plan.happens) for call in calls]
+        outcomes = [
+            await outcome_of(call, told=not plan.happens and each.kind != "same miss")
+            for call, each in zip(calls, plan.calls, strict=True)
+        ]
         assert set(paid.values()) <= {1}
         return outcomes
 
@@ -882,7 +885,7 @@ async def begun(client: AsyncClient, plan: Plan) -> list[asyncio.Future[ImageRes
 
 
 async def outcome_of(call: asyncio.Future[ImageResult], *, told: bool) -> Outcome:
-    """What its caller sees; not the tier where a call that was sent again may find the picture made meanwhile."""
+    """What its caller sees; not the tier where a call that is sent again, or comes late, may find the picture made."""
     try:
         result = await call
     except asyncio.CancelledError:
