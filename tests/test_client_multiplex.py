@@ -593,7 +593,7 @@ def quicken(monkeypatch: pytest.MonkeyPatch, *, first_s: float = 0.002, tokens: 
         config = str(options["grpc.service_config"])
         config = config.replace('"0.2s"', f'"{first_s}s"').replace('"maxTokens": 10', f'"maxTokens": {tokens}')
         quick = {**options, "grpc.service_config": config, "grpc.initial_reconnect_backoff_ms": 10}
-        quick |= {"grpc.min_reconnect_backoff_ms": 10, "grpc.use_local_subchannel_pool": 1}
+        quick |= {"grpc.min_reconnect_backoff_ms": 2_000, "grpc.use_local_subchannel_pool": 1}
         monkeypatch.setattr(channel, name, tuple(quick.items()))
 
 
