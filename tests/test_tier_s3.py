@@ -554,7 +554,7 @@ async def test_a_body_that_drips_is_given_up_at_the_deadline(s3_server: S3Server
 
 
 async def test_a_small_body_that_drips_is_given_up_at_the_deadline_too(s3_server: S3Server, clock: FakeClock) -> None:
-    sent = 0
+    sent, ended = 0, asyncio.Event()
 
     async def drip(writer: asyncio.StreamWriter) -> None:
         nonlocal sent
@@ -566,6 +566,8 @@ async def test_a_small_body_that_drips_is_given_up_at_the_deadline_too(s3_server
                 clock.advance(1)
                 sent += 1
                 await asyncio.sleep(0.001)
+        writer.close()
+        ended.set()
 
     async with (
         answering(drip) as endpoint,
@@ -573,6 +575,7 @@ async def test_a_small_body_that_drips_is_given_up_at_the_deadline_too(s3_server
     ):
         with pytest.raises(TierTimeoutError, match="within 5 s"):
             await tier.get(make_key())
+        await ended.wait()
     assert sent < 100
 
 
