@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from structlog.contextvars import merge_contextvars
 from structlog.testing import capture_logs
 
+from cacheserver.accounting.books import ToldApart
 from cacheserver.errors import UnknownCallError
 from cacheserver.identity import identify
 from cacheserver.model import (
@@ -263,6 +264,7 @@ async def served(steps: Sequence[Step], known_requests: int, *, logs_calls: bool
     clock = FakeClock(1_800_000_000.25)
     redis, s3 = (FaultyTier(DictTier(clock), name) for name in (TierName.REDIS, TierName.S3))
     house = House(clock=clock, redis=redis, s3=s3, memory_bytes=MEMORY_BYTES)
+    house.books._told_apart = ToldApart(frozenset({MODEL}), frozenset({"auto", "high"}), max_callers=1)
     try:
         async with open_front(
             house,
