@@ -1,4 +1,4 @@
-"""Whatever comes, calls that are answered unread are answered, booked and remembered as if they had been read."""
+"""Whatever comes, calls that are answered at once are answered, booked and remembered as if they had been asked."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ class Shop:
         self._house = front.house
         self._service = cast("PromptCacheService", front.server._services[0])
         self._service._reception._logs_calls = logs_calls
-        self.unread = 0
+        self.at_once = 0
         self._noted = Noted()
         if traces:
             self._service._asking._trace = self._noted
@@ -202,7 +202,7 @@ class Shop:
         hit_again = self._house.books.hit_again
 
         def count(*of: Any) -> None:
-            self.unread += 1
+            self.at_once += 1
             hit_again(*of)
 
         self._house.books.hit_again = count  # type: ignore[method-assign] # it only looks on
@@ -259,8 +259,8 @@ class Shop:
                     told.recalled[f"r{number} {caller.name}"] = call._replace(wish=cast("Any", wish))
 
 
-async def served(steps: Sequence[Step], known_requests: int, *, logs_calls: bool, traces: bool) -> Shop:
-    """The shop that has served the schedule."""
+async def served(steps: Sequence[Step], known_requests: int | None, *, logs_calls: bool, traces: bool) -> Shop:
+    """The shop that has served the schedule. `known_requests` None: it answers nothing at once."""
     clock = FakeClock(1_800_000_000.25)
     redis, s3 = (FaultyTier(DictTier(clock), name) for name in (TierName.REDIS, TierName.S3))
     house = House(clock=clock, redis=redis, s3=s3, memory_bytes=MEMORY_BYTES)
@@ -271,7 +271,8 @@ async def served(steps: Sequence[Step], known_requests: int, *, logs_calls: bool
             callers=[(digest(token), caller) for token, caller in CALLERS.items()],
             anonymous=None,
             namespaces=(SHARED, OTHER, HALF, RECORDED),
-            limits=Limits(known_requests=known_requests),
+            limits=Limits(known_requests=known_requests or 0),
+            at_once=known_requests is not None,
         ) as front:
             shop = Shop(front, logs_calls=logs_calls, traces=traces)
             with capture_logs([merge_contextvars]) as lines:
@@ -330,12 +331,13 @@ def schedules(draw: st.DrawFn) -> list[Step]:
 
 @settings(max_examples=30, deadline=None)
 @given(schedules(), st.sampled_from(["logs calls", "traces"]))
-def test_whatever_comes_is_answered_booked_and_remembered_as_if_all_were_read(steps: list[Step], does: str) -> None:
-    read, unread = (
-        asyncio.run(served(steps, known, logs_calls=does == "logs calls", traces=does == "traces"))
-        for known in (0, 10_000)
+def test_whatever_comes_is_answered_booked_and_remembered_as_if_all_were_asked(steps: list[Step], does: str) -> None:
+    asked, read, known = (
+        asyncio.run(served(steps, most, logs_calls=does == "logs calls", traces=does == "traces"))
+        for most in (None, 0, 10_000)
     )
-    assert read.unread == 0
-    event(f"unread: {min(unread.unread, 3)}")
+    assert asked.at_once == 0
+    event(f"at once: {min(known.at_once, 3)}")
     for name in (each.name for each in dataclasses.fields(Told)):
-        assert getattr(unread.told, name) == getattr(read.told, name), name
+        assert getattr(read.told, name) == getattr(asked.told, name), name
+        assert getattr(known.told, name) == getattr(asked.told, name), name
