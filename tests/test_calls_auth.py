@@ -59,3 +59,13 @@ def test_with_callers_an_unknown_token_is_not_anonymous() -> None:
     assert authenticator.authenticate({}) is ANYONE
     with pytest.raises(UnauthenticatedError):
         authenticator.authenticate({"authorization": "Bearer other"})
+
+
+def test_a_token_names_its_caller_in_however_many_spellings_it_comes(authenticator: Authenticator) -> None:
+    for spaces in range(2_500):
+        assert authenticator.authenticate({"authorization": f"Bearer {' ' * spaces}shop-token"}) is SHOP
+    assert len(authenticator._lately) <= 1_000
+    assert authenticator.authenticate({"authorization": "Bearer blog-token"}) is BLOG
+    assert authenticator.authenticate({"authorization": "Bearer shop-token"}) is SHOP
+    with pytest.raises(UnauthenticatedError):
+        authenticator.authenticate({"authorization": "Basic shop-token"})

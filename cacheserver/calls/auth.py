@@ -1,8 +1,9 @@
-"""Who asks: bearer tokens, known by their SHA-256 only."""
+"""Who asks: bearer tokens, known by their digests only."""
 
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Mapping, Sequence
 
 from cacheserver.errors import UnauthenticatedError
@@ -11,10 +12,13 @@ from cacheserver.model import Caller
 _HELP = "Send `authorization: Bearer <token>` with the token of one of the service's callers."
 
 
+_MOST_LATELY = 1_000
+
+
 class Authenticator:
     """Tells callers apart by their bearer token.
 
-    Tokens are looked up by their digest in a dict. Its timing tells at most how a digest compares with
+    Tokens are looked up by their digests in dicts. Its timing tells at most how a digest compares with
     others, which nobody can steer towards a token's digest, so no comparison in constant time is needed.
     """
 
@@ -26,6 +30,9 @@ class Authenticator:
         """
         self._callers = dict(callers)
         self._anonymous = anonymous
+        self._lately: dict[bytes, Caller] = {}
+        """Callers by the keyed BLAKE2s of what they sent: OpenSSL's SHA-256 of it alone is a thirtieth of a hit."""
+        self._key = secrets.token_bytes(hashlib.blake2s.MAX_KEY_SIZE)
 
     def known(self, metadata: Mapping[str, str]) -> Caller | None:
         """The caller whose token is in a call's metadata; None if there is none, or one nobody knows."""
@@ -34,10 +41,19 @@ class Authenticator:
             return self._anonymous
         if authorization is None:
             return None
+        sent = hashlib.blake2s(authorization.encode(), key=self._key).digest()
+        return self._lately.get(sent) or self._find(authorization, sent)
+
+    def _find(self, authorization: str, sent: bytes) -> Caller | None:
         scheme, _, token = authorization.partition(" ")
-        return (
-            self._callers.get(hashlib.sha256(token.strip().encode()).digest()) if scheme.lower() == "bearer" else None
-        )
+        if scheme.lower() != "bearer":
+            return None
+        caller = self._callers.get(hashlib.sha256(token.strip().encode()).digest())
+        if caller is not None:
+            if len(self._lately) >= _MOST_LATELY:
+                self._lately.clear()
+            self._lately[sent] = caller
+        return caller
 
     def authenticate(self, metadata: Mapping[str, str]) -> Caller:
         """The caller whose token is in a call's metadata.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 from cacheserver.calls.again import HitAgain
 from cacheserver.model import Caller, Identity, Pending, Served
@@ -17,7 +18,10 @@ BY_URL = Caller("url", frozenset())
 """Who fetches a picture by a URL that is all the right it needs. Nobody asks later what became of such a call."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-_IDS = random.Random()  # noqa: S311 - they tell calls apart and open nothing; a secret one takes a system call
+_OURS = secrets.token_hex(8)
+_NUMBERS = count(10**15)
+"""What our ids are made of: of this process, and which in it. They tell calls apart and open nothing."""
+
 _FALLBACKS = re.compile(r"[1-9][0-9]{0,5}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 
@@ -65,7 +69,7 @@ class Call:
 def request_id_of(metadata: Mapping[str, str]) -> str:
     """The caller's id of the call if it is fit for a log line, else one of ours."""
     stated = metadata.get("x-request-id")
-    return stated if stated is not None and is_fit_id(stated) else f"{_IDS.getrandbits(128):032x}"
+    return stated if stated is not None and is_fit_id(stated) else f"{_OURS}{next(_NUMBERS)}"
 
 
 def is_fit_id(text: str) -> bool:
