@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cacheserver.model import CacheKey, Caller, GeneratedImage, MatchLevel, Namespace, Permission, Reply, TierName
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.recall import Recall
-from cacheserver.rpc import service, templates
+from cacheserver.rpc import service, split, templates
 from cacheserver.rpc.service import Limits
 from cacheserver.tiers.memory import MemoryCache, entry_bytes
 from tests.fakes import FakeClock
@@ -55,8 +55,8 @@ def taken_apart(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         taken.append(raw)
         return apart(raw)
 
-    apart = templates._parts
-    monkeypatch.setattr(templates, "_parts", parts)
+    apart = split.prompted
+    monkeypatch.setattr(templates, "prompted", parts)
     return taken
 
 

@@ -103,6 +103,7 @@ MORE = (
     fields(match_level=pb.MATCH_LEVEL_SEMANTIC),
     fields(use="thumbnail"),
     fields(candidates=1),
+    fields(key="no key"),  # in place of what is asked for, or before it
     fields(spec=spec("", quality="high")),  # merged with what is asked for, before or after
     fields(spec=spec("", seed=7)),
     b"\xf8\x07\x05",  # a field of tomorrow

@@ -80,7 +80,7 @@ def validate(request: ImageRequest) -> dict[str, str]:
 
 def validate_prompt(prompt: str) -> dict[str, str]:
     """What `validate` finds wrong with a request's prompt; it depends on nothing else of the request."""
-    return dict(_prompt(prompt))
+    return {} if _is_well_prompt(prompt) else dict(_prompt(prompt))
 
 
 def _violations(request: ImageRequest) -> Iterator[Violation]:
@@ -128,8 +128,13 @@ def _plain_fields(request: ImageRequest) -> Iterator[Violation]:
         yield Violation("seed", "must fit 64 bits with sign")
 
 
+def _is_well_prompt(prompt: str) -> bool:
+    """Whether nothing is wrong with a prompt, as is seen at once of most."""
+    return 1 <= len(prompt) <= _MAX_PROMPT_CHARS and is_plain(prompt) and not prompt.isspace()
+
+
 def _prompt(prompt: str) -> Iterator[Violation]:
-    if 1 <= len(prompt) <= _MAX_PROMPT_CHARS and is_plain(prompt) and not prompt.isspace():
+    if _is_well_prompt(prompt):
         return
     if not 1 <= len(prompt) <= _MAX_PROMPT_CHARS:
         yield Violation("prompt", f"must have 1 to {_MAX_PROMPT_CHARS:,} characters, and has {len(prompt):,}")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from sys import getsizeof
 
 from cacheserver.calls.again import HitAgain
-from cacheserver.calls.bounds import MAX_REQUEST_ID, MAX_TAGS, TAG
 from cacheserver.calls.directives import status_lasts_until_s, stored_status
 from cacheserver.model import CachedImage, Caller, ImageRequest, TierName
-from cacheserver.pb import promptcache_pb2 as pb
-from cacheserver.rpc import wire
+from cacheserver.rpc import split
 
 _KNOWN_BYTES = 3_000
 """What is kept of a call and the texts it was read to, as a rule; all together take no more than so much each."""
@@ -19,12 +16,6 @@ _KNOWN_BYTES = 3_000
 _OBJECTS_BYTES = 1_600
 _EXTRA_BYTES = 24
 """What provider parameters take at the most as objects, by the bytes of their request."""
-
-_LENGTH_DELIMITED = 2
-_REQUEST_ID = pb.GetImageRequest.REQUEST_ID_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
-_TAG = pb.GetImageRequest.TAGS_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
-_FIT_ID = re.compile(rb"[ -~]{0,%d}" % MAX_REQUEST_ID)
-_FIT_TAG = re.compile(TAG.pattern.encode("ascii"))
 
 _Name = tuple[bytes, str]
 """A request's bytes without its request_id and tags, and its caller."""
@@ -70,13 +61,13 @@ class KnownCalls:
         known = self._calls.get((raw, caller.name))
         if known is not None:
             return known
-        lasting = _lasting(raw)
+        lasting = split.lasting(raw)
         return None if lasting is None else self._calls.get((lasting, caller.name))
 
     def keep(self, again: HitAgain, raw: bytes) -> Known:
         """Know a call with this request from now on."""
         known = Known(again)
-        lasting = _lasting(raw) if self._most else None
+        lasting = split.lasting(raw) if self._most else None
         if lasting is None:
             return known
         name = lasting, again.caller.name
@@ -104,22 +95,3 @@ def _size_bytes(lasting: bytes, again: HitAgain) -> int:
     if isinstance(what, ImageRequest):
         size += getsizeof(what.prompt) + (_EXTRA_BYTES * len(lasting) if what.extra else 0)
     return size
-
-
-def _lasting(raw: bytes) -> bytes | None:
-    """A request without request_id and tags, which say nothing of a stored picture; None if these are not fit."""
-    fields = wire.fields(raw)
-    if fields is None:
-        return None
-    lasting, tags = [], 0
-    for field in fields:
-        if raw[field.start] == _REQUEST_ID:
-            if not _FIT_ID.fullmatch(raw, field.value, field.end):
-                return None
-        elif raw[field.start] == _TAG:
-            tags += 1
-            if tags > MAX_TAGS or not _FIT_TAG.fullmatch(raw, field.value, field.end):
-                return None
-        else:
-            lasting.append(raw[field.start : field.end])
-    return b"".join(lasting)

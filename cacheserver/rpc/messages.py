@@ -240,7 +240,7 @@ def _read_terms(message: pb.GetImageRequest, namespace: Namespace, call: Call, p
         deadline_s=call.deadline_s,
         exclude_keys=_read_exclude_keys(message.exclude_keys, problems),
         priority=min(priority, call.caller.max_priority),
-        request_id=read_request_id(message.request_id, problems),
+        request_id=_read_request_id(message.request_id, problems),
         tags=read_tags(message.tags, "tags", problems),
         allow_degraded=message.allow_degraded,
         no_transform=directives.no_transform,
@@ -280,8 +280,7 @@ def _read_exclude_keys(names: Sequence[str], problems: Problems) -> frozenset[st
     return frozenset(names)
 
 
-def read_request_id(text: str, problems: Problems) -> str:
-    """The id under which a call may be sent again."""
+def _read_request_id(text: str, problems: Problems) -> str:
     if len(text) > MAX_REQUEST_ID or not text.isprintable():
         problems.add("request_id", f"must be at most {MAX_REQUEST_ID} printable characters")
     return text
