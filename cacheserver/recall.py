@@ -16,7 +16,7 @@ from itertools import islice
 from typing import NamedTuple, Self
 
 from cacheserver.errors import UnknownCallError
-from cacheserver.identity import fields_of
+from cacheserver.identity import canonical_json, fields_of
 from cacheserver.model import (
     CachedImage,
     CacheKey,
@@ -35,6 +35,7 @@ Find = Callable[[Sequence[CacheKey]], Awaitable[tuple[list[Found], list[TierName
 _CALLS = 10_000
 _WISHES = 10_000
 _WORDS = 256
+_KINDS, _KIND_BYTES = 256, 1_024
 _COMPARED = 2_000
 """Requests of a kind that are compared for one explanation, in some ten milliseconds of a thread."""
 
@@ -171,6 +172,8 @@ class Recall:
         """Looked through from the end: nobody asks as often as calls are noted."""
         self._wishes: OrderedDict[tuple[str, bytes], Wish] = OrderedDict()
         self._by_prompt: dict[tuple[str, int], dict[Wish, None]] = {}
+        self._shown: dict[tuple[bytes, bytes], tuple[tuple[str, str], ...]] = {}
+        """By what stands before and after the prompt in the canonical identity."""
         self._by_fields: dict[tuple[str, tuple[tuple[str, str], ...]], dict[Wish, None]] = {}
 
     def note(  # noqa: PLR0913 - the facts of a call
@@ -227,9 +230,7 @@ class Recall:
 
     def _wished(self, wanted: Identity) -> Wish:
         """Remember a request that was not seen lately; the oldest is forgotten for it."""
-        fields = fields_of(wanted)
-        del fields["prompt"]
-        shown = tuple((name, str(hash(v)) if name.startswith("extra.") else v) for name, v in sorted(fields.items()))
+        shown = self._fields_shown(wanted)
         alike = self._by_fields.setdefault((wanted.key.partition, shown), {})
         if alike:
             shown = next(iter(alike)).fields  # one tuple for all that are alike
@@ -241,6 +242,21 @@ class Recall:
         if len(self._wishes) > self._most_wishes:
             self._forget(self._wishes.popitem(last=False)[1])
         return wish
+
+    def _fields_shown(self, wanted: Identity) -> tuple[tuple[str, str], ...]:
+        """The fields of a request but for its prompt. Most requests have them in common with one before."""
+        prompt = b'"prompt":' + canonical_json(wanted.normalized_prompt).encode()
+        before, _, after = wanted.canonical.rpartition(prompt)
+        shown = self._shown.get((before, after))
+        if shown is None:
+            fields = sorted(fields_of(wanted).items())
+            hidden = ((name, str(hash(v)) if name.startswith("extra.") else v) for name, v in fields)
+            shown = tuple(each for each in hidden if each[0] != "prompt")
+            if len(self._shown) >= _KINDS:
+                del self._shown[next(iter(self._shown))]
+            if len(before) + len(after) <= _KIND_BYTES:
+                self._shown[before, after] = shown
+        return shown
 
     def _forget(self, wish: Wish) -> None:
         wish.is_forgotten = True

@@ -101,12 +101,16 @@ async def _found(stage: Stage, turn_s: float) -> AsyncIterator[Sides]:
 
 @asynccontextmanager
 async def _of_many(stage: Stage, turn_s: float, *, size: str) -> AsyncIterator[Sides]:
-    """GetImage of one picture of many by Zipf's law, each call with a request_id of its own and no requests known."""
+    """GetImage of one picture of many by Zipf's law, each call with a request_id of its own and no requests known.
+
+    All have been asked for once before, as the one picture of other rows: the first hit of a picture makes its reply.
+    """
     service = await stage.service(server__known_requests=0, memory__max_bytes=_PROMPTS_MEMORY)
     prompts = [f"a fox of {size} among many, number {n}" for n in range(_PROMPTS[size])]
     await stage.put(service, dict.fromkeys(prompts, SIZES[size]))
     messages = [request(prompt) for prompt in prompts]
     answer = await stage.hit(service, messages[0])
+    await stage.hits(service, messages)
     asked = Asked("GetImage", [each.SerializeToString() for each in messages], answer, skew=_SKEW)
     async with asking(stage, turn_s, asked, {OURS: service}, load=Load(USUAL)) as sides:
         yield sides

@@ -28,6 +28,7 @@ from cacheserver.cli.serve import GRPC_EXPERIMENTS
 from cacheserver.client import AsyncClient, ImageSpec
 from cacheserver.embedded.child import leashed
 from cacheserver.pb import promptcache_pb2 as pb
+from cacheserver.pb import promptcache_pb2_grpc as pb_grpc
 from scripts.bench.framing import framed
 from scripts.bench.obedient import Obedient, obedient
 from scripts.bench.stand import ServiceProcess
@@ -103,6 +104,13 @@ def request(prompt: str, **fields: object) -> pb.GetImageRequest:
     """Asks for the picture that was put for this prompt."""
     spec = pb.ImageSpec(prompt=prompt, size=_SIZE, quality=_QUALITY)
     return pb.GetImageRequest(spec=spec, **fields)  # type: ignore[arg-type] # fields of the message
+
+
+async def _numbered(asked: Sequence[pb.GetImageRequest]) -> AsyncIterator[pb.BatchGetImagesRequest]:
+    for number, request in enumerate(asked):
+        numbered = pb.GetImageRequest(request_id=str(number))
+        numbered.MergeFrom(request)
+        yield pb.BatchGetImagesRequest(requests=[numbered])
 
 
 class Stage:
@@ -189,6 +197,20 @@ class Stage:
         if pb.GetImageResponse.FromString(answer).status.tier != tier:
             raise RuntimeError("answered by another tier than is measured")
         return [answer]
+
+    async def hits(self, service: Server, asked: Sequence[pb.GetImageRequest]) -> None:
+        """Ask for all of these once, on one stream."""
+        options = (("grpc.max_receive_message_length", -1),)
+        metadata = (("authorization", f"Bearer {self.token}"),)
+        async with grpc.aio.insecure_channel(service.address, options=options) as channel:
+            call = pb_grpc.PromptCacheServiceStub(channel).BatchGetImages(_numbered(asked), metadata=metadata)
+            left = len(asked)
+            async for message in call:
+                left -= len(message.items)
+                if any(item.response.status.tier != pb.TIER_MEMORY for item in message.items):
+                    raise RuntimeError("answered by another tier than is measured")
+                if not left:
+                    return
 
     def file(self, name: str, messages: Sequence[bytes]) -> Path:
         """A file of these messages as gRPC sends them."""
