@@ -250,11 +250,12 @@ class Recall:
         shown = self._shown.get((before, after))
         if shown is None:
             fields = sorted(fields_of(wanted).items())
-            hidden = ((name, str(hash(v)) if name.startswith("extra.") else v) for name, v in fields)
+            hidden = [(name, str(hash(v)) if name.startswith("extra.") else v) for name, v in fields]
             shown = tuple(each for each in hidden if each[0] != "prompt")
-            if len(self._shown) >= _KINDS:
-                del self._shown[next(iter(self._shown))]
-            if len(before) + len(after) <= _KIND_BYTES:
+            has_texts = any(name.startswith("extra.") for name, _ in fields)  # they may be like a prompt
+            if not has_texts and len(before) + len(after) <= _KIND_BYTES:
+                if len(self._shown) >= _KINDS:
+                    del self._shown[next(iter(self._shown))]
                 self._shown[before, after] = shown
         return shown
 

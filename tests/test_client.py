@@ -394,10 +394,11 @@ async def test_what_is_not_given_stays_unset(client: Any, service: Service) -> N
     "options",
     [
         {"variant_policy": VariantPolicy.NEXT},
+        {"variant_policy": VariantPolicy.NEXT, "request_id": ""},
         {"cache_policy": CachePolicy.REFRESH},
         {"cache_policy": CachePolicy.NO_STORE},
     ],
-    ids=["next", "refresh", "no store"],
+    ids=["next", "next of no id", "refresh", "no store"],
 )
 async def test_a_retry_of_a_paying_call_repeats_its_request_id(
     client: Any, service: Service, options: dict[str, Any]

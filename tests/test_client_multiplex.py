@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import socket
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -595,6 +596,28 @@ def quicken(monkeypatch: pytest.MonkeyPatch, *, first_s: float = 0.002, tokens: 
         quick = {**options, "grpc.service_config": config, "grpc.initial_reconnect_backoff_ms": 10}
         quick |= {"grpc.min_reconnect_backoff_ms": 2_000, "grpc.use_local_subchannel_pool": 1}
         monkeypatch.setattr(channel, name, tuple(quick.items()))
+
+
+class TestWhatWasNeverSent:
+    async def test_what_was_given_up_before_it_was_sent_leaves_nothing(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as deaf:  # it takes connections and says nothing
+            async with AsyncClient(f"127.0.0.1:{deaf.getsockname()[1]}", multiplex=True) as client:
+                calls = in_progress(*(client.get_image(f"fox {number}", timeout_s=60) for number in range(10)))
+                await until(lambda: any(len(stream._unsent) == 10 for stream in streams_of(client)))
+                [stream] = streams_of(client)
+                for call in calls:
+                    call.cancel()
+                await asyncio.gather(*calls, return_exceptions=True)
+                assert (len(stream._waiting), len(stream._unsent)) == (0, 0)
+
+    async def test_a_call_whose_stream_has_not_begun_ends_with_its_client(self, service: Service, address: str) -> None:
+        client = AsyncClient(address, multiplex=True)
+        [call] = in_progress(client.get_image("a red fox", timeout_s=60))
+        await asyncio.sleep(0)  # the call has begun, the task of its stream has not
+        await client.close()
+        with pytest.raises(UnreachableError):
+            await asyncio.wait_for(call, timeout=5)
+        assert not service.asked
 
 
 class TestBreaking:

@@ -272,6 +272,22 @@ class TestNotWaiting:
             assert all(item.response.images for item in (await read(call, 1_000)).values())
             call.cancel()
 
+    async def test_a_service_that_goes_down_says_at_once_that_it_has_no_place(self, front: Front) -> None:
+        front.house.upstream.hold()
+        call = front.stub.BatchGetImages()
+        await call.write(without_waiting(ask("slow", request_id="slow"), ask("off", request_id="off")))
+        await front.house.upstream.arrived(2)
+        draining = asyncio.ensure_future(front.server.drain(30))
+        await until(front.server._services[0]._reception.going_down.is_set)  # type: ignore[union-attr] # a PromptCacheService
+        await call.write(without_waiting(ask("late", request_id="late"), cancelled=["off"]))
+        items = await read(call, 2)
+        assert items["late"].no_place
+        assert items["off"].failure.code == grpc.StatusCode.CANCELLED.value[0]
+        front.house.upstream.release()
+        assert (await read(call, 1))["slow"].response.images
+        assert (await failure(call.read())).reason == "SHUTTING_DOWN"
+        await asyncio.wait_for(draining, timeout=10)
+
     async def test_a_service_that_is_full_of_others_has_no_place(self, house: House) -> None:
         async with open_front(house, max_concurrent_calls=2) as front:
             await front.stub.GetImage(ask("a hit"))

@@ -676,3 +676,16 @@ async def test_a_new_connection_does_not_look_for_a_version_on_the_disk(
         assert len(client.connection_pool._available_connections) == 3  # type: ignore[union-attr] # a single server
     finally:
         await disconnect(client)
+
+
+async def test_where_scripts_are_forbidden_pictures_are_found_all_the_same(
+    valkey_server: ValkeyServer, raw: Redis, clock: FakeClock
+) -> None:
+    await raw.execute_command("ACL", "SETUSER", "unscripted", "on", "nopass", "~*", "+@all", "-@scripting")
+    url = valkey_server.url.replace("://", "://unscripted:any@")
+    async with open_tier(url, clock) as tier:
+        keys = [make_key(f"fox {number}") for number in range(60)]
+        for key in keys[::2]:
+            await tier.put(key, make_entry(key), replace=True)
+        assert await tier.find(keys) == [number % 2 == 0 for number in range(60)]
+        assert await tier.find(keys[:1]) == [True]

@@ -67,8 +67,8 @@ class AsyncClient:
     """A connection to the cache service, for use from any number of tasks of one event loop.
 
     Connects on the first call and again whenever it must. Calls answered UNAVAILABLE are repeated, three times
-    at most, as the service's pushback says; `batch` and `warm` are not. Every call ends within its `timeout_s`
-    seconds and raises CacheError if it fails.
+    at most (and as often by a call of its own, where a stream had no place for it), as the service's pushback says;
+    `batch` and `warm` are not. Every call ends within its `timeout_s` seconds and raises CacheError if it fails.
     """
 
     def __init__(  # noqa: PLR0913 - one keyword per way to connect

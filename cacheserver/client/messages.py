@@ -155,7 +155,7 @@ def image_request(  # noqa: PLR0913 - one keyword per field of the message
         raise TypeError("pass either a prompt or a key")
     if key is not None and any(value is not None for value in spec.values()):
         raise TypeError(f"a key names a finished picture: leave out {', '.join(spec)}")
-    if request_id is None and (variant_policy is VariantPolicy.NEXT or cache_policy in _PAYS_EVERY_TIME):
+    if not request_id and (variant_policy is VariantPolicy.NEXT or cache_policy in _PAYS_EVERY_TIME):
         request_id = uuid.uuid4().hex  # a retry of the call must not pay for a second picture
     try:
         return pb.GetImageRequest(

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -140,8 +139,11 @@ class Multiplexer:
         stream = _Stream(self._open_stream, self._service)
         task = asyncio.create_task(stream.run(), name="multiplexed_stream")
         self._streams[task] = stream
-        task.add_done_callback(self._streams.pop)
+        task.add_done_callback(self._gone)
         return stream
+
+    def _gone(self, task: asyncio.Task[None]) -> None:
+        self._streams.pop(task).close()
 
     def _error_of(self, failure: pb.Failure) -> CacheError:
         """What a failure is to its caller; that the time is over is said in our words, not in those of the service."""
@@ -204,7 +206,7 @@ class _Stream:
         """Whether it takes requests."""
         self._waiting: dict[str, _Waiting] = {}
         """All that are on it, by id: also those that were given up, until the service has answered for them."""
-        self._unsent: deque[_Waiting] = deque()
+        self._unsent: dict[_Waiting, None] = {}
         self._called_off: list[str] = []
         """The ids of those given up of which the service is still to hear."""
         self._given_up = 0
@@ -228,7 +230,7 @@ class _Stream:
         """
         waiting = _Waiting(request, request.request_id or self._new_id(), ends_s, self._loop.create_future())
         self._waiting[waiting.request_id] = waiting
-        self._unsent.append(waiting)
+        self._unsent[waiting] = None
         self._has_work.set()
         timer = self._loop.call_at(ends_s, self._expire, waiting)
         try:
@@ -241,13 +243,16 @@ class _Stream:
 
     async def run(self) -> None:
         """Read answers until the stream ends, however it does, and tell those that still wait."""
-        why: Callable[[], CacheError] = partial(unreachable, self._service.address)
         try:
-            why = await self._read()
+            self._end(await self._read())
         finally:
-            self._idle_timer.cancel()
-            self._call.cancel()
-            self._end(why)
+            self.close()
+
+    def close(self) -> None:
+        """End it, if it has not ended: what still waits hears that nobody answers. Its task may not have begun."""
+        self._idle_timer.cancel()
+        self._call.cancel()
+        self._end(partial(unreachable, self._service.address))
 
     async def _read(self) -> Callable[[], CacheError]:
         """Hand out answers until the stream ends; what makes the error of those that have none."""
@@ -282,7 +287,7 @@ class _Stream:
     def _give_up(self, waiting: _Waiting) -> None:
         waiting.is_given_up = True
         if waiting.number == 0:
-            del self._waiting[waiting.request_id]
+            del self._waiting[waiting.request_id], self._unsent[waiting]
             return
         self._given_up += 1
         self._called_off.append(waiting.request_id)
@@ -333,13 +338,11 @@ class _Stream:
         self._called_off.clear()
         now_s, size = self._loop.time(), 0
         while self._unsent:
-            waiting = self._unsent[0]
+            waiting = next(iter(self._unsent))
             size += waiting.request.ByteSize()
             if size > _MESSAGE_BYTES and message.requests:
                 break
-            self._unsent.popleft()
-            if waiting.is_given_up:
-                continue
+            del self._unsent[waiting]
             self._sent += 1
             waiting.number = self._sent
             request = message.requests.add()

@@ -107,7 +107,7 @@ class Batch:
         reading = asyncio.create_task(self._read(parts, call), name="batch_reading")
         reading.add_done_callback(lambda _: self._news.set())
         going_down = asyncio.create_task(self._reception.going_down.wait(), name="batch_going_down")
-        going_down.add_done_callback(lambda _: reading.cancel())
+        going_down.add_done_callback(lambda _: self._go_down(reading))
         try:
             while await self._has_unsent(reading):
                 packed = self._packed()
@@ -123,6 +123,13 @@ class Batch:
                     self._reception.end()
             if not reading.cancelled():
                 reading.exception()  # seen, also where the caller has gone first
+
+    def _go_down(self, reading: asyncio.Task[None]) -> None:
+        """Read no more. Who does not wait is read until all is answered, and told that it has no place."""
+        if self._no_waiting:
+            self._news.set()
+        else:
+            reading.cancel()
 
     async def _read(self, parts: _Parts, call: Call) -> None:
         with suppress(StopAsyncIteration):
@@ -163,7 +170,7 @@ class Batch:
 
     def _begin(self, request: pb.GetImageRequest, timeout_ms: int, stream: Call) -> None:
         request_id, timeout_s = self._fit(request.request_id), _timeout_s(timeout_ms)
-        is_turned_away = self._no_waiting and self._reception.are_full
+        is_turned_away = self._no_waiting and (self._reception.are_full or self._reception.going_down.is_set())
         self._ids.add(request_id)
         call = self._reception.begin_item(stream, request_id, timeout_s)
         raw = request.SerializeToString()
@@ -218,6 +225,8 @@ class Batch:
         while not self._unsent:
             if self._is_cancelled:  # what an item waited for was ended from without
                 raise asyncio.CancelledError
+            if self._reception.going_down.is_set() and not self._working:
+                reading.cancel()
             if reading.done():
                 if not reading.cancelled():
                     reading.result()  # raises what is wrong with the stream

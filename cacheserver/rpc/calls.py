@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError, Message
 
 from cacheserver.calls.call import Call
 from cacheserver.calls.reception import OK, Reception
-from cacheserver.errors import CacheServerError, MalformedMessageError
+from cacheserver.errors import MalformedMessageError
 from cacheserver.rpc.status import RpcStatus, status_of
 
 Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
@@ -121,8 +121,6 @@ class Calls:
         """
         try:
             answered = ready(request, call)
-        except CacheServerError:
-            return None  # the same is found out on the ordinary way, where it is told
         except Exception as error:  # noqa: BLE001 - whatever it was, the caller gets a status that fits
             return self._failed(call, error)
         if answered is not None:

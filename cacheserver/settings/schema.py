@@ -166,7 +166,8 @@ class ServerSettings(_Section):
     max_receive_bytes: Bytes = Field(default=24 * _MIB, description="Largest gRPC message taken, in bytes.")
     max_concurrent_calls: int = Field(default=4_096, gt=0, description="Calls served at a time; more are turned away.")
     batch_in_flight: Count = Field(
-        default=32, description="Items of one BatchGetImages worked on at a time; their sender is slowed down to that."
+        default=32,
+        description="Items of one BatchGetImages worked on at a time; their sender is slowed down to that, or told so.",
     )
     known_requests: int = Field(
         default=10_000,
