@@ -16,7 +16,6 @@ import pytest
 from cacheserver.calls.auth import Authenticator
 from cacheserver.calls.call import Call
 from cacheserver.calls.reception import Reception
-from cacheserver.errors import KeyGoneError
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.rpc import batch
 from cacheserver.rpc.batch import Batch
@@ -289,17 +288,6 @@ class TestFailures:
         assert "r1/bad" in bad.failure.message
         assert "secret" not in bad.failure.message
         assert ids([first, last]) == ["a", "b"]
-
-    async def test_an_error_of_ours_is_told_by_the_ordinary_way(self, open_stream: OpenStream) -> None:
-        def ready(_: str, __: Call) -> bytes:
-            raise KeyGoneError("gone")
-
-        stream = open_stream(ready=ready)
-        stream.done.set_result(None)
-        stream.sent.send(message("a"))
-        [item] = await stream.next()
-        assert item.HasField("response")
-        assert stream.worked_on == ["a"]
 
     async def test_what_waits_for_something_that_was_ended_ends_the_stream(self, open_stream: OpenStream) -> None:
         stream = open_stream(ready=lambda _, __: None)
