@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 _PROC_STAT = Path("/proc/stat")
+_CPU_INFO = Path("/proc/cpuinfo")
+_PACKAGES = ("grpcio", "uvloop", "protobuf", "redis", "hiredis", "boto3")
 _WIDE = 200
 
 
@@ -69,13 +73,27 @@ def print_verdict(shortfalls: Sequence[str]) -> None:
 
 
 def write_json(file: Path | None, bench: str, result: Any) -> None:
-    """Write a bench's result, and what it ran on, to `file` if there is one. A figure there is none of is null."""
+    """Write a bench's result to `file`, if any, with when and on what it ran. A figure there is none of is null."""
     if file is None:
         return
-    machine = {"cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
-    text = json.dumps(_without_nan({"bench": bench, "machine": machine, "result": result}), indent=2, allow_nan=False)
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    told = {"bench": bench, "date": date, "machine": _machine(), "versions": _versions(), "result": result}
+    text = json.dumps(_without_nan(told), indent=2, allow_nan=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text + "\n")
+
+
+def _machine() -> dict[str, Any]:
+    models = [line.partition(":")[2].strip() for line in _CPU_INFO.read_text().splitlines() if "model name" in line]
+    return {
+        "cores": os.cpu_count(),
+        "cpu": models[0] if models else platform.processor(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
 
 
 def _without_nan(value: Any) -> Any:

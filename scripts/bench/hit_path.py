@@ -26,12 +26,9 @@ from __future__ import annotations
 
 import asyncio
 import fnmatch
-import importlib.metadata
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,8 +42,6 @@ from scripts.bench.hit_stage import Stage
 
 ROWS = (*hit_rows.rows(), *hit_rows_streams.rows(), *hit_rows_lower.rows())
 
-_PACKAGES = ("grpcio", "uvloop", "protobuf", "redis", "hiredis", "boto3")
-_CPU_INFO = Path("/proc/cpuinfo")
 _MB = 1_000_000
 
 
@@ -137,17 +132,6 @@ def _print(figures: dict[str, dict[str, Any]]) -> None:
     )
 
 
-def _circumstances() -> dict[str, Any]:
-    """When and on what it was measured."""
-    models = [line.partition(":")[2].strip() for line in _CPU_INFO.read_text().splitlines() if "model name" in line]
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": models[0] if models else platform.processor(),
-        "kernel": platform.release(),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-    }
-
-
 def main(  # noqa: PLR0913 - options
     *,
     rows: Annotated[list[str] | None, typer.Option(help="Names of rows, as 'l1/*'; repeatable. Unset: all.")] = None,
@@ -163,7 +147,7 @@ def main(  # noqa: PLR0913 - options
     """What a hit costs, against bare servers that return the same bytes."""
     if not h2load.is_installed():
         raise typer.BadParameter(h2load.MISSING)
-    chosen, circumstances, busy = selected(rows or ["*"]), _circumstances(), BusyCores()
+    chosen, busy = selected(rows or ["*"]), BusyCores()
     options: dict[str, Any] = {"rounds": rounds, "most_rounds": most_rounds, "row_s": row_s}
     options |= {"turns": turns, "turn_s": turn_s}
     measured = asyncio.run(measure_rows(chosen, **options))
@@ -174,7 +158,7 @@ def main(  # noqa: PLR0913 - options
     write_json(
         json,
         "hit_path",
-        {**circumstances, "options": options, "busy_cores": busy.read(), "rows": figures, "shortfalls": told},
+        {"options": options, "busy_cores": busy.read(), "rows": figures, "shortfalls": told},
     )
     raise typer.Exit(bool(told))
 
