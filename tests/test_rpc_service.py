@@ -541,7 +541,12 @@ class TestPutImage:
 
     async def test_an_image_above_the_bound_is_refused_before_it_is_all_here(self, house: House) -> None:
         async with open_front(house, limits=Limits(max_image_bytes=1_000)) as front:
-            refused = await failure(front.put(pb.PutImageHeader(spec=spec()), *[bytes(600)] * 100))
+            # Never closed and written by hand: grpc.aio says INTERNAL where an iterator of its own meets the refusal.
+            sending = front.stub.PutImage()
+            await sending.write(pb.PutImageRequest(header=pb.PutImageHeader(spec=spec())))
+            for _ in range(2):
+                await sending.write(pb.PutImageRequest(chunk=bytes(600)))
+            refused = await failure(sending)
         assert (refused.code, set(refused.fields)) == ("INVALID_ARGUMENT", {"chunk"})
 
 
@@ -666,7 +671,7 @@ class TestRights:
             front.stub.GetImage(ask(), metadata=authorization("guess")),
             front.stub.GetImage(ask(), metadata=(("authorization", "Basic reader"),)),
             front.stream(pb.StreamImageRequest(request=ask())),
-            front.put(pb.PutImageHeader(spec=spec()), small_image(1)),
+            front.put(pb.PutImageHeader(spec=spec())),
             front.stub.GetStats(pb.GetStatsRequest()),
             front.raw("BatchGetImages", b""),
             front.raw("GetImage", b"\xff\xff\xff"),  # what it says is not even looked at
@@ -697,7 +702,7 @@ class TestRights:
 
     async def test_put_needs_its_permission(self, front: Front) -> None:
         header = pb.PutImageHeader(namespace="shop", spec=spec())
-        refused = await failure(front.put(header, small_image(1), metadata=authorization("maker")))
+        refused = await failure(front.put(header, metadata=authorization("maker")))
         assert refused.code == "PERMISSION_DENIED"
         assert (await front.put(header, small_image(1), metadata=authorization("putter"))).created
 
