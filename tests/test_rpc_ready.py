@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -376,6 +377,34 @@ class TestWhatIsAskedEveryTime:
             assert (await failure(front.stub.GetImage(ask()))).code == "UNAVAILABLE"
             house.upstream.release()
             await waiting
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """No garbage is looked for."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("uncollected")
+class TestWhenItIsOver:
+    async def test_a_hit_is_once_its_answer_has_gone_out(self, house: House) -> None:
+        async with open_front(house, max_concurrent_calls=1) as front:
+            first = await known(front, ask())
+            for _ in range(20):
+                assert await front.stub.GetImage(ask()) == first
+
+    async def test_a_hit_is_whose_caller_has_gone(self, front: Front) -> None:
+        await known(front, ask())
+        for steps in range(40):
+            leaving = asyncio.ensure_future(front.stub.GetImage(ask()))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            leaving.cancel()
+            await asyncio.wait({leaving})
+        async with asyncio.timeout(10):
+            await front.server._services[0].idle()
 
 
 class TestABug:

@@ -149,16 +149,10 @@ class Calls:
 
     def begun(self, rpc: str, metadata: Mapping[str, str], context: Context) -> Call:
         """A call that begins, and ends when its answer has gone out: that is later than when its method returns."""
-        self.ends_with_its_task()
-        return self.reception.begin(rpc, metadata, deadline_s=context.time_remaining())
-
-    def ends_with_its_task(self) -> None:
-        """Let the call that runs end with its task.
-
-        grpc's own callbacks lead in a circle: everything it has of a call would stay until garbage is collected.
-        """
+        # grpc's own callbacks lead in a circle: everything it has of a call would stay until garbage is collected.
         task = cast("asyncio.Task[None]", asyncio.current_task())
         task.add_done_callback(self.reception.end)
+        return self.reception.begin(rpc, metadata, deadline_s=context.time_remaining())
 
     @asynccontextmanager
     async def received(self, call: Call, context: Context) -> AsyncIterator[Call]:
@@ -216,6 +210,15 @@ class _ReadyCall(grpc.RpcMethodHandler):  # type: ignore[type-arg]  # generic in
     def __init__(self, rpc: ReadyRpc, metadata: Metadata) -> None:
         self._rpc = rpc
         self._metadata = metadata
+        self._was_ready = False
+
+    def __del__(self) -> None:
+        """End a call whose answer lay ready: grpc lets go of its handler once that has gone out, or cannot any more.
+
+        The task would tell that too, as it does of all other calls: at a twentieth of what a hit costs.
+        """
+        if self._was_ready:
+            self._rpc.calls.reception.end()
 
     async def unary_unary(self, raw: bytes, context: Context) -> bytes:  # type: ignore[override]  # that of grpc.aio
         rpc, calls = self._rpc, self._rpc.calls
@@ -225,7 +228,7 @@ class _ReadyCall(grpc.RpcMethodHandler):  # type: ignore[type-arg]  # generic in
         except Exception as error:  # noqa: BLE001 - whatever it was, the caller gets a status that fits
             await calls.abort(calls.begun(rpc.rpc, said, context), error, context)
         if ready is not None:
-            calls.ends_with_its_task()
+            self._was_ready = True
             answer, trailers = ready
             context.set_trailing_metadata(trailers)
             return answer
