@@ -523,12 +523,13 @@ class PromptCache:
         in_review: set[int] = set()
         while todo := [variant for variant in flight.looked_for if variant not in walked]:
             walked.update(todo)
-            walks = (self._walk(flight.key.with_variant(v), partial(flight.suits, v)) for v in todo)
-            for variant, (found, is_unknown) in zip(todo, await asyncio.gather(*walks), strict=True):
+            for variant, (found, is_unknown) in zip(todo, await self._walk_for(flight, todo), strict=True):
                 if is_unknown:
                     unknown.add(variant)
                 if found is not None:
                     flight.land(variant, found)
+            if not flight.waiters:
+                return  # a tier had what they want: all that follows is about who still waits
             in_review |= await self._waiting_for_review(flight, todo)
             await self._deriving.land(flight, [v for v in todo if v not in in_review])
         # From the last look at who lacks what until the flight is sealed nothing awaits: nobody joins unseen.
@@ -561,6 +562,11 @@ class PromptCache:
         lacking = [variant for variant in variants if variant in flight.lacking]
         found = await asyncio.gather(*(self._reviews.find(flight.key.with_variant(v)) for v in lacking))
         return {variant for variant, entry in zip(lacking, found, strict=True) if entry is not None}
+
+    async def _walk_for(self, flight: Flight, variants: Sequence[int]) -> Sequence[_Walked]:
+        """What the tiers have of these variants, all looked for at a time."""
+        walks = [self._walk(flight.key.with_variant(v), partial(flight.suits, v)) for v in variants]
+        return [await walks[0]] if len(walks) == 1 else await asyncio.gather(*walks)  # most are alone: a task less
 
     async def _walk(self, key: CacheKey, suits: Callable[[Loaded], bool] = lambda _: True) -> _Walked:
         """Ask memory and the lower tiers, fastest first, then the stand-in slot; promote what is found.
