@@ -10,7 +10,7 @@ import ssl
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -108,7 +108,7 @@ class RpcServer:
         received = ("grpc.max_receive_message_length", self._max_receive_bytes)
         server = grpc.aio.server(options=(*SERVER_OPTIONS, received))
         server.add_generic_rpc_handlers([service.handler() for service in self._services])
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, _Unregistered(server))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, cast("grpc.aio.Server", _Unregistered(server)))
         _add_reflection(server, self._names)
         self._bind(server, credentials)
         for name in self._names:
