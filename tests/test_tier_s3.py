@@ -239,10 +239,9 @@ async def test_scan_reads_every_page(tier: S3Tier, s3_server: S3Server) -> None:
 def pages_of_fifty(tier: S3Tier, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Pages small enough for a test to need many, and how often which call was made."""
     calls: Counter[str] = Counter()
-    client = tier._clients.reading
+    clients = tier._clients
 
-    def counted(name: str, **fixed: Any) -> Callable[..., Any]:
-        call = getattr(client, name)
+    def counted(call: Callable[..., Any], name: str, **fixed: Any) -> Callable[..., Any]:
 
         def count(**arguments: Any) -> Any:
             calls[name] += 1
@@ -250,8 +249,9 @@ def pages_of_fifty(tier: S3Tier, monkeypatch: pytest.MonkeyPatch) -> Counter[str
 
         return count
 
-    for name, fixed in (("list_objects_v2", {"MaxKeys": 50}), ("head_object", {})):
-        monkeypatch.setattr(client, name, counted(name, **fixed))
+    pages = counted(clients.reading.list_objects_v2, "list_objects_v2", MaxKeys=50)
+    monkeypatch.setattr(clients.reading, "list_objects_v2", pages)
+    monkeypatch.setattr(clients.reads, "head_object", counted(clients.reads.head_object, "head_object"))
     return calls
 
 

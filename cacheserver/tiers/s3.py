@@ -30,6 +30,7 @@ from cacheserver.tiers.s3_client import (
     tier_error,
     unreadable,
 )
+from cacheserver.tiers.s3_reads import S3Reads
 from cacheserver.tiers.workers import Workers
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class _Clients:
     """boto3 clients, one per kind of patience: a write may take longer than a read is worth."""
 
     reading: S3Client
+    reads: S3Reads
+    """Of objects, over the connections of `reading`."""
     writing: S3Client
     signing: S3Client
 
@@ -397,7 +400,7 @@ class S3Tier:
 
     def _head(self, name: str) -> _Stored | None:
         try:
-            answer = self._ask(self._clients.reading.head_object, Key=name)
+            answer = self._ask(self._clients.reads.head_object, Key=name)
         except ClientError as exc:
             if is_absent(exc):
                 return None
@@ -413,7 +416,7 @@ class S3Tier:
                 raise TierTimeoutError(f"S3 did not send the object within {self._read_timeout_s:g} s")
 
         try:
-            answer = self._ask(self._clients.reading.get_object, Key=name)
+            answer = self._ask(self._clients.reads.get_object, Key=name)
         except ClientError as exc:
             if is_absent(exc):
                 return None
@@ -469,8 +472,10 @@ class S3Tier:
                     connections=self._threads,
                 )
                 public_endpoint = self._public_endpoint or self._endpoint
+                reading = make(endpoint=self._endpoint, timeout_s=self._read_timeout_s)
                 self._made_clients = _Clients(
-                    reading=make(endpoint=self._endpoint, timeout_s=self._read_timeout_s),
+                    reading=reading,
+                    reads=S3Reads(reading, session.get_credentials()),
                     writing=make(endpoint=self._endpoint, timeout_s=self._write_timeout_s),
                     signing=make(endpoint=public_endpoint, timeout_s=self._read_timeout_s),
                 )
