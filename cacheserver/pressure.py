@@ -39,7 +39,7 @@ _STEP_BYTES = 32 * _MIB
 """Shed at a time; then others have their turn."""
 
 _SLACK_BYTES, _SLACK_SHARE, _MOST_SLACK_BYTES = 24 * _MIB, 0.05, 96 * _MIB
-"""What may be resident beside what is in use: so many bytes and this share of what L1 holds, and so many at most.
+"""What may be resident beside what is in use: so many bytes and this share of what L1 may hold, and so many at most.
 
 With less, what goes back is asked for again at once, and each page costs a fault; with more, it takes too long to give
 back: 0.1 ms of processor time per MB, in which nobody else gets memory.
@@ -106,7 +106,7 @@ class MemoryGuard:
             return
         if self._others_bytes is None or beside_bytes < self._others_bytes:
             self._others_bytes = beside_bytes
-        slack_bytes = min(_MOST_SLACK_BYTES, _SLACK_BYTES + int(_SLACK_SHARE * self._memory.size_bytes))
+        slack_bytes = min(_MOST_SLACK_BYTES, _SLACK_BYTES + int(_SLACK_SHARE * self._memory.max_bytes))
         if beside_bytes > self._others_bytes + slack_bytes:
             await self._in_thread(self._give_back)
             # What is still resident is in use, and would not go back however often one asked.

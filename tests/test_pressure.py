@@ -205,6 +205,25 @@ async def test_slack_goes_back_once_it_is_more_than_a_service_needs(house: House
     assert house.machine.given_back == [64 * MIB]
 
 
+async def test_slack_is_what_an_l1_of_this_size_allows_whether_it_is_full_or_not(house: House) -> None:
+    empty = MemoryGuard(
+        memory=MemoryCache(clock=FakeClock(), max_bytes=1024 * MIB),
+        machine=house.machine,
+        room=None,
+        high_water=0.9,
+        give_back=house.machine.give_back,
+        taken=lambda: 0,
+    )
+    await empty.look()
+    house.machine.free = 64 * MIB
+    await empty.look()
+    assert house.machine.given_back == []
+    house.machine.free = 80 * MIB
+    await empty.look()
+    assert house.machine.given_back == [80 * MIB]
+    empty.close()
+
+
 async def test_what_calls_had_in_hand_goes_back_when_they_have_ended(house: House) -> None:
     house.guard._taken = lambda: house.memory.size_bytes + in_hand
     in_hand = 0
