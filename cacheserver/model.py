@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
 
@@ -336,6 +336,11 @@ class Usage:
 
 ImageBytes: TypeAlias = bytes | memoryview
 """An encoded picture: bytes of its own, or a view into a larger buffer that holds it."""
+
+
+def buffer_of(data: ImageBytes) -> bytes:
+    """What is in memory as long as these bytes are: a view keeps all of what it is of."""
+    return cast("bytes", data.obj) if isinstance(data, memoryview) else data
 
 
 @dataclass(frozen=True, slots=True)

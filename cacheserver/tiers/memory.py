@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, cast
+from typing import Literal
 
 from cachetools import Cache, LRUCache
 
 from cacheserver.interfaces import Clock
-from cacheserver.model import CachedImage, CacheKey, Labels, Reply
+from cacheserver.model import CachedImage, CacheKey, Labels, Reply, buffer_of
 from cacheserver.tiers.value_cache import ValueCache
 
 EvictionPolicy = Literal["lru", "value"]
@@ -30,7 +30,7 @@ class MemoryCache:
 
     Others hold bytes of pictures too, and count them on their own: the `Keeper` those that the last tier has yet to
     take, 256 MiB at most; OpenAI's API the answers that are told again, 32 MiB; and every call and flight, what it has
-    in hand.
+    in hand. To what answers hold until it is read (calls/downloads.py) entries give way.
 
     Args:
         max_bytes: most that all entries together may take; 0 keeps none.
@@ -55,6 +55,7 @@ class MemoryCache:
             LRUCache(max_bytes, entry_bytes) if policy == "lru" else ValueCache(max_bytes, entry_bytes, cost)
         )
         self._room_bytes = max_bytes
+        self._beside_bytes = 0
 
     def get(self, key: CacheKey) -> CachedImage | None:
         """The fresh entry stored under `key`, which counts as used; None if there is none.
@@ -88,8 +89,7 @@ class MemoryCache:
             self.delete(key)
             return
         self._entries[key.name] = entry
-        if self._entries.currsize > self._room_bytes:
-            self.shed(self._room_bytes)
+        self._drop_what_is_above()
 
     def shed(self, to_bytes: int) -> None:
         """Take at most `to_bytes` from now on, or `max_bytes` if that is less; what is above goes, least worth first.
@@ -97,8 +97,15 @@ class MemoryCache:
         It may grow again once it is told a larger figure.
         """
         self._room_bytes = min(to_bytes, self.max_bytes)
-        while self._entries.currsize > self._room_bytes:
-            self._entries.popitem()
+        self._drop_what_is_above()
+
+    def give_way(self, beside_bytes: int) -> None:
+        """Others hold so many bytes of pictures now: entries and those take together what entries may take alone.
+
+        Also where they are the bytes of entries: such an entry may go at any time, and its bytes would stay.
+        """
+        self._beside_bytes = beside_bytes
+        self._drop_what_is_above()
 
     def keep_reply(self, entry: CachedImage, reply: Reply) -> CachedImage:
         """Keep a finished reply with its entry: in one buffer, the picture a view. The entry as it is kept.
@@ -165,7 +172,12 @@ class MemoryCache:
 
     def _admits(self, entry: CachedImage) -> bool:
         """Whether it may come: it is no larger than entries may be, nor than all of them together now."""
-        return entry_bytes(entry) <= min(self._max_entry_bytes, self._room_bytes)
+        return entry_bytes(entry) <= min(self._max_entry_bytes, self._room_bytes - self._beside_bytes)
+
+    def _drop_what_is_above(self) -> None:
+        to_bytes = max(0, self._room_bytes - self._beside_bytes)
+        while self._entries.currsize > to_bytes:
+            self._entries.popitem()
 
     def _stored(self, key: CacheKey) -> CachedImage | None:
         name = key.name
@@ -177,6 +189,5 @@ def entry_bytes(entry: CachedImage) -> int:
     """How much memory an entry takes: its bytes, its texts at up to four bytes a character, its objects."""
     image = entry.image
     texts = (entry.namespace, *entry.tags, image.model, image.revised_prompt, image.upstream_request_id)
-    # A view keeps the whole buffer it is of: a reply, or what a lower tier stored.
-    buffer = image.data if isinstance(image.data, bytes) else cast("bytes", image.data.obj)
-    return OVERHEAD_BYTES + len(buffer) + sum(64 + 4 * len(text) for text in texts)
+    # All of a reply, or of what a lower tier stored, where the picture is a view of it.
+    return OVERHEAD_BYTES + len(buffer_of(image.data)) + sum(64 + 4 * len(text) for text in texts)
