@@ -28,7 +28,7 @@ CacheServerError                      carries the published reason that callers 
 ├── AccountsUnavailableError          ACCOUNTS_UNAVAILABLE: the figures of all replicas cannot be read now
 ├── CacheUnknownError                 CACHE_UNKNOWN: the last tier cannot be asked, and we were told not to pay
 ├── TierUnreachableError              TIER_UNREACHABLE: a purge or review that did not reach every tier
-├── OverloadedError                   OVERLOADED: more calls, or input images, than are taken at a time
+├── OverloadedError                   OVERLOADED: more calls, input images or images to be read than are taken at a time
 ├── ShuttingDownError                 SHUTTING_DOWN
 ├── UpstreamError                     a generation failed
 │   ├── PromptRefusedError            PROMPT_REFUSED
@@ -262,7 +262,7 @@ class TierUnreachableError(CacheServerError):
 
 
 class OverloadedError(CacheServerError):
-    """More calls are in progress, or more input images in memory, than the service takes."""
+    """More calls are in progress, or more input images or images to be read in memory, than the service takes."""
 
     reason = "OVERLOADED"
     retry_after_s = 1.0

@@ -11,9 +11,11 @@ from typing import Any
 import httpx
 
 from cacheserver.calls.auth import Authenticator
+from cacheserver.calls.downloads import DownloadMemory
 from cacheserver.calls.reception import Reception
 from cacheserver.http.application import Application
 from cacheserver.http.calls import HttpCalls
+from cacheserver.http.connection import Bounds
 from cacheserver.http.delivery.images import ImageDelivery
 from cacheserver.http.delivery.partitions import Partitions
 from cacheserver.http.delivery.urls import ImageUrls
@@ -99,6 +101,8 @@ async def open_delivery(
     widths: Sequence[int] = (),
     max_concurrent_calls: int = 100,
     recall: Recall | None = None,
+    downloads: DownloadMemory | None = None,
+    bounds: Bounds | None = None,
 ) -> AsyncIterator[DeliveryFront]:
     """Serve the pictures of `house`, whose namespace is the first of these, on a free port until the block ends."""
     house.namespace = replace(namespaces[0] if namespaces else PUBLIC)
@@ -120,6 +124,7 @@ async def open_delivery(
         clock=house.clock,
         ttl_s=RENDITION_TTL_S,
     )
+    downloads = downloads or DownloadMemory(256 * 1024 * 1024)
     delivery = ImageDelivery(
         cache=house.cache,
         renditions=renditions,
@@ -127,10 +132,18 @@ async def open_delivery(
         calls=HttpCalls(reception, Guard(has_callers=bool(callers), is_open=False, hosts=())),
         books=house.books,
         clock=house.clock,
+        downloads=downloads,
         widths=widths,
     )
     application = Application(delivery.routes)
-    server = HttpServer(application, host="127.0.0.1", port=0, find_questions=application.questions)
+    server = HttpServer(
+        application,
+        host="127.0.0.1",
+        port=0,
+        bounds=bounds,
+        find_questions=application.questions,
+        downloads=downloads,
+    )
     await server.start()
     base_url = f"http://127.0.0.1:{server.port}"
     try:

@@ -12,6 +12,7 @@ import httpx
 from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute
 
+from cacheserver.calls.downloads import DownloadMemory
 from cacheserver.calls.reception import Reception
 from cacheserver.calls.uploads import UploadMemory
 from cacheserver.http.application import Application
@@ -91,6 +92,7 @@ async def open_http_front(
     policies: Mapping[str, PromptPolicy] | None = None,
     prompts: Prompts | None = None,
     uploads: Uploads | None = None,
+    downloads: DownloadMemory | None = None,
     routes: Sequence[BaseRoute] = (),
     hosts: Sequence[str] = (),
     limit: RateLimit | None = None,
@@ -108,9 +110,15 @@ async def open_http_front(
     )
     reception, asking, recall = at.reception, at.asking, at.recall
     calls = HttpCalls(reception, Guard(has_callers=bool(callers), is_open=False, hosts=hosts))
-    streaming = Streams(asking=asking, clock=house.clock)
+    downloads = downloads or DownloadMemory(256 * 1024 * 1024)
+    streaming = Streams(asking=asking, clock=house.clock, downloads=downloads)
     pictures = Pictures(
-        asking=asking, clock=house.clock, urls=PlainUrls(), streaming=streaming, limit_of=lambda _: limit
+        asking=asking,
+        clock=house.clock,
+        urls=PlainUrls(),
+        streaming=streaming,
+        limit_of=lambda _: limit,
+        downloads=downloads,
     )
     uploads = uploads or Uploads(UploadMemory(4 * MAX_UPLOAD_BYTES), max_bytes=MAX_UPLOAD_BYTES)
     ours = openai_routes(
@@ -120,7 +128,9 @@ async def open_http_front(
         models=Models([MODEL, "org/other"], started_s=house.clock.now_s()),
     )
     application = Application(ours, routes)
-    server = HttpServer(application, host="127.0.0.1", port=0, find_questions=application.questions)
+    server = HttpServer(
+        application, host="127.0.0.1", port=0, find_questions=application.questions, downloads=downloads
+    )
     await server.start()
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", trust_env=False) as client:

@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2 as details
 from google.rpc.status_pb2 import Status
 
+from cacheserver.calls.downloads import DownloadMemory
 from cacheserver.calls.uploads import UploadMemory
 from cacheserver.generation.images import inspect_in_thread
 from cacheserver.http.delivery.partitions import Partitions
@@ -143,6 +144,7 @@ async def open_front(
     figures: FigureSource | None = None,
     urls: ImageLinks | None = None,
     uploads: UploadMemory | None = None,
+    downloads: DownloadMemory | None = None,
     at_once: bool = True,
 ) -> AsyncIterator[Front]:
     """Serve `house` on a free port until the block ends. Unless `at_once`, each call takes the way of a miss."""
@@ -167,6 +169,7 @@ async def open_front(
         limits=limits or Limits(),
         recall=recall,
         uploads=uploads or UploadMemory(256 * 1024 * 1024),
+        downloads=downloads or DownloadMemory(256 * 1024 * 1024),
         figures=figures,
         warming=Warming(
             cache=house.cache,

@@ -19,6 +19,7 @@ from structlog.testing import capture_logs
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
+from cacheserver.calls.downloads import DownloadMemory
 from cacheserver.http.answer import Answer
 from cacheserver.http.connection import Bounds, Connection, protocol
 from cacheserver.http.delivery.asked import UrlAsked
@@ -128,7 +129,7 @@ class Wire(asyncio.Transport):
 
 def connect(shop: Shop) -> tuple[Connection, Wire]:
     """A connection to the shop; call it in the event loop."""
-    kind = protocol(Bounds(), shop.find)
+    kind = protocol(Bounds(), shop.find, DownloadMemory(1_000_000))
     config = Config(shop, http=kind, lifespan="off", ws="none", log_config=None)  # type: ignore[arg-type]  # as ASGI has it
     connection, wire = kind(config, ServerState(), {}), Wire()
     connection.connection_made(wire)

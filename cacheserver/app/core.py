@@ -14,6 +14,7 @@ from cacheserver.app.miss_path import MissPath, build_miss_path
 from cacheserver.app.patience import Patience
 from cacheserver.app.tiers import CONTROL_TIMEOUT_S, Lower, build_tiers, lock_disk, look_at_tiers
 from cacheserver.cache import PromptCache
+from cacheserver.calls.downloads import DownloadMemory
 from cacheserver.control.replays import LocalReplays, RedisReplays
 from cacheserver.identity import QUALITIES, identify
 from cacheserver.interfaces import Clock, Replays
@@ -44,6 +45,7 @@ class Core:
     lower: Lower
     memory: MemoryCache
     room: Room | None
+    downloads: DownloadMemory
     keeper: Keeper
     miss_path: MissPath
     reviews: Reviews
@@ -125,6 +127,7 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
         lower=lower,
         memory=memory,
         room=room,
+        downloads=DownloadMemory(settings.server.download_bytes(memory.max_bytes), give_way=memory.give_way),
         keeper=keeper,
         miss_path=miss_path,
         reviews=reviews,

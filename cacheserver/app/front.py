@@ -94,6 +94,7 @@ async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack) -> Fr
         warming=_warming(core),
         recall=recall,
         uploads=uploads,
+        downloads=core.downloads,
         policies=policies,
         figures=core.miss_path.figures,
         live=live_view(core),

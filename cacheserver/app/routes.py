@@ -36,15 +36,23 @@ def build_routes(
         calls=calls,
         books=core.books,
         clock=core.clock,
+        downloads=core.downloads,
         widths=settings.delivery.widths,
     )
     return [*_openai(core, calls, asking=asking, urls=urls, uploads=uploads), *delivery.routes]
 
 
 def _openai(core: Core, calls: HttpCalls, *, asking: Asking, urls: ImageUrls, uploads: UploadMemory) -> list[BaseRoute]:
-    streaming = Streams(asking=asking, clock=core.clock)
+    streaming = Streams(asking=asking, clock=core.clock, downloads=core.downloads)
     limit = limit_of(core.miss_path.generator, core.miss_path.limits.next_s)
-    pictures = Pictures(asking=asking, clock=core.clock, urls=urls, streaming=streaming, limit_of=limit)
+    pictures = Pictures(
+        asking=asking,
+        clock=core.clock,
+        urls=urls,
+        streaming=streaming,
+        limit_of=limit,
+        downloads=core.downloads,
+    )
     edits = Edits(
         pictures,
         asking=asking,

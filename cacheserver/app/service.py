@@ -88,6 +88,7 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
         http = HttpServer(
             application,
             find_questions=application.questions,
+            downloads=core.downloads,
             host=settings.server.http_host,
             port=settings.server.http_port,
             tls_cert_file=settings.server.http_tls_cert_file,

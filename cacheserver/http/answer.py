@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from starlette.types import Receive, Scope, Send
 
+from cacheserver.calls.downloads import Hold
+
 Chunk = bytes | memoryview
 
 _TURN_BYTES = 1024 * 1024
@@ -20,8 +22,8 @@ class Answer:
     """An ASGI response. A body in pieces is sent as they are made: as fast as its client reads them.
 
     `length_bytes` None sends the body chunked, as long as it goes on; only at its end is the call answered. `error` is
-    what such a body ended with, as it told the client itself. `on_end` is called once nothing of it is sent any more,
-    however that came.
+    what such a body ended with, as it told the client itself. Once nothing of it is sent any more, however that came,
+    `on_end` is called, and what it has `in_hand` let go.
     """
 
     status: int
@@ -30,12 +32,15 @@ class Answer:
     length_bytes: int | None = 0
     error: Exception | None = field(default=None, repr=False)
     on_end: Callable[[], Awaitable[None]] | None = field(default=None, repr=False)
+    in_hand: Hold | None = field(default=None, repr=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
         """Send it. To HEAD the server sends no body."""
         try:
             await self._send(scope, send)
         finally:
+            if self.in_hand is not None:
+                self.in_hand.let_go()
             if self.on_end is not None:
                 await self.on_end()
 

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cacheserver.calls.call import request_id_of
+from cacheserver.calls.downloads import STALLED_S, DownloadMemory
 from cacheserver.errors import OverloadedError, ShuttingDownError
 from cacheserver.http.ready import (
     FindQuestions,
@@ -31,6 +32,9 @@ from cacheserver.http.transport import HeadWithBody
 _MOST_HELD_BYTES = 4_096
 """Of a request's body, before its application hears of it all the same."""
 
+_LARGE_BYTES = 256 * 1024
+"""An answer of more that lies ready is held until it is read; of others there is no more than of any answer's piece."""
+
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
@@ -42,18 +46,19 @@ class Bounds:
     """
 
     head_s: float = 30.0
-    stalled_s: float = 60.0
+    stalled_s: float = STALLED_S
     idle_s: float = 75.0
     grace_s: float = 2.0
     max_head_bytes: int = 64 * 1024
     max_connections: int = 16_384
 
 
-def protocol(bounds: Bounds, find: FindQuestions) -> type[Connection]:
-    """The protocol for connections that are only waited for so long."""
+def protocol(bounds: Bounds, find: FindQuestions, memory: DownloadMemory) -> type[Connection]:
+    """The protocol for connections that are only waited for so long; `memory` is for what they have yet to read."""
 
     class Bounded(Connection):
         allowed = bounds
+        downloads = memory
         find_questions = staticmethod(find)
         known_questions = KnownQuestions()
 
@@ -76,6 +81,7 @@ class Connection(HttpToolsProtocol):
     """
 
     allowed: Bounds
+    downloads: DownloadMemory
     find_questions: FindQuestions
     known_questions: KnownQuestions
 
@@ -99,6 +105,8 @@ class Connection(HttpToolsProtocol):
         self._begun = 0
         """Requests, since then."""
         self._last_answered_s = 0.0
+        self._unread = self.downloads.hold()
+        """Of answers that lay ready."""
         self._waiting: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
 
@@ -250,8 +258,9 @@ class Connection(HttpToolsProtocol):
 
     @property
     def _may_answer(self) -> bool:
-        """Whether an answer may go out now: no other is on its way, and the client takes what it was sent."""
-        return not self._is_answering and not self.flow.write_paused and not self.transport.is_closing()
+        """Whether an answer may go out now: no other is on its way, the client takes what it was sent, as others do."""
+        is_free = not self._is_answering and not self.flow.write_paused and not self.transport.is_closing()
+        return is_free and not self.downloads.is_full
 
     def _answer_known(self, data: bytes) -> bool:
         """Answer a request that came before, byte for byte, if its answer is ready."""
@@ -288,6 +297,13 @@ class Connection(HttpToolsProtocol):
         date = b"".join([b"%s: %s\r\n" % line for line in self.server_state.default_headers])
         self._out.write_whole(head % (date, answer.head, len(answer.body)), answer.body)
         self._last_answered_s = self.loop.time()
+        if len(answer.body) > _LARGE_BYTES:
+            self._unread.count([answer.body])
+            self.loop.call_soon(self._let_go_if_read)
+
+    def _let_go_if_read(self) -> None:
+        if not self.flow.write_paused:
+            self._unread.let_go()
 
     # ── what goes out ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -381,6 +397,7 @@ class Connection(HttpToolsProtocol):
         if self._stalled is not None:
             self._stalled.cancel()
             self._stalled = None
+        self._unread.let_go()
         super().resume_writing()
 
     def timeout_keep_alive_handler(self) -> None:

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from cacheserver.calls.downloads import DownloadMemory
 from cacheserver.errors import ConfigError
 from cacheserver.http.connection import Bounds, Connection, protocol
 from cacheserver.http.ready import FindQuestions, no_questions
@@ -35,16 +37,18 @@ class HttpServer:
         tls_key_file: Path | None = None,
         bounds: Bounds | None = None,
         find_questions: FindQuestions | None = None,
+        downloads: DownloadMemory | None = None,
     ) -> None:
-        """`find_questions` finds those whose answers the application may have ready."""
+        """`find_questions` finds those whose answers the application may have ready; they count into `downloads`."""
         self._host = host
         self._wanted_port = port
         self._tls_files = tls_cert_file, tls_key_file
         bounds = bounds or Bounds()
+        downloads = downloads or DownloadMemory(sys.maxsize)
         self._server = _Server(
             uvicorn.Config(
                 application,
-                http=protocol(bounds, find_questions or no_questions),
+                http=protocol(bounds, find_questions or no_questions, downloads),
                 lifespan="off",
                 ws="none",
                 log_config=None,

@@ -152,6 +152,8 @@ class PromptCacheServiceServicer:
         Errors: those of GetImage but IMAGE_TOO_LARGE and NO_SIGNED_URLS, and
         OUT_OF_RANGE (OFFSET_OUT_OF_RANGE): read_offset lies beyond the end of the image.
         FAILED_PRECONDITION (IMAGE_CHANGED): if_digest names other bytes than the key holds now.
+        UNAVAILABLE (OVERLOADED): images that others have yet to read leave no room for this one; or nothing of it was
+        read for 60 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError, Message
 
 from cacheserver.calls.call import Call
 from cacheserver.calls.reception import OK, Reception
-from cacheserver.errors import MalformedMessageError
+from cacheserver.errors import MalformedMessageError, OverloadedError
 from cacheserver.rpc.status import RpcStatus, status_of
 
 Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
@@ -69,14 +69,21 @@ class Calls:
         return ReadyRpc(self, rpc, method, ready)
 
     def streams_out(
-        self, rpc: str, message_type: type[M], method: Callable[[M, Call], AsyncGenerator[bytes, None]]
+        self,
+        rpc: str,
+        message_type: type[M],
+        method: Callable[[M, Call], AsyncGenerator[bytes, None]],
+        stalled_s: float | None = None,
     ) -> Handler:
-        """The handler of an rpc that takes one message and answers many."""
+        """The handler of an rpc that takes one message and answers many.
+
+        A call that takes nothing of its answer for `stalled_s` seconds fails as OVERLOADED; None waits for ever.
+        """
 
         async def handle(raw: bytes, context: Context) -> None:
             async with self._call(rpc, context) as call, aclosing(method(parse(message_type, raw), call)) as parts:
                 async for part in parts:
-                    await context.write(part)
+                    await _write(context, part, stalled_s)
 
         return grpc.unary_stream_rpc_method_handler(handle)
 
@@ -172,6 +179,7 @@ class Calls:
     async def abort(self, call: Call, error: Exception, context: Context) -> NoReturn:
         """End a call with the status that fits what was raised."""
         status = self._failed(call, error)
+        call.answer = None  # the status goes out when what was written is read, and that may be never
         trailers = (*status.trailers, ("x-request-id", call.request_id))
         await context.abort(status.code, status.message, trailers)
 
@@ -251,6 +259,15 @@ class Service(grpc.ServiceRpcHandler):
         """The handler of a call; None if it is of no rpc of ours."""
         rpc = self._rpcs.get(handler_call_details.method)
         return _ReadyCall(rpc, handler_call_details.invocation_metadata) if isinstance(rpc, ReadyRpc) else rpc
+
+
+async def _write(context: Context, part: bytes, stalled_s: float | None) -> None:
+    try:
+        async with asyncio.timeout(stalled_s):
+            await context.write(part)
+    except TimeoutError:
+        text = f"Nothing of the answer was read for {stalled_s:g} s; ask again, for the rest with read_offset."
+        raise OverloadedError(text) from None
 
 
 def parse(message_type: type[M], raw: bytes) -> M:

@@ -16,6 +16,7 @@ from cacheserver.cache import PromptCache
 from cacheserver.calls import directives
 from cacheserver.calls.asking import Asking
 from cacheserver.calls.call import Call
+from cacheserver.calls.downloads import STALLED_S, DownloadMemory
 from cacheserver.calls.reception import Reception
 from cacheserver.calls.uploads import Hold, UploadMemory
 from cacheserver.errors import (
@@ -96,6 +97,8 @@ class ImageLinks(Protocol):
 class Limits:
     """Bounds on calls: bytes that one may move, how many run at a time, seconds between reports of progress.
 
+    `stalled_s` are the seconds in which a caller has to take a little more of a picture that is streamed.
+
     `batch_in_flight` are the items of one batch that are worked on at a time. `known_requests` are answered again from
     memory without being read.
     """
@@ -105,6 +108,7 @@ class Limits:
     max_image_bytes: int = 50_000_000
     chunk_bytes: int = 256 * 1024
     progress_s: float = 2.0
+    stalled_s: float = STALLED_S
 
 
 class PromptCacheService:
@@ -123,14 +127,16 @@ class PromptCacheService:
         warming: Warming,
         recall: Recall,
         uploads: UploadMemory,
+        downloads: DownloadMemory,
         policies: Mapping[str, PromptPolicy] = MappingProxyType({}),
         figures: FigureSource | None = None,
         live: Callable[[], LiveState] | None = None,
         urls: ImageLinks | None = None,
     ) -> None:
-        """`uploads` is for the input images of calls. `policies` are by namespace, those that `asking` has too.
+        """`uploads` is for the input images of calls, `downloads` for the pictures that are streamed.
 
-        `figures` are those of all replicas; None where none are kept. `live` tells how the process stands now.
+        `policies` are by namespace, those that `asking` has too. `figures` are those of all replicas; None where none
+        are kept. `live` tells how the process stands now.
         `urls` are those where no tier signs any; None where nobody knows where callers would reach us.
         """
         self._urls = urls
@@ -144,6 +150,7 @@ class PromptCacheService:
         self._limits = limits
         self._recall = recall
         self._uploads = uploads
+        self._downloads = downloads
         self._reception = reception
         self._calls = Calls(reception)
         self._ready = ReadyImages(
@@ -162,11 +169,14 @@ class PromptCacheService:
         """
         calls = self._calls
         places = (("x-batch-in-flight", str(self._limits.batch_in_flight)),)
+        stream_image = calls.streams_out(
+            "StreamImage", pb.StreamImageRequest, self.stream_image, stalled_s=self._limits.stalled_s
+        )
         return Service(
             SERVICE_NAME,
             {
                 "GetImage": calls.unary_ready("GetImage", self.get_image, self._ready.again),
-                "StreamImage": calls.streams_out("StreamImage", pb.StreamImageRequest, self.stream_image),
+                "StreamImage": stream_image,
                 "BatchGetImages": calls.streams_both(
                     "BatchGetImages", pb.BatchGetImagesRequest, self.batch_get_images, headers=places
                 ),
@@ -208,32 +218,30 @@ class PromptCacheService:
 
     async def stream_image(self, message: pb.StreamImageRequest, call: Call) -> AsyncGenerator[bytes, None]:
         """Progress while waiting, then each image as a header and chunks."""
-        with self._asking.booked(call), self._uploads.hold() as hold:
-            asked = await self._asking.screened(await self._read(message.request, call, hold, prefix="request."))
-            resume = messages.read_resume(message, asked.terms, Problems())
-            waiting = asyncio.create_task(self._asking.answer(asked, call), name="stream_image")
-            try:
-                while not await self._is_done_within(waiting, self._limits.progress_s):
-                    yield self._progress(asked, call)
-                answer = waiting.result()
-            finally:
-                await _end(waiting)
-            if isinstance(answer, Pending):
-                for event in _pending_headers(answer):
-                    yield event
-                return
-            _check_resume(answer[0].entry, resume)
-            self._asking.book(answer, asked, call)
-        for index, served in enumerate(answer):
-            header = pb.ImageHeader(
-                image=replies.image_facts(served.entry),
-                status=replies.status_of_image(served),
-                read_offset=resume.read_offset,
-                index=index,
-            )
-            yield pb.StreamImageResponse(header=header).SerializeToString()
-            for chunk in _chunks(served.entry, resume.read_offset, self._limits.chunk_bytes):
-                yield wire.chunk_event(chunk)
+        with self._downloads.hold() as in_hand:
+            with self._asking.booked(call), self._uploads.hold() as hold:
+                asked = await self._asking.screened(await self._read(message.request, call, hold, prefix="request."))
+                resume = messages.read_resume(message, asked.terms, Problems())
+                waiting = asyncio.create_task(self._asking.answer(asked, call), name="stream_image")
+                try:
+                    while not await self._is_done_within(waiting, self._limits.progress_s):
+                        yield self._progress(asked, call)
+                    answer = waiting.result()
+                finally:
+                    await _end(waiting)
+                if isinstance(answer, Pending):
+                    for event in _pending_headers(answer):
+                        yield event
+                    return
+                _check_resume(answer[0].entry, resume)
+                pictures = [served.entry.image.data for served in answer]
+                if asked.terms.cache_policy is CachePolicy.NO_STORE:
+                    in_hand.count(pictures)  # who asks again would pay again
+                else:
+                    in_hand.take(pictures)
+                self._asking.book(answer, asked, call)
+            for event in _image_events(answer, resume.read_offset, self._limits.chunk_bytes):
+                yield event
 
     def batch_get_images(self, parts: Parts[pb.BatchGetImagesRequest], call: Call) -> AsyncGenerator[bytes, None]:
         """Each request of a stream as `get_image` answers it, as soon as it is ready."""
@@ -467,6 +475,19 @@ def _pending_headers(pending: Pending) -> Iterator[bytes]:
     for index, key in enumerate(pending.keys):
         header = pb.ImageHeader(image=replies.pending_image(key), status=replies.pending_status(pending), index=index)
         yield pb.StreamImageResponse(header=header).SerializeToString()
+
+
+def _image_events(answer: Sequence[Served], offset: int, chunk_bytes: int) -> Iterator[bytes]:
+    for index, served in enumerate(answer):
+        header = pb.ImageHeader(
+            image=replies.image_facts(served.entry),
+            status=replies.status_of_image(served),
+            read_offset=offset,
+            index=index,
+        )
+        yield pb.StreamImageResponse(header=header).SerializeToString()
+        for chunk in _chunks(served.entry, offset, chunk_bytes):
+            yield wire.chunk_event(chunk)
 
 
 def _chunks(entry: CachedImage, offset: int, chunk_bytes: int) -> Iterator[memoryview]:

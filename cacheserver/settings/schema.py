@@ -157,6 +157,13 @@ class ServerSettings(_Section):
             "are refused."
         ),
     )
+    download_memory_bytes: Bytes | None = Field(
+        default=None,
+        description=(
+            "Memory that images being sent may take together until they are read, over HTTP and gRPC; memory.max_bytes "
+            "gives way to them, and beyond they are refused. Unset: half of memory.max_bytes, at least 64 MiB."
+        ),
+    )
     tls_cert_file: Path | None = Field(default=None, description="Certificate chain for gRPC, PEM; needs tls_key_file.")
     tls_key_file: Path | None = Field(default=None, description="Private key for gRPC, PEM; needs tls_cert_file.")
     drain_timeout_s: Seconds = Field(
@@ -174,6 +181,10 @@ class ServerSettings(_Section):
         ge=0,
         description="GetImage hits known by the bytes of their requests, 3 kB each, long ones count more; 0: none.",
     )
+
+    def download_bytes(self, memory_bytes: int) -> int:
+        """How many bytes of images being sent are held; `memory_bytes` is what L1 takes."""
+        return self.download_memory_bytes or max(64 * _MIB, memory_bytes // 2)
 
     @check(mode="after")
     def _tls_is_whole(self) -> Self:

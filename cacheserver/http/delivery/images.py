@@ -17,6 +17,7 @@ from starlette.routing import BaseRoute, Route
 from cacheserver.cache import PromptCache
 from cacheserver.calls.call import Call
 from cacheserver.calls.directives import stored_status
+from cacheserver.calls.downloads import DownloadMemory
 from cacheserver.errors import ImageChangedError, KeyGoneError, UpstreamError
 from cacheserver.http.answer import Answer
 from cacheserver.http.calls import HttpCalls
@@ -83,9 +84,10 @@ class ImageDelivery:
         calls: HttpCalls,
         books: Books,
         clock: Clock,
+        downloads: DownloadMemory,
         widths: Collection[int] = (),
     ) -> None:
-        """`widths` are those that renditions may have, empty for any."""
+        """`downloads` is for the pictures being sent. `widths` are those that renditions may have, empty for any."""
         self._cache = cache
         self._renditions = renditions
         self._partitions = urls.partitions
@@ -93,6 +95,7 @@ class ImageDelivery:
         self._calls = calls
         self._books = books
         self._clock = clock
+        self._downloads = downloads
         self._widths = widths
         self._fetched = FetchedPictures()
 
@@ -164,6 +167,9 @@ class ImageDelivery:
         is_whole = request.method == "GET" and answer.status == HTTPStatus.OK
         if is_whole and is_lasting and found.source == TierName.MEMORY:
             self._fetched.keep(_name(request, call), Fetched(key, asked, entry, is_version=found.is_version))
+        if request.method == "GET" and not isinstance(answer.body, bytes | memoryview):
+            answer.in_hand = self._downloads.hold()
+            answer.in_hand.take([entry.image.data])
         return answer
 
     def _told_by(self, call: Call, entry: CachedImage, access: Access) -> None:

@@ -24,6 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from cacheserver.calls.asking import Asking
 from cacheserver.calls.call import Call
+from cacheserver.calls.downloads import DownloadMemory
 from cacheserver.http.answer import Answer
 from cacheserver.http.calls import gone
 from cacheserver.http.openai.answers import answer_headers, base64_slices, resolved, usage_of
@@ -67,9 +68,10 @@ _NO_USAGE = {
 class Streams:
     """Answers with streams."""
 
-    def __init__(self, *, asking: Asking, clock: Clock) -> None:
+    def __init__(self, *, asking: Asking, clock: Clock, downloads: DownloadMemory) -> None:
         self._asking = asking
         self._clock = clock
+        self._downloads = downloads
 
     async def answer(self, request: Request, call: Call, asked: HttpAsked) -> Answer:
         """What the cache answers to a screened call, as a stream; to be called where failures are booked.
@@ -114,6 +116,8 @@ class Streams:
         if isinstance(come, Pending):
             yield _error_event(status_of(review_error(), request_id=call.request_id).error)
         elif isinstance(come, list):
+            answer.in_hand = self._downloads.hold()
+            answer.in_hand.count([served.entry.image.data for served in come])  # too late to turn the call away
             for served in come:
                 for piece in _completed_event(served.entry.image, asked, self._clock.now_s()):
                     yield piece

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from cacheserver.calls.asking import Asking
 from cacheserver.calls.bounds import at_use
 from cacheserver.calls.call import Call
+from cacheserver.calls.downloads import DownloadMemory
 from cacheserver.errors import UpstreamLimitedError
 from cacheserver.http.answer import Answer
 from cacheserver.http.calls import while_connected
@@ -39,7 +40,7 @@ class Streaming(Protocol):
 class Pictures:
     """Answers with pictures."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts it stands between, by keyword
         self,
         *,
         asking: Asking,
@@ -47,16 +48,18 @@ class Pictures:
         urls: Urls,
         limit_of: LimitOf,
         streaming: Streaming,
+        downloads: DownloadMemory,
     ) -> None:
         """`urls` are handed out where a call wants those; `streaming` answers calls that want a stream.
 
-        `limit_of` tells how fast pictures can be made.
+        `downloads` is for the pictures being sent. `limit_of` tells how fast pictures can be made.
         """
         self._asking = asking
         self._clock = clock
         self._urls = urls
         self._streaming = streaming
         self._limit_of = limit_of
+        self._downloads = downloads
         self._memos = Memos()
 
     def namespace(self, call: Call) -> Namespace:
@@ -118,11 +121,18 @@ class Pictures:
         return self._tell(answer, asked, request, call)
 
     def _tell(self, answer: list[Served], asked: HttpAsked, request: Request, call: Call) -> Answer:
-        self._asking.book(answer, asked, call)
         headers = self._headers(answer, asked, call)
         if asked.by_url:
-            return answer_by_url(answer, self._urls_of(answer, request), asked.wanted.safety_identifier, headers)
-        return answer_with_bytes(answer, asked.wanted.safety_identifier, headers)
+            made = answer_by_url(answer, self._urls_of(answer, request), asked.wanted.safety_identifier, headers)
+        else:
+            made = answer_with_bytes(answer, asked.wanted.safety_identifier, headers)
+        pictures = [] if isinstance(made.body, bytes) else [served.entry.image.data for served in answer]
+        if asked.terms.cache_policy is not CachePolicy.NO_STORE:  # who asks for one again would pay again
+            self._downloads.check(pictures)
+        self._asking.book(answer, asked, call)
+        made.in_hand = self._downloads.hold()
+        made.in_hand.count(pictures)
+        return made
 
     def _headers(self, answer: Sequence[Served], asked: HttpAsked, call: Call) -> dict[str, str]:
         headers = answer_headers(answer, asked.terms.cache_policy, self._clock.now_s())
