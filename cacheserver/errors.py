@@ -406,3 +406,10 @@ class ConfigError(Exception):
 
 class UnreadableFileError(Exception):
     """A file given to a command cannot be read or is not what the command takes: names the file, line and field."""
+
+
+def cut_off(error: BaseException | None) -> None:
+    """Cut an error off from where it was raised: those frames hold calls with all their images, and hold it too."""
+    while error is not None and error.__traceback__ is not None:  # causes may lead back to where they began
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

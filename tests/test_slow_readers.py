@@ -139,6 +139,27 @@ async def test_a_stalled_stream_keeps_no_picture_once_it_is_ended(house: House) 
         stalled.cancel()
 
 
+async def test_a_stream_that_is_refused_leaves_nothing_of_its_picture_to_the_garbage_collector(house: House) -> None:
+    memory = DownloadMemory(2 * MIB)
+    async with open_front(house, downloads=memory) as front, slow_stub(front) as stub:
+        for number, prompt in enumerate(("a fox", "an owl")):
+            await put(front, prompt, number)
+        await house.settle()
+        slow = stub.StreamImage(streamed("a fox"))
+        await slow.read()
+        entry = cast("CachedImage", house.memory.peek(house.identity("an owl")[1].key))
+        kept = weakref.ref(entry)
+        gc.disable()
+        try:
+            assert (await failure(front.stream(streamed("an owl")))).reason == "OVERLOADED"
+            house.memory.delete(entry.key)
+            del entry
+            await until(lambda: kept() is None, within_s=5)
+        finally:
+            gc.enable()
+        slow.cancel()
+
+
 async def test_memory_and_what_streams_hold_take_together_what_memory_may(house: House) -> None:
     memory = DownloadMemory(64 * MIB, give_way=house.memory.give_way)
     async with open_front(house, downloads=memory) as front, slow_stub(front) as stub:

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from cacheserver.calls.call import Call
 from cacheserver.calls.reception import Reception
-from cacheserver.errors import CacheServerError, UnauthenticatedError
+from cacheserver.errors import CacheServerError, UnauthenticatedError, cut_off
 from cacheserver.http.answer import Answer
 from cacheserver.http.guard import Guard
 from cacheserver.http.ready import Question, ReadyAnswer, ReadyRequest
@@ -185,15 +185,8 @@ class Endpoint:
         status = status_of(error, request_id=call.request_id)
         exc_info = error if status.status is HTTPStatus.INTERNAL_SERVER_ERROR else None
         self._reception.failed(call, str(int(status.status)), status.reason, exc_info=exc_info)
-        _let_go(error)
+        cut_off(error)
         return status
-
-
-def _let_go(error: BaseException | None) -> None:
-    """Cut an error off from where it was raised: those frames hold requests with all their images, and hold it too."""
-    while error is not None and error.__traceback__ is not None:  # causes may lead back to where they began
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

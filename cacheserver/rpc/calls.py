@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from functools import partial
 from typing import Any, Generic, NoReturn, TypeAlias, TypeVar, cast
 
 import grpc
@@ -16,7 +17,7 @@ from google.protobuf.message import DecodeError, Message
 
 from cacheserver.calls.call import Call
 from cacheserver.calls.reception import OK, Reception
-from cacheserver.errors import MalformedMessageError, OverloadedError
+from cacheserver.errors import MalformedMessageError, OverloadedError, cut_off
 from cacheserver.rpc.status import RpcStatus, status_of
 
 Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
@@ -181,7 +182,13 @@ class Calls:
         status = self._failed(call, error)
         call.answer = None  # the status goes out when what was written is read, and that may be never
         trailers = (*status.trailers, ("x-request-id", call.request_id))
-        await context.abort(status.code, status.message, trailers)
+        try:
+            await context.abort(status.code, status.message, trailers)
+        except grpc.aio.AbortError as aborted:
+            # grpc keeps it in a circle, and with it what the call had in hand.
+            task = cast("asyncio.Task[None]", asyncio.current_task())
+            task.add_done_callback(partial(_cut_off, aborted))
+            raise
 
     def succeeded(self, call: Call, context: Context) -> None:
         """The call is answered."""
@@ -259,6 +266,10 @@ class Service(grpc.ServiceRpcHandler):
         """The handler of a call; None if it is of no rpc of ours."""
         rpc = self._rpcs.get(handler_call_details.method)
         return _ReadyCall(rpc, handler_call_details.invocation_metadata) if isinstance(rpc, ReadyRpc) else rpc
+
+
+def _cut_off(error: Exception, _: asyncio.Task[None]) -> None:
+    cut_off(error)
 
 
 async def _write(context: Context, part: bytes, stalled_s: float | None) -> None:
