@@ -343,8 +343,8 @@ class Flights:
         try:
             await self._load(flight)
         finally:
-            # Nobody may join between the load's last look at its waiters and `_ended`.
-            flight.sealed = True
+            # Nobody may join between the load's last look at its waiters and `_ended`, for what it failed to make neither.
+            flight.seal([])
 
     def _ended(self, flight: Flight, task: asyncio.Task[None]) -> None:
         row = self._flights[flight.key.identity_name]

@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "log": set(),
     "machine": set(),
     "allocator": set(),
+    "one_core": set(),
     "identity": VALUES,
     "tiers": VALUES,
     "generation": VALUES,

@@ -154,10 +154,11 @@ class TestEveryonePaysItsOwn:
     async def _together(self, house: House, *asking: Any) -> list[Any]:
         """Ask all at once, in one flight."""
         house.redis.gate.clear()
+        key = house.identity(quality="high", size="1024x1024")[1].key
         tasks = []
         for each in asking:
             tasks.append(asyncio.create_task(each))
-            await until(lambda: house.cache.in_flight == 1)
+            await until(lambda: [len(flight.waiters) for flight in house.cache._flights.of(key)] == [len(tasks)])
         house.redis.gate.set()
         return await asyncio.gather(*tasks, return_exceptions=True)
 

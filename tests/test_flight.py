@@ -126,6 +126,22 @@ async def test_everyone_is_answered_when_all_they_want_has_landed(loads: Loads) 
     assert loads.begun == 1
 
 
+async def test_who_comes_while_a_load_ends_that_made_nothing_has_the_next_one() -> None:
+    poor, rich = waiter(0), waiter(0)
+
+    async def load(flight: Flight) -> None:
+        flight.seal([0])
+        if poor in flight.waiters:
+            flight.refuse(poor, KeyGoneError("no money"))
+            asyncio.get_running_loop().call_soon(flights.board, rich)  # before anybody hears that this one has ended
+        else:
+            flight.land(0, made(0, rich))
+
+    flights = Flights(load, monotonic_s=lambda: 0.0)
+    flights.board(poor)
+    assert len(await rich.answer) == 1
+
+
 async def test_joining_costs_the_same_however_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = 0
     lacks = Waiter.lacks
