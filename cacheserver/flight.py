@@ -343,7 +343,7 @@ class Flights:
         try:
             await self._load(flight)
         finally:
-            # Nobody may join between the load's last look at its waiters and `_ended`, for what it failed to make neither.
+            # Nobody may join between the load's last look at its waiters and `_ended`, nor for what it did not make.
             flight.seal([])
 
     def _ended(self, flight: Flight, task: asyncio.Task[None]) -> None:

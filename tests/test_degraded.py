@@ -151,8 +151,8 @@ class TestOverBudget:
 
 
 class TestEveryonePaysItsOwn:
-    async def _together(self, house: House, *asking: Any) -> list[Any]:
-        """Ask all at once, in one flight."""
+    async def _begun(self, house: House, *asking: Any) -> list[asyncio.Task[Any]]:
+        """All of them asked, in one flight that has yet to hear from a tier."""
         house.redis.gate.clear()
         key = house.identity(quality="high", size="1024x1024")[1].key
         tasks = []
@@ -160,7 +160,11 @@ class TestEveryonePaysItsOwn:
             tasks.append(asyncio.create_task(each))
             await until(lambda: [len(flight.waiters) for flight in house.cache._flights.of(key)] == [len(tasks)])
         house.redis.gate.set()
-        return await asyncio.gather(*tasks, return_exceptions=True)
+        return tasks
+
+    async def _together(self, house: House, *asking: Any) -> list[Any]:
+        """Ask all at once, in one flight."""
+        return await asyncio.gather(*await self._begun(house, *asking), return_exceptions=True)
 
     async def test_what_only_one_wants_is_charged_to_it(self, house: House) -> None:
         one, four = await self._together(house, ask(house, caller=ANN), ask(house, caller=BOB, n=4))
@@ -179,8 +183,12 @@ class TestEveryonePaysItsOwn:
 
     async def test_who_would_take_less_does_not_have_others_refused(self, house: House) -> None:
         house.restart(budget=[day(HIGH_COSTS + TEXT_COSTS)])
-        less, full = await self._together(house, ask(house), ask(house, allow_degraded=False))
-        assert (less[0].degraded, full[0].degraded) == (True, False)
+        house.upstream.hold()
+        less, full = await self._begun(house, ask(house), ask(house, allow_degraded=False))
+        with pytest.raises(CannotAffordError):
+            await less  # for nothing is left while the other's is being made
+        house.upstream.release()
+        assert not (await full)[0].degraded
 
     async def test_one_purse_is_one_call(self, house: House) -> None:
         await self._together(house, ask(house), ask(house, n=4))
