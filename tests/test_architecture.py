@@ -25,7 +25,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "log": set(),
     "machine": set(),
     "allocator": set(),
-    "one_core": set(),
     "identity": VALUES,
     "tiers": VALUES,
     "generation": VALUES,

@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack
 import structlog
 import uvloop
 
-from cacheserver import allocator, one_core
+from cacheserver import allocator
 from cacheserver.app.alarms import build_alarms
 from cacheserver.app.core import build_core
 from cacheserver.app.front import build_front
@@ -117,7 +117,6 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT; a second signal ends at once. Raises ConfigError."""
     allocator.set_up()
-    one_core.set_up()
     set_up_logging(level=settings.log.level, form=settings.log.format)
     uvloop.run(_serve(settings))  # a miss costs a third less than on asyncio's own loop
 

@@ -4,9 +4,9 @@
 
 ANSWER is a file of gRPC messages, each with its prefix of five bytes, as one answer brings them over the wire; without
 any every call fails with NOT_FOUND. The server is grpcio's for asyncio on asyncio's own loop and with no options, or
-`--tuned`: on uvloop, with the options and the allocator of our own, and as it shares a core. With --redis or --s3
-(`http://host:port/bucket`, credentials where boto3 finds them) the first message is stored there, and fetched anew for
-each call. It prints the port it listens on.
+`--tuned`: on uvloop, with the options and the allocator of our own. With --redis or --s3 (`http://host:port/bucket`,
+credentials where boto3 finds them) the first message is stored there, and fetched anew for each call. It prints the
+port it listens on.
 
 With --alone there is no server: it fetches as often as standard input says.
 """
@@ -25,7 +25,7 @@ import typer
 import uvloop
 from redis.asyncio import Redis
 
-from cacheserver import allocator, one_core
+from cacheserver import allocator
 from cacheserver.rpc.server import SERVER_OPTIONS
 from cacheserver.settings.schema import S3Settings
 from cacheserver.tiers.s3_client import new_client, new_session
@@ -163,7 +163,6 @@ def main(  # noqa: PLR0913 - options
     )
     if tuned:
         allocator.set_up()
-        one_core.set_up()
     if tuned or alone:
         uvloop.run(_run(floor))
     else:
