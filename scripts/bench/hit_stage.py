@@ -15,8 +15,8 @@ import sys
 import tempfile
 import zlib
 from asyncio.subprocess import PIPE
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +38,7 @@ from tests.servers import S3Server, ValkeyServer
 SERVICE = "/promptcache.v1.PromptCacheService/"
 
 _ROOT = Path(__file__).resolve().parents[2]
+_TASKS = "/proc/{pid}/task"
 _PNG_END = 12  # bytes of the chunk that ends a PNG
 _CHUNK_REST = 12  # bytes of a PNG chunk beside its data
 _PUT_AT_A_TIME = 4
@@ -84,15 +85,10 @@ class Cores:
         if rest:
             os.sched_setaffinity(0, rest)  # what is started from here on inherits it
 
-    @contextmanager
-    def given(self) -> Iterator[None]:
-        """Processes that are started meanwhile have the servers' core from their first moment, and no other."""
-        ours = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, {self.server})
-        try:
-            yield
-        finally:
-            os.sched_setaffinity(0, ours)
+    def pin(self, pid: int) -> None:
+        """Give a process the servers' core, with all its threads; those it starts later inherit it."""
+        for task in Path(_TASKS.format(pid=pid)).iterdir():
+            os.sched_setaffinity(int(task.name), {self.server})
 
 
 def exact_png(number: int, size_bytes: int) -> bytes:
@@ -163,8 +159,8 @@ class Stage:
         return server
 
     async def _started(self, service: ServiceProcess) -> Server:
-        with self.cores.given():
-            await self._stack.enter_async_context(service)
+        await self._stack.enter_async_context(service)
+        self.cores.pin(service.pid)
         return Server(service.address, service.pid)
 
     async def put(self, service: Server, pictures: Mapping[str, int]) -> None:
@@ -229,19 +225,16 @@ class Stage:
         """A bare server in a process of its own, from `hit_floors` with these options of its."""
         argv = [sys.executable, "-m", _FLOORS, str(answer_file), "--method", SERVICE + rpc, *options]
         ours = {"GRPC_EXPERIMENTS": GRPC_EXPERIMENTS} if "--tuned" in options else {}
-        async with AsyncExitStack() as stack:
-            with self.cores.given():
-                started = process(argv, {**_S3_CREDENTIALS, **ours, **(environment or {})})
-                port, pid = await stack.enter_async_context(started)
+        async with process(argv, {**_S3_CREDENTIALS, **ours, **(environment or {})}) as (port, pid):
+            self.cores.pin(pid)
             yield Server(f"127.0.0.1:{port}", pid)
 
     @asynccontextmanager
     async def alone(self, answer_file: Path, at_a_time: int, *options: str) -> AsyncIterator[Obedient]:
         """What a bare server fetches with these options, without the server."""
         argv = [_FLOORS, str(answer_file), "--alone", str(at_a_time), *options]
-        async with AsyncExitStack() as stack:
-            with self.cores.given():
-                program = await stack.enter_async_context(obedient(argv, _S3_CREDENTIALS))
+        async with obedient(argv, _S3_CREDENTIALS) as program:
+            self.cores.pin(program.pid)
             yield program
 
 

@@ -291,8 +291,8 @@ async def measure(*, rounds: int, seconds: float, rate: float, picture_bytes: in
         config = ProviderConfig(keys=(KeyConfig(key=_KEY, group="org"),), min_picture_bytes=picture_bytes)
         provider = await stack.enter_async_context(ProviderProcess(config, directory))
         settings = _settings(valkey.url, provider.base_url, picture_bytes)
-        with cores.given():
-            service = await stack.enter_async_context(ServiceProcess(directory / "service", settings))
+        service = await stack.enter_async_context(ServiceProcess(directory / "service", settings))
+        cores.pin(service.pid)
         await _fill(service.address)
         await provider.set_latency(_KEY, Latency(mean_s=MISS_S))
         processes = [
