@@ -43,7 +43,7 @@ class _Unsigned(AWSRequest):
     body = ""  # botocore's own prepares the whole request to tell what its body is
 
 
-class _Watched(threading.local):
+class _Shown(threading.local):
     """What a thread has boto3 read, and how boto3 asked for it; None if we could not ask like that."""
 
     key = ""
@@ -68,7 +68,7 @@ class S3Reads:
         # Not public. A session of our own would have other connections, and other settings for TLS and proxies.
         self._http: Any = getattr(getattr(client, "_endpoint", None), "http_session", None)
         self._ways: dict[str, _Way] = {}
-        self._watched = _Watched()
+        self._shown = _Shown()
         for operation in ("GetObject", "HeadObject"):
             client.meta.events.register(f"before-sign.s3.{operation}", self._watch)
 
@@ -90,28 +90,28 @@ class S3Reads:
                 return answer
             # Until boto3 succeeds again: a server that fails is not asked twice each time.
             self._ways.pop(bucket, None)
-        self._watched.key, self._watched.way = key, None
+        self._shown.key, self._shown.way = key, None
         found = by_boto3(Bucket=bucket, Key=key)
-        if self._watched.way is not None:
-            self._ways[bucket] = self._watched.way
+        if self._shown.way is not None:
+            self._ways[bucket] = self._shown.way
         return found
 
     def _watch(
         self, *, request: Any, signature_version: object, signing_name: str, region_name: str, **_: object
     ) -> None:
         """Called by boto3 before it signs, in the thread that reads; after a redirect, again."""
-        self._watched.way = None
+        self._shown.way = None
         if self._credentials is None or self._http is None:
             return
         signing = request.context.get("signing", {})  # for this bucket; the arguments are the client's
         is_plain = (signature_version, signing.get("signing_name", signing_name)) == (_SIGNATURE, _SERVICE)
-        key = _quoted(self._watched.key)
+        key = _quoted(self._shown.key)
         if is_plain and request.url.endswith(f"/{key}"):
             region = signing.get("region", region_name)
             # A signer that is not told the host takes the URL apart for it, twice.
             host = S3SigV4Auth(self._credentials, _SERVICE, region).headers_to_sign(request)["host"]
             headers = {"User-Agent": request.headers["User-Agent"], "Host": host}
-            self._watched.way = _Way(request.url.removesuffix(key), region, headers, self._credentials)
+            self._shown.way = _Way(request.url.removesuffix(key), region, headers, self._credentials)
 
     def _send(self, method: str, way: _Way, key: str) -> AWSResponse:
         request = _Unsigned(method, url := f"{way.before_key}{_quoted(key)}", way.headers)
