@@ -6,7 +6,7 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -85,6 +85,14 @@ async def provider() -> AsyncIterator[OpenAIStandIn]:
     """A stand-in for a provider that speaks OpenAI's API, on a real port."""
     async with OpenAIStandIn() as server:
         yield server
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """Nothing is freed by looking for what is garbage."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import gc
 import hashlib
 import json
 import random
 import socket
 import tracemalloc
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -304,14 +303,6 @@ async def test_a_body_that_is_too_large_is_turned_away_announced_or_not(house: H
         for content in (body, unannounced()):
             refused = await front.client.post(EDITS, content=content, headers=FORM)
             assert (refused.status_code, error_of(refused)["code"]) == (413, "request_too_large")
-
-
-@pytest.fixture
-def uncollected() -> Iterator[None]:
-    """Nothing is freed by looking for what is garbage."""
-    gc.disable()
-    yield
-    gc.enable()
 
 
 @pytest.mark.usefixtures("uncollected")

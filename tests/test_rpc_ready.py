@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -377,14 +376,6 @@ class TestWhatIsAskedEveryTime:
             assert (await failure(front.stub.GetImage(ask()))).code == "UNAVAILABLE"
             house.upstream.release()
             await waiting
-
-
-@pytest.fixture
-def uncollected() -> Iterator[None]:
-    """No garbage is looked for."""
-    gc.disable()
-    yield
-    gc.enable()
 
 
 @pytest.mark.usefixtures("uncollected")
