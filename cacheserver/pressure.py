@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import structlog
 
+from cacheserver import loop_first
 from cacheserver.machine import Machine, Room
 from cacheserver.tiers.memory import MemoryCache
 
@@ -80,7 +80,7 @@ class MemoryGuard:
         self._others_bytes: int | None = None
         self._is_short = False
         # One of its own: where all others are at work, memory is what may run out.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="memory-guard")
+        self._thread = loop_first.pool(1, "memory-guard")
         self.shed_bytes = 0
         """How much L1 shed so far."""
 

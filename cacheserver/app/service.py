@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack
 import structlog
 import uvloop
 
-from cacheserver import allocator
+from cacheserver import allocator, loop_first
 from cacheserver.app.alarms import build_alarms
 from cacheserver.app.core import build_core
 from cacheserver.app.front import build_front
@@ -123,6 +123,7 @@ def run(settings: Settings) -> None:
 
 async def _serve(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
+    loop.set_default_executor(loop_first.pool(None, "worker"))
     asked = asyncio.Event()
     hurried = asyncio.Event()
 
@@ -138,6 +139,7 @@ async def _serve(settings: Settings) -> None:
         await end([starting])
         return
     service = starting.result()
+    loop_first.others_give_way()
     # What exists now stays: a full collection that walks it again stops the service for about 100 ms. One that walks
     # two thousand calls takes 500 ms, and frees some 20 kB for each that ended: libraries' cycles, never a picture.
     gc.freeze()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
+from cacheserver import loop_first
 from cacheserver.errors import InvalidRequestError, OverloadedError
 from cacheserver.images import BadImageError, ImageFacts
 from cacheserver.model import GeneratedImage, Rendition
@@ -31,7 +31,7 @@ class ThreadRenderer:
 
     def __init__(self, *, max_pixels: int, max_bytes: int, threads: int = 2, queue_max: int = 64) -> None:
         self._render = partial(pixels.render, max_pixels=max_pixels, max_bytes=max_bytes)
-        self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="render")
+        self._pool = loop_first.pool(threads, "render")
         self._turns = asyncio.Semaphore(threads)
         self._queue_max = queue_max
         self._shared = Shared[GeneratedImage](name="render")

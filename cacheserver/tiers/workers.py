@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
+
+from cacheserver import loop_first
 
 _Args = ParamSpec("_Args")
 _Result = TypeVar("_Result")
@@ -20,7 +21,7 @@ class Workers:
     """
 
     def __init__(self, *, threads: int, name: str) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix=name)
+        self._pool = loop_first.pool(threads, name)
 
     async def run(self, call: Callable[_Args, _Result], *args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
         """What `call` returns or raises, in a thread."""

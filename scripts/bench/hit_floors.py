@@ -4,9 +4,9 @@
 
 ANSWER is a file of gRPC messages, each with its prefix of five bytes, as one answer brings them over the wire; without
 any every call fails with NOT_FOUND. The server is grpcio's for asyncio on asyncio's own loop and with no options, or
-`--tuned`: on uvloop, with the options and the allocator of our own. With --redis or --s3 (`http://host:port/bucket`,
-credentials where boto3 finds them) the first message is stored there, and fetched anew for each call. It prints the
-port it listens on.
+`--tuned`: on uvloop, with the options and the allocator of our own, and the loop's thread goes first as in ours. With
+--redis or --s3 (`http://host:port/bucket`, credentials where boto3 finds them) the first message is stored there, and
+fetched anew for each call. It prints the port it listens on.
 
 With --alone there is no server: it fetches as often as standard input says.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -25,7 +24,7 @@ import typer
 import uvloop
 from redis.asyncio import Redis
 
-from cacheserver import allocator
+from cacheserver import allocator, loop_first
 from cacheserver.rpc.server import SERVER_OPTIONS
 from cacheserver.settings.schema import S3Settings
 from cacheserver.tiers.s3_client import new_client, new_session
@@ -44,6 +43,7 @@ class Floor:
 
     method: str
     messages: tuple[bytes, ...]
+    tuned: bool
     options: tuple[tuple[str, Any], ...]
     redis: str
     s3: str
@@ -101,7 +101,7 @@ async def _from_s3(url: str, value: bytes) -> Fetch:
         connections=threads,
     )
     client.put_object(Bucket=bucket, Key=_NAME, Body=value)
-    loop, pool = asyncio.get_running_loop(), ThreadPoolExecutor(threads)
+    loop, pool = asyncio.get_running_loop(), loop_first.pool(threads, "boto3")
 
     def read() -> bytes:
         return client.get_object(Bucket=bucket, Key=_NAME)["Body"].read()
@@ -112,13 +112,15 @@ async def _from_s3(url: str, value: bytes) -> Fetch:
     return fetch
 
 
-async def serve(method: str, handler: grpc.RpcMethodHandler[Any, Any], options: Sequence[tuple[str, Any]]) -> None:
+async def _serve(handler: grpc.RpcMethodHandler[Any, Any], floor: Floor) -> None:
     """Serve one method until the process ends."""
-    server = grpc.aio.server(options=options)
-    _, service, name = method.split("/")
+    server = grpc.aio.server(options=floor.options)
+    _, service, name = floor.method.split("/")
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {name: handler}),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
+    if floor.tuned:
+        loop_first.others_give_way()
     print(port, flush=True)
     await server.wait_for_termination()
 
@@ -133,7 +135,7 @@ async def _run(floor: Floor) -> None:
         await obey(fetch, at_a_time=floor.alone)
     else:
         handler = _handler(floor.messages) if fetch is None else _fetching(fetch)
-        await serve(floor.method, handler, floor.options)
+        await _serve(handler, floor)
 
 
 def option(text: str) -> tuple[str, Any]:
@@ -156,6 +158,7 @@ def main(  # noqa: PLR0913 - options
     floor = Floor(
         method=method,
         messages=tuple(messages_of(answer_file.read_bytes())),
+        tuned=tuned,
         options=(*(SERVER_OPTIONS if tuned else ()), *map(option, options or ())),
         redis=redis,
         s3=s3,
