@@ -227,15 +227,18 @@ class PromptCache:
         hits = self._in_memory(waiter)
         return None if hits is None else [self._served(loaded, waiter) for loaded in hits]
 
-    def hit_one(self, key: CacheKey, model: str, namespace: Namespace) -> tuple[CachedImage, int] | None:
-        """The picture that `hit` would answer with to a call for the first one of this key, and what that saves.
+    def hit_one(self, name: str, digest: bytes) -> CachedImage | None:
+        """The picture that `hit` would answer with to a call for the first one of the key with this name and digest.
 
-        None also where `hit` might have one: it was derived, or memory did not admit it.
+        None also where `hit` might have one: it was derived, or memory did not admit it. That its namespace serves what
+        is stored is for the caller to know.
         """
-        entry = self._memory.get(key) if namespace.serves(key) else None
-        if entry is None or entry.derived_by:
-            return None
-        return entry, self._generation.worth_microusd(entry.image, model)
+        entry = self._memory.named(name, digest)
+        return None if entry is None or entry.derived_by else entry
+
+    def saved_microusd(self, entry: CachedImage, model: str) -> int:
+        """What such a hit saves a call for this model."""
+        return self._generation.worth_microusd(entry.image, model)
 
     def keep_reply(self, entry: CachedImage, reply: Reply) -> CachedImage:
         """Keep in memory how `entry` is told; see `MemoryCache.keep_reply`."""

@@ -233,16 +233,21 @@ class CacheKey(_Named):
     @property
     def identity_name(self) -> str:
         """The name without the variant: what a flight, and all variants of one identity, share."""
-        return f"{KEY_VERSION}.{self.partition}.{self.fingerprint.hex()}.{self.digest[:16].hex()}"
+        return self.name.rpartition(".")[0]
 
     @property
     def name(self) -> str:
         """The public key: opaque to callers, URL-safe, at most 200 characters. Made once: every tier asks for it."""
         name: str | None = getattr(self, "_name", None)
         if name is None:
-            name = f"{self.identity_name}.{self.variant}"
+            name = self.name_of(self.partition, self.fingerprint, self.digest, self.variant)
             object.__setattr__(self, "_name", name)
         return name
+
+    @staticmethod
+    def name_of(partition: str, fingerprint: bytes, digest: bytes, variant: int) -> str:
+        """The name of the key with these fields."""
+        return f"{KEY_VERSION}.{partition}.{fingerprint.hex()}.{digest[:16].hex()}.{variant}"
 
     def matches(self, identity_digest: bytes) -> bool:
         """Whether an entry with this identity digest (32 bytes) is what the key asks for."""
@@ -658,13 +663,16 @@ class Reply:
     """A transport's finished answer with one picture from memory: `raw` goes out as it is, on every hit that it fits.
 
     It fits where what it says of the hit would be said again: how loosely the request `matched`, and what that saved.
-    `data_start` is where the picture begins in it.
+    `data_start` is where the picture begins in it. `latest` is what its transport keeps with it of a call that it was
+    the answer to, in so many bytes.
     """
 
     raw: bytes = field(repr=False)
     data_start: int
     matched: MatchLevel
     saved_microusd: int
+    latest: object = field(default=None, repr=False, compare=False)
+    latest_bytes: int = field(default=0, compare=False)
 
     def fits(self, matched: MatchLevel, saved_microusd: int) -> bool:
         """Whether it says this of a hit."""
@@ -763,9 +771,14 @@ class Namespace:
         lifetimes_s = [ttl_s if ttl_s is not None else self.ttl_s, self.max_ttl_s]
         return min((s for s in lifetimes_s if s is not None), default=None)
 
+    @property
+    def serves_all(self) -> bool:
+        """Whether every key is served from the cache."""
+        return self.serve_percent >= 100  # noqa: PLR2004 - percent
+
     def serves(self, key: CacheKey) -> bool:
         """Whether this key is served from the cache. One that is stays so when the percentage grows."""
-        if self.serve_percent >= 100:  # noqa: PLR2004 - percent
+        if self.serves_all:
             return True
         return int.from_bytes(key.fingerprint[:8]) / 2**64 * 100 < self.serve_percent
 

@@ -219,9 +219,18 @@ class Shop:
                 case Done():
                     await self._do(step.what)
             await self._house.settle()
-            self.told.in_memory.append((self._house.memory.size_bytes, sorted(self._house.memory._entries)))
+            self.told.in_memory.append(self._in_memory())
         await until(lambda: self._service._reception._in_progress == 0)
         self._look()
+
+    def _in_memory(self) -> object:
+        """What memory has, and how much it takes without what is kept of who asked last."""
+        names = sorted(self._house.memory._entries)
+        entries = [self._house.memory._stored(CacheKey.parse(name)) for name in names]
+        latest_bytes = sum(
+            entry.reply.latest_bytes for entry in entries if entry is not None and entry.reply is not None
+        )
+        return self._house.memory.size_bytes - latest_bytes, names
 
     async def _answer(self, step: Get) -> object:
         self._calls += 1

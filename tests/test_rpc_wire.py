@@ -95,9 +95,11 @@ def test_the_fields_of_a_message_are_all_of_it_in_the_order_they_lie(message: pb
     raw = message.SerializeToString()
     fields = wire.fields(raw)
     assert fields is not None
-    assert b"".join(raw[field.start : field.end] for field in fields) == raw
-    ids = [raw[field.value : field.end].decode() for field in fields if field.number == 14]
+    assert b"".join(raw[start:end] for _, start, _, end in fields) == raw
+    ids = [raw[value:end].decode() for number, _, value, end in fields if number == 14]
     assert ids == ([message.request_id] if message.request_id else [])
+    within = wire.fields(b"\x01\x02" + raw + b"\x03", 2, 2 + len(raw))
+    assert within == [(number, start + 2, value + 2, end + 2) for number, start, value, end in fields]
 
 
 @given(requests, st.data())
@@ -114,7 +116,7 @@ def test_bytes_that_protobuf_parses_to_something_else_have_no_fields(
     except DecodeError:
         return
     if fields is not None:
-        ids = [cut[field.value : field.end] for field in fields if field.number == 14 and cut[field.start] & 7 == 2]
+        ids = [cut[value:end] for number, start, value, end in fields if number == 14 and cut[start] & 7 == 2]
         assert (ids[-1].decode() if ids else "") == parsed.request_id
 
 

@@ -52,8 +52,8 @@ class HitAgain(NamedTuple):
 class Template:
     """Calls for one picture that differ in nothing but their prompt, and any such picture in memory answers them.
 
-    `caller` has the right to read in `namespace`, which lets every prompt pass and records none. `request` is theirs
-    without the prompt, `identifier` tells their identities, and `row` is where their hits are booked.
+    `caller` has the right to read in `namespace`, which lets every prompt pass, records none and serves what is stored.
+    `request` is theirs without the prompt, `identifier` tells their identities, `row` is where their hits are booked.
     """
 
     caller: Caller

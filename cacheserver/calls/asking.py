@@ -27,7 +27,7 @@ from cacheserver.errors import (
     UpstreamInvalidError,
 )
 from cacheserver.figures import HitRow, Key
-from cacheserver.identity import Identifier, identify
+from cacheserver.identity import Identifier, Named, identify
 from cacheserver.interfaces import Books, Clock, Prompts
 from cacheserver.model import (
     Ask,
@@ -188,7 +188,8 @@ class Asking:
         """What a call has in common with others that ask for one picture; None where each is to be asked as any."""
         what, terms, namespace = asked.what, asked.terms, asked.namespace
         is_plain = terms.n == 1 and terms.wants_stored and terms.max_age_s is None
-        if isinstance(what, CacheKey) or what.inputs or self._screens(namespace) or not is_plain:
+        is_served = namespace.serves_all and not self._screens(namespace)
+        if isinstance(what, CacheKey) or what.inputs or not is_served or not is_plain:
             return None
         return Template(
             caller=call.caller,
@@ -199,18 +200,12 @@ class Asking:
             row=_row(call.caller, namespace, what.model, what.quality),
         )
 
-    def hit_one(self, template: Template, prompt: str) -> tuple[HitAgain, CachedImage] | None:
-        """What memory answers to a call of this template for a valid prompt. None: ask for an answer.
-
-        It does what `hit` and `again` do, at a fraction of their cost.
-        """
-        identity = template.identifier.identity(prompt)
-        found = self._cache.hit_one(identity.key, template.request.model, template.namespace)
-        if found is None:
-            return None
-        entry, saved_microusd = found
+    def of_template(self, template: Template, prompt: str, named: Named, entry: CachedImage) -> HitAgain:
+        """What `again` says of a call of this template for a valid prompt, so named, that memory has `entry` for."""
+        identity = template.identifier.identity_of(prompt, named)
+        saved_microusd = self._cache.saved_microusd(entry, template.request.model)
         matched = MatchLevel.EXACT if entry.prompt_digest == identity.prompt_digest else identity.level
-        again = HitAgain(
+        return HitAgain(
             caller=template.caller,
             namespace=template.namespace,
             what=None if self._trace is None else replace(template.request, prompt=prompt),
@@ -224,7 +219,6 @@ class Asking:
             row=template.row,
             told=ToldImages.of_hit(entry, matched, saved_microusd),
         )
-        return again, entry
 
     def _screens(self, namespace: Namespace) -> bool:
         """Whether its prompts are screened or recorded: none of its calls is answered without that."""

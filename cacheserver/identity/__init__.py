@@ -7,7 +7,7 @@ namespace's profile (normalize.py), writes the canonical identity and hashes it 
 
 from cacheserver.identity.catalog import compile_catalog_patterns
 from cacheserver.identity.explain import FieldDifference, differences, fields_of
-from cacheserver.identity.fingerprint import Identifier, canonical_json, identify, key_of, key_of_alike
+from cacheserver.identity.fingerprint import Identifier, Named, canonical_json, identify, key_of, key_of_alike
 from cacheserver.identity.normalize import PROFILES, Profile, normalize_prompt
 from cacheserver.identity.validation import CHOICES, QUALITIES, validate, validate_prompt
 
@@ -17,6 +17,7 @@ __all__ = [
     "QUALITIES",
     "FieldDifference",
     "Identifier",
+    "Named",
     "Profile",
     "canonical_json",
     "compile_catalog_patterns",

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import lru_cache
 from operator import attrgetter
+from typing import TypeAlias
 
 import xxhash
 
@@ -40,6 +41,10 @@ plain_values = attrgetter(*PLAIN_FIELDS)
 """The values of a request's PLAIN_FIELDS."""
 
 
+Named: TypeAlias = tuple[str, bytes, bytes, str, bytes]
+"""What names a prompt's picture: name, digest and fingerprint of its key, the prompt normalized, canonical bytes."""
+
+
 class Identifier:
     """Identifies validated requests that differ in nothing but their prompt. All else of them is written once."""
 
@@ -57,10 +62,20 @@ class Identifier:
 
     def identity(self, prompt: str) -> Identity:
         """The identity of the one with this prompt, with the key of variant 0; ValueError as that of `identify`."""
+        return self.identity_of(prompt, self.named(prompt))
+
+    def named(self, prompt: str) -> Named:
+        """What `identity` finds out of the one with this prompt, for whoever may need no more; ValueError as there."""
         normalized = normalize_prompt(prompt, self._profile.name, self._patterns)
         canonical = f"{self._before}{_JSON.encode(normalized)}{self._after}".encode()
+        fingerprint, digest = fingerprint_of(canonical), digest_of(canonical)
+        return CacheKey.name_of(self._partition, fingerprint, digest, 0), digest, fingerprint, normalized, canonical
+
+    def identity_of(self, prompt: str, named: Named) -> Identity:
+        """The identity of the one with this prompt, which `named` told."""
+        _, digest, fingerprint, normalized, canonical = named
         return Identity(
-            key=CacheKey(self._partition, fingerprint_of(canonical), digest_of(canonical), variant=0),
+            key=CacheKey(self._partition, fingerprint, digest, variant=0),
             level=self._profile.level,
             profile=self._profile.versioned,
             normalized_prompt=normalized,

@@ -69,6 +69,8 @@ _ASCII_ARTICLES = (". A ", "! A ", "? A ")
 
 _FULL_STOPS = ".!。।۔։።။។"  # noqa: RUF001 - the full stops of other scripts look like other things
 
+_FULL_STOPS_AND_SPACE = f"{_FULL_STOPS} "
+
 
 def normalize_prompt(prompt: str, profile: str, catalog_patterns: tuple[str, ...] = ()) -> str:
     """`prompt` under the profile of that name.
@@ -129,7 +131,8 @@ def _fold_plain(text: str) -> str:
     text = _CAPITAL.sub(_fold_from_capital, text, count=1 if is_one else 0)
     if text.startswith("A ") and _ARTICLE.match(text):
         text = f"a {text[2:]}"
-    return _ARTICLE.sub("a ", text) if any(map(text.__contains__, _ASCII_ARTICLES)) else text
+    has_articles = " A " in text and any(map(text.__contains__, _ASCII_ARTICLES))
+    return _ARTICLE.sub("a ", text) if has_articles else text
 
 
 def _fold_from_capital(match: re.Match[str]) -> str:
@@ -148,7 +151,7 @@ def _fold_case(word: str) -> str:
     if lowered == word or len(word) == 1:
         return word
     if not word.isalpha():
-        return lowered if _RESOLUTION.fullmatch(word) else word
+        return lowered if word[-1] in "KD" and _RESOLUTION.fullmatch(word) else word
     if lowered in HOMOGRAPHS or _has_two_capitals_together(word):
         return word
     return lowered
@@ -183,6 +186,8 @@ def _without_full_stop(text: str) -> str:
 
     An exclamation mark stays after a number, where it may be a factorial, and after capitals, which are drawn.
     """
-    kept = text.rstrip(_FULL_STOPS + " ")
+    if text[-1:].isalnum():
+        return text  # as most do
+    kept = text.rstrip(_FULL_STOPS_AND_SPACE)
     is_drawn = kept[-1:].isupper() or kept[-1:].isdigit()
     return text.rstrip() if is_drawn and "!" in text[len(kept) :] else kept

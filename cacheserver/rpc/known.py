@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from sys import getsizeof
 
-from cacheserver.calls.again import HitAgain
+from cacheserver.calls.again import HitAgain, Template
 from cacheserver.calls.directives import status_lasts_until_s, stored_status
 from cacheserver.model import CachedImage, Caller, ImageRequest, TierName
 from cacheserver.rpc import split
@@ -23,13 +23,12 @@ _Name = tuple[bytes, str]
 
 @dataclass(slots=True)
 class Known:
-    """A call that was answered from memory, and how much memory that takes, 0 where nobody keeps it.
+    """A call that was answered from memory.
 
     `status` is the cache-status that it is told from `from_s` until `until_s` (since 1970).
     """
 
     again: HitAgain
-    size_bytes: int = 0
     status: str = ""
     from_s: float = 0.0
     until_s: float = 0.0
@@ -42,6 +41,32 @@ class Known:
         return self.status
 
 
+@dataclass(slots=True)
+class Latest:
+    """The call of a known template that an entry was the answer to lately; it is kept with the entry's reply.
+
+    Its prompt is that of the entry's key, or one that is normalized to it: so the entry may be told again as it was,
+    once a call of the same template and prompt has found it.
+    """
+
+    template: Template
+    prompt: str
+    known: Known
+
+    def is_of(self, template: Template, prompt: str, started_s: float) -> bool:
+        """Whether a call that began then is answered with the entry as this one was."""
+        return template is self.template and prompt == self.prompt and started_s <= self.known.again.until_s
+
+    def be(self, other: Latest) -> None:
+        """Another one takes its place."""
+        self.template, self.prompt, self.known = other.template, other.prompt, other.known
+
+    @property
+    def size_bytes(self) -> int:
+        """How much memory it takes."""
+        return _size_bytes(b"", self.known.again) + getsizeof(self.prompt)
+
+
 class KnownCalls:
     """The calls of this process that are known: at most so many, 3 kB each, and a long one for several.
 
@@ -51,40 +76,38 @@ class KnownCalls:
     def __init__(self, most: int) -> None:
         """With 0 none is."""
         self._most = most
-        self._calls: dict[_Name, Known] = {}
+        self._calls: dict[_Name, tuple[Known, int]] = {}
+        """With how much memory each takes."""
         self._bytes = 0
 
     def find(self, raw: bytes, caller: Caller) -> Known | None:
         """What is known of a call with this request, if anything is."""
         if not self._calls:
             return None
-        known = self._calls.get((raw, caller.name))
-        if known is not None:
-            return known
-        lasting = split.lasting(raw)
-        return None if lasting is None else self._calls.get((lasting, caller.name))
+        kept = self._calls.get((raw, caller.name))
+        if kept is None and (lasting := split.lasting(raw)) is not None:
+            kept = self._calls.get((lasting, caller.name))
+        return None if kept is None else kept[0]
 
-    def keep(self, again: HitAgain, raw: bytes) -> Known:
+    def keep(self, known: Known, raw: bytes) -> None:
         """Know a call with this request from now on."""
-        known = Known(again)
         lasting = split.lasting(raw) if self._most else None
         if lasting is None:
-            return known
-        name = lasting, again.caller.name
-        known.size_bytes = _size_bytes(lasting, again)
+            return
+        name = lasting, known.again.caller.name
+        size_bytes = _size_bytes(lasting, known.again)
         if name in self._calls:
             self._forget(name)
-        while self._calls and self._is_full(known):
+        while self._calls and self._is_full(size_bytes):
             self._forget(next(iter(self._calls)))
-        self._calls[name] = known
-        self._bytes += known.size_bytes
-        return known
+        self._calls[name] = known, size_bytes
+        self._bytes += size_bytes
 
-    def _is_full(self, more: Known) -> bool:
-        return len(self._calls) >= self._most or self._bytes + more.size_bytes > self._most * _KNOWN_BYTES
+    def _is_full(self, more_bytes: int) -> bool:
+        return len(self._calls) >= self._most or self._bytes + more_bytes > self._most * _KNOWN_BYTES
 
     def _forget(self, name: _Name) -> None:
-        self._bytes -= self._calls.pop(name).size_bytes
+        self._bytes -= self._calls.pop(name)[1]
 
 
 def _size_bytes(lasting: bytes, again: HitAgain) -> int:

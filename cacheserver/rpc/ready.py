@@ -8,6 +8,7 @@ every time.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from weakref import ref
 
 from cacheserver.cache import PromptCache
@@ -18,7 +19,7 @@ from cacheserver.calls.reception import Reception
 from cacheserver.interfaces import Clock
 from cacheserver.model import CachedImage, Caller, Served
 from cacheserver.rpc import replies
-from cacheserver.rpc.known import Known, KnownCalls
+from cacheserver.rpc.known import Known, KnownCalls, Latest
 from cacheserver.rpc.messages import RpcAsked
 from cacheserver.rpc.templates import Templates
 
@@ -77,7 +78,7 @@ class ReadyImages:
         known = self._known.find(raw, caller)
         entry = None if known is None else known.again.entry()
         if known is None or entry is None or not self._asking.holds_still(known.again, entry, caller, started_s):
-            found = self._look(raw, caller)
+            found = self._look(raw, caller, started_s)
             if found is None:
                 return None
             known, entry = found
@@ -85,14 +86,37 @@ class ReadyImages:
         self._asking.book_again(known.again, entry, started_s)
         return reply, known.status_at(entry, self._clock.now_s()), known.again
 
-    def _look(self, raw: bytes, caller: Caller) -> tuple[Known, CachedImage] | None:
+    def _look(self, raw: bytes, caller: Caller, started_s: float) -> tuple[Known, CachedImage] | None:
         """A call of a known template, and the picture that memory has for its prompt."""
         call = self._templates.find(raw, caller)
-        found = None if call is None else self._asking.hit_one(call.template, call.prompt)
-        if call is None or found is None:
+        if call is None:
             return None
-        again, entry = found
-        return None if entry.size_bytes > call.max_inline_bytes else (self._known.keep(again, raw), entry)
+        template, max_inline_bytes, prompt = call
+        named = template.identifier.named(prompt)
+        entry = self._cache.hit_one(*named[:2])
+        if entry is None or entry.size_bytes > max_inline_bytes:
+            return None
+        latest = None if entry.reply is None else entry.reply.latest
+        if isinstance(latest, Latest) and latest.is_of(template, prompt, started_s):
+            known = latest.known
+        else:
+            known = Known(self._asking.of_template(template, prompt, named, entry))
+            entry = self._keep_latest(entry, Latest(template, prompt, known))
+        self._known.keep(known, raw)
+        return known, entry
+
+    def _keep_latest(self, entry: CachedImage, latest: Latest) -> CachedImage:
+        """Keep with an entry how it was told last, unless that takes more room than was taken for it once."""
+        reply = entry.reply
+        if reply is not None and isinstance(reply.latest, Latest):
+            if latest.size_bytes <= reply.latest_bytes:
+                reply.latest.be(latest)
+            return entry
+        again = latest.known.again
+        reply = reply or replies.finished(again.served(entry))
+        kept = self._cache.keep_reply(entry, replace(reply, latest=latest, latest_bytes=latest.size_bytes))
+        latest.known.again = again._replace(entry=ref(kept))
+        return kept
 
     def tell(self, served: Served, asked: RpcAsked, raw: bytes, call: Call) -> bytes:
         """The finished answer with one picture, inline. A hit's is kept in memory, and the call and its like known."""
@@ -103,7 +127,7 @@ class ReadyImages:
             return replies.finished(served).raw
         reply, entry = self._finished(served)
         if is_to_know and (again := self._asking.again(served, entry, asked, call)) is not None:
-            self._known.keep(again, raw)
+            self._known.keep(Known(again), raw)
         return reply
 
     def _reply(self, known: Known, entry: CachedImage) -> bytes:
@@ -123,6 +147,8 @@ class ReadyImages:
         if had is not None and had.fits(served.matched, served.saved_microusd):
             return had.raw, entry
         reply = replies.finished(served)
+        if had is not None:
+            reply = replace(reply, latest=had.latest, latest_bytes=had.latest_bytes)
         if had is None or had.matched is reply.matched:
             entry = self._cache.keep_reply(entry, reply)
         return reply.raw, entry

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import TypeAlias
 
 from cacheserver.calls.bounds import MAX_REQUEST_ID, MAX_TAGS, TAG
 from cacheserver.pb import promptcache_pb2 as pb
@@ -24,46 +24,48 @@ _FIT_TAG = re.compile(TAG.pattern.encode("ascii"))
 def lasting(raw: bytes) -> bytes | None:
     """A request without request_id and tags, which say nothing of a stored picture; None if these are not fit."""
     fields = _lasting_fields(raw)
-    return None if fields is None else b"".join([raw[field.start : field.end] for field in fields])
+    return None if fields is None else b"".join([raw[start:end] for _, start, _, end in fields])
 
 
-class Prompted(NamedTuple):
-    """A request by a prompt: this, and its other fields as bytes, of itself and of its spec, but for what never lasts.
+Others: TypeAlias = tuple[bytes, bytes]
+"""The other fields of a request by its prompt as bytes, its own and its spec's, but for what never lasts.
 
-    Requests with equal `others` ask for the same in all but the prompt.
-    """
-
-    prompt: str
-    others: tuple[bytes, bytes]
+Requests with equal others ask for the same in all but the prompt.
+"""
 
 
-def prompted(raw: bytes) -> Prompted | None:
+def prompted(raw: bytes) -> tuple[str, Others] | None:
     """A request as its prompt and the rest; None if it has not one prompt alone, or what is left out is not fit."""
-    fields = _lasting_fields(raw)
-    if fields is None:
-        return None
+    # On the way of every hit whose prompt is read: a function for each field would take as long as all of it.
     spec, others = None, []
-    for field in fields:
-        if raw[field.start] == _SPEC and spec is None:
-            spec = raw[field.value : field.end]
-        elif raw[field.start] in _WHAT:
+    for field in _lasting_fields(raw) or ():
+        _, start, value, end = field
+        if raw[start] == _SPEC and spec is None:
+            spec = field
+        elif raw[start] in _WHAT:
             return None
         else:
-            others.append(raw[field.start : field.end])
-    prompt = None if spec is None else _only(spec, _PROMPT)
+            others.append(raw[start:end])
+    prompt = None if spec is None else _only(_PROMPT, raw, spec)
     if spec is None or prompt is None:
         return None
+    _, start, value, end = prompt
     try:
-        text = spec[prompt.value : prompt.end].decode()
+        text = raw[value:end].decode()
     except UnicodeDecodeError:
         return None
-    return Prompted(text, (b"".join(others), spec[: prompt.start] + spec[prompt.end :]))
+    return text, (b"".join(others), raw[spec[2] : start] + raw[end : spec[3]])
 
 
-def _only(message: bytes, tag: int) -> Field | None:
-    """The field of a message with this tag; None if it has none, or several."""
-    found = [field for field in wire.fields(message) or () if message[field.start] == tag]
-    return found[0] if len(found) == 1 else None
+def _only(tag: int, raw: bytes, message: Field) -> Field | None:
+    """The field of a submessage with this tag; None if it has none, or several."""
+    found = None
+    for field in wire.fields(raw, message[2], message[3]) or ():
+        if raw[field[1]] == tag:
+            if found is not None:
+                return None
+            found = field
+    return found
 
 
 def _lasting_fields(raw: bytes) -> list[Field] | None:
@@ -72,12 +74,13 @@ def _lasting_fields(raw: bytes) -> list[Field] | None:
         return None
     lasting, tags = [], 0
     for field in fields:
-        if raw[field.start] == _REQUEST_ID:
-            if not _FIT_ID.fullmatch(raw, field.value, field.end):
+        _, start, value, end = field
+        if raw[start] == _REQUEST_ID:
+            if not _FIT_ID.fullmatch(raw, value, end):
                 return None
-        elif raw[field.start] == _TAG:
+        elif raw[start] == _TAG:
             tags += 1
-            if tags > MAX_TAGS or not _FIT_TAG.fullmatch(raw, field.value, field.end):
+            if tags > MAX_TAGS or not _FIT_TAG.fullmatch(raw, value, end):
                 return None
         else:
             lasting.append(field)

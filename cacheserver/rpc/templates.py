@@ -2,46 +2,42 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from cacheserver.calls.again import Template
 from cacheserver.identity import validate_prompt
 from cacheserver.model import Caller
-from cacheserver.rpc.split import prompted
+from cacheserver.rpc.split import Others, prompted
 
 _MOST_TEMPLATES = 1_000
 _MOST_BYTES = 512
 """Who says more is read every time. So a template takes some 3 kB, and 14 at the most."""
 
 
-class TemplateCall(NamedTuple):
-    """A call of a known template: its valid prompt, and up to how many bytes a picture goes out inline."""
-
-    template: Template
-    max_inline_bytes: int
-    prompt: str
-
-
 class Templates:
     """The templates that are known, by their bytes and their caller; at most 1,000, and the oldest goes first."""
 
     def __init__(self) -> None:
-        self._templates: dict[tuple[tuple[bytes, bytes], str], tuple[Template, int]] = {}
+        self._templates: dict[tuple[Others, str], tuple[Template, int]] = {}
 
-    def find(self, raw: bytes, caller: Caller) -> TemplateCall | None:
-        """A call with this request, if its template is known and nothing is wrong with it."""
+    def find(self, raw: bytes, caller: Caller) -> tuple[Template, int, str] | None:
+        """The template of a call with this request, up to how many bytes it takes a picture inline, and its prompt.
+
+        None if its template is not known, or something is wrong with its prompt.
+        """
         request = prompted(raw) if self._templates else None
-        known = None if request is None else self._templates.get((request.others, caller.name))
-        if request is None or known is None or known[0].caller is not caller or validate_prompt(request.prompt):
+        if request is None:
             return None
-        return TemplateCall(*known, request.prompt)
+        prompt, others = request
+        known = self._templates.get((others, caller.name))
+        if known is None or known[0].caller is not caller or validate_prompt(prompt):
+            return None
+        return *known, prompt
 
     def keep(self, raw: bytes, template: Template, max_inline_bytes: int) -> None:
         """Know the template of the call that this is the request of."""
         request = prompted(raw)
-        if request is None or sum(map(len, request.others)) > _MOST_BYTES:
+        if request is None or sum(map(len, request[1])) > _MOST_BYTES:
             return
-        name = request.others, template.caller.name
+        name = request[1], template.caller.name
         if name not in self._templates and len(self._templates) >= _MOST_TEMPLATES:
             del self._templates[next(iter(self._templates))]
         self._templates[name] = template, max_inline_bytes

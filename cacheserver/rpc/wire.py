@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TypeAlias
 
 from cacheserver.model import ImageBytes
 from cacheserver.pb import promptcache_pb2 as pb
@@ -20,21 +20,17 @@ _MORE_FOLLOWS = 0x80
 _LONGEST_VARINT = 10
 
 
-class Field(NamedTuple):
-    """A field as it lies in a message: `raw[start:end]` is all of it, `raw[value:end]` what follows tag and length."""
-
-    number: int
-    start: int
-    value: int
-    end: int
+Field: TypeAlias = tuple[int, int, int, int]
+"""A field of a message in `raw`: its number, where all of it begins, where what follows tag and length, and its end."""
 
 
-def fields(raw: bytes) -> list[Field] | None:
-    """The fields of a message, its submessages unread; None if the bytes are none that protobuf would write.
+def fields(raw: bytes, start: int = 0, end: int | None = None) -> list[Field] | None:
+    """The fields of the message in `raw[start:end]`, its submessages unread; None if protobuf would not write it so.
 
     It is for those who take a message apart that protobuf need not parse: in doubt let protobuf do it, and find fault.
     """
-    found, at, size = [], 0, len(raw)
+    found: list[Field] = []
+    at, size = start, len(raw) if end is None else end
     try:
         while at < size:
             start = at
@@ -62,7 +58,7 @@ def fields(raw: bytes) -> list[Field] | None:
                 value, at = at, at + _FIXED_BYTES[kind]
             if not tag >> 3:
                 return None
-            found.append(Field(tag >> 3, start, value, at))
+            found.append((tag >> 3, start, value, at))
     except LookupError:  # cut off in the middle, or of a kind that is written no more
         return None
     return found if at == size else None

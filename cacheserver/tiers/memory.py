@@ -62,12 +62,15 @@ class MemoryCache:
 
         The entry's own key may name another variant: a stand-in keeps the key it was made for.
         """
-        name = key.name
+        return self.named(key.name, key.digest)
+
+    def named(self, name: str, digest: bytes) -> CachedImage | None:
+        """What `get` of the key with this name and identity digest answers."""
         try:
             entry = self._entries[name]
         except KeyError:
             return None
-        if not key.matches(entry.key.digest):
+        if not entry.key.digest.startswith(digest):
             return None
         if entry.expire_time_s is not None and not entry.is_fresh(self._clock.now_s()):
             del self._entries[name]
@@ -189,5 +192,6 @@ def entry_bytes(entry: CachedImage) -> int:
     """How much memory an entry takes: its bytes, its texts at up to four bytes a character, its objects."""
     image = entry.image
     texts = (entry.namespace, *entry.tags, image.model, image.revised_prompt, image.upstream_request_id)
+    beside_reply = 0 if entry.reply is None else entry.reply.latest_bytes
     # All of a reply, or of what a lower tier stored, where the picture is a view of it.
-    return OVERHEAD_BYTES + len(buffer_of(image.data)) + sum(64 + 4 * len(text) for text in texts)
+    return OVERHEAD_BYTES + beside_reply + len(buffer_of(image.data)) + sum(64 + 4 * len(text) for text in texts)

@@ -81,15 +81,14 @@ class Batches:
     def _count(self, raw: bytes, us: list[float]) -> int:
         """Note the items of a message: how many they are."""
         now_s, items = time.perf_counter(), wire.fields(raw) or []
-        for item in items:
+        for *_, value, end in items:
             # Only looked at, as the picture need not be copied: its request_id comes before the answer.
-            parts = {part.number: part for part in wire.fields(raw[item.value : item.end]) or []}
-            answer = parts.get(pb.BatchItem.RESPONSE_FIELD_NUMBER)
-            if answer is None or answer.end - answer.value < self._answer_bytes:
+            parts = {number: span for number, _, *span in wire.fields(raw, value, end) or []}
+            start, stop = parts.get(pb.BatchItem.RESPONSE_FIELD_NUMBER, (0, 0))
+            if stop - start < self._answer_bytes:
                 raise RuntimeError("an item brought no picture")
-            name = parts[pb.BatchItem.REQUEST_ID_FIELD_NUMBER]
-            start = item.value
-            us.append((now_s - self._begun_s.pop(raw[start + name.value : start + name.end])) * 1e6)
+            start, stop = parts[pb.BatchItem.REQUEST_ID_FIELD_NUMBER]
+            us.append((now_s - self._begun_s.pop(raw[start:stop])) * 1e6)
         return len(items)
 
 
