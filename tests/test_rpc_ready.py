@@ -15,16 +15,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cacheserver.accounting.books import ToldApart
+from cacheserver.identity import identify
 from cacheserver.model import (
     CacheKey,
     Caller,
     GeneratedImage,
+    Identity,
+    ImageRequest,
     MatchLevel,
     Namespace,
     Outcome,
+    Pending,
     Permission,
     Reply,
+    Served,
     StatsField,
+    Terms,
     TierName,
 )
 from cacheserver.pb import promptcache_pb2 as pb
@@ -272,6 +278,59 @@ class TestWhatIsKeptWithAnEntryOfWhoAskedLast:
         assert await forgetful.stub.GetImage(ask()) == after
 
 
+class TestWhatMemoryLacks:
+    """Of a call of a known template that memory cannot answer, too, the prompt alone is read."""
+
+    LIKE = (
+        {},
+        {"namespace": "default", "of": {"quality": "low", "size": "1024x1536"}},
+        {"priority": pb.PRIORITY_BATCH, "allow_degraded": True, "ttl": {"seconds": 60}, "max_wait": {"seconds": 5}},
+        {"match_level": pb.MATCH_LEVEL_EXACT},
+    )
+
+    @pytest.mark.parametrize("like", LIKE, ids=str)
+    @pytest.mark.parametrize("timeout_s", [None, 30.0])
+    async def test_is_asked_of_the_cache_as_if_all_of_it_were_read(
+        self, front: Front, house: House, read: list[bytes], like: dict[str, Any], timeout_s: float | None
+    ) -> None:
+        asked: list[tuple[ImageRequest, Identity, Namespace, Caller, Terms]] = []
+        get = house.cache.get
+
+        async def note(request: ImageRequest, identity: Identity, **of: Any) -> list[Served] | Pending:
+            asked.append((request, identity, of["namespace"], of["caller"], of["terms"]))
+            return await get(request, identity, **of)
+
+        house.cache.get = note  # type: ignore[method-assign] # it only looks on
+        for prompt in ("a red fox", "A  blue fox."):
+            await asyncio.gather(front.stub.GetImage(ask(prompt, **like), timeout=timeout_s), return_exceptions=True)
+        assert len(read) == 1
+        (first, _, *by_first, of_first), (second, identity, *by_second, of_second) = asked
+        assert second == replace(first, prompt="A  blue fox.")
+        assert identity == identify(second, house.namespace, like.get("match_level") and MatchLevel.EXACT)
+        assert by_first == by_second
+        assert replace(of_first, deadline_s=None) == replace(of_second, deadline_s=None)
+        assert (of_second.deadline_s is None) == (timeout_s is None)
+
+    async def test_is_made_answered_and_booked_like_any(self, front: Front, house: House, read: list[bytes]) -> None:
+        await front.stub.GetImage(ask())
+        call = front.stub.GetImage(ask("A  blue fox."))
+        made = await call
+        assert len(read) == 1
+        assert house.upstream.asked[-1][0].prompt == "A  blue fox."
+        assert made.status.tier == pb.TIER_UPSTREAM
+        assert dict(await call.trailing_metadata())["cache-status"] == "cacheserver; fwd=uri-miss; stored; detail=upstream; age=0"
+        assert house.books.snapshot(None).total.requests == 2
+        assert (await front.stub.GetImage(ask("a blue fox"))).images[0].digest == made.images[0].digest
+
+    @pytest.mark.parametrize("more", [{"request_id": "r1"}, {"tags": ["t"]}])
+    async def test_what_says_more_of_itself_is_read(
+        self, front: Front, read: list[bytes], more: dict[str, Any]
+    ) -> None:
+        await front.stub.GetImage(ask())
+        await front.stub.GetImage(ask("a blue fox", **more))
+        assert len(read) == 2
+
+
 class TestWhereTheirPromptsAloneAreRead:
     async def test_calls_are_that_say_what_an_earlier_one_did_in_all_else(
         self, front: Front, read: list[bytes]
@@ -333,17 +392,13 @@ class TestWhereTheirPromptsAloneAreRead:
             await front.stub.GetImage(ask(), metadata=authorization("bob"))
         assert len(read) == 1
 
-    async def test_a_picture_derived_from_another_takes_the_ordinary_way(
-        self, front: Front, house: House, read: list[bytes]
-    ) -> None:
+    async def test_a_picture_derived_from_another_takes_the_ordinary_way(self, front: Front, house: House) -> None:
         made = await known(front, ask())
         await house.settle()
         entry = house.memory.get(CacheKey.parse(made.images[0].key))
         assert entry is not None
         house.memory.put(entry.key, replace(entry, derived_from="v1.of.another.one.0", derived_by=frozenset({"size"})))
-        del read[:]
         other = await front.stub.GetImage(ask())
-        assert len(read) == 1
         assert other.status.tier == pb.TIER_REDIS  # this namespace allows no derived picture, and Redis has its own
 
     async def test_a_share_of_keys_that_is_only_observed_stays_so(self, house: House) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 from weakref import ref
 
+from cacheserver.calls.asked import Asked
 from cacheserver.figures import HitRow
-from cacheserver.identity import Identifier
+from cacheserver.identity import Identifier, Named
 from cacheserver.model import (
     CachedImage,
     CacheKey,
@@ -48,17 +48,27 @@ class HitAgain(NamedTuple):
         return Served(entry, TierName.MEMORY, self.matched, saved_microusd=self.saved_microusd)
 
 
-@dataclass(frozen=True, slots=True)
-class Template:
+class Template(NamedTuple):
     """Calls for one picture that differ in nothing but their prompt, and any such picture in memory answers them.
 
-    `caller` has the right to read in `namespace`, which lets every prompt pass, records none and serves what is stored.
-    `request` is theirs without the prompt, `identifier` tells their identities, `row` is where their hits are booked.
+    `caller` has the right to read in their namespace, which lets every prompt pass, records none and serves what is
+    stored. `asked` is what they ask for without the prompt, and without what says nothing of the picture. `identifier`
+    tells their identities, `row` is where their hits are booked.
     """
 
     caller: Caller
-    namespace: Namespace
+    asked: Asked
     request: ImageRequest
-    match_level: MatchLevel | None
     identifier: Identifier
     row: HitRow
+
+
+class Seen(NamedTuple):
+    """A call of a template that memory has no picture for: with its prompt, and what names that. Nothing has happened.
+
+    It says nothing beside them but until when it waits, and need not be read.
+    """
+
+    template: Template
+    prompt: str
+    named: Named

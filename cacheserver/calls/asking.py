@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 from weakref import ref
 
 from cacheserver.cache import PromptCache
-from cacheserver.calls.again import HitAgain, Template
+from cacheserver.calls.again import HitAgain, Seen, Template
 from cacheserver.calls.asked import Asked
 from cacheserver.calls.call import Call
 from cacheserver.calls.recorded import kind_of_failure, kinds_of_answer
@@ -191,11 +191,11 @@ class Asking:
         is_served = namespace.serves_all and not self._screens(namespace)
         if isinstance(what, CacheKey) or what.inputs or not is_served or not is_plain:
             return None
+        request = replace(what, prompt="")
         return Template(
             caller=call.caller,
-            namespace=namespace,
-            request=replace(what, prompt=""),
-            match_level=asked.match_level,
+            asked=replace(asked, what=request, terms=replace(terms, request_id="", tags=(), deadline_s=None)),
+            request=request,
             identifier=Identifier(what, namespace, asked.match_level),
             row=_row(call.caller, namespace, what.model, what.quality),
         )
@@ -207,9 +207,9 @@ class Asking:
         matched = MatchLevel.EXACT if entry.prompt_digest == identity.prompt_digest else identity.level
         return HitAgain(
             caller=template.caller,
-            namespace=template.namespace,
+            namespace=template.asked.namespace,
             what=None if self._trace is None else replace(template.request, prompt=prompt),
-            match_level=template.match_level,
+            match_level=template.asked.match_level,
             identity=identity,
             name=identity.key.name,
             entry=ref(entry),
@@ -219,6 +219,14 @@ class Asking:
             row=template.row,
             told=ToldImages.of_hit(entry, matched, saved_microusd),
         )
+
+    def of_seen(self, seen: Seen, call: Call) -> Asked:
+        """What such a call asks for, as if it had been read, let pass and identified."""
+        (_, asked, request, identifier, _), prompt, named = seen
+        call.namespace, call.model, call.quality = asked.namespace.name, request.model, request.quality
+        call.wanted = identifier.identity_of(prompt, named)
+        terms = asked.terms if call.deadline_s is None else replace(asked.terms, deadline_s=call.deadline_s)
+        return replace(asked, what=replace(request, prompt=prompt), terms=terms)
 
     def _screens(self, namespace: Namespace) -> bool:
         """Whether its prompts are screened or recorded: none of its calls is answered without that."""

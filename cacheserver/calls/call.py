@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from cacheserver.calls.again import HitAgain
+from cacheserver.calls.again import HitAgain, Seen
 from cacheserver.model import Caller, Identity, Pending, Served
 
 NOBODY = Caller("", frozenset())
@@ -34,7 +34,7 @@ class Call:
     None where it does not say; `started_s` is monotonic.
     `model` and `quality` are those asked for, empty for a call that asks by key.
     `wanted` is the identity of the picture it asks for, `answer` what it was answered with, `again` where that
-    was told before. `items` counts those of a stream.
+    was told before; `seen` where it is of a template. `items` counts those of a stream.
     """
 
     rpc: str
@@ -50,6 +50,7 @@ class Call:
     wanted: Identity | None = None
     answer: Sequence[Served] | Pending | None = None
     again: HitAgain | None = None
+    seen: Seen | None = None
     items: int = 0
 
     @property

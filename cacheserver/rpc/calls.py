@@ -15,6 +15,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
 
+from cacheserver.calls.again import Seen
 from cacheserver.calls.call import Call
 from cacheserver.calls.reception import OK, Reception
 from cacheserver.errors import MalformedMessageError, OverloadedError, cut_off
@@ -24,7 +25,7 @@ Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
 AnswerRaw: TypeAlias = Callable[[bytes, Call], Awaitable[bytes]]
-FindReady: TypeAlias = Callable[[bytes, Mapping[str, str]], tuple[bytes, tuple[tuple[str, str], ...]] | None]
+FindReady: TypeAlias = Callable[[bytes, Mapping[str, str]], tuple[bytes, tuple[tuple[str, str], ...]] | Seen | None]
 M = TypeVar("M", bound=Message)
 
 
@@ -242,12 +243,14 @@ class _ReadyCall(grpc.RpcMethodHandler):  # type: ignore[type-arg]  # generic in
             ready = rpc.ready(raw, said)
         except Exception as error:  # noqa: BLE001 - whatever it was, the caller gets a status that fits
             await calls.abort(calls.begun(rpc.rpc, said, context), error, context)
-        if ready is not None:
+        if ready is not None and not isinstance(ready, Seen):
             self._was_ready = True
             answer, trailers = ready
             context.set_trailing_metadata(trailers)
             return answer
-        async with calls.received(calls.begun(rpc.rpc, said, context), context) as call:
+        call = calls.begun(rpc.rpc, said, context)
+        call.seen = ready
+        async with calls.received(call, context):
             return await rpc.method(raw, call)
 
 

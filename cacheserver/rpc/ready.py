@@ -12,7 +12,7 @@ from dataclasses import replace
 from weakref import ref
 
 from cacheserver.cache import PromptCache
-from cacheserver.calls.again import HitAgain
+from cacheserver.calls.again import HitAgain, Seen
 from cacheserver.calls.asking import Asking
 from cacheserver.calls.call import Call
 from cacheserver.calls.reception import Reception
@@ -46,16 +46,17 @@ class ReadyImages:
         self._known = KnownCalls(most_known)
         self._templates = Templates()
 
-    def again(self, raw: bytes, metadata: Mapping[str, str]) -> tuple[bytes, Trailers] | None:
+    def again(self, raw: bytes, metadata: Mapping[str, str]) -> tuple[bytes, Trailers] | Seen | None:
         """The answer to a call that memory answers with a finished reply, and its trailers.
 
-        It is booked and remembered. None: nothing has happened, and the call is to be begun as any other.
+        It is booked and remembered. Otherwise nothing has happened, and the call is to be begun as any other; with what
+        was seen of it, if that is all of it.
         """
         started_s = self._clock.monotonic_s()
         caller = self._reception.known_caller(metadata)
         hit = None if caller is None else self._hit(raw, caller, metadata, started_s)
-        if hit is None:
-            return None
+        if hit is None or isinstance(hit, Seen):
+            return hit
         reply, status, again = hit
         request_id = self._reception.hit_again("GetImage", metadata, again, started_s)
         return reply, (("cache-status", status), ("x-request-id", request_id))
@@ -63,7 +64,8 @@ class ReadyImages:
     def answer(self, raw: bytes, call: Call) -> bytes | None:
         """The same for a call that has begun: booked, and remembered as any when it is concluded."""
         hit = self._hit(raw, call.caller, call.metadata, call.started_s)
-        if hit is None:
+        if hit is None or isinstance(hit, Seen):
+            call.seen = hit
             return None
         reply, status, call.again = hit
         call.trailers.append(("cache-status", status))
@@ -71,7 +73,7 @@ class ReadyImages:
 
     def _hit(
         self, raw: bytes, caller: Caller, metadata: Mapping[str, str], started_s: float
-    ) -> tuple[bytes, str, HitAgain] | None:
+    ) -> tuple[bytes, str, HitAgain] | Seen | None:
         """The reply to such a call, its cache-status, and what it takes to tell it again; it is booked."""
         if len(raw) > _MOST_BYTES or not _SAYS_MORE.isdisjoint(metadata):
             return None
@@ -79,22 +81,24 @@ class ReadyImages:
         entry = None if known is None else known.again.entry()
         if known is None or entry is None or not self._asking.holds_still(known.again, entry, caller, started_s):
             found = self._look(raw, caller, started_s)
-            if found is None:
-                return None
+            if found is None or isinstance(found, Seen):
+                return found
             known, entry = found
         reply = self._reply(known, entry)
         self._asking.book_again(known.again, entry, started_s)
         return reply, known.status_at(entry, self._clock.now_s()), known.again
 
-    def _look(self, raw: bytes, caller: Caller, started_s: float) -> tuple[Known, CachedImage] | None:
+    def _look(self, raw: bytes, caller: Caller, started_s: float) -> tuple[Known, CachedImage] | Seen | None:
         """A call of a known template, and the picture that memory has for its prompt."""
         call = self._templates.find(raw, caller)
         if call is None:
             return None
-        template, max_inline_bytes, prompt = call
+        template, max_inline_bytes, prompt, is_all = call
         named = template.identifier.named(prompt)
         entry = self._cache.hit_one(*named[:2])
-        if entry is None or entry.size_bytes > max_inline_bytes:
+        if entry is None:
+            return Seen(template, prompt, named) if is_all else None
+        if entry.size_bytes > max_inline_bytes:
             return None
         latest = None if entry.reply is None else entry.reply.latest
         if isinstance(latest, Latest) and latest.is_of(template, prompt, started_s):
@@ -118,10 +122,15 @@ class ReadyImages:
         latest.known.again = again._replace(entry=ref(kept))
         return kept
 
+    def asked(self, call: Call) -> RpcAsked | None:
+        """What a call asks for whose prompt alone was read; None if all of it is to be read."""
+        asked = None if call.seen is None else self._asking.of_seen(call.seen, call)
+        return asked if isinstance(asked, RpcAsked) else None
+
     def tell(self, served: Served, asked: RpcAsked, raw: bytes, call: Call) -> bytes:
         """The finished answer with one picture, inline. A hit's is kept in memory, and the call and its like known."""
         is_to_know = len(raw) <= _MOST_BYTES and _SAYS_MORE.isdisjoint(call.metadata)
-        if is_to_know and (template := self._asking.template(asked, call)) is not None:
+        if is_to_know and call.seen is None and (template := self._asking.template(asked, call)) is not None:
             self._templates.keep(raw, template, asked.max_inline_bytes)
         if not served.is_plain_hit:
             return replies.finished(served).raw

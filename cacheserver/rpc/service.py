@@ -200,7 +200,9 @@ class PromptCacheService:
     async def get_image(self, raw: bytes, call: Call) -> bytes:
         """Images from the fastest tier that has them; what is missing is generated."""
         with self._asking.booked(call), self._uploads.hold() as hold:
-            asked = await self._asking.screened(await self._read(parse(pb.GetImageRequest, raw), call, hold))
+            asked = self._ready.asked(call)
+            if asked is None:
+                asked = await self._asking.screened(await self._read(parse(pb.GetImageRequest, raw), call, hold))
             self._check_delivery(asked)
             answer = await self._asking.answer(asked, call)
             if isinstance(answer, Pending):

@@ -34,8 +34,11 @@ Requests with equal others ask for the same in all but the prompt.
 """
 
 
-def prompted(raw: bytes) -> tuple[str, Others] | None:
-    """A request as its prompt and the rest; None if it has not one prompt alone, or what is left out is not fit."""
+def prompted(raw: bytes) -> tuple[str, Others, bool] | None:
+    """A request as its prompt and the rest, and whether that is all of it: it has neither request_id nor tags.
+
+    None if it has not one prompt alone, or what is left out is not fit.
+    """
     # On the way of every hit whose prompt is read: a function for each field would take as long as all of it.
     spec, others = None, []
     for field in _lasting_fields(raw) or ():
@@ -54,7 +57,9 @@ def prompted(raw: bytes) -> tuple[str, Others] | None:
         text = raw[value:end].decode()
     except UnicodeDecodeError:
         return None
-    return text, (b"".join(others), raw[spec[2] : start] + raw[end : spec[3]])
+    of_request = b"".join(others)
+    is_all = len(of_request) + spec[3] - spec[1] == len(raw)
+    return text, (of_request, raw[spec[2] : start] + raw[end : spec[3]]), is_all
 
 
 def _only(tag: int, raw: bytes, message: Field) -> Field | None:

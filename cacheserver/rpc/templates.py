@@ -18,19 +18,19 @@ class Templates:
     def __init__(self) -> None:
         self._templates: dict[tuple[Others, str], tuple[Template, int]] = {}
 
-    def find(self, raw: bytes, caller: Caller) -> tuple[Template, int, str] | None:
+    def find(self, raw: bytes, caller: Caller) -> tuple[Template, int, str, bool] | None:
         """The template of a call with this request, up to how many bytes it takes a picture inline, and its prompt.
 
-        None if its template is not known, or something is wrong with its prompt.
+        And whether that is all it says. None if its template is not known, or something is wrong with its prompt.
         """
         request = prompted(raw) if self._templates else None
         if request is None:
             return None
-        prompt, others = request
+        prompt, others, is_all = request
         known = self._templates.get((others, caller.name))
         if known is None or known[0].caller is not caller or validate_prompt(prompt):
             return None
-        return *known, prompt
+        return *known, prompt, is_all
 
     def keep(self, raw: bytes, template: Template, max_inline_bytes: int) -> None:
         """Know the template of the call that this is the request of."""
