@@ -2,7 +2,7 @@
 
 Each hit is some messages from grpc's thread, which waits for the sockets, to the event loop's, and the loop wakes
 grpc's for what it has to send. Where the two share a core Linux lets who was woken take it from the other, so the loop
-was stopped in the midst of what it did as often as it had something to say: four times for a hit. With a higher nice
+was stopped in the midst of what it did as often as it had something to say: ten times for a hit. With a higher nice
 value (sched(7)) grpc's runs when the loop waits, and then finds several things to do. On one core a hit takes a quarter
 less so, and so does a bare server's. Threads that work give way as much: they and grpc's share what the loop leaves.
 

@@ -318,7 +318,10 @@ class TestWhatMemoryLacks:
         assert len(read) == 1
         assert house.upstream.asked[-1][0].prompt == "A  blue fox."
         assert made.status.tier == pb.TIER_UPSTREAM
-        assert dict(await call.trailing_metadata())["cache-status"] == "cacheserver; fwd=uri-miss; stored; detail=upstream; age=0"
+        assert (
+            dict(await call.trailing_metadata())["cache-status"]
+            == "cacheserver; fwd=uri-miss; stored; detail=upstream; age=0"
+        )
         assert house.books.snapshot(None).total.requests == 2
         assert (await front.stub.GetImage(ask("a blue fox"))).images[0].digest == made.images[0].digest
 

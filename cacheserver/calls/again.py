@@ -53,9 +53,10 @@ class Template(NamedTuple):
 
     `caller` has the right to read in their namespace, which lets every prompt pass, records none and serves what is
     stored. `asked` is what they ask for without the prompt, and without what says nothing of the picture. `identifier`
-    tells their identities, `row` is where their hits are booked.
+    tells their identities, `row` is where their hits are booked. No two templates of a process have the same `number`.
     """
 
+    number: int
     caller: Caller
     asked: Asked
     request: ImageRequest

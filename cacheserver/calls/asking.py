@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from types import MappingProxyType
 from typing import Protocol, TypeVar
 from weakref import ref
@@ -104,6 +105,7 @@ class Asking:
         self._prompts = prompts
         self._trace = trace
         self._gone = gone
+        self._template_numbers = count()
 
     def namespace(self, name: str, permission: Permission, call: Call, prefix: str = "") -> Namespace:
         """The namespace a call names. Rights come first, so that nobody learns which others exist.
@@ -193,6 +195,7 @@ class Asking:
             return None
         request = replace(what, prompt="")
         return Template(
+            number=next(self._template_numbers),
             caller=call.caller,
             asked=replace(asked, what=request, terms=replace(terms, request_id="", tags=(), deadline_s=None)),
             request=request,
@@ -222,7 +225,7 @@ class Asking:
 
     def of_seen(self, seen: Seen, call: Call) -> Asked:
         """What such a call asks for, as if it had been read, let pass and identified."""
-        (_, asked, request, identifier, _), prompt, named = seen
+        (_, _, asked, request, identifier, _), prompt, named = seen
         call.namespace, call.model, call.quality = asked.namespace.name, request.model, request.quality
         call.wanted = identifier.identity_of(prompt, named)
         terms = asked.terms if call.deadline_s is None else replace(asked.terms, deadline_s=call.deadline_s)

@@ -46,16 +46,16 @@ class Latest:
     """The call of a known template that an entry was the answer to lately; it is kept with the entry's reply.
 
     Its prompt is that of the entry's key, or one that is normalized to it: so the entry may be told again as it was,
-    once a call of the same template and prompt has found it.
+    once a call of the same template and prompt has found it. A template is large, and told by its number here.
     """
 
-    template: Template
+    template: int
     prompt: str
     known: Known
 
     def is_of(self, template: Template, prompt: str, started_s: float) -> bool:
         """Whether a call that began then is answered with the entry as this one was."""
-        return template is self.template and prompt == self.prompt and started_s <= self.known.again.until_s
+        return template.number == self.template and prompt == self.prompt and started_s <= self.known.again.until_s
 
     def be(self, other: Latest) -> None:
         """Another one takes its place."""

@@ -105,7 +105,7 @@ class ReadyImages:
             known = latest.known
         else:
             known = Known(self._asking.of_template(template, prompt, named, entry))
-            entry = self._keep_latest(entry, Latest(template, prompt, known))
+            entry = self._keep_latest(entry, Latest(template.number, prompt, known))
         self._known.keep(known, raw)
         return known, entry
 
