@@ -236,8 +236,8 @@ class PromptCache:
         entry = self._memory.named(name, digest)
         return None if entry is None or entry.derived_by else entry
 
-    def saved_microusd(self, entry: CachedImage, model: str) -> int:
-        """What such a hit saves a call for this model."""
+    def worth_microusd(self, entry: CachedImage, model: str) -> int:
+        """What such a hit saves a call for this model: what the picture would cost now."""
         return self._generation.worth_microusd(entry.image, model)
 
     def keep_reply(self, entry: CachedImage, reply: Reply) -> CachedImage:

@@ -247,6 +247,21 @@ class TestWhatIsKeptWithAnEntryOfWhoAskedLast:
         await forgetful.stub.GetImage(ask(f"a red fox{' ' * 3_000}"))
         assert house.memory.size_bytes == with_latest_bytes
 
+    async def test_a_call_that_is_read_does_not_make_others_be_told_anew(
+        self, forgetful: Front, house: House, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await known(forgetful, ask())
+        told_anew: list[object] = []
+        worth = house.generator.worth_microusd
+        monkeypatch.setattr(house.generator, "worth_microusd", lambda *of: told_anew.append(of) or worth(*of))
+        await forgetful.stub.GetImage(ask("a blue fox", tags=["t"]))
+        del told_anew[:]
+        await forgetful.stub.GetImage(ask())
+        await forgetful.stub.GetImage(ask("A red fox."))
+        assert len(told_anew) == 1
+        await forgetful.stub.GetImage(ask("A red fox."))
+        assert len(told_anew) == 1
+
     async def test_a_new_picture_in_its_place_is_told_as_itself(self, forgetful: Front, house: House) -> None:
         old = await known(forgetful, ask())
         await forgetful.stub.GetImage(ask())
@@ -301,14 +316,14 @@ class TestWhatMemoryLacks:
             return await get(request, identity, **of)
 
         house.cache.get = note  # type: ignore[method-assign] # it only looks on
-        for prompt in ("a red fox", "A  blue fox."):
-            await asyncio.gather(front.stub.GetImage(ask(prompt, **like), timeout=timeout_s), return_exceptions=True)
+        await front.stub.GetImage(ask("a red fox", **like), timeout=timeout_s)
+        await front.stub.GetImage(ask("A  blue fox.", request_id="r1", **like), timeout=timeout_s)
         assert len(read) == 1
         (first, _, *by_first, of_first), (second, identity, *by_second, of_second) = asked
         assert second == replace(first, prompt="A  blue fox.")
         assert identity == identify(second, house.namespace, like.get("match_level") and MatchLevel.EXACT)
         assert by_first == by_second
-        assert replace(of_first, deadline_s=None) == replace(of_second, deadline_s=None)
+        assert replace(of_first, deadline_s=None, request_id="r1") == replace(of_second, deadline_s=None)
         assert (of_second.deadline_s is None) == (timeout_s is None)
 
     async def test_is_made_answered_and_booked_like_any(self, front: Front, house: House, read: list[bytes]) -> None:
@@ -325,13 +340,20 @@ class TestWhatMemoryLacks:
         assert house.books.snapshot(None).total.requests == 2
         assert (await front.stub.GetImage(ask("a blue fox"))).images[0].digest == made.images[0].digest
 
-    @pytest.mark.parametrize("more", [{"request_id": "r1"}, {"tags": ["t"]}])
-    async def test_what_says_more_of_itself_is_read(
-        self, front: Front, read: list[bytes], more: dict[str, Any]
-    ) -> None:
+    async def test_a_call_with_tags_is_read(self, front: Front, house: House, read: list[bytes]) -> None:
         await front.stub.GetImage(ask())
-        await front.stub.GetImage(ask("a blue fox", **more))
+        made = await front.stub.GetImage(ask("a blue fox", tags=["t"]))
         assert len(read) == 2
+        entry = house.memory.get(CacheKey.parse(made.images[0].key))
+        assert entry is not None
+        assert entry.tags == ("t",)
+
+    async def test_an_item_of_a_stream_is_not(self, front: Front, read: list[bytes]) -> None:
+        await front.stub.GetImage(ask())
+        items = pb.BatchGetImagesRequest(requests=[ask(f"fox {n}", request_id=f"r{n}") for n in range(3)])
+        answers = [each async for each in front.stub.BatchGetImages(iter([items]))]
+        assert {item.response.status.tier for each in answers for item in each.items} == {pb.TIER_UPSTREAM}
+        assert len(read) == 1
 
 
 class TestWhereTheirPromptsAloneAreRead:

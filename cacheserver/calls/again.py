@@ -67,9 +67,10 @@ class Template(NamedTuple):
 class Seen(NamedTuple):
     """A call of a template that memory has no picture for: with its prompt, and what names that. Nothing has happened.
 
-    It says nothing beside them but until when it waits, and need not be read.
+    It says nothing more but until when it waits, and need not be read.
     """
 
     template: Template
     prompt: str
     named: Named
+    request_id: str

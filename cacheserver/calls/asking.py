@@ -206,7 +206,7 @@ class Asking:
     def of_template(self, template: Template, prompt: str, named: Named, entry: CachedImage) -> HitAgain:
         """What `again` says of a call of this template for a valid prompt, so named, that memory has `entry` for."""
         identity = template.identifier.identity_of(prompt, named)
-        saved_microusd = self._cache.saved_microusd(entry, template.request.model)
+        saved_microusd = self._cache.worth_microusd(entry, template.request.model)
         matched = MatchLevel.EXACT if entry.prompt_digest == identity.prompt_digest else identity.level
         return HitAgain(
             caller=template.caller,
@@ -214,7 +214,7 @@ class Asking:
             what=None if self._trace is None else replace(template.request, prompt=prompt),
             match_level=template.asked.match_level,
             identity=identity,
-            name=identity.key.name,
+            name=named[0],
             entry=ref(entry),
             matched=matched,
             saved_microusd=saved_microusd,
@@ -225,11 +225,11 @@ class Asking:
 
     def of_seen(self, seen: Seen, call: Call) -> Asked:
         """What such a call asks for, as if it had been read, let pass and identified."""
-        (_, _, asked, request, identifier, _), prompt, named = seen
+        asked, request = seen.template.asked, seen.template.request
         call.namespace, call.model, call.quality = asked.namespace.name, request.model, request.quality
-        call.wanted = identifier.identity_of(prompt, named)
-        terms = asked.terms if call.deadline_s is None else replace(asked.terms, deadline_s=call.deadline_s)
-        return replace(asked, what=replace(request, prompt=prompt), terms=terms)
+        call.wanted = seen.template.identifier.identity_of(seen.prompt, seen.named)
+        terms = replace(asked.terms, request_id=seen.request_id, deadline_s=call.deadline_s)
+        return replace(asked, what=replace(request, prompt=seen.prompt), terms=terms)
 
     def _screens(self, namespace: Namespace) -> bool:
         """Whether its prompts are screened or recorded: none of its calls is answered without that."""

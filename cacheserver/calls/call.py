@@ -34,7 +34,7 @@ class Call:
     None where it does not say; `started_s` is monotonic.
     `model` and `quality` are those asked for, empty for a call that asks by key.
     `wanted` is the identity of the picture it asks for, `answer` what it was answered with, `again` where that
-    was told before; `seen` where it is of a template. `items` counts those of a stream.
+    was told before; `seen` where memory lacks it and all else of the call is known. `items` counts those of a stream.
     """
 
     rpc: str

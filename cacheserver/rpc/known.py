@@ -15,7 +15,7 @@ _KNOWN_BYTES = 3_000
 
 _OBJECTS_BYTES = 1_600
 _EXTRA_BYTES = 24
-"""What provider parameters take at the most as objects, by the bytes of their request."""
+"""What provider parameters take at the most as objects, by the bytes they are written with."""
 
 _Name = tuple[bytes, str]
 """A request's bytes without its request_id and tags, and its caller."""
@@ -116,5 +116,6 @@ def _size_bytes(lasting: bytes, again: HitAgain) -> int:
     if identity is not None:
         size += getsizeof(identity.normalized_prompt) + getsizeof(identity.canonical)
     if isinstance(what, ImageRequest):
-        size += getsizeof(what.prompt) + (_EXTRA_BYTES * len(lasting) if what.extra else 0)
+        canonical_size = 0 if identity is None else len(identity.canonical)
+        size += getsizeof(what.prompt) + (_EXTRA_BYTES * canonical_size if what.extra else 0)
     return size

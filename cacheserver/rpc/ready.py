@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import cast
 from weakref import ref
 
 from cacheserver.cache import PromptCache
@@ -25,6 +26,9 @@ from cacheserver.rpc.templates import Templates
 
 _MOST_BYTES = 4_096
 """A longer request takes the ordinary way every time."""
+
+_ROOM_BYTES = 512
+"""What is kept with an entry takes a multiple of it."""
 
 _SAYS_MORE = frozenset({"cache-control", "x-fallbacks"})
 """Metadata with which a call takes the ordinary way every time."""
@@ -78,86 +82,89 @@ class ReadyImages:
         if len(raw) > _MOST_BYTES or not _SAYS_MORE.isdisjoint(metadata):
             return None
         known = self._known.find(raw, caller)
-        entry = None if known is None else known.again.entry()
+        entry, latest = None if known is None else known.again.entry(), None
         if known is None or entry is None or not self._asking.holds_still(known.again, entry, caller, started_s):
             found = self._look(raw, caller, started_s)
             if found is None or isinstance(found, Seen):
                 return found
-            known, entry = found
-        reply = self._reply(known, entry)
+            known, entry, latest = found
+        reply = self._reply(known, entry, latest)
         self._asking.book_again(known.again, entry, started_s)
         return reply, known.status_at(entry, self._clock.now_s()), known.again
 
-    def _look(self, raw: bytes, caller: Caller, started_s: float) -> tuple[Known, CachedImage] | Seen | None:
-        """A call of a known template, and the picture that memory has for its prompt."""
+    def _look(
+        self, raw: bytes, caller: Caller, started_s: float
+    ) -> tuple[Known, CachedImage, Latest | None] | Seen | None:
+        """A call of a known template, the picture that memory has for its prompt, and what to keep with that."""
         call = self._templates.find(raw, caller)
         if call is None:
             return None
-        template, max_inline_bytes, prompt, is_all = call
+        template, max_inline_bytes, prompt, request_id = call
         named = template.identifier.named(prompt)
         entry = self._cache.hit_one(*named[:2])
         if entry is None:
-            return Seen(template, prompt, named) if is_all else None
+            return None if request_id is None else Seen(template, prompt, named, request_id)
         if entry.size_bytes > max_inline_bytes:
             return None
-        latest = None if entry.reply is None else entry.reply.latest
-        if isinstance(latest, Latest) and latest.is_of(template, prompt, started_s):
-            known = latest.known
+        had = None if entry.reply is None else entry.reply.latest
+        if isinstance(had, Latest) and had.is_of(template, prompt, started_s):
+            known, latest = had.known, None
         else:
             known = Known(self._asking.of_template(template, prompt, named, entry))
-            entry = self._keep_latest(entry, Latest(template.number, prompt, known))
+            latest = Latest(template.number, prompt, known)
         self._known.keep(known, raw)
-        return known, entry
-
-    def _keep_latest(self, entry: CachedImage, latest: Latest) -> CachedImage:
-        """Keep with an entry how it was told last, unless that takes more room than was taken for it once."""
-        reply = entry.reply
-        if reply is not None and isinstance(reply.latest, Latest):
-            if latest.size_bytes <= reply.latest_bytes:
-                reply.latest.be(latest)
-            return entry
-        again = latest.known.again
-        reply = reply or replies.finished(again.served(entry))
-        kept = self._cache.keep_reply(entry, replace(reply, latest=latest, latest_bytes=latest.size_bytes))
-        latest.known.again = again._replace(entry=ref(kept))
-        return kept
+        return known, entry, latest
 
     def asked(self, call: Call) -> RpcAsked | None:
         """What a call asks for whose prompt alone was read; None if all of it is to be read."""
-        asked = None if call.seen is None else self._asking.of_seen(call.seen, call)
-        return asked if isinstance(asked, RpcAsked) else None
+        if call.seen is None:
+            return None
+        return cast("RpcAsked", self._asking.of_seen(call.seen, call))  # as was what its template was made of
 
     def tell(self, served: Served, asked: RpcAsked, raw: bytes, call: Call) -> bytes:
         """The finished answer with one picture, inline. A hit's is kept in memory, and the call and its like known."""
-        is_to_know = len(raw) <= _MOST_BYTES and _SAYS_MORE.isdisjoint(call.metadata)
-        if is_to_know and call.seen is None and (template := self._asking.template(asked, call)) is not None:
-            self._templates.keep(raw, template, asked.max_inline_bytes)
+        if len(raw) <= _MOST_BYTES and _SAYS_MORE.isdisjoint(call.metadata):
+            return self._tell_and_know(served, asked, raw, call)
+        return self._finished(served)[0] if served.is_plain_hit else replies.finished(served).raw
+
+    def _tell_and_know(self, served: Served, asked: RpcAsked, raw: bytes, call: Call) -> bytes:
+        name = self._templates.unknown(raw, call.caller) if call.seen is None else None
+        if name is not None and (template := self._asking.template(asked, call)) is not None:
+            self._templates.keep(name, template, asked.max_inline_bytes)
         if not served.is_plain_hit:
             return replies.finished(served).raw
         reply, entry = self._finished(served)
-        if is_to_know and (again := self._asking.again(served, entry, asked, call)) is not None:
+        if (again := self._asking.again(served, entry, asked, call)) is not None:
             self._known.keep(Known(again), raw)
         return reply
 
-    def _reply(self, known: Known, entry: CachedImage) -> bytes:
+    def _reply(self, known: Known, entry: CachedImage, latest: Latest | None) -> bytes:
         again, reply = known.again, entry.reply
-        if reply is not None and reply.fits(again.matched, again.saved_microusd):
+        if latest is None and reply is not None and reply.fits(again.matched, again.saved_microusd):
             return reply.raw
-        raw, kept = self._finished(again.served(entry))
+        raw, kept = self._finished(again.served(entry), latest)
         known.again = again._replace(entry=ref(kept))
         return raw
 
-    def _finished(self, served: Served) -> tuple[bytes, CachedImage]:
+    def _finished(self, served: Served, latest: Latest | None = None) -> tuple[bytes, CachedImage]:
         """What a hit is told with, and its entry as memory keeps it from now on.
 
-        It keeps one reply with each entry, for those who ask as the first one did: others' is made every time.
+        It keeps one reply with each entry, for those who ask as the first one did: others' is made every time. And who
+        asked last, unless that takes more room than was taken for it once.
         """
         entry, had = served.entry, served.entry.reply
-        if had is not None and had.fits(served.matched, served.saved_microusd):
-            return had.raw, entry
-        reply = replies.finished(served)
-        if had is not None:
-            reply = replace(reply, latest=had.latest, latest_bytes=had.latest_bytes)
-        if had is None or had.matched is reply.matched:
-            entry = self._cache.keep_reply(entry, reply)
-        return reply.raw, entry
+        fits = had is not None and had.fits(served.matched, served.saved_microusd)
+        reply = had if had is not None and fits else replies.finished(served)
+        kept = reply if had is None or had.matched is reply.matched else had
+        if had is not None and isinstance(had.latest, Latest):
+            if latest is not None and latest.size_bytes <= had.latest_bytes:
+                had.latest.be(latest)
+            kept = kept if kept is had else replace(kept, latest=had.latest, latest_bytes=had.latest_bytes)
+        elif latest is not None:
+            kept = replace(kept, latest=latest, latest_bytes=_roomy(latest.size_bytes))
+        return reply.raw, entry if kept is had else self._cache.keep_reply(entry, kept)
+
+
+def _roomy(size_bytes: int) -> int:
+    """Room for what takes so much, and for a prompt that is a little longer."""
+    return -(-size_bytes // _ROOM_BYTES) * _ROOM_BYTES

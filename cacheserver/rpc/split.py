@@ -23,8 +23,8 @@ _FIT_TAG = re.compile(TAG.pattern.encode("ascii"))
 
 def lasting(raw: bytes) -> bytes | None:
     """A request without request_id and tags, which say nothing of a stored picture; None if these are not fit."""
-    fields = _lasting_fields(raw)
-    return None if fields is None else b"".join([raw[start:end] for _, start, _, end in fields])
+    parts = _parts(raw)
+    return None if parts is None else b"".join([raw[start:end] for _, start, _, end in parts[0]])
 
 
 Others: TypeAlias = tuple[bytes, bytes]
@@ -34,14 +34,18 @@ Requests with equal others ask for the same in all but the prompt.
 """
 
 
-def prompted(raw: bytes) -> tuple[str, Others, bool] | None:
-    """A request as its prompt and the rest, and whether that is all of it: it has neither request_id nor tags.
+def prompted(raw: bytes) -> tuple[str, Others, str | None] | None:
+    """A request as its prompt, the rest, and its request_id; this is None if there are tags, too.
 
-    None if it has not one prompt alone, or what is left out is not fit.
+    None if it has not one prompt alone, or what never lasts is not fit.
     """
     # On the way of every hit whose prompt is read: a function for each field would take as long as all of it.
+    parts = _parts(raw)
+    if parts is None:
+        return None
+    lasting, request_id = parts
     spec, others = None, []
-    for field in _lasting_fields(raw) or ():
+    for field in lasting:
         _, start, value, end = field
         if raw[start] == _SPEC and spec is None:
             spec = field
@@ -57,9 +61,7 @@ def prompted(raw: bytes) -> tuple[str, Others, bool] | None:
         text = raw[value:end].decode()
     except UnicodeDecodeError:
         return None
-    of_request = b"".join(others)
-    is_all = len(of_request) + spec[3] - spec[1] == len(raw)
-    return text, (of_request, raw[spec[2] : start] + raw[end : spec[3]]), is_all
+    return text, (b"".join(others), raw[spec[2] : start] + raw[end : spec[3]]), request_id
 
 
 def _only(tag: int, raw: bytes, message: Field) -> Field | None:
@@ -73,20 +75,22 @@ def _only(tag: int, raw: bytes, message: Field) -> Field | None:
     return found
 
 
-def _lasting_fields(raw: bytes) -> list[Field] | None:
+def _parts(raw: bytes) -> tuple[list[Field], str | None] | None:
+    """The fields that last, and the request_id, None if there are tags; None if these are not fit."""
     fields = wire.fields(raw)
     if fields is None:
         return None
-    lasting, tags = [], 0
+    lasting, tags, request_id = [], 0, ""
     for field in fields:
         _, start, value, end = field
         if raw[start] == _REQUEST_ID:
             if not _FIT_ID.fullmatch(raw, value, end):
                 return None
+            request_id = raw[value:end].decode("ascii")
         elif raw[start] == _TAG:
             tags += 1
             if tags > MAX_TAGS or not _FIT_TAG.fullmatch(raw, value, end):
                 return None
         else:
             lasting.append(field)
-    return lasting
+    return lasting, None if tags else request_id
