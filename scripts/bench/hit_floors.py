@@ -1,12 +1,12 @@
 """What hits are held against: bare servers that answer every call with the same stored bytes, and do nothing else.
 
-    python -m scripts.bench.hit_floors ANSWER --method /package.Service/Method [--tuned]
+    python -m scripts.bench.hit_floors ANSWER --method /package.Service/Method [--uvloop | --tuned]
 
 ANSWER is a file of gRPC messages, each with its prefix of five bytes, as one answer brings them over the wire; without
-any every call fails with NOT_FOUND. The server is grpcio's for asyncio on asyncio's own loop and with no options, or
-`--tuned`: on uvloop, with the options and the allocator of our own, and the loop's thread goes first as in ours. With
---redis or --s3 (`http://host:port/bucket`, credentials where boto3 finds them) the first message is stored there, and
-fetched anew for each call. It prints the port it listens on.
+any every call fails with NOT_FOUND. The server is grpcio's for asyncio on asyncio's own loop and with no options. With
+`--uvloop` it is on that; with `--tuned` it also has our options and our allocator, and the loop's thread goes
+first as in ours. With --redis or --s3 (`http://host:port/bucket`, credentials where boto3 finds them) the first message
+is stored there, and fetched anew for each call. It prints the port it listens on.
 
 With --alone there is no server: it fetches as often as standard input says.
 """
@@ -150,6 +150,7 @@ def main(  # noqa: PLR0913 - options
     method: Annotated[str, typer.Option(help="Path of the rpc.")] = "/none/None",
     tuned: Annotated[bool, typer.Option("--tuned", help="On uvloop and with our options.")] = False,
     options: Annotated[list[str] | None, typer.Option("--option", help="A channel argument more: name=value.")] = None,
+    on_uvloop: Annotated[bool, typer.Option("--uvloop", help="On uvloop.")] = False,
     redis: Annotated[str, typer.Option(help="Fetch the answer from this Redis.")] = "",
     s3: Annotated[str, typer.Option(help="Fetch the answer from this bucket.")] = "",
     alone: Annotated[int, typer.Option(help="Fetch so many at a time, without a server.")] = 0,
@@ -166,7 +167,7 @@ def main(  # noqa: PLR0913 - options
     )
     if tuned:
         allocator.set_up()
-    if tuned or alone:
+    if tuned or on_uvloop or alone:
         uvloop.run(_run(floor))
     else:
         asyncio.run(_run(floor))

@@ -11,7 +11,8 @@ order; processor time (of /proc) and latency are compared round by round, and th
 
 The service has callers whose tokens it checks, keeps accounts and has a Redis. The rows are, by name/size/at a time:
 
-    l1         GetImage of a picture in memory; the row `log` tells what a line in the log of each call costs
+    l1         GetImage of a picture in memory, beside a bare server on uvloop that is not tuned else, too; the row
+               `log` tells what a line in the log of each call costs
     prompts    the same for many prompts by Zipf's law, each call with a request_id of its own and no request remembered
     stream     StreamImage of a picture in memory
     url        GetImage that is answered with a URL
@@ -36,12 +37,13 @@ import typer
 
 from scripts.bench import h2load, hit_rows, hit_rows_lower, hit_rows_streams
 from scripts.bench.figures import BusyCores, print_table, print_verdict, write_json
-from scripts.bench.hit_rounds import BARE, TUNED, Rounds, measure, shortfalls
+from scripts.bench.hit_rounds import BARE, TUNED, UVLOOP, Rounds, measure, shortfalls
 from scripts.bench.hit_sides import Row
 from scripts.bench.hit_stage import Stage
 
 ROWS = (*hit_rows.rows(), *hit_rows_streams.rows(), *hit_rows_lower.rows())
 
+_FLOORS = (BARE, UVLOOP, TUNED)
 _MB = 1_000_000
 
 
@@ -83,7 +85,7 @@ def _progress(row: Row, measured: Rounds) -> None:
 
 
 def _ratios(measured: Rounds) -> str:
-    floors = [floor for floor in (BARE, TUNED) if floor in measured.sides]
+    floors = [floor for floor in _FLOORS if floor in measured.sides]
     others = [side for side in measured.sides if side not in floors]
     return "  ".join(f"{side}/{floor} {measured.ratio(side, floor):.3f}" for side in others for floor in floors)
 
@@ -114,7 +116,7 @@ def _side(row: Row, measured: Rounds, side: str) -> dict[str, Any]:
 def _print(figures: dict[str, dict[str, Any]]) -> None:
     print_table(
         "What a hit costs",
-        ("row", "side", "calls/s", "MB/s", "p50", "p99", "CPU", "to bare", "to tuned"),
+        ("row", "side", "calls/s", "MB/s", "p50", "p99", "CPU", *(f"to {floor}" for floor in _FLOORS)),
         [
             (
                 f"{row}, {of['rounds']} rounds, A/A {of['alike']['cpu_us']:.4f}" if n == 0 else "",
@@ -124,7 +126,7 @@ def _print(figures: dict[str, dict[str, Any]]) -> None:
                 f"{its['p50_us'] / 1e3:.2f} ms",
                 f"{its['p99_us'] / 1e3:.2f} ms",
                 f"{its['cpu_us']:.1f} us",
-                *(f"{its['cpu_to'][floor]:.3f}" if floor in its["cpu_to"] else "" for floor in (BARE, TUNED)),
+                *(f"{its['cpu_to'][floor]:.3f}" if floor in its["cpu_to"] else "" for floor in _FLOORS),
             )
             for row, of in figures.items()
             for n, (side, its) in enumerate(of["sides"].items())

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from scripts.bench.figures import percentile
 from scripts.bench.hit_load import Taken
 
-BARE, AGAIN, TUNED, OURS = "bare", "bare again", "tuned", "service"
+BARE, AGAIN, UVLOOP, TUNED, OURS = "bare", "bare again", "uvloop", "tuned", "service"
 """The sides that most rows have: the bare server twice, the one that is tuned as ours is, and ours."""
 
 ALIKE = 0.01

@@ -8,7 +8,7 @@ from functools import partial
 
 from cacheserver.pb import promptcache_pb2 as pb
 from scripts.bench.hit_load import Load
-from scripts.bench.hit_rounds import BARE, OURS, TUNED, Goal
+from scripts.bench.hit_rounds import BARE, OURS, TUNED, UVLOOP, Goal
 from scripts.bench.hit_sides import KB, SIZES, USUAL, Asked, Row, Sides, asking
 from scripts.bench.hit_stage import Stage, request
 
@@ -45,7 +45,8 @@ async def _from_memory(
         await stage.put(service, {prompt: SIZES[size]})
         answer = await stage.hit(service, message)
     asked = Asked("GetImage", [message.SerializeToString()], answer)
-    async with asking(stage, turn_s, asked, services, load=Load.of(at_a_time)) as sides:
+    further = {UVLOOP: ("--uvloop",)}
+    async with asking(stage, turn_s, asked, services, load=Load.of(at_a_time), further=further) as sides:
         yield sides
 
 
