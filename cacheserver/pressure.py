@@ -38,7 +38,7 @@ _GROWS_IN = 64
 _STEP_BYTES = 32 * _MIB
 """Shed at a time; then others have their turn."""
 
-_SLACK_BYTES, _SLACK_SHARE, _MOST_SLACK_BYTES = 24 * _MIB, 0.02, 96 * _MIB
+_SLACK_BYTES, _SLACK_SHARE, _MOST_SLACK_BYTES = 16 * _MIB, 0.015, 96 * _MIB
 """What may be resident beside what is in use: so many bytes and this share of what L1 may hold, and so many at most.
 
 With less, what goes back is asked for again at once, and each page costs a fault; with more, it takes too long to give
