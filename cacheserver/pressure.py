@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import structlog
 
-from cacheserver import loop_first
 from cacheserver.machine import Machine, Room
 from cacheserver.tiers.memory import MemoryCache
 
@@ -38,7 +38,7 @@ _GROWS_IN = 64
 _STEP_BYTES = 32 * _MIB
 """Shed at a time; then others have their turn."""
 
-_SLACK_BYTES, _SLACK_SHARE, _MOST_SLACK_BYTES = 16 * _MIB, 0.015, 96 * _MIB
+_SLACK_BYTES, _SLACK_SHARE, _MOST_SLACK_BYTES = 24 * _MIB, 0.02, 96 * _MIB
 """What may be resident beside what is in use: so many bytes and this share of what L1 may hold, and so many at most.
 
 With less, what goes back is asked for again at once, and each page costs a fault; with more, it takes too long to give
@@ -79,8 +79,8 @@ class MemoryGuard:
         self._taken = taken
         self._others_bytes: int | None = None
         self._is_short = False
-        # One of its own: where all others are at work, memory is what may run out.
-        self._thread = loop_first.pool(1, "memory-guard")
+        # One of its own, that gives way to nobody: where all others are at work, memory is what may run out.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="memory-guard")
         self.shed_bytes = 0
         """How much L1 shed so far."""
 

@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "variants": VALUES,
     "control": VALUES | {"tiers"},
     "keep": VALUES | {"tiers"},
-    "pressure": VALUES | {"tiers", "machine", "loop_first"},
+    "pressure": VALUES | {"tiers", "machine"},
     "purge": VALUES | {"tiers", "keep"},
     "paying": VALUES | {"flight"},
     "reviews": VALUES | {"tiers", "keep"},

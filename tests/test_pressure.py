@@ -197,7 +197,7 @@ async def test_others_have_their_turn_while_much_is_shed(house: House) -> None:
 
 async def test_slack_goes_back_once_it_is_more_than_a_service_needs(house: House) -> None:
     await house.guard.look()
-    house.machine.free = 16 * MIB
+    house.machine.free = 24 * MIB
     await house.guard.look()
     assert house.machine.given_back == []
     house.machine.free = 64 * MIB
@@ -215,7 +215,7 @@ async def test_slack_is_what_an_l1_of_this_size_allows_whether_it_is_full_or_not
         taken=lambda: 0,
     )
     await empty.look()
-    house.machine.free = 28 * MIB
+    house.machine.free = 40 * MIB
     await empty.look()
     assert house.machine.given_back == []
     house.machine.free = 64 * MIB

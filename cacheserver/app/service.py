@@ -99,6 +99,7 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
         await rpc.start()
         undo.push_async_callback(lambda: rpc.drain(patience.for_calls_s()))
         undo.callback(ready.clear)
+        loop_first.others_give_way()  # grpc's are there now, and that of the memory guard, which does not, is not
         watch(core, rpc=rpc, alarms=alarms, undo=undo)
         ready.set()
         service = Service(settings, rpc=rpc, http=http, patience=patience, undo=undo.pop_all())
@@ -139,7 +140,6 @@ async def _serve(settings: Settings) -> None:
         await end([starting])
         return
     service = starting.result()
-    loop_first.others_give_way()
     # What exists now stays: a full collection that walks it again stops the service for about 100 ms. One that walks
     # two thousand calls takes 500 ms, and frees some 20 kB for each that ended: libraries' cycles, never a picture.
     gc.freeze()
