@@ -306,6 +306,7 @@ async def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path, clock: Fak
     script = f"trap '' TERM; touch {trapped}; while :; do sleep 60; done"
     async with _supervised(tmp_path, script, clock, is_ready=trapped.exists) as supervised:
         start = asyncio.create_task(supervised.start())
+        await until(trapped.exists)  # as long as that takes: no time passes meanwhile
         while not start.done():
             clock.advance(0.1)
             await asyncio.sleep(0)
