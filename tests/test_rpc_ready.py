@@ -282,16 +282,6 @@ class TestWhatIsKeptWithAnEntryOfWhoAskedLast:
         requests = {(row.caller, row.outcome): row.requests for row in rows if row.requests}
         assert requests == {("ann", Outcome.MISS): 1, ("ann", Outcome.HIT): 3, ("bob", Outcome.HIT): 2}
 
-    async def test_what_it_saves_is_within_a_minute(
-        self, forgetful: Front, house: House, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        before = await known(forgetful, ask())
-        monkeypatch.setattr(house.generator, "worth_microusd", lambda *_: before.status.saved_microusd + 7)
-        house.clock.advance(61)
-        after = await forgetful.stub.GetImage(ask())
-        assert after.status.saved_microusd == before.status.saved_microusd + 7
-        assert await forgetful.stub.GetImage(ask()) == after
-
 
 class TestWhatMemoryLacks:
     """Of a call of a known template that memory cannot answer, too, the prompt alone is read."""
@@ -478,15 +468,17 @@ class TestWhatIsAskedEveryTime:
             told.append(dict(await call.trailing_metadata())["cache-status"].partition("memory; ")[2])
         assert told == ["ttl=29; age=0", "ttl=29; age=0", "ttl=29; age=1", "ttl=28; age=1", "ttl=30; age=0"]
 
+    @pytest.mark.parametrize("known_requests", [0, 10_000])
     async def test_what_it_saves_is_within_a_minute(
-        self, front: Front, house: House, monkeypatch: pytest.MonkeyPatch
+        self, house: House, monkeypatch: pytest.MonkeyPatch, known_requests: int
     ) -> None:
-        before = await known(front, ask())
-        monkeypatch.setattr(house.generator, "worth_microusd", lambda *_: before.status.saved_microusd + 7)
-        house.clock.advance(61)
-        after = await front.stub.GetImage(ask())
-        assert after.status.saved_microusd == before.status.saved_microusd + 7
-        assert await front.stub.GetImage(ask()) == after
+        async with open_front(house, limits=Limits(known_requests=known_requests)) as front:
+            before = await known(front, ask())
+            monkeypatch.setattr(house.generator, "worth_microusd", lambda *_: before.status.saved_microusd + 7)
+            house.clock.advance(61)
+            after = await front.stub.GetImage(ask())
+            assert after.status.saved_microusd == before.status.saved_microusd + 7
+            assert await front.stub.GetImage(ask()) == after
 
     async def test_a_namespace_that_screens_prompts_screens_every_one(self, house: House, read: list[bytes]) -> None:
         house.namespace = replace(house.namespace, store_prompts=True)

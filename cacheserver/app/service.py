@@ -99,7 +99,7 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
         await rpc.start()
         undo.push_async_callback(lambda: rpc.drain(patience.for_calls_s()))
         undo.callback(ready.clear)
-        loop_first.others_give_way()  # grpc's are there now, and that of the memory guard, which does not, is not
+        loop_first.others_give_way()  # before the memory guard's is there: it does not
         watch(core, rpc=rpc, alarms=alarms, undo=undo)
         ready.set()
         service = Service(settings, rpc=rpc, http=http, patience=patience, undo=undo.pop_all())
