@@ -139,8 +139,8 @@ async def test_once_there_is_room_again_l1_grows_by_a_little_each_look_until_it_
         await house.guard.look()
         rooms.append(house.memory.room_bytes)
     steps = [later - earlier for earlier, later in itertools.pairwise(rooms)]
-    assert max(steps) <= house.memory.max_bytes // 64 + 1
-    assert len(steps) == 64
+    assert max(steps) <= house.memory.max_bytes // 128 + 1
+    assert len(steps) == 128
     await house.guard.look()
     assert house.memory.room_bytes == house.memory.max_bytes
 
@@ -165,7 +165,7 @@ async def test_an_episode_is_told_once_and_its_end_too(house: House) -> None:
         for _ in range(5):
             await house.guard.look()
         house.machine.others = 100 * MIB
-        for _ in range(100):
+        for _ in range(200):
             await house.guard.look()
     assert [event["event"] for event in events] == ["memory_short", "memory_no_longer_short"]
     assert (events[0]["used_mib"], events[0]["high_water_mib"], events[0]["memory_mib"]) == (1000 + 255, 900, 0)

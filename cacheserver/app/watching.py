@@ -28,7 +28,7 @@ _log = structlog.get_logger(__name__)
 _TIERS_S = 1.0
 _BUDGETS_S = 5.0
 _ALARMS_S = 5.0
-_MEMORY_S = 0.5
+_MEMORY_S = 0.25
 
 
 def watch(core: Core, *, rpc: RpcServer, alarms: Alarms, undo: AsyncExitStack) -> None:
