@@ -52,6 +52,7 @@ from typing import Any, NamedTuple
 from cachetools import TTLCache
 
 from cacheserver.alone import Alone
+from cacheserver.backpressure import Backpressure
 from cacheserver.deriving import Deriving, as_asked
 from cacheserver.errors import (
     CacheServerError,
@@ -126,6 +127,7 @@ class PromptCache:
         books: Books,
         clock: Clock,
         unknown: UnknownPolicy,
+        backpressure: Backpressure,
         signer: SigningTier | None = None,
         url_expires_s: int = 3600,
         renderer: Renderer | None = None,
@@ -153,7 +155,8 @@ class PromptCache:
         self._another_one = AnotherOne(monotonic_s=clock.monotonic_s)
         self._tasks = OwnedTasks()
         self._resent = Resent(replays=replays, tasks=self._tasks)
-        self._paying = Paying(generation=generation, clock=clock, unknown=unknown)
+        self._backpressure = backpressure
+        self._paying = Paying(generation=generation, clock=clock, unknown=unknown, backpressure=backpressure)
         self._deriving = Deriving(renderer=renderer, keeper=keeper, clock=clock, find=self.find, walk=self._walk)
         self._alone = Alone(
             generation=generation,
@@ -343,8 +346,11 @@ class PromptCache:
 
         What was only derived from another request's picture makes room for it.
         Returns the entry and whether it is new: bytes that are there already are not stored again. Raises
-        VariantsExhaustedError, and CacheUnknownError when the last tier cannot say which variants it has.
+        VariantsExhaustedError, JournalFullError where there is no room for it, and CacheUnknownError when the last tier
+        cannot say which variants it has.
         """
+        if (refusal := self._backpressure.refusal()) is not None:
+            raise refusal
         entry = self._entry(image, identity, namespace, ttl_s=ttl_s, tags=tags, create_time_s=create_time_s)
         if not replace:
             for variant in range(namespace.max_variants):
@@ -469,11 +475,12 @@ class PromptCache:
         return self._memory.get(key) or self._keeper.held(key)
 
     def _is_here(self, key: CacheKey) -> bool:
-        return self._memory.contains(key) or self._keeper.held(key) is not None
+        return self._memory.contains(key) or self._keeper.is_held(key)
 
     def _find_here(self, key: CacheKey) -> Found:
         if self._is_here(key):
-            return Found(key, TierName.MEMORY)
+            is_in_journal = not self._memory.contains(key) and self._keeper.held(key) is None
+            return Found(key, TierName.JOURNAL if is_in_journal else TierName.MEMORY)
         in_flight = any(key.variant in flight.brings for flight in self._flights.of(key))
         return Found(key, in_flight=in_flight or self._alone.is_making(key))
 
@@ -579,6 +586,8 @@ class PromptCache:
         changes = self._keeper.changes
         entry = self._here(key)
         passed_over = None if entry is None else Loaded(entry, TierName.MEMORY)
+        if passed_over is None and self._keeper.is_held(key):
+            passed_over = await self._read_held(key, changes)
         if passed_over is not None and suits(passed_over):
             return _Walked(passed_over)
         missed: list[Tier] = []
@@ -606,6 +615,8 @@ class PromptCache:
         slot = key.stand_in
         if (entry := self._here(slot)) is not None:
             return Loaded(entry, TierName.MEMORY)
+        if self._keeper.is_held(slot) and (held := await self._read_held(slot, changes)) is not None:
+            return held
         for tier in self._tiers[:-1]:
             try:
                 entry = await self._read(tier, slot)
@@ -616,41 +627,63 @@ class PromptCache:
                 return Loaded(entry, tier.name)
         return None
 
+    async def _read_held(self, key: CacheKey, changes: int) -> Loaded | None:
+        """What the last tier has yet to take, which the journal alone may have."""
+        if (entry := await self._keeper.read_held(key)) is None:
+            return None
+        self._keeper.promote(key, entry, (), changes=changes)
+        return Loaded(entry, TierName.JOURNAL)
+
     async def _read(self, tier: Tier, key: CacheKey) -> CachedImage | None:
         return None if self._keeper.is_outdated(tier, key) else await tier.get(key)
 
     async def _generate(self, flight: Flight, lead: Waiter, making: list[int], unknown: set[int]) -> None:
         while making:
-            order = lead.order(
-                len(making),
-                priority=flight.priority,
-                deadline_s=flight.until_s,
-                partial_images=flight.partial_images,
-            )
-            flight.orders.append(order)
+            safe = asyncio.Event()
             try:
-                images = await self._generation.generate(
-                    order,
-                    making,
-                    on_spending=flight.begin_spending,
-                    on_spare=partial(self._keep_spare, lead, max(making) + 1),
-                    on_partial=flight.hear if order.partial_images else None,
-                )
-            except UpstreamError as error:
-                if error.cost_microusd != 0:  # where nobody knows it may be billed
-                    flight.paid_unknown += order.candidates * len(unknown.intersection(making))
-                raise
-            # From here until the keeper holds them nothing awaits: what was paid for cannot be lost on the way.
-            made, making = making[: len(images)], making[len(images) :]
-            flight.paid_unknown += order.candidates * len(unknown.intersection(made))
-            payers = [who_bears(flight, variant, lead) for variant in made]
-            keeping = [
-                self._keep(self._entry_for(lead, image, variant), flight, unknown)
-                for variant, image in zip(made, images, strict=True)
-            ]
-            kept = await asyncio.gather(*keeping, return_exceptions=True)
-            for variant, entry, payer in zip(made, kept, payers, strict=True):
-                self._land(flight, variant, entry, payer)
+                made = await self._make(flight, lead, making, unknown, safe)
+            finally:
+                safe.set()  # also if nothing came of it, or not all
+            making = making[made:]
+
+    async def _make(
+        self, flight: Flight, lead: Waiter, making: list[int], unknown: set[int], safe: asyncio.Event
+    ) -> int:
+        """Have the first of these variants made, as many as come; how many. They are kept when it is `safe`."""
+        order = lead.order(
+            len(making),
+            priority=flight.priority,
+            deadline_s=flight.until_s,
+            partial_images=flight.partial_images,
+        )
+        flight.orders.append(order)
+        await self._backpressure.slow_down()
+        try:
+            images = await self._generation.generate(
+                order,
+                making,
+                on_spending=flight.begin_spending,
+                on_spare=partial(self._keep_spare, lead, max(making) + 1),
+                on_partial=flight.hear if order.partial_images else None,
+                safe=safe,
+            )
+        except UpstreamError as error:
+            if error.cost_microusd != 0:  # where nobody knows it may be billed
+                flight.paid_unknown += order.candidates * len(unknown.intersection(making))
+            raise
+        # From here until the keeper holds them nothing awaits: what was paid for cannot be lost on the way.
+        made = making[: len(images)]
+        flight.paid_unknown += order.candidates * len(unknown.intersection(made))
+        payers = [who_bears(flight, variant, lead) for variant in made]
+        keeping = [
+            self._keep(self._entry_for(lead, image, variant), flight, unknown)
+            for variant, image in zip(made, images, strict=True)
+        ]
+        kept = await asyncio.gather(*keeping, return_exceptions=True)
+        safe.set()
+        for variant, entry, payer in zip(made, kept, payers, strict=True):
+            self._land(flight, variant, entry, payer)
+        return len(made)
 
     def _land(self, flight: Flight, variant: int, kept: CachedImage | BaseException, payer: Waiter) -> None:
         """Tell the flight's waiters what became of a picture made for them."""

@@ -28,6 +28,7 @@ CacheServerError                      carries the published reason that callers 
 ├── AccountsUnavailableError          ACCOUNTS_UNAVAILABLE: the figures of all replicas cannot be read now
 ├── CacheUnknownError                 CACHE_UNKNOWN: the last tier cannot be asked, and we were told not to pay
 ├── TierUnreachableError              TIER_UNREACHABLE: a purge or review that did not reach every tier
+├── JournalFullError                  JOURNAL_FULL: what was made is not taken by the last tier, so nothing more is
 ├── OverloadedError                   OVERLOADED: more calls, input images or images to be read than are taken at a time
 ├── ShuttingDownError                 SHUTTING_DOWN
 ├── UpstreamError                     a generation failed
@@ -259,6 +260,13 @@ class TierUnreachableError(CacheServerError):
     def __init__(self, tiers: Sequence[TierName], message: str = "") -> None:
         super().__init__(message or f"not purged in: {', '.join(tiers)}. Purge again when they are back.")
         self.tiers = tuple(tiers)
+
+
+class JournalFullError(CacheServerError):
+    """The journal has no room for another picture: nothing is made or stored until the last tier takes some of it."""
+
+    reason = "JOURNAL_FULL"
+    retry_after_s = 5.0
 
 
 class OverloadedError(CacheServerError):

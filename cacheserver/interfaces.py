@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from decimal import Decimal
 from typing import Protocol
@@ -201,7 +202,7 @@ class Generation(Protocol):
         """The model of a request that names none."""
         ...
 
-    async def generate(
+    async def generate(  # noqa: PLR0913 - whom an order tells what, by keyword
         self,
         order: Order,
         variants: Sequence[int],
@@ -209,13 +210,15 @@ class Generation(Protocol):
         on_spending: Callable[[], None],
         on_spare: Callable[[GeneratedImage], None],
         on_partial: Callable[[PartialImage], None] | None = None,
+        safe: asyncio.Event | None = None,
     ) -> list[GeneratedImage]:
         """Make pictures for `variants`, in order; fewer may come back, never none.
 
         `on_spending` is called right before money is spent: until then the call may be cancelled for free,
         from then on cancelling it loses what was paid. `on_spare` gets every picture that was paid for beyond
         those asked for, and may be called after the return. `on_partial` gets the partial pictures of an order for one
-        picture, `order.partial_images` at most. Raises UpstreamError, CannotAffordError,
+        picture, `order.partial_images` at most. Whoever keeps the pictures sets `safe` when they outlive us; no call is
+        written down as settled before. Raises UpstreamError, CannotAffordError,
         LedgerUnavailableError, or InvalidRequestError for a model nobody serves or an input image that is none.
         """
         ...

@@ -1,8 +1,14 @@
 """The one seam a new image passes on its way into the tiers.
 
-Written through: the caller is answered when the last tier has the image, else when a faster one has, else
-when memory has (counted `unsaved`). What the last tier did not take is held here and offered again until it
-does, so an image outlives an outage of its tiers as long as this process lives.
+    handed over ── journal ──────── is it written, the picture is safe: its caller is answered when the last tier has
+                │                   said under which number it lies, or is late, or fails
+                └─ last tier ─┬──── takes it: it goes into memory and the faster tiers, and out of the journal
+                              └──── fails: it goes into memory and the faster tiers meanwhile, and waits here
+
+What waits is offered again until the last tier takes it: the journal alone keeps its bytes, so that an outage takes
+disk and no memory, and a later life goes on with it. Without a journal, or where it takes nothing, an image is written
+through: its caller is answered when the last tier has it, else when a faster one has, else when memory has (counted
+`unsaved`), and it outlives an outage as long as this process lives.
 
 An image is held from the moment it is handed over, before anything awaits, and is brought home by a task of
 ours: a caller that is cancelled, or a load that is cut short at shutdown, loses nothing that was paid for.
@@ -13,6 +19,7 @@ last is what lies there in the end.
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,8 +29,9 @@ from typing import Any
 
 import structlog
 
-from cacheserver.errors import EntryTooLargeError, TierError
+from cacheserver.errors import CorruptEntryError, EntryTooLargeError, JournalFullError, TierError
 from cacheserver.interfaces import Books, Clock, Tier
+from cacheserver.journal import Journal, Record, outline
 from cacheserver.model import MAX_VARIANT, CachedImage, CacheKey, TierName
 from cacheserver.tasks import end
 from cacheserver.tiers.memory import MemoryCache
@@ -32,6 +40,15 @@ _log = structlog.get_logger(__name__)
 
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 30.0
+_LATE_S = 1.0
+"""After which a last tier that has not said whose a number is keeps no caller waiting whose picture is safe."""
+
+_LAST_PROBE_S = 10.0
+"""Between two offers of one waiting image, by which a last tier that is back is noticed."""
+
+_AT_ONCE = 12
+"""Images offered at a time: of the 16 requests that S3 takes at a time by default, so that some are left for hits."""
+
 _LAST_S = 1.0
 """For what is written at shutdown though there is no time left."""
 
@@ -42,40 +59,58 @@ _Place = tuple[TierName, str]
 class _Held:
     """An image the last tier has yet to take, and the slot it lies in meanwhile.
 
-    `kept` is done once the caller may be answered; `task` brings the image home. `lies_there` says whether it
-    was put into the slot in memory and the faster tiers, `unsaved` that none of these took it. At shutdown the slot
-    of one that lies nowhere yet becomes its stand-in. `since_s` (monotonic) is when it was handed over.
+    `kept` is done once the caller may be answered; `task` brings the image home, or offers it anew. `lies_there` says
+    whether it was put into the slot in memory and the faster tiers, `unsaved` that nothing took it that outlives us.
+    The slot of one that lies nowhere yet when it has to becomes its stand-in. `since_s` (monotonic) is when it was
+    handed over, `handed_over_s` the same by the wall. `record` is its place in the journal; of one that waits, `entry`
+    is then an outline. `outdone` are the records of what it takes the place of, to go when it is safe itself.
     """
 
     slot: CacheKey
     entry: CachedImage
     replace: bool
     since_s: float
+    handed_over_s: float
+    size_bytes: int
     kept: asyncio.Future[CachedImage]
+    record: Record | None = None
+    outdone: list[Record] = field(default_factory=list)
+    has_bytes: bool = True
     lies_there: bool = False
     unsaved: bool = False
-    task: asyncio.Task[None] = field(init=False)
+    task: asyncio.Task[Any] | None = None
 
 
 class Keeper:
     """Brings entries into memory and the tiers, and holds what the last tier has yet to take."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - where images go, and two settings
         self,
         *,
         memory: MemoryCache,
         tiers: Sequence[Tier],
         books: Books,
         clock: Clock,
+        journal: Journal | None = None,
+        copies: bool = False,
         max_held_bytes: int = 256 * 1024 * 1024,
     ) -> None:
-        """`tiers` are the lower ones, fastest first. Beyond `max_held_bytes` nothing more is offered again."""
+        """`tiers` are the lower ones, fastest first.
+
+        With `copies` nobody is answered from the journal alone: a faster tier has to have the image, too. Of images
+        that the journal has not, nothing more is offered again beyond `max_held_bytes`.
+        """
         self._memory = memory
         self._tiers = tiers
         self._books = books
         self._clock = clock
+        self._journal = journal
+        self._copies = copies
         self._max_held_bytes = max_held_bytes
         self._held: dict[str, _Held] = {}
+        self._waiting: OrderedDict[_Held, None] = OrderedDict()
+        self._offering_again: asyncio.Task[None] | None = None
+        self._offers = 0
         self._writes: dict[asyncio.Task[bool], CachedImage] = {}
         self._last_writes: dict[_Place, asyncio.Task[bool]] = {}
         self._outdated: dict[_Place, asyncio.Task[None]] = {}
@@ -86,11 +121,52 @@ class Keeper:
     # ── what is here ────────────────────────────────────────────────────────────────────────────────────────
 
     def held(self, key: CacheKey) -> CachedImage | None:
-        """The fresh entry in slot `key` that the last tier has yet to take."""
+        """The fresh entry in slot `key` that the last tier has yet to take, if it is in our hands: see `read_held`."""
+        held = self._fresh(key)
+        return held.entry if held is not None and held.has_bytes and held.kept.done() else None
+
+    def is_held(self, key: CacheKey) -> bool:
+        """Whether there is one, be it in our hands or in the journal."""
+        return bool(self._held) and self._fresh(key) is not None
+
+    async def read_held(self, key: CacheKey) -> CachedImage | None:
+        """The fresh entry in slot `key` that the last tier has yet to take, once it is safe to hand it out."""
+        held = self._fresh(key)
+        if held is None:
+            return None
+        await asyncio.wait({held.kept})
+        return await self._whole(held)
+
+    def _fresh(self, key: CacheKey) -> _Held | None:
         held = self._held.get(key.name)
         if held is None or not key.matches(held.entry.key.digest) or not held.entry.is_fresh(self._clock.now_s()):
             return None
-        return held.entry
+        return held
+
+    async def _whole(self, held: _Held) -> CachedImage | None:
+        """The entry with its picture; None if the journal, which alone has it, cannot read it."""
+        if held.has_bytes:
+            return held.entry
+        if held.record is None or self._journal is None:
+            return None  # it was let go meanwhile
+        try:
+            return with_fields(await self._journal.read(held.record), key=held.entry.key)
+        except CorruptEntryError:
+            self._books.corrupt(TierName.JOURNAL)
+            _log.error("journal_record_damaged", size_bytes=held.size_bytes)
+            if self._is_held(held):
+                del self._held[held.slot.name]
+                self._waiting.pop(held, None)
+                await self._journal.set_aside(held.record)
+            return None
+        except TierError as error:
+            _log.error("journal_not_read", error=str(error))
+            return None
+
+    @property
+    def journal_share(self) -> float:
+        """How full the journal is, 0 to 1; 0 without one."""
+        return 0.0 if self._journal is None else self._journal.share
 
     def is_outdated(self, tier: Tier, key: CacheKey) -> bool:
         """Whether `tier` may still have what lay under `key` before it was replaced."""
@@ -106,6 +182,13 @@ class Keeper:
         """For how many seconds the oldest of them has been held; 0 where none is."""
         now_s = self._clock.monotonic_s()
         return max((now_s - held.since_s for held in self._held.values()), default=0.0)
+
+    @property
+    def oldest_in_journal_s(self) -> float:
+        """The same of those in the journal, by the wall clock: for earlier lives count too."""
+        now_s = self._clock.now_s()
+        in_journal = (held for held in self._held.values() if held.record is not None)
+        return max((now_s - held.handed_over_s for held in in_journal), default=0.0)
 
     @property
     def changes(self) -> int:
@@ -185,17 +268,32 @@ class Keeper:
         return await asyncio.shield(self._write(tier, key, entry, replace=False))
 
     @asynccontextmanager
-    async def purging(self, match: Callable[[CachedImage], bool]) -> AsyncIterator[None]:
-        """The time of a purge: nothing is promoted, what matches is held no more, and no write of it still runs."""
+    async def purging(self, match: Callable[[CachedImage], bool]) -> AsyncIterator[list[TierName]]:
+        """The time of a purge: nothing is promoted, what matches is held no more, and no write of it still runs.
+
+        Gives the tiers that may bring it back: the journal, if it could not remove for good what it should.
+        """
         async with self._purging:
             self._changes += 1
             for held in [held for held in self._held.values() if held.kept.done() and match(held.entry)]:
                 self._drop(held)
             await _ended([task for task, entry in self._writes.items() if match(entry)])
+            silent = await self._silent_journal()
             try:
-                yield
+                yield silent
             finally:
                 self._changes += 1
+
+    async def _silent_journal(self) -> list[TierName]:
+        if self._journal is None:
+            return []
+        try:
+            # Not only what was held just now: of what the last tier has taken a record may come back with a power cut.
+            await self._journal.removed()
+        except TierError as error:
+            _log.error("journal_not_purged", error=str(error))
+            return [TierName.JOURNAL]
+        return []
 
     async def aclose(self, grace_s: float) -> None:
         """Offer what is held once more and await what is being written, all within `grace_s`.
@@ -204,8 +302,14 @@ class Keeper:
         it there. That has a second even without any grace, and if this is cancelled.
         """
         self._closing = True
-        places = [place for held in list(self._held.values()) for place in self._save_meanwhile(held)]
-        last_tries = [asyncio.create_task(self._try_last(held)) for held in self._held.values()]
+        if self._offering_again is not None:
+            await end([self._offering_again])
+        waiting = deque(self._waiting)
+        places = [p for held in list(self._held.values()) if held.has_bytes for p in self._save_meanwhile(held)]
+        on_their_way = [held for held in self._held.values() if held not in self._waiting]
+        last_tries: list[asyncio.Task[Any]] = [asyncio.create_task(self._try_last(held)) for held in on_their_way]
+        many = min(_AT_ONCE, len(waiting))
+        last_tries += [asyncio.create_task(self._offer_until_refused(waiting)) for _ in range(many)]
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(grace_s):
@@ -216,10 +320,12 @@ class Keeper:
             try:
                 await self._ended_at(places)
             finally:
-                keeping = [held.task for held in self._held.values()]
+                keeping = [held.task for held in self._held.values() if held.task is not None]
                 await end([*last_tries, *keeping, *self._writes, *self._outdated.values()])
-        if self._held:
-            _log.error("images_not_in_last_tier_at_shutdown", images=len(self._held), tier=self._tiers[-1].name)
+        if in_journal := sum(held.record is not None for held in self._held.values()):
+            _log.info("images_left_in_journal", images=in_journal, text="the next life brings them home")
+        if left := len(self._held) - in_journal:
+            _log.error("images_not_in_last_tier_at_shutdown", images=left, tier=self._tiers[-1].name)
 
     # ── one image's way home ────────────────────────────────────────────────────────────────────────────────
 
@@ -229,25 +335,166 @@ class Keeper:
                 return other
             slot = slot.with_variant(slot.variant + 1)
             entry = with_fields(entry, key=slot)
-        if (predecessor := self._held.get(slot.name)) is not None:
-            self._drop(predecessor)
         kept: asyncio.Future[CachedImage] = asyncio.get_running_loop().create_future()
-        held = _Held(slot, entry, replace, self._clock.monotonic_s(), kept)
-        self._held[slot.name] = held
+        now_s = self._clock.now_s()
+        held = _Held(slot, entry, replace, self._clock.monotonic_s(), now_s, entry.size_bytes, kept)
+        held.record = self._write_down(held)
+        self._take_place(held)
         held.task = asyncio.create_task(self._bring_home(held), name="keep")
         held.task.add_done_callback(partial(_ended_bringing, held))
         return held
 
+    def _take_place(self, held: _Held) -> None:
+        """Hold it in its slot. What was held there goes on its way no further, but stays in the journal until then."""
+        if (predecessor := self._held.get(held.slot.name)) is not None:
+            held.outdone = [*predecessor.outdone, *filter(None, [predecessor.record])]
+            predecessor.record, predecessor.outdone = None, []
+            self._drop(predecessor)
+        self._held[held.slot.name] = held
+
+    def _write_down(self, held: _Held) -> Record | None:
+        """Begin to write it into the journal; None where that takes nothing more."""
+        if self._journal is None:
+            return None
+        try:
+            return self._journal.append(held.slot, held.entry, replace=held.replace, handed_over_s=held.handed_over_s)
+        except (JournalFullError, EntryTooLargeError) as error:
+            _log.error("image_not_in_journal", size_bytes=held.size_bytes, reason=error.reason)
+            return None
+
     async def _bring_home(self, held: _Held) -> None:
-        if not held.slot.is_stand_in and await self._offer(held):
-            return
-        await self._save(held)
-        wait_s = _FIRST_RETRY_S
-        while self._is_held(held) and not self._closing:
-            await self._clock.sleep(wait_s)
-            wait_s = min(2 * wait_s, _LAST_RETRY_S)
-            if await self._offer(held):
+        late = asyncio.create_task(self._answer_if_late(held), name="answer if late")
+        try:
+            # Behind many others, or such as the last tier does not take now, it goes by the journal.
+            is_busy = held.record is not None and (len(self._waiting) > 0 or self._offers >= _AT_ONCE)
+            if not held.slot.is_stand_in and not is_busy and await self._offer(held):
                 return
+            entry = held.entry
+            await self._save(held)
+            if self._is_held(held):
+                self._wait_for_last(held)
+            _answer(held, entry)
+        finally:
+            await end([late])
+
+    async def _is_written_down(self, held: _Held) -> bool:
+        """Whether the journal has it, once that is decided."""
+        if (record := held.record) is None:
+            return False
+        await asyncio.wait({record.written})
+        if record.written.cancelled() or record.written.exception() is not None:
+            if held.record is record:
+                held.record = None
+            return False
+        if self._journal is not None and self._is_held(held):
+            outdone, held.outdone = held.outdone, []
+            for each in outdone:
+                self._journal.remove(each)
+        return True
+
+    async def _answer_if_late(self, held: _Held) -> None:
+        """Answer the caller of a picture that is safe in the journal though the last tier has not said where it lies.
+
+        It lies in the stand-in slot of the faster tiers meanwhile.
+        """
+        if not await self._is_written_down(held):
+            return
+        await self._clock.sleep(_LATE_S)
+        if held.kept.done() or not self._is_held(held):
+            return
+        places = self._save_meanwhile(held)
+        held.lies_there = True
+        self._memory.put(held.slot, held.entry)
+        if held.replace:
+            self._changes += 1
+        if self._copies:
+            await _ended([self._last_writes[place] for place in places if place in self._last_writes])
+        _answer(held, held.entry)
+
+    # ── what waits for the last tier ────────────────────────────────────────────────────────────────────────
+
+    def restore(self) -> None:
+        """Hold what earlier lives left in the journal, and begin to offer it."""
+        for left in self._journal.left if self._journal is not None else ():
+            head = left.head
+            slot, entry = head.slot, head.outline
+            kept: asyncio.Future[CachedImage] = asyncio.get_running_loop().create_future()
+            while not head.replace and not slot.is_stand_in and slot.name in self._held:
+                slot = slot.with_variant(slot.variant + 1)
+                entry = with_fields(entry, key=slot)
+            kept.set_result(entry)
+            held = _Held(
+                slot,
+                entry,
+                head.replace,
+                self._clock.monotonic_s(),
+                head.handed_over_s,
+                left.record.size_bytes,
+                kept,
+                record=left.record,
+                has_bytes=False,
+                lies_there=True,  # as far as we know
+            )
+            self._take_place(held)
+            self._wait_for_last(held)
+
+    def _wait_for_last(self, held: _Held) -> None:
+        """Offer it again, after those that wait already. The journal keeps its bytes, if it has them."""
+        if held.record is not None and held.has_bytes:
+            held.entry, held.has_bytes = outline(held.entry), False
+        self._waiting[held] = None
+        if not self._closing and (self._offering_again is None or self._offering_again.done()):
+            self._offering_again = asyncio.create_task(self._offer_again(), name="offer again")
+            self._offering_again.add_done_callback(_report_bug)
+
+    async def _offer_again(self) -> None:
+        wait_s = _FIRST_RETRY_S
+        while self._waiting:
+            await self._clock.sleep(wait_s)
+            wait_s = _FIRST_RETRY_S if await self._offer_waiting() else min(2 * wait_s, _LAST_PROBE_S)
+
+    async def _offer_waiting(self) -> bool:
+        """Offer what waits to the last tier, many at a time once it has taken one; whether it took any.
+
+        It goes on, also with what comes to wait meanwhile, as long as nothing is refused.
+        """
+        is_any_taken = is_refused = False
+        while self._waiting and not is_refused:
+            waiting = deque(self._waiting)
+            if not await self._offer_next(waiting):
+                break
+            is_any_taken = True
+            many = range(min(_AT_ONCE, len(waiting)))
+            offering = [asyncio.create_task(self._offer_until_refused(waiting), name="offer") for _ in many]
+            try:
+                await _ended(offering)
+            finally:
+                await end(offering)
+            is_refused = not all(task.result() for task in offering)
+        return is_any_taken
+
+    async def _offer_until_refused(self, waiting: deque[_Held]) -> bool:
+        """Offer one after another; whether all of them were taken."""
+        while waiting:
+            if not await self._offer_next(waiting):
+                return False
+        return True
+
+    async def _offer_next(self, waiting: deque[_Held]) -> bool:
+        """Offer the first of them; whether the last tier took it. One that was refused goes behind all others."""
+        held = waiting.popleft()
+        if not self._is_held(held):
+            return True
+        held.task = asyncio.create_task(self._offer(held), name="keep")
+        held.task.add_done_callback(_report_bug)
+        try:
+            await _ended([held.task])
+        finally:
+            await end([held.task])
+        if not self._is_held(held):
+            return True
+        self._waiting.move_to_end(held)
+        return False
 
     def _save_meanwhile(self, held: _Held) -> list[_Place]:
         """Write an image that no tier has yet to the faster ones; the places where it will lie.
@@ -276,34 +523,49 @@ class Keeper:
                 await _ended([self._outdated[place] for place in places if place in self._outdated])
 
     async def _try_last(self, held: _Held) -> None:
-        if held.kept.done():
-            held.task.cancel()
-        else:
+        if held.task is not None:
+            if held.kept.done():
+                held.task.cancel()
             await _ended([held.task])
         if self._is_held(held):
             await self._offer(held)
 
     async def _offer(self, held: _Held) -> bool:
         """Offer an image to the last tier once; whether there is nothing more to do for it."""
+        self._offers += 1
         try:
-            kept = await self._store(held)
+            return await self._offer_once(held)
+        finally:
+            self._offers -= 1
+
+    async def _offer_once(self, held: _Held) -> bool:
+        entry = await self._whole(held)
+        if entry is None:
+            return not self._is_held(held)
+        has_waited = held in self._waiting
+        try:
+            if has_waited and await self._is_superseded(held):
+                self._give_way(held)
+                return True
+            kept = await self._store(held, entry)
         except EntryTooLargeError:
-            _log.error("image_too_large_for_last_tier", size_bytes=held.entry.size_bytes, tier=self._tiers[-1].name)
+            _log.error("image_too_large_for_last_tier", size_bytes=held.size_bytes, tier=self._tiers[-1].name)
+            held.entry, held.has_bytes = entry, True
             await self._save(held)
             self._release(held)
+            _answer(held, entry)
             return True
         except TierError:
             return False
         if self._is_held(held):
             self._release(held)
-            self._settle(held, kept)
+            self._settle(held, kept, has_waited=has_waited)
         _answer(held, kept)
         return True
 
-    async def _store(self, held: _Held) -> CachedImage:
+    async def _store(self, held: _Held, entry: CachedImage) -> CachedImage:
         """Write to the last tier, which alone decides who holds a variant number."""
-        entry = held.entry
-        if await self._take_number(entry, replace=held.replace) or await self._oust_derived(held):
+        if await self._take_number(entry, replace=held.replace) or await self._oust_derived(held, entry):
             return entry
         for variant in range(entry.key.variant + 1, MAX_VARIANT + 1):
             numbered = with_fields(entry, key=entry.key.with_variant(variant))
@@ -311,10 +573,26 @@ class Keeper:
                 return numbered
         raise TierError("every variant number of this identity is taken")
 
-    async def _oust_derived(self, held: _Held) -> bool:
-        """Take the number from a picture that was derived while this one was made: it makes room for any other."""
+    async def _is_superseded(self, held: _Held) -> bool:
+        """Whether what this one was to replace was replaced since, by a picture made after it was handed over."""
+        if not held.replace:
+            return False
         holder = await self._holder(held.entry.key)
-        if holder is None or not holder.derived_by or not await self._take_number(held.entry, replace=True):
+        return holder is not None and holder.create_time_s > held.handed_over_s
+
+    def _give_way(self, held: _Held) -> None:
+        """Let one go that another has replaced, and what lies of it in the faster tiers."""
+        if self._is_held(held):
+            self._release(held)
+            self._changes += 1
+            self._memory.delete(held.slot)
+            for tier in self._tiers[:-1]:
+                self._outdate(tier, held.slot)
+
+    async def _oust_derived(self, held: _Held, entry: CachedImage) -> bool:
+        """Take the number from a picture that was derived while this one was made: it makes room for any other."""
+        holder = await self._holder(entry.key)
+        if holder is None or not holder.derived_by or not await self._take_number(entry, replace=True):
             return False
         held.replace = True
         return True
@@ -332,9 +610,13 @@ class Keeper:
         holder = self._memory.get(entry.key)
         return replace or holder is None or holder.image.sha256 == entry.image.sha256
 
-    def _settle(self, held: _Held, kept: CachedImage) -> None:
-        """The last tier has it: copy it into memory and the faster tiers, and clear its makeshift slot."""
-        self._memory.put(kept.key, kept)
+    def _settle(self, held: _Held, kept: CachedImage, *, has_waited: bool) -> None:
+        """The last tier has it: copy it into memory and the faster tiers, and clear its makeshift slot.
+
+        One that has waited is no news: in memory it would take the place of what is asked for now.
+        """
+        if not has_waited:
+            self._memory.put(kept.key, kept)
         if held.replace:
             self._changes += 1
         for tier in self._tiers[:-1]:
@@ -347,26 +629,30 @@ class Keeper:
                 self._outdate(tier, held.slot)
 
     async def _save(self, held: _Held) -> None:
-        """Put an image the last tier did not take where else it can be, and answer the caller."""
+        """Put an image the last tier did not take where else it can be: its caller may be answered then."""
         if self._is_held(held):
             held.lies_there = True
             self._memory.put(held.slot, held.entry)
             if held.replace:
                 self._changes += 1
             writes = [self._write(tier, held.slot, held.entry, replace=True) for tier in self._tiers[:-1]]
-            await _ended(writes)
-            self._count(held, is_saved=any(_is_written(write) for write in writes))
-        _answer(held, held.entry)
+            is_safe = await self._is_written_down(held)
+            if self._copies or not is_safe:
+                await _ended(writes)
+            has_copy = any(write.done() and _is_written(write) for write in writes)
+            self._count(held, is_saved=has_copy or (is_safe and not self._copies))
 
     def _count(self, held: _Held, *, is_saved: bool) -> None:
-        """Count an image that no lower tier has, and hold it no more if too much is held."""
+        """Count an image that nothing has that outlives us, and hold it no more if too much is held."""
         if not self._is_held(held):
             return
         self._books.unsaved(int(not is_saved) - int(held.unsaved))
         held.unsaved = not is_saved
-        held_bytes = sum(other.entry.size_bytes for other in self._held.values() if other.kept.done())
-        if held_bytes + held.entry.size_bytes > self._max_held_bytes:
-            _log.error("image_not_held", size_bytes=held.entry.size_bytes, held_bytes=held_bytes, saved=is_saved)
+        if held.record is not None:
+            return  # the journal holds it
+        held_bytes = sum(other.size_bytes for other in self._waiting if other.record is None)
+        if held_bytes + held.size_bytes > self._max_held_bytes:
+            _log.error("image_not_held", size_bytes=held.size_bytes, held_bytes=held_bytes, saved=is_saved)
             self._release(held)
 
     def _is_held(self, held: _Held) -> bool:
@@ -375,13 +661,22 @@ class Keeper:
     def _drop(self, held: _Held) -> None:
         """Hold an image no more. Whoever still waits for it is answered, and that ends its way."""
         self._release(held)
-        if held.kept.done():
+        if held.kept.done() and held.task is not None:
             held.task.cancel()
 
     def _release(self, held: _Held) -> None:
         if self._is_held(held):
             del self._held[held.slot.name]
+            self._waiting.pop(held, None)
             self._books.unsaved(-int(held.unsaved))
+            self._remove_records(held)
+
+    def _remove_records(self, held: _Held) -> None:
+        """Remove from the journal what it had of an image, and of those that it took the place of."""
+        if self._journal is not None:
+            for record in [*held.outdone, *filter(None, [held.record])]:
+                self._journal.remove(record)
+        held.record, held.outdone = None, []
 
     # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────
 

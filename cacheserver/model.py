@@ -966,11 +966,24 @@ class LiveState:
     oldest_held_s: float
 
 
+class JournalSync(StrEnum):
+    """When a record of the journal is flushed to the disk. Until then a power cut loses it; no process's death does."""
+
+    ALWAYS = "always"
+    """Before its caller is answered."""
+
+    INTERVAL = "interval"
+    """Every so many seconds."""
+
+    OFF = "off"
+    """When the system pleases."""
+
+
 class AlarmKind(StrEnum):
     """What an alarm watches, and on which side of its threshold it rings.
 
     Rates are shares of what was asked for in a window, 0 to 1; spending is in dollars an hour; ages are in seconds; of
-    breakers it is how many are open.
+    breakers it is how many are open; of the journal the share of what it may hold.
     """
 
     HIT_RATE_BELOW = "hit_rate_below"
@@ -978,6 +991,7 @@ class AlarmKind(StrEnum):
     ERROR_RATE_ABOVE = "error_rate_above"
     SPEND_PER_HOUR_ABOVE = "spend_per_hour_above"
     UNSAVED_AGE_ABOVE = "unsaved_age_above"
+    JOURNAL_SHARE_ABOVE = "journal_share_above"
     BREAKER_OPEN = "breaker_open"
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from cachetools import TTLCache
 
+from cacheserver.backpressure import Backpressure
 from cacheserver.errors import (
     CacheServerError,
     CacheUnknownError,
@@ -39,8 +40,11 @@ class UnknownPolicy:
 class Paying:
     """Refuses the waiters of a flight that may not pay; whoever is first among the others leads."""
 
-    def __init__(self, *, generation: Generation, clock: Clock, unknown: UnknownPolicy) -> None:
+    def __init__(
+        self, *, generation: Generation, clock: Clock, unknown: UnknownPolicy, backpressure: Backpressure
+    ) -> None:
         self._generation = generation
+        self._backpressure = backpressure
         self._unknown = unknown
         self._count = itertools.count()
         self._reserved: dict[Flight, int] = {}
@@ -99,6 +103,8 @@ class Paying:
             return NotCachedError("Not cached, and only cached pictures were asked for.")
         if (refusal := may_generate(waiter)) is not None:
             return refusal
+        if (full := self._backpressure.refusal()) is not None:
+            return full
         if is_unknown and not self._unknown.pay:
             return _cannot_say()
         return self._too_slow(waiter)

@@ -103,13 +103,13 @@ class Purger:
         """Remove (or only count) what `selector` takes. Raises TierUnreachableError after doing all it could."""
         if dry_run:
             return await self._purge(selector, dry_run=True)
-        async with self._keeper.purging(selector.takes_entry):
-            return await self._purge(selector, dry_run=False)
+        async with self._keeper.purging(selector.takes_entry) as silent:
+            return await self._purge(selector, dry_run=False, silent=silent)
 
-    async def _purge(self, selector: PurgeSelector, *, dry_run: bool) -> PurgeResult:
+    async def _purge(self, selector: PurgeSelector, *, dry_run: bool, silent: Sequence[TierName] = ()) -> PurgeResult:
         names: set[str] = set()
         per_tier: dict[TierName, int] = {}
-        silent: list[TierName] = []
+        silent = list(silent)
         for tier in reversed(self._tiers):
             try:
                 copies = await self._purge_tier(tier, selector, dry_run=dry_run)

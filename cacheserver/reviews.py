@@ -51,7 +51,7 @@ class Reviews:
     async def find(self, key: CacheKey) -> CachedImage | None:
         """The picture that waits to become `key`'s, None if none does, as far as the tiers can say."""
         slot = key.in_review
-        if (entry := self._memory.get(slot) or self._keeper.held(slot)) is not None:
+        if (entry := self._memory.get(slot) or await self._keeper.read_held(slot)) is not None:
             return entry
         for tier in self._tiers:
             try:
@@ -115,7 +115,7 @@ class Reviews:
     async def _read(self, key: CacheKey) -> CachedImage | None:
         """What waits under `key`. A faster tier may still have what another replica has resolved: it is not asked."""
         slot = key.in_review
-        if (entry := self._keeper.held(slot)) is not None:
+        if (entry := await self._keeper.read_held(slot)) is not None:
             return entry
         if not self._tiers:
             return self._memory.get(slot)
@@ -141,9 +141,12 @@ class Reviews:
     async def _remove(self, key: CacheKey) -> None:
         """Remove what waits: from the last tier only once no other has it, so that it can be tried again."""
         slot = key.in_review
-        async with self._keeper.purging(lambda entry: entry.key.name == slot.name):
+        async with self._keeper.purging(lambda entry: entry.key.name == slot.name) as silent_journal:
             self._memory.delete(slot)
-            silent = await _silent(self._tiers[:-1], slot) or await _silent(self._tiers[-1:], slot)
+            silent = [
+                *silent_journal,
+                *(await _silent(self._tiers[:-1], slot) or await _silent(self._tiers[-1:], slot)),
+            ]
         if silent:
             raise _unreachable(silent, then="The picture may still wait there: resolve it again.")
 

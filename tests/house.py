@@ -10,11 +10,13 @@ from random import Random
 from prometheus_client import CollectorRegistry
 
 from cacheserver.accounting.books import CounterBooks
+from cacheserver.backpressure import Backpressure
 from cacheserver.cache import PromptCache
 from cacheserver.control.replays import LocalReplays
 from cacheserver.errors import TierError
 from cacheserver.identity import identify
 from cacheserver.interfaces import Renderer, Replays, Tier, no_step
+from cacheserver.journal import Journal
 from cacheserver.keep import Keeper
 from cacheserver.model import (
     Budget,
@@ -136,11 +138,15 @@ class House:
         tiers: Sequence[FaultyTier] | None = None,
         budget: Sequence[Budget] = (),
         hedge: Hedge | None = None,
+        journal: Journal | None = None,
+        copies: bool = False,
     ) -> None:
         """A new process on the same tiers, or on some of them."""
         self.memory = MemoryCache(clock=self.clock, max_bytes=memory_bytes)
         tiers = [self.redis, self.s3] if tiers is None else tiers
-        self.keeper = Keeper(memory=self.memory, tiers=tiers, books=self.books, clock=self.clock)
+        self.keeper = Keeper(
+            memory=self.memory, tiers=tiers, books=self.books, clock=self.clock, journal=journal, copies=copies
+        )
         self.ledger = MemoryLedger()
         self.generator = build_generator(
             lanes([self.upstream], [MODEL]),
@@ -164,6 +170,7 @@ class House:
             books=self.books,
             clock=self.clock,
             unknown=unknown or UnknownPolicy(),
+            backpressure=Backpressure(share=lambda: self.keeper.journal_share, high_water=0.75, clock=self.clock),
             renderer=self.renderer,
             hedge=hedge,
             rng=Random(7),  # noqa: S311 - picks pictures

@@ -43,6 +43,7 @@ class Stand:
     all: Counts = field(default_factory=Counts)
     shop: Counts = field(default_factory=Counts)
     held_s: float = 0.0
+    share: float = 0.0
     open: dict[str, bool] = field(default_factory=lambda: {"redis": False, "s3": False, "north": False})
 
     def counts(self, namespace: str | None) -> Counts:
@@ -50,6 +51,9 @@ class Stand:
 
     def oldest_held_s(self) -> float:
         return self.held_s
+
+    def journal_share(self) -> float:
+        return self.share
 
     def breakers(self) -> Mapping[str, bool]:
         return self.open
@@ -173,6 +177,10 @@ def _hold(seconds: float) -> Callable[[Stand], None]:
     return lambda stand: setattr(stand, "held_s", seconds)
 
 
+def _fill(share: float) -> Callable[[Stand], None]:
+    return lambda stand: setattr(stand, "share", share)
+
+
 def _open(**breakers: bool) -> Callable[[Stand], None]:
     return lambda stand: stand.open.update(breakers)
 
@@ -199,6 +207,7 @@ CASES = [
         good=lambda stand: stand.asked(misses=1, microusd=19_000),
     ),
     Case(rule(AlarmKind.UNSAVED_AGE_ABOVE, 300), bad=_hold(301), good=_hold(300)),
+    Case(rule(AlarmKind.JOURNAL_SHARE_ABOVE, 0.5), bad=_fill(0.51), good=_fill(0.5)),
     Case(rule(AlarmKind.BREAKER_OPEN), bad=_open(north=True), good=_open(north=False)),
     Case(rule(AlarmKind.BREAKER_OPEN, target="s3"), bad=_open(s3=True), good=_open(s3=False, redis=True)),
     Case(rule(AlarmKind.BREAKER_OPEN, 1), bad=_open(s3=True, redis=True), good=_open(s3=False)),
@@ -709,6 +718,7 @@ async def test_an_alarm_of_a_running_service_rings_is_listed_and_ends(tmp_path: 
                 assert [(each.name, each.state) for each in others] == [
                     ("breakers", ClientState.QUIET),
                     ("unsaved", ClientState.QUIET),
+                    ("journal", ClientState.QUIET),
                 ]
                 async with httpx.AsyncClient() as http:
                     metrics = (await http.get(f"http://{service.http_address}/metrics")).text

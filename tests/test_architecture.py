@@ -35,10 +35,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flight": VALUES,
     "variants": VALUES,
     "control": VALUES | {"tiers"},
-    "keep": VALUES | {"tiers"},
+    "journal": VALUES | {"tiers"},
+    "keep": VALUES | {"tiers", "journal"},
+    "backpressure": VALUES,
     "pressure": VALUES | {"tiers", "machine"},
     "purge": VALUES | {"tiers", "keep"},
-    "paying": VALUES | {"flight"},
+    "paying": VALUES | {"flight", "backpressure"},
     "reviews": VALUES | {"tiers", "keep"},
     "imports": VALUES | {"keep"},
     "renditions": VALUES | {"images", "tiers", "keep", "loop_first"},
@@ -51,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "deriving": VALUES | {"identity", "flight", "keep", "renditions"},
     "cache": VALUES
     | {"tiers", "flight", "keep", "purge", "paying", "resent", "alone", "variants", "reviews", "remakes", "rungs"}
-    | {"deriving"},
+    | {"deriving", "backpressure"},
     "settings": VALUES | {"identity", "machine"},
     "calls": VALUES | {"cache", "identity", "precheck", "recall"},
     "http": VALUES | {"cache", "calls", "identity", "generation", "renditions"},

@@ -263,7 +263,7 @@ async def test_once_prints_one_frame_of_a_running_service(tmp_path: Path) -> Non
     shown = printed(as_json)
     assert shown["live"]["queue"] == {"interactive": 0, "standard": 0, "batch": 0, "warm_up": 0}
     assert [tier["tier"] for tier in shown["live"]["tiers"]] == ["memory", "redis", "disk"]
-    assert [alarm["name"] for alarm in shown["alarms"]] == ["breakers", "errors", "unsaved"]
+    assert [alarm["name"] for alarm in shown["alarms"]] == ["breakers", "errors", "unsaved", "journal"]
     assert shown["traffic"]["requests_per_s"] == 0
     assert shown["budgets"] == []
     assert seen.hit_rate == pytest.approx(2 / 3)

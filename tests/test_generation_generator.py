@@ -695,6 +695,30 @@ async def test_the_estimate_counts_down_to_half_a_second(clock: FakeClock) -> No
     assert path.generator.estimated_wait_s("gpt-image-2", since_s) == 0.5
 
 
+async def test_no_call_is_settled_before_its_picture_is_safe(clock: FakeClock) -> None:
+    path = MissPath(clock)
+    safe = asyncio.Event()
+    order = Order(CAT, 1, "shop", "ann")
+    making = path.generator.generate(order, [0], on_spending=lambda: None, on_spare=path.spares.append, safe=safe)
+    assert len(await making) == 1
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert path.ledger.outcomes == [AttemptOutcome.SENT]
+    safe.set()
+    assert await path.outcomes() == [AttemptOutcome.SETTLED]
+
+
+async def test_a_call_that_failed_is_closed_though_nothing_is_to_be_safe(clock: FakeClock) -> None:
+    path = MissPath(clock)
+    path.one.fail_next(UpstreamInvalidError("no such size"))
+    order = Order(CAT, 1, "shop", "ann")
+    with pytest.raises(UpstreamInvalidError):
+        await path.generator.generate(
+            order, [0], on_spending=lambda: None, on_spare=path.spares.append, safe=asyncio.Event()
+        )
+    assert await path.outcomes() == [AttemptOutcome.NOT_BILLED]
+
+
 async def test_an_order_somebody_more_urgent_joins_overtakes(clock: FakeClock) -> None:
     path = MissPath(clock, limits={"one": GroupLimits(concurrent=1)})
     path.one.hold()

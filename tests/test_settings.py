@@ -249,6 +249,7 @@ def test_what_is_wrong_everywhere_is_watched_without_a_word(write: Write) -> Non
         ("breakers", "breaker_open"),
         ("errors", "error_rate_above"),
         ("unsaved", "unsaved_age_above"),
+        ("journal", "journal_share_above"),
     ]
     assert load_settings(write("[alerting]\nbuilt_in = false"), {}).alarm_rules == ()
 
@@ -269,7 +270,7 @@ def test_an_alarm_takes_the_place_of_the_built_in_one_of_its_name(write: Write) 
         runbook_url = "https://wiki/dear"
     """)
     rules = {rule.name: rule for rule in load_settings(file, {}).alarm_rules}
-    assert list(rules) == ["breakers", "errors", "unsaved", "dear"]
+    assert list(rules) == ["breakers", "errors", "unsaved", "journal", "dear"]
     assert (rules["errors"].threshold, rules["errors"].min_requests) == (0.5, 7)
     assert rules["errors"].runbook_url == "https://wiki/book#cacheservererrorrateabove"
     assert rules["dear"].runbook_url == "https://wiki/dear"

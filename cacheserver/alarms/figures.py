@@ -61,6 +61,10 @@ class Readings(Protocol):
         """For how many seconds an image has waited for the last tier to take it; 0 where none waits."""
         ...
 
+    def journal_share(self) -> float:
+        """How full the journal is, 0 to 1; 0 without one."""
+        ...
+
     def breakers(self) -> Mapping[str, bool]:
         """Every tier and upstream by name, and whether nobody asks it because it failed."""
         ...
@@ -107,6 +111,8 @@ class Figure:
         rule = self._rule
         if rule.kind is AlarmKind.UNSAVED_AGE_ABOVE:
             return Value(self._readings.oldest_held_s())
+        if rule.kind is AlarmKind.JOURNAL_SHARE_ABOVE:
+            return Value(self._readings.journal_share())
         if rule.kind is AlarmKind.BREAKER_OPEN:
             breakers = self._readings.breakers()
             return Value(float(sum(breakers[name] for name in breakers if rule.target in (None, name))))

@@ -49,6 +49,10 @@ class ServiceReadings:
         """See `Readings.oldest_held_s`."""
         return self._keeper.oldest_held_s
 
+    def journal_share(self) -> float:
+        """See `Readings.journal_share`."""
+        return self._keeper.journal_share
+
     def breakers(self) -> Mapping[str, bool]:
         """See `Readings.breakers`."""
         upstreams = {state.name: state.health in _FAILED for state in self._miss_path.pool.states()}

@@ -13,11 +13,14 @@ from cacheserver.accounting.books import CounterBooks, ToldApart
 from cacheserver.app.miss_path import MissPath, build_miss_path
 from cacheserver.app.patience import Patience
 from cacheserver.app.tiers import CONTROL_TIMEOUT_S, Lower, build_tiers, lock_disk, look_at_tiers
+from cacheserver.backpressure import Backpressure
 from cacheserver.cache import PromptCache
 from cacheserver.calls.downloads import DownloadMemory
 from cacheserver.control.replays import LocalReplays, RedisReplays
+from cacheserver.embedded.lock import DirectoryLock
 from cacheserver.identity import QUALITIES, identify
 from cacheserver.interfaces import Clock, Replays
+from cacheserver.journal import Journal
 from cacheserver.keep import Keeper
 from cacheserver.machine import Machine, Room
 from cacheserver.model import CachedImage, GeneratedImage, TierName
@@ -46,6 +49,7 @@ class Core:
     memory: MemoryCache
     room: Room | None
     downloads: DownloadMemory
+    journal: Journal | None
     keeper: Keeper
     miss_path: MissPath
     reviews: Reviews
@@ -72,7 +76,15 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
         return miss_path.generator.worth_microusd(image, image.model)
 
     memory = _memory(settings, room=room, price=price, clock=clock)
-    keeper = Keeper(memory=memory, tiers=lower.tiers, books=books, clock=clock)
+    journal = await _journal(settings, clock=clock, undo=undo)
+    keeper = Keeper(
+        memory=memory,
+        tiers=lower.tiers,
+        books=books,
+        clock=clock,
+        journal=journal,
+        copies=settings.durability == "journal+redis",
+    )
     undo.push_async_callback(lambda: keeper.aclose(patience.for_writes_s()))
     miss_path = await build_miss_path(settings, lower=lower, books=books, clock=clock, undo=undo)
     undo.push_async_callback(lambda: miss_path.generator.aclose(patience.for_calls_s()))
@@ -102,6 +114,9 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
             pay=settings.generation.when_unknown == "pay",
             budget_microusd_per_hour=settings.generation.unknown_budget_microusd_per_hour,
         ),
+        backpressure=Backpressure(
+            share=lambda: keeper.journal_share, high_water=settings.journal.high_water, clock=clock
+        ),
         signer=lower.signer,
         renderer=renderer,
         hedge=hedge,
@@ -118,6 +133,7 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
         ttl_s=settings.delivery.derived_ttl_s,
     )
     undo.push_async_callback(renditions.aclose)
+    keeper.restore()
     cache.remakes.start(settings.generation.off_peak_hours)
     return Core(
         settings=settings,
@@ -128,6 +144,7 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
         memory=memory,
         room=room,
         downloads=DownloadMemory(settings.server.download_bytes(memory.max_bytes), give_way=memory.give_way),
+        journal=journal,
         keeper=keeper,
         miss_path=miss_path,
         reviews=reviews,
@@ -152,6 +169,23 @@ def _memory(
         # From a level below every picture comes back at about the same cost, whatever was paid for it.
         cost=microusd if settings.tier_names == (TierName.MEMORY,) else lambda _: 1,
     )
+
+
+async def _journal(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -> Journal | None:
+    if not settings.has_journal:
+        return None
+    setting = "journal.path" if settings.journal.path else "data_dir"
+    lock = await DirectoryLock.acquire(settings.journal_path, clock=clock, setting=setting)
+    undo.callback(lock.release)
+    journal = await Journal.open(
+        settings.journal_path,
+        clock=clock,
+        max_bytes=settings.journal.max_bytes,
+        sync=settings.journal.sync,
+        sync_interval_s=settings.journal.sync_interval_s,
+    )
+    undo.push_async_callback(journal.aclose)
+    return journal
 
 
 def _told_apart(settings: Settings) -> ToldApart | None:

@@ -103,6 +103,7 @@ def _add_gauges(core: Core) -> None:
     held.set_function(lambda: core.keeper.held_images)
     oldest = Gauge("cacheserver_held_oldest_seconds", "How long the oldest of them has been held", registry=registry)
     oldest.set_function(lambda: core.keeper.oldest_held_s)
+    _add_journal_gauges(core)
     depth = Gauge("cacheserver_queue_depth", "Generations that wait", ["priority"], registry=registry)
     for priority in Priority:
         depth.labels(priority.name.lower()).set_function(functools.partial(_waiting, core.miss_path, priority))
@@ -118,6 +119,20 @@ def _add_gauges(core: Core) -> None:
     )
     for group in core.miss_path.groups:
         rates.labels(group).set_function(functools.partial(_images_per_minute, core.miss_path, group))
+
+
+def _add_journal_gauges(core: Core) -> None:
+    """All of them are 0 without a journal."""
+    registry, journal = core.registry, core.journal
+    entries = Gauge("cacheserver_journal_entries", "Images in the journal", registry=registry)
+    held_bytes = Gauge("cacheserver_journal_bytes", "Bytes they take there", registry=registry)
+    limit_bytes = Gauge("cacheserver_journal_limit_bytes", "Bytes they may take there", registry=registry)
+    oldest = Gauge("cacheserver_journal_oldest_seconds", "How long the oldest of them has waited", registry=registry)
+    if journal is not None:
+        entries.set_function(lambda: journal.entries)
+        held_bytes.set_function(lambda: journal.size_bytes)
+        limit_bytes.set(journal.max_bytes)
+        oldest.set_function(lambda: core.keeper.oldest_in_journal_s)
 
 
 def _images_per_minute(miss_path: MissPath, group: str) -> float:

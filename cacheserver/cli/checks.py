@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 import httpx
 from prometheus_client import CollectorRegistry
 
+from cacheserver import journal
 from cacheserver.accounting.books import CounterBooks
 from cacheserver.app import build_tiers, build_upstream
 from cacheserver.client import AsyncClient, CacheError, PermissionDeniedError, UnauthenticatedError, UnreachableError
@@ -53,6 +56,8 @@ async def examine(settings: Settings, service: AsyncClient) -> AsyncIterator[Fin
         yield Finding("config", Verdict.NOTE, line)
     for name in settings.tier_names[1:]:
         yield _own_server(name) if _is_own_server(name, settings) else await _tier(name, settings)
+    if settings.has_journal:
+        yield await asyncio.to_thread(_journal, settings.journal_path)
     for upstream in settings.upstreams:
         yield await _upstream(upstream, settings)
     yield await _running_service(settings, service)
@@ -137,6 +142,19 @@ def _tier_remedy(name: TierName, settings: Settings) -> str:
             )
         case _:
             return f"check the permissions of {settings.disk_path} and the space left on its disk"
+
+
+def _journal(directory: Path) -> Finding:
+    """Whether the journal can be written, and what waits in it."""
+    try:
+        waiting = journal.look(directory)
+    except OSError as error:
+        remedy = f'mend the permissions of {directory}, or its disk; durability = "write-through" goes without'
+        return Finding("journal", Verdict.BROKEN, f"cannot be written: {error.strerror}", remedy)
+    if waiting:
+        remedy = "start the service on this directory, and it brings them home; if it runs, see the last level"
+        return Finding("journal", Verdict.NOTE, f"{waiting:,} images wait for the last level", remedy)
+    return Finding("journal", Verdict.WELL, "can be written, and nothing waits in it")
 
 
 # --- upstreams ---

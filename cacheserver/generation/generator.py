@@ -79,6 +79,7 @@ class _Ears:
     on_spending: Callable[[], None]
     on_spare: Callable[[GeneratedImage], None]
     on_partial: Callable[[PartialImage], None] | None = None
+    safe: asyncio.Event | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ class Generator:
         """How many calls wait for their turn, by priority."""
         return self._scheduler.depth
 
-    async def generate(
+    async def generate(  # noqa: PLR0913 - whom an order tells what, by keyword
         self,
         order: Order,
         variants: Sequence[int],
@@ -169,12 +170,14 @@ class Generator:
         on_spending: Callable[[], None],
         on_spare: Callable[[GeneratedImage], None],
         on_partial: Callable[[PartialImage], None] | None = None,
+        safe: asyncio.Event | None = None,
     ) -> list[GeneratedImage]:
         """One picture for each of `variants`, or fewer, never none.
 
         May be cancelled for free until it calls `on_spending`, right before the first upstream is called. Every
         picture paid for beyond those returned goes to `on_spare`. `on_partial` gets the partial pictures of each try,
-        if a single picture is ordered.
+        if a single picture is ordered. No call is written down as settled before `safe` is set: should we die until
+        then, it is unknown.
 
         Raises:
             InvalidRequestError: nobody makes pictures with the order's model, or an input image is none.
@@ -187,7 +190,7 @@ class Generator:
             raise self._not_served()
         self._refusals.check(order)
         await self._inputs.check(order.request)
-        ears = _Ears(on_spending, on_spare, on_partial if len(variants) == order.candidates == 1 else None)
+        ears = _Ears(on_spending, on_spare, on_partial if len(variants) == order.candidates == 1 else None, safe)
         works = [self._work(order, chunk, ears) for chunk in self._chunks(order, variants)]
         self._jobs[id(order)] = [work.job for work in works]
         try:
@@ -429,13 +432,13 @@ class Generator:
         finally:
             seconds = self._clock.monotonic_s() - started_s
             self._books.upstream_call(lane.name, request.model, closed.reason, seconds)
-            self._close(closed)
+            self._close(closed, work.ears.safe if closed.outcome is AttemptOutcome.SETTLED else None)
         self._pool.succeeded(lane, quality=request.quality, seconds=seconds)
         tokens = closed.usage.total_tokens if closed.usage else work.job.amounts.tokens
         return list(delivery), CallReport(told=delivery.told, tokens=tokens)
 
-    def _close(self, attempt: Attempt) -> None:
-        """Write how an attempt ended. Behind the answer: until it is done, what was set aside stays so."""
+    def _close(self, attempt: Attempt, safe: asyncio.Event | None = None) -> None:
+        """Write how an attempt ended, once that is `safe`. Until it is done, what was set aside stays so."""
         attempt = replace(attempt, end_time_s=self._clock.now_s())
         match attempt.outcome:
             case AttemptOutcome.UNKNOWN:
@@ -447,9 +450,11 @@ class Generator:
                 pass
         if self._figures is not None:
             self._figures.ended(attempt)
-        self._tasks.own(self._write_end(attempt), "close attempt")
+        self._tasks.own(self._write_end(attempt, safe), "close attempt")
 
-    async def _write_end(self, attempt: Attempt) -> None:
+    async def _write_end(self, attempt: Attempt, safe: asyncio.Event | None) -> None:
+        if safe is not None:
+            await safe.wait()
         await self._ledger.close(attempt)
         if attempt.outcome is AttemptOutcome.NOT_BILLED:
             await self._budgets.release(attempt.id)

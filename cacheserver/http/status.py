@@ -75,6 +75,7 @@ KINDS: Mapping[str, Kind] = {
     "ACCOUNTS_UNAVAILABLE": Kind(HTTPStatus.SERVICE_UNAVAILABLE, _BUSY, "accounts_unavailable", retry=True),
     "TIER_UNKNOWN": Kind(HTTPStatus.SERVICE_UNAVAILABLE, _BUSY, "tier_unknown", retry=True),
     "TIER_UNREACHABLE": Kind(HTTPStatus.SERVICE_UNAVAILABLE, _BUSY, "tier_unreachable", retry=True),
+    "JOURNAL_FULL": Kind(HTTPStatus.SERVICE_UNAVAILABLE, _BUSY, "journal_full", retry=True),
     "OVERLOADED": Kind(HTTPStatus.SERVICE_UNAVAILABLE, _BUSY, "server_is_overloaded", retry=True),
     "SHUTTING_DOWN": Kind(HTTPStatus.SERVICE_UNAVAILABLE, _BUSY, "shutting_down", retry=True),
     "INTERNAL": Kind(HTTPStatus.INTERNAL_SERVER_ERROR, _SERVER, None, retry=True),

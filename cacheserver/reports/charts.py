@@ -14,7 +14,16 @@ from cacheserver.reports.numbers import COLLAPSED, DERIVED, OTHER, UPSTREAM, Fig
 from cacheserver.reports.sizes import Sizes
 from cacheserver.reports.tables import Chart, Spec, step_name
 
-WAYS: Final = (TierName.MEMORY, TierName.REDIS, TierName.DISK, TierName.S3, COLLAPSED, DERIVED, UPSTREAM)
+WAYS: Final = (
+    TierName.MEMORY,
+    TierName.REDIS,
+    TierName.DISK,
+    TierName.S3,
+    TierName.JOURNAL,
+    COLLAPSED,
+    DERIVED,
+    UPSTREAM,
+)
 """Where an answer came from, fastest first."""
 
 _COLORS: Final = {
@@ -22,6 +31,7 @@ _COLORS: Final = {
     TierName.REDIS: "#56b4e9",
     TierName.DISK: "#009e73",
     TierName.S3: "#cc79a7",
+    TierName.JOURNAL: "#f0e442",
     COLLAPSED: "#e69f00",
     DERIVED: "#d55e00",
     UPSTREAM: "#8c8c8c",

@@ -65,6 +65,7 @@ CODES: dict[str, grpc.StatusCode] = {
     "ACCOUNTS_UNAVAILABLE": grpc.StatusCode.UNAVAILABLE,
     "TIER_UNKNOWN": grpc.StatusCode.UNAVAILABLE,
     "TIER_UNREACHABLE": grpc.StatusCode.UNAVAILABLE,
+    "JOURNAL_FULL": grpc.StatusCode.UNAVAILABLE,
     "OVERLOADED": grpc.StatusCode.UNAVAILABLE,
     "SHUTTING_DOWN": grpc.StatusCode.UNAVAILABLE,
     "INTERNAL": grpc.StatusCode.INTERNAL,

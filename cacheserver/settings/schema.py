@@ -26,6 +26,7 @@ from cacheserver.model import (
     BudgetScope,
     Caller,
     GroupLimits,
+    JournalSync,
     Namespace,
     Permission,
     Priority,
@@ -311,6 +312,27 @@ class DiskSettings(_Section):
     path: Path | None = Field(default=None, description="The directory. Unset: images in data_dir.")
     max_bytes: Bytes = Field(default=10 * _GIB, description="Most disk space for images, in bytes.")
     fsync: bool = Field(default=True, description="Whether an image counts as stored only when the disk says so.")
+
+
+class JournalSettings(_Section):
+    """What was paid for and the last level has yet to take, on this machine's disk: see durability."""
+
+    path: Path | None = Field(default=None, description="The directory. Unset: journal in data_dir.")
+    max_bytes: Bytes = Field(
+        default=10 * _GIB,
+        description="Most disk space for it, in bytes; then nothing more is made until there is room.",
+    )
+    high_water: float = Field(
+        default=0.75, ge=0, lt=0.95, description="Share of max_bytes from which on generations are slowed down."
+    )
+    sync: JournalSync = Field(
+        default=JournalSync.ALWAYS,
+        description=(
+            "always, interval or off: whether an image is flushed to the disk before its caller is answered, every "
+            "sync_interval_s, or when the system pleases. It matters for power cuts: a process that dies loses none."
+        ),
+    )
+    sync_interval_s: Seconds = Field(default=1.0, description="Seconds between flushes.")
 
 
 class GenerationSettings(_Section):
@@ -769,7 +791,8 @@ class AlarmSettings(_Section):
     name: Name = Field(description="Its name in metrics, logs and notices.")
     kind: AlarmKind = Field(
         description=(
-            "hit_rate_below, hit_rate_above, error_rate_above, spend_per_hour_above, unsaved_age_above or breaker_open."
+            "hit_rate_below, hit_rate_above, error_rate_above, spend_per_hour_above, unsaved_age_above, "
+            "journal_share_above or breaker_open."
         )
     )
     threshold: float = Field(
@@ -850,6 +873,14 @@ class Settings(BaseSettings):
             "then S3 if there is a bucket, else disk."
         ),
     )
+    durability: Literal["journal", "journal+redis", "write-through"] = Field(
+        default="journal",
+        description=(
+            "journal, journal+redis or write-through: what has an image, besides S3 or in its place where S3 is late, "
+            "before its caller is answered: a journal on this machine's disk, that and Redis, or whichever level "
+            "takes it. Where the last level is this machine's disk, that is the journal."
+        ),
+    )
     hedged_reads: bool = Field(
         default=False,
         description="Read the next level too when one takes longer for a picture than for 99 of 100 of its last 1,000.",
@@ -863,6 +894,7 @@ class Settings(BaseSettings):
     redis: RedisSettings = RedisSettings()
     s3: S3Settings = S3Settings()
     disk: DiskSettings = DiskSettings()
+    journal: JournalSettings = JournalSettings()
     generation: GenerationSettings = GenerationSettings()
     accounting: AccountingSettings = AccountingSettings()
     delivery: DeliverySettings = DeliverySettings()
@@ -902,6 +934,16 @@ class Settings(BaseSettings):
     def disk_path(self) -> Path:
         """The directory of the disk tier."""
         return self.disk.path or self.data_dir / "images"
+
+    @property
+    def journal_path(self) -> Path:
+        """The directory of the journal."""
+        return self.journal.path or self.data_dir / "journal"
+
+    @property
+    def has_journal(self) -> bool:
+        """Whether what is made is written into a journal: on its way to a level that is not this machine's own disk."""
+        return self.durability != "write-through" and self.tier_names[-1] in {TierName.REDIS, TierName.S3}
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -1007,6 +1049,7 @@ _BUILT_IN = (
     AlarmSettings(name="breakers", kind=AlarmKind.BREAKER_OPEN),
     AlarmSettings(name="errors", kind=AlarmKind.ERROR_RATE_ABOVE, threshold=0.2, for_s=300.0),
     AlarmSettings(name="unsaved", kind=AlarmKind.UNSAVED_AGE_ABOVE, threshold=300.0),
+    AlarmSettings(name="journal", kind=AlarmKind.JOURNAL_SHARE_ABOVE, threshold=0.5),
 )
 """What is wrong wherever it happens. What hit rate or spending is wrong, nobody but the operator knows."""
 
