@@ -56,12 +56,12 @@ _CLOSE_S = 10.0
 class Record:
     """A picture in the journal: under this number, with so many bytes. `written` ends when the disk has it.
 
-    What `written` raises is a TierError: the disk does not take it.
+    What `written` raises is a TierError: the disk does not take it. None: it has been there for long.
     """
 
     number: int
     size_bytes: int
-    written: asyncio.Future[None]
+    written: asyncio.Future[None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,9 +244,7 @@ class Journal:
         self._size_bytes = found.newer_bytes
         for number, size_bytes, head in found.left:
             self._keep_count(number, size_bytes)
-            written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            written.set_result(None)
-            self.left.append(Left(Record(number, size_bytes, written), head))
+            self.left.append(Left(Record(number, size_bytes), head))
         if found.damaged:
             _log.error("journal_records_damaged", records=found.damaged, directory="damaged")
         if found.newer:
@@ -271,7 +269,8 @@ class Journal:
             self._unflushed.add(number)
 
     async def _remove(self, record: Record) -> None:
-        await _ended([record.written])
+        if record.written is not None:
+            await _ended([record.written])
         try:
             await self._workers.run(self._unlink, record.number)
         except OSError as exc:

@@ -59,11 +59,12 @@ _Place = tuple[TierName, str]
 class _Held:
     """An image the last tier has yet to take, and the slot it lies in meanwhile.
 
-    `kept` is done once the caller may be answered; `task` brings the image home, or offers it anew. `lies_there` says
-    whether it was put into the slot in memory and the faster tiers, `unsaved` that nothing took it that outlives us.
-    The slot of one that lies nowhere yet when it has to becomes its stand-in. `since_s` (monotonic) is when it was
-    handed over, `handed_over_s` the same by the wall. `record` is its place in the journal; of one that waits, `entry`
-    is then an outline. `outdone` are the records of what it takes the place of, to go when it is safe itself.
+    `kept` is done once the caller may be answered, and None once nothing is kept of the answer; `task` brings the image
+    home, or offers it anew. `lies_there` says whether it was put into the slot in memory and the faster tiers,
+    `unsaved` that nothing took it that outlives us. The slot of one that lies nowhere yet when it has to becomes its
+    stand-in. `since_s` (monotonic) is when it was handed over, `handed_over_s` the same by the wall. `record` is its
+    place in the journal; of one that waits, `entry` is then an outline. `outdone` are the records of what it takes the
+    place of, to go when it is safe itself.
     """
 
     slot: CacheKey
@@ -72,13 +73,18 @@ class _Held:
     since_s: float
     handed_over_s: float
     size_bytes: int
-    kept: asyncio.Future[CachedImage]
+    kept: asyncio.Future[CachedImage] | None
     record: Record | None = None
     outdone: list[Record] = field(default_factory=list)
     has_bytes: bool = True
     lies_there: bool = False
     unsaved: bool = False
     task: asyncio.Task[Any] | None = None
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the caller may be answered, or was."""
+        return self.kept is None or self.kept.done()
 
 
 class Keeper:
@@ -123,7 +129,7 @@ class Keeper:
     def held(self, key: CacheKey) -> CachedImage | None:
         """The fresh entry in slot `key` that the last tier has yet to take, if it is in our hands: see `read_held`."""
         held = self._fresh(key)
-        return held.entry if held is not None and held.has_bytes and held.kept.done() else None
+        return held.entry if held is not None and held.has_bytes and held.is_answered else None
 
     def is_held(self, key: CacheKey) -> bool:
         """Whether there is one, be it in our hands or in the journal."""
@@ -134,7 +140,8 @@ class Keeper:
         held = self._fresh(key)
         if held is None:
             return None
-        await asyncio.wait({held.kept})
+        if held.kept is not None:
+            await asyncio.wait({held.kept})
         return await self._whole(held)
 
     def _fresh(self, key: CacheKey) -> _Held | None:
@@ -209,7 +216,7 @@ class Keeper:
 
         Without `replace` an image that finds its variant taken takes the next free one.
         """
-        return asyncio.shield(self._hold(entry.key, entry, replace=replace).kept)
+        return asyncio.shield(self._hold(entry.key, entry, replace=replace))
 
     def keep_stand_in(self, entry: CachedImage) -> asyncio.Future[CachedImage]:
         """Store an image paid for while the last tier could not say whether it had this variant.
@@ -217,7 +224,7 @@ class Keeper:
         It lies in the stand-in slot of the faster tiers, where a reader looks that finds the last tier silent
         or without the variant, and becomes a variant of its own when the last tier is back.
         """
-        return asyncio.shield(self._hold(entry.key.stand_in, entry, replace=False).kept)
+        return asyncio.shield(self._hold(entry.key.stand_in, entry, replace=False))
 
     async def keep_in_last(self, entry: CachedImage, put: Callable[[], Awaitable[bool]] | None = None) -> bool:
         """Store an image in the last tier alone; on True it has acknowledged exactly these bytes, see `Tier.put`.
@@ -275,7 +282,7 @@ class Keeper:
         """
         async with self._purging:
             self._changes += 1
-            for held in [held for held in self._held.values() if held.kept.done() and match(held.entry)]:
+            for held in [held for held in self._held.values() if held.is_answered and match(held.entry)]:
                 self._drop(held)
             await _ended([task for task, entry in self._writes.items() if match(entry)])
             silent = await self._silent_journal()
@@ -329,20 +336,24 @@ class Keeper:
 
     # ── one image's way home ────────────────────────────────────────────────────────────────────────────────
 
-    def _hold(self, slot: CacheKey, entry: CachedImage, *, replace: bool) -> _Held:
+    def _hold(self, slot: CacheKey, entry: CachedImage, *, replace: bool) -> asyncio.Future[CachedImage]:
+        """Begin to bring an image home; what its caller is answered with."""
+        kept: asyncio.Future[CachedImage] = asyncio.get_running_loop().create_future()
         while not replace and not slot.is_stand_in and (other := self._held.get(slot.name)) is not None:
             if other.entry.image.sha256 == entry.image.sha256:
-                return other
+                if other.kept is not None:
+                    return other.kept
+                kept.set_result(with_fields(entry, key=other.entry.key))
+                return kept
             slot = slot.with_variant(slot.variant + 1)
             entry = with_fields(entry, key=slot)
-        kept: asyncio.Future[CachedImage] = asyncio.get_running_loop().create_future()
         now_s = self._clock.now_s()
         held = _Held(slot, entry, replace, self._clock.monotonic_s(), now_s, entry.size_bytes, kept)
         held.record = self._write_down(held)
         self._take_place(held)
         held.task = asyncio.create_task(self._bring_home(held), name="keep")
         held.task.add_done_callback(partial(_ended_bringing, held))
-        return held
+        return kept
 
     def _take_place(self, held: _Held) -> None:
         """Hold it in its slot. What was held there goes on its way no further, but stays in the journal until then."""
@@ -374,6 +385,8 @@ class Keeper:
             if self._is_held(held):
                 self._wait_for_last(held)
             _answer(held, entry)
+            if held.record is not None:
+                _let_go_of_bytes(held)
         finally:
             await end([late])
 
@@ -381,11 +394,12 @@ class Keeper:
         """Whether the journal has it, once that is decided."""
         if (record := held.record) is None:
             return False
-        await asyncio.wait({record.written})
-        if record.written.cancelled() or record.written.exception() is not None:
-            if held.record is record:
-                held.record = None
-            return False
+        if record.written is not None:
+            await asyncio.wait({record.written})
+            if record.written.cancelled() or record.written.exception() is not None:
+                if held.record is record:
+                    held.record = None
+                return False
         if self._journal is not None and self._is_held(held):
             outdone, held.outdone = held.outdone, []
             for each in outdone:
@@ -400,7 +414,7 @@ class Keeper:
         if not await self._is_written_down(held):
             return
         await self._clock.sleep(_LATE_S)
-        if held.kept.done() or not self._is_held(held):
+        if held.is_answered or not self._is_held(held):
             return
         places = self._save_meanwhile(held)
         held.lies_there = True
@@ -418,11 +432,9 @@ class Keeper:
         for left in self._journal.left if self._journal is not None else ():
             head = left.head
             slot, entry = head.slot, head.outline
-            kept: asyncio.Future[CachedImage] = asyncio.get_running_loop().create_future()
             while not head.replace and not slot.is_stand_in and slot.name in self._held:
                 slot = slot.with_variant(slot.variant + 1)
                 entry = with_fields(entry, key=slot)
-            kept.set_result(entry)
             held = _Held(
                 slot,
                 entry,
@@ -430,7 +442,7 @@ class Keeper:
                 self._clock.monotonic_s(),
                 head.handed_over_s,
                 left.record.size_bytes,
-                kept,
+                kept=None,
                 record=left.record,
                 has_bytes=False,
                 lies_there=True,  # as far as we know
@@ -439,9 +451,7 @@ class Keeper:
             self._wait_for_last(held)
 
     def _wait_for_last(self, held: _Held) -> None:
-        """Offer it again, after those that wait already. The journal keeps its bytes, if it has them."""
-        if held.record is not None and held.has_bytes:
-            held.entry, held.has_bytes = outline(held.entry), False
+        """Offer it again, after those that wait already."""
         self._waiting[held] = None
         if not self._closing and (self._offering_again is None or self._offering_again.done()):
             self._offering_again = asyncio.create_task(self._offer_again(), name="offer again")
@@ -491,6 +501,7 @@ class Keeper:
             await _ended([held.task])
         finally:
             await end([held.task])
+        held.task = None
         if not self._is_held(held):
             return True
         self._waiting.move_to_end(held)
@@ -524,7 +535,7 @@ class Keeper:
 
     async def _try_last(self, held: _Held) -> None:
         if held.task is not None:
-            if held.kept.done():
+            if held.is_answered:
                 held.task.cancel()
             await _ended([held.task])
         if self._is_held(held):
@@ -661,7 +672,7 @@ class Keeper:
     def _drop(self, held: _Held) -> None:
         """Hold an image no more. Whoever still waits for it is answered, and that ends its way."""
         self._release(held)
-        if held.kept.done() and held.task is not None:
+        if held.is_answered and held.task is not None:
             held.task.cancel()
 
     def _release(self, held: _Held) -> None:
@@ -735,13 +746,21 @@ class Keeper:
 
 
 def _answer(held: _Held, entry: CachedImage) -> None:
-    if not held.kept.done():
+    if held.kept is not None and not held.kept.done():
         held.kept.set_result(entry)
+
+
+def _let_go_of_bytes(held: _Held) -> None:
+    """Leave a picture to the journal, and to whoever was just answered with it: tens of thousands may wait."""
+    held.entry, held.has_bytes = outline(held.entry), False
+    held.kept = held.task = None
+    if held.record is not None:
+        held.record.written = None
 
 
 def _ended_bringing(held: _Held, task: asyncio.Task[None]) -> None:
     """Nobody waits for ever, even if the task was cut off at shutdown or died of a bug."""
-    if not held.kept.done():
+    if held.kept is not None and not held.kept.done():
         error = None if task.cancelled() else task.exception()
         held.kept.cancel() if error is None else held.kept.set_exception(error)
     _report_bug(task)

@@ -954,8 +954,8 @@ class TierState:
 class LiveState:
     """How a process stands at one moment.
 
-    `time_s` is in seconds since 1970; `in_flight` counts loads, `queue` generations that wait. `held_images` wait in
-    memory for the last tier, the oldest of them since `oldest_held_s` seconds.
+    `time_s` is in seconds since 1970; `in_flight` counts loads, `queue` generations that wait. `held_images` wait
+    for the last tier, the oldest of them since `oldest_held_s` seconds.
     """
 
     time_s: float

@@ -328,7 +328,8 @@ class TestAnOutage:
         served = [await house.get(f"fox {number}") for number in range(20)]
         await house.settle()
         assert lives.journal.entries == 20
-        assert all(len(held.entry.image.data) == 0 for held in house.keeper._held.values())
+        for held in house.keeper._held.values():
+            assert (len(held.entry.image.data), held.kept, held.task) == (0, None, None)
         house.redis.is_down = True
         again = [await house.get(f"fox {number}") for number in range(20)]
         assert {one.tier for one in again} == {TierName.JOURNAL}
@@ -351,6 +352,15 @@ class TestAnOutage:
         house.s3.is_down = False
         await home(house, lives)
         assert not any(house.memory.contains(one.entry.key) for one in served)
+
+    async def test_a_picture_that_waits_and_is_put_again_is_answered_whole(self, lives: Lives) -> None:
+        house = lives.house
+        entry = await new_entry(house)
+        house.s3.is_down = True
+        first = await house.keeper.keep(entry)
+        again = await house.keeper.keep(entry)
+        assert first == again == entry
+        assert len(house.keeper._held) == 1
 
     async def test_while_others_wait_a_new_picture_is_not_offered_in_vain(self, lives: Lives) -> None:
         house = lives.house

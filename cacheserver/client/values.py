@@ -531,7 +531,7 @@ class Live:
         in_flight: Loads in progress.
         queue: Generations that wait, by priority, the most urgent first.
         tiers: The tiers, fastest first.
-        held_images: Images held in memory until a lower tier takes them.
+        held_images: Images that the last tier has yet to take.
         oldest_held_s: For how many seconds the oldest of them has been held.
     """
 
