@@ -54,7 +54,7 @@ class Alone:
         walk: Callable[[CacheKey, Callable[[Loaded], bool]], Awaitable[tuple[Loaded | None, bool]]],
         entry_for: Callable[[Waiter, GeneratedImage, int], CachedImage],
         keep: Callable[[Waiter, CachedImage, bool], Awaitable[CachedImage]],
-        keep_spare: Callable[[Waiter, int, GeneratedImage], None],
+        keep_spare: Callable[[Waiter, int, GeneratedImage], object],
     ) -> None:
         """`last_tier` alone knows what is absent.
 
@@ -166,7 +166,10 @@ class Alone:
         self, waiter: Waiter, seen: _Seen, made: list[GeneratedImage], on_spending: Callable[[], None]
     ) -> list[Served]:
         served: list[Served] = []
-        keep_spare = partial(self._keep_spare, waiter, max(waiter.variants) + 1)
+
+        def keep_spare(image: GeneratedImage) -> None:
+            self._keep_spare(waiter, max(waiter.variants) + 1, image)
+
         on_spare = keep_spare if seen.kept else partial(_drop_spare, waiter)
         while missing := waiter.variants[len(served) :]:
             order = waiter.order(
@@ -176,21 +179,33 @@ class Alone:
                 partial_images=waiter.partial_images if len(waiter.variants) == 1 else 0,
             )
             on_partial = waiter.hear if order.partial_images else None
-            images = await self._generation.generate(
-                order, missing, on_spending=on_spending, on_spare=on_spare, on_partial=on_partial
-            )
-            # From here until what is kept is held nothing awaits.
-            made += images
-            entries = [self._entry_for(waiter, image, v) for v, image in zip(missing, images, strict=False)]
-            kept = {
-                entry.key.variant: self._keep(waiter, entry, entry.key.variant in seen.replaced)
-                for entry in entries
-                if entry.key.variant in seen.kept
-            }
-            for entry in entries:
-                variant = entry.key.variant
-                stored = await kept[variant] if variant in kept else entry
-                served.append(_served(stored, seen.hits.get(variant)))
+            safe = asyncio.Event()
+            try:
+                images = await self._generation.generate(
+                    order, missing, on_spending=on_spending, on_spare=on_spare, on_partial=on_partial, safe=safe
+                )
+                # From here until what is kept is held nothing awaits.
+                made += images
+                served += await self._kept(waiter, seen, missing, images)
+            finally:
+                safe.set()
+        return served
+
+    async def _kept(
+        self, waiter: Waiter, seen: _Seen, variants: Sequence[int], images: Sequence[GeneratedImage]
+    ) -> list[Served]:
+        """The answer with these pictures, once those of them that become entries are kept."""
+        entries = [self._entry_for(waiter, image, v) for v, image in zip(variants, images, strict=False)]
+        kept = {
+            entry.key.variant: self._keep(waiter, entry, entry.key.variant in seen.replaced)
+            for entry in entries
+            if entry.key.variant in seen.kept
+        }
+        served: list[Served] = []
+        for entry in entries:
+            variant = entry.key.variant
+            stored = await kept[variant] if variant in kept else entry
+            served.append(_served(stored, seen.hits.get(variant)))
         return served
 
 

@@ -641,15 +641,17 @@ class PromptCache:
         while making:
             safe = asyncio.Event()
             try:
-                made = await self._make(flight, lead, making, unknown, safe)
+                with self._backpressure.making(len(making)):
+                    made = await self._make(flight, lead, making, unknown, safe)
             finally:
-                safe.set()  # also if nothing came of it, or not all
+                safe.set()  # also if nothing came of it
             making = making[made:]
 
     async def _make(
         self, flight: Flight, lead: Waiter, making: list[int], unknown: set[int], safe: asyncio.Event
     ) -> int:
-        """Have the first of these variants made, as many as come; how many. They are kept when it is `safe`."""
+        """Have the first of these variants made, as many as come; how many. All is kept on return, and so `safe`."""
+        await self._backpressure.slow_down()
         order = lead.order(
             len(making),
             priority=flight.priority,
@@ -657,13 +659,17 @@ class PromptCache:
             partial_images=flight.partial_images,
         )
         flight.orders.append(order)
-        await self._backpressure.slow_down()
+        spares: list[Awaitable[CachedImage]] = []
+
+        def keep_spare(image: GeneratedImage) -> None:
+            spares.append(self._keep_spare(lead, max(making) + 1, image))
+
         try:
             images = await self._generation.generate(
                 order,
                 making,
                 on_spending=flight.begin_spending,
-                on_spare=partial(self._keep_spare, lead, max(making) + 1),
+                on_spare=keep_spare,
                 on_partial=flight.hear if order.partial_images else None,
                 safe=safe,
             )
@@ -680,9 +686,9 @@ class PromptCache:
             for variant, image in zip(made, images, strict=True)
         ]
         kept = await asyncio.gather(*keeping, return_exceptions=True)
-        safe.set()
         for variant, entry, payer in zip(made, kept, payers, strict=True):
             self._land(flight, variant, entry, payer)
+        await asyncio.gather(*spares, return_exceptions=True)
         return len(made)
 
     def _land(self, flight: Flight, variant: int, kept: CachedImage | BaseException, payer: Waiter) -> None:
@@ -695,12 +701,11 @@ class PromptCache:
         else:
             flight.land(variant, Loaded(kept, TierName.UPSTREAM, payer=payer.ticket))
 
-    def _keep_spare(self, lead: Waiter, variant: int, image: GeneratedImage) -> None:
+    def _keep_spare(self, lead: Waiter, variant: int, image: GeneratedImage) -> Awaitable[CachedImage]:
         """Keep a picture that was paid for beyond those asked for: as a further variant, if it is good enough."""
         lead.spare_microusd += image.paid_microusd
         entry = self._entry_for(lead, image, variant)
-        keep = self._reviews.hold if _is_doubtful(image, lead) else self._keeper.keep
-        keep(entry)
+        return self._reviews.hold(entry) if _is_doubtful(image, lead) else self._keeper.keep(entry)
 
     def _entry_for(self, lead: Waiter, image: GeneratedImage, variant: int) -> CachedImage:
         terms = lead.terms

@@ -1,8 +1,8 @@
 """The journal: what was paid for lies on our own disk, before anyone is told of it, until the last tier has it.
 
-    <directory>/<number, 16 digits>      a record; a number is never used twice, and they are replayed by it
+    <directory>/<number, 16 digits>      a record; they are replayed in this order
     <directory>/tmp/                     what is being written
-    <directory>/damaged/                 records that cannot be read any more, for whoever wants to look
+    <directory>/aside/                   records that nobody replays: damaged, or too large for the last tier
 
 A record comes into being whole, by a rename, never changes, and is removed when the last tier has its picture:
 
@@ -24,7 +24,8 @@ import os
 import secrets
 import struct
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -49,7 +50,8 @@ _NUMBER_DIGITS = 16
 _HEAD_BYTES = _HEAD.size + _CHECKSUM_BYTES
 
 _THREADS = 8
-_CLOSE_S = 10.0
+_PATIENCE_S = 10.0
+"""With a disk that hangs: nobody waits longer for it."""
 
 
 @dataclass(eq=False, slots=True)
@@ -214,16 +216,18 @@ class Journal:
         records, self._not_removed = self._not_removed, []
         for record in records:
             self.remove(record)
-        await _ended(self._removing)
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                if self._removing:
+                    await asyncio.wait(self._removing)
+                await self._workers.run(_flush, self._directory)
+        except OSError as exc:
+            raise TierError(f"the journal cannot be flushed: {exc.strerror or 'its disk hangs'}") from exc
         if self._not_removed:
             raise TierError("the journal cannot remove what it should")
-        try:
-            await self._workers.run(_flush, self._directory)
-        except OSError as exc:
-            raise TierError(f"the journal cannot be flushed: {exc.strerror}") from exc
 
     async def set_aside(self, record: Record) -> None:
-        """Put a damaged record where nobody replays it."""
+        """Put a record where nobody replays it: it is damaged, or nobody will ever take it."""
         try:
             await self._workers.run(self._set_aside, record.number)
         except FileNotFoundError:
@@ -236,8 +240,12 @@ class Journal:
         """Bring what is being written and removed to an end. Nothing else may be called afterwards."""
         if self._flushing is not None:
             await end([self._flushing])
-        await self._tasks.aclose(_CLOSE_S)
-        await self._workers.aclose(_CLOSE_S)
+        await self._tasks.aclose(_PATIENCE_S)
+        if self._sync is JournalSync.INTERVAL:
+            with suppress(OSError, TimeoutError):  # it said so before
+                async with asyncio.timeout(_PATIENCE_S):
+                    await self._flush()
+        await self._workers.aclose(_PATIENCE_S)
 
     def _take_over(self, found: _Found) -> None:
         self._next = found.last + 1
@@ -246,7 +254,7 @@ class Journal:
             self._keep_count(number, size_bytes)
             self.left.append(Left(Record(number, size_bytes), head))
         if found.damaged:
-            _log.error("journal_records_damaged", records=found.damaged, directory="damaged")
+            _log.error("journal_records_damaged", records=found.damaged, directory="aside")
         if found.newer:
             _log.warning("journal_records_of_a_newer_release", records=found.newer)
         if self.left:
@@ -264,13 +272,14 @@ class Journal:
             await self._workers.run(self._place, number, parts)
         except OSError as exc:
             self._forget_count(number)
+            _log.error("journal_not_written", number=number, error=exc.strerror)
             raise TierError(f"the disk does not take a record of the journal: {exc.strerror}") from exc
         if self._sync is JournalSync.INTERVAL:
             self._unflushed.add(number)
 
     async def _remove(self, record: Record) -> None:
         if record.written is not None:
-            await _ended([record.written])
+            await asyncio.wait({record.written})
         try:
             await self._workers.run(self._unlink, record.number)
         except OSError as exc:
@@ -282,8 +291,13 @@ class Journal:
 
     async def _flush(self) -> None:
         numbers, self._unflushed = self._unflushed, set()
-        if numbers:
+        if not numbers:
+            return
+        try:
             await self._workers.run(self._flush_records, numbers)
+        except OSError:
+            self._unflushed |= numbers
+            raise
 
     # What follows runs in threads.
 
@@ -325,7 +339,14 @@ class Journal:
             temporary.unlink(missing_ok=True)
             raise
         if self._sync is JournalSync.ALWAYS:
+            self._flush_name(number)
+
+    def _flush_name(self, number: int) -> None:
+        try:
             _flush(self._directory)
+        except OSError:
+            self._unlink(number)  # it does not count as written, so a later life must not find it
+            raise
 
     def _unlink(self, number: int) -> None:
         self._path(number).unlink(missing_ok=True)
@@ -339,9 +360,9 @@ class Journal:
         _flush(self._directory)
 
     def _set_aside(self, number: int) -> None:
-        damaged = self._directory / "damaged"
-        damaged.mkdir(exist_ok=True)
-        self._path(number).replace(damaged / f"{number:0{_NUMBER_DIGITS}}")
+        aside = self._directory / "aside"
+        aside.mkdir(exist_ok=True)
+        self._path(number).replace(aside / f"{number:0{_NUMBER_DIGITS}}-{self._life}")
 
     def _read(self, number: int) -> CachedImage:
         stored = memoryview(self._path(number).read_bytes())
@@ -408,11 +429,6 @@ def _numbers(directory: Path) -> Iterator[int]:
     for file in directory.iterdir():
         if len(file.name) == _NUMBER_DIGITS and file.name.isdecimal():
             yield int(file.name)
-
-
-async def _ended(futures: Collection[asyncio.Future[None]]) -> None:
-    if futures:
-        await asyncio.wait(futures)
 
 
 def _write_all(handle: int, part: ImageBytes) -> None:

@@ -49,6 +49,15 @@ _LAST_PROBE_S = 10.0
 _AT_ONCE = 12
 """Images offered at a time: of the 16 requests that S3 takes at a time by default, so that some are left for hits."""
 
+_STUBBORN = 3
+"""After so many refusals it is the image, and not the last tier, that something is wrong with."""
+
+_DISK_S = 10.0
+"""After which a journal whose disk has not said that it has an image counts as not having it."""
+
+_AT_A_TIME = 1_000
+"""Of what is held, after which others get their turn."""
+
 _LAST_S = 1.0
 """For what is written at shutdown though there is no time left."""
 
@@ -64,7 +73,8 @@ class _Held:
     `unsaved` that nothing took it that outlives us. The slot of one that lies nowhere yet when it has to becomes its
     stand-in. `since_s` (monotonic) is when it was handed over, `handed_over_s` the same by the wall. `record` is its
     place in the journal; of one that waits, `entry` is then an outline. `outdone` are the records of what it takes the
-    place of, to go when it is safe itself.
+    place of, to go when it is safe itself. `is_restored`: an earlier life left it, and may have put it into its
+    stand-in slot. `refusals` is how often the last tier did not take it.
     """
 
     slot: CacheKey
@@ -77,6 +87,8 @@ class _Held:
     record: Record | None = None
     outdone: list[Record] = field(default_factory=list)
     has_bytes: bool = True
+    is_restored: bool = False
+    refusals: int = 0
     lies_there: bool = False
     unsaved: bool = False
     task: asyncio.Task[Any] | None = None
@@ -159,12 +171,10 @@ class Keeper:
         try:
             return with_fields(await self._journal.read(held.record), key=held.entry.key)
         except CorruptEntryError:
-            self._books.corrupt(TierName.JOURNAL)
-            _log.error("journal_record_damaged", size_bytes=held.size_bytes)
-            if self._is_held(held):
-                del self._held[held.slot.name]
-                self._waiting.pop(held, None)
-                await self._journal.set_aside(held.record)
+            if self._is_held(held):  # else it was let go meanwhile
+                self._books.corrupt(TierName.JOURNAL)
+                _log.error("journal_record_damaged", size_bytes=held.size_bytes)
+                await self._set_aside(held)
             return None
         except TierError as error:
             _log.error("journal_not_read", error=str(error))
@@ -282,8 +292,11 @@ class Keeper:
         """
         async with self._purging:
             self._changes += 1
-            for held in [held for held in self._held.values() if held.is_answered and match(held.entry)]:
-                self._drop(held)
+            for number, held in enumerate(list(self._held.values())):
+                if number % _AT_A_TIME == _AT_A_TIME - 1:
+                    await asyncio.sleep(0)
+                if held.is_answered and match(held.entry) and self._is_held(held):
+                    self._drop(held)
             await _ended([task for task, entry in self._writes.items() if match(entry)])
             silent = await self._silent_journal()
             try:
@@ -339,12 +352,14 @@ class Keeper:
     def _hold(self, slot: CacheKey, entry: CachedImage, *, replace: bool) -> asyncio.Future[CachedImage]:
         """Begin to bring an image home; what its caller is answered with."""
         kept: asyncio.Future[CachedImage] = asyncio.get_running_loop().create_future()
-        while not replace and not slot.is_stand_in and (other := self._held.get(slot.name)) is not None:
-            if other.entry.image.sha256 == entry.image.sha256:
-                if other.kept is not None:
-                    return other.kept
-                kept.set_result(with_fields(entry, key=other.entry.key))
+        while not replace and not slot.is_stand_in:
+            if (twin := self._twin(slot, entry)) is not None:
+                if twin.kept is not None:
+                    return twin.kept
+                kept.set_result(with_fields(entry, key=twin.entry.key))
                 return kept
+            if slot.name not in self._held:
+                break
             slot = slot.with_variant(slot.variant + 1)
             entry = with_fields(entry, key=slot)
         now_s = self._clock.now_s()
@@ -354,6 +369,14 @@ class Keeper:
         held.task = asyncio.create_task(self._bring_home(held), name="keep")
         held.task.add_done_callback(partial(_ended_bringing, held))
         return kept
+
+    def _twin(self, slot: CacheKey, entry: CachedImage) -> _Held | None:
+        """The same picture on its way to the same number already."""
+        for place in (slot, slot.stand_in):
+            other = self._held.get(place.name)
+            if other is not None and other.entry.image.sha256 == entry.image.sha256:
+                return other
+        return None
 
     def _take_place(self, held: _Held) -> None:
         """Hold it in its slot. What was held there goes on its way no further, but stays in the journal until then."""
@@ -377,7 +400,7 @@ class Keeper:
         late = asyncio.create_task(self._answer_if_late(held), name="answer if late")
         try:
             # Behind many others, or such as the last tier does not take now, it goes by the journal.
-            is_busy = held.record is not None and (len(self._waiting) > 0 or self._offers >= _AT_ONCE)
+            is_busy = held.record is not None and (self._is_refused() or self._offers >= _AT_ONCE)
             if not held.slot.is_stand_in and not is_busy and await self._offer(held):
                 return
             entry = held.entry
@@ -390,12 +413,20 @@ class Keeper:
         finally:
             await end([late])
 
+    def _is_refused(self) -> bool:
+        """Whether others wait for the last tier, and not because something is wrong with each of them alone."""
+        first = next(iter(self._waiting), None)  # what was refused goes to the end
+        return first is not None and first.refusals < _STUBBORN
+
     async def _is_written_down(self, held: _Held) -> bool:
-        """Whether the journal has it, once that is decided."""
+        """Whether the journal has it, once that is decided, or takes too long to say."""
         if (record := held.record) is None:
             return False
         if record.written is not None:
-            await asyncio.wait({record.written})
+            await asyncio.wait({record.written}, timeout=_DISK_S)
+            if not record.written.done():
+                _log.error("journal_hangs", size_bytes=held.size_bytes)
+                return False
             if record.written.cancelled() or record.written.exception() is not None:
                 if held.record is record:
                     held.record = None
@@ -432,19 +463,24 @@ class Keeper:
         for left in self._journal.left if self._journal is not None else ():
             head = left.head
             slot, entry = head.slot, head.outline
+            if not head.replace and (twin := self._twin(slot.made_for, entry)) is not None:
+                twin.outdone.append(left.record)
+                continue
             while not head.replace and not slot.is_stand_in and slot.name in self._held:
                 slot = slot.with_variant(slot.variant + 1)
                 entry = with_fields(entry, key=slot)
+            age_s = max(0.0, self._clock.now_s() - head.handed_over_s)
             held = _Held(
                 slot,
                 entry,
                 head.replace,
-                self._clock.monotonic_s(),
+                self._clock.monotonic_s() - age_s,
                 head.handed_over_s,
                 left.record.size_bytes,
                 kept=None,
                 record=left.record,
                 has_bytes=False,
+                is_restored=True,
                 lies_there=True,  # as far as we know
             )
             self._take_place(held)
@@ -504,6 +540,7 @@ class Keeper:
         held.task = None
         if not self._is_held(held):
             return True
+        held.refusals += 1
         self._waiting.move_to_end(held)
         return False
 
@@ -561,10 +598,7 @@ class Keeper:
             kept = await self._store(held, entry)
         except EntryTooLargeError:
             _log.error("image_too_large_for_last_tier", size_bytes=held.size_bytes, tier=self._tiers[-1].name)
-            held.entry, held.has_bytes = entry, True
-            await self._save(held)
-            self._release(held)
-            _answer(held, entry)
+            await self._leave_to_the_faster(held, entry)
             return True
         except TierError:
             return False
@@ -573,6 +607,22 @@ class Keeper:
             self._settle(held, kept, has_waited=has_waited)
         _answer(held, kept)
         return True
+
+    async def _leave_to_the_faster(self, held: _Held, entry: CachedImage) -> None:
+        """Answer with an image that the last tier will never take: faster ones have it, or else it is put aside."""
+        held.entry, held.has_bytes = entry, True
+        has_copy = await self._save(held, copies=True)
+        if held.record is not None and not has_copy and self._is_held(held):
+            await self._set_aside(held)
+        self._release(held)
+        _answer(held, entry)
+
+    async def _set_aside(self, held: _Held) -> None:
+        """Hold it no more, and put its record where a person may look for it."""
+        record, held.record = held.record, None
+        self._release(held)
+        if self._journal is not None and record is not None:
+            await self._journal.set_aside(record)
 
     async def _store(self, held: _Held, entry: CachedImage) -> CachedImage:
         """Write to the last tier, which alone decides who holds a variant number."""
@@ -626,32 +676,43 @@ class Keeper:
 
         One that has waited is no news: in memory it would take the place of what is asked for now.
         """
+        there = self._memory.peek(kept.key)
         if not has_waited:
             self._memory.put(kept.key, kept)
+        elif there is not None and there.image.sha256 != kept.image.sha256:
+            self._memory.delete(kept.key)
         if held.replace:
             self._changes += 1
         for tier in self._tiers[:-1]:
             write = self._write(tier, kept.key, kept, replace=True)
             if held.replace:
                 self._outdate(tier, kept.key, write)
-        if held.lies_there and held.slot != kept.key:
-            self._memory.delete(held.slot)
+        slots = {held.slot} if held.lies_there else set()
+        if held.is_restored:
+            slots.add(held.entry.key.stand_in)
+        for slot in slots - {kept.key}:
+            self._memory.delete(slot)
             for tier in self._tiers[:-1]:
-                self._outdate(tier, held.slot)
+                self._outdate(tier, slot)
 
-    async def _save(self, held: _Held) -> None:
-        """Put an image the last tier did not take where else it can be: its caller may be answered then."""
-        if self._is_held(held):
-            held.lies_there = True
-            self._memory.put(held.slot, held.entry)
-            if held.replace:
-                self._changes += 1
-            writes = [self._write(tier, held.slot, held.entry, replace=True) for tier in self._tiers[:-1]]
-            is_safe = await self._is_written_down(held)
-            if self._copies or not is_safe:
-                await _ended(writes)
-            has_copy = any(write.done() and _is_written(write) for write in writes)
-            self._count(held, is_saved=has_copy or (is_safe and not self._copies))
+    async def _save(self, held: _Held, *, copies: bool = False) -> bool:
+        """Put an image the last tier did not take where else it can be: its caller may be answered then.
+
+        Whether a faster tier has it, as far as is known: that is waited for with `copies`, or if the journal has not.
+        """
+        if not self._is_held(held):
+            return False
+        held.lies_there = True
+        self._memory.put(held.slot, held.entry)
+        if held.replace:
+            self._changes += 1
+        writes = [self._write(tier, held.slot, held.entry, replace=True) for tier in self._tiers[:-1]]
+        is_safe = await self._is_written_down(held)
+        if copies or self._copies or not is_safe:
+            await _ended(writes)
+        has_copy = any(write.done() and _is_written(write) for write in writes)
+        self._count(held, is_saved=has_copy or (is_safe and not self._copies))
+        return has_copy
 
     def _count(self, held: _Held, *, is_saved: bool) -> None:
         """Count an image that nothing has that outlives us, and hold it no more if too much is held."""

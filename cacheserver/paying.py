@@ -56,7 +56,8 @@ class Paying:
         `unknown` are the variants that the last tier could not speak of. Nothing here awaits.
         """
         for waiter in flight.payers:
-            if (refusal := self._refusal(waiter, is_unknown=_asks_unknown(waiter, flight, unknown))) is not None:
+            is_unknown = _asks_unknown(waiter, flight, unknown)
+            if (refusal := self._refusal(waiter, is_new=True, is_unknown=is_unknown)) is not None:
                 flight.refuse(waiter, refusal)
         payers = self._within_budget(flight.payers, flight, unknown)
         making = {variant for waiter in payers for variant in waiter.lacks(flight.loaded)}
@@ -95,15 +96,16 @@ class Paying:
 
     def judge_late(self, flight: Flight, waiter: Waiter) -> None:
         """Refuse a waiter that came when the flight had been judged, if it would have been refused then."""
-        if flight.sealed and waiter in flight.payers and (refusal := self._refusal(waiter, is_unknown=False)):
+        if flight.sealed and waiter in flight.payers and (refusal := self._refusal(waiter)):
             flight.refuse(waiter, refusal)
 
-    def _refusal(self, waiter: Waiter, *, is_unknown: bool) -> CacheServerError | None:
+    def _refusal(self, waiter: Waiter, *, is_new: bool = False, is_unknown: bool = False) -> CacheServerError | None:
+        """Why this one may not pay; `is_new` if what it wants is not being made already."""
         if waiter.terms.cache_policy is CachePolicy.ONLY_IF_CACHED:
             return NotCachedError("Not cached, and only cached pictures were asked for.")
         if (refusal := may_generate(waiter)) is not None:
             return refusal
-        if (full := self._backpressure.refusal()) is not None:
+        if is_new and (full := self._backpressure.refusal()) is not None:
             return full
         if is_unknown and not self._unknown.pay:
             return _cannot_say()

@@ -170,7 +170,7 @@ class House:
             books=self.books,
             clock=self.clock,
             unknown=unknown or UnknownPolicy(),
-            backpressure=Backpressure(share=lambda: self.keeper.journal_share, high_water=0.75, clock=self.clock),
+            backpressure=Backpressure(journal=journal, high_water=0.75, clock=self.clock),
             renderer=self.renderer,
             hedge=hedge,
             rng=Random(7),  # noqa: S311 - picks pictures

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "control": VALUES | {"tiers"},
     "journal": VALUES | {"tiers"},
     "keep": VALUES | {"tiers", "journal"},
-    "backpressure": VALUES,
+    "backpressure": VALUES | {"journal"},
     "pressure": VALUES | {"tiers", "machine"},
     "purge": VALUES | {"tiers", "keep"},
     "paying": VALUES | {"flight", "backpressure"},

@@ -167,7 +167,7 @@ class TestDamage:
         await first.aclose()
         second = await opened()
         assert second.left == []
-        assert [each.name for each in (tmp_path / "journal" / "damaged").iterdir()] == [file.name]
+        assert [each.name[:16] for each in (tmp_path / "journal" / "aside").iterdir()] == [file.name]
         await second.aclose()
 
     async def test_a_record_of_a_newer_release_stays_for_that_release(self, opened: Open, tmp_path: Path) -> None:
@@ -255,6 +255,24 @@ class TestADiskThatFails:
         await journal.aclose()
         assert [left.head.slot for left in (await opened()).left] == [picture(2).key]
 
+    async def test_a_record_whose_name_could_not_be_flushed_is_found_by_nobody(
+        self, opened: Open, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        journal = await opened()
+
+        def fails(_directory: Path) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(journal_module, "_flush", fails)
+            entry = picture(1)
+            record = journal.append(entry.key, entry, replace=False, handed_over_s=NOW_S)
+            assert record.written is not None
+            with pytest.raises(TierError, match="Input/output"):
+                await record.written
+        await journal.aclose()
+        assert (await opened()).left == []
+
     async def test_what_cannot_be_removed_is_said_and_tried_again(
         self, opened: Open, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -319,6 +337,14 @@ class TestFlushing:
         await until(lambda: clock.sleepers == 1)
         assert len(flushed) == 2
         await journal.aclose()
+
+    async def test_what_was_written_since_the_last_interval_is_flushed_at_the_end(
+        self, opened: Open, flushed: list[str]
+    ) -> None:
+        journal = await opened(sync=JournalSync.INTERVAL, sync_interval_s=5)
+        record = await write(journal, picture())
+        await journal.aclose()
+        assert flushed == [f"{record.number:016}", "journal"]
 
     async def test_off_means_that_the_system_decides(self, opened: Open, flushed: list[str]) -> None:
         journal = await opened(sync=JournalSync.OFF)

@@ -40,6 +40,7 @@ class Lives:
         self._clock = clock
         self.journal: Journal
         self._journals: list[Journal] = []
+        self._older = asyncio.all_tasks()
 
     async def begin(self, *, copies: bool = False, memory_bytes: int = 64 * 1024 * 1024, **options: int) -> House:
         """A new process, after one that was killed if there was one: nothing of it was brought to an end."""
@@ -53,9 +54,7 @@ class Lives:
 
     async def _kill(self) -> None:
         """What the process had in hand is gone; its threads end what they have begun, as the system's calls do."""
-        names = {"keep", "answer if late", "offer again", "offer", "write to redis", "write to s3", "replace copy"}
-        names |= {"write to journal", "remove from journal"}
-        tasks = [task for task in asyncio.all_tasks() if task.get_name() in names]
+        tasks = [task for task in asyncio.all_tasks() if task not in self._older and task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -443,6 +442,19 @@ class TestAnOutage:
         await home(house, lives)
         assert await house.redis.get(served.entry.key.stand_in) == served.entry
 
+    async def test_a_picture_that_no_tier_takes_is_put_aside_and_not_lost(self, lives: Lives, tmp_path: Path) -> None:
+        house = lives.house
+        house.redis.is_down = house.s3.is_down = True
+        await house.get()
+        house.s3.is_down = False
+
+        async def refuse(key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:
+            raise EntryTooLargeError(f"{entry.size_bytes} bytes under {key.variant}, replace={replace}")
+
+        house.s3.put = refuse  # type: ignore[method-assign] # a tier with a lower limit
+        await home(house, lives)
+        assert len(list((tmp_path / "journal" / "aside").iterdir())) == 1
+
 
 class TestPurging:
     async def test_what_was_purged_while_it_waited_does_not_come_back(self, lives: Lives) -> None:
@@ -540,6 +552,32 @@ class TestWithoutRoom:
         assert await house.s3.get(held.entry.key) == held.entry
 
 
+class TestTwins:
+    async def test_a_picture_in_its_stand_in_slot_is_not_kept_a_second_time_under_its_number(
+        self, lives: Lives
+    ) -> None:
+        house = lives.house
+        served = await answered_late(house)
+        house.s3.gate.set()
+        house.s3.is_down = True
+        again = await house.keeper.keep(served.entry)
+        assert again == served.entry
+        assert len(house.keeper._held) == 1
+
+    async def test_two_records_of_one_picture_are_brought_home_as_one(self, lives: Lives) -> None:
+        house = lives.house
+        entry = await new_entry(house)
+        await until(lambda: lives.journal.entries == 0)
+        for slot in (entry.key.stand_in, entry.key):
+            record = lives.journal.append(slot, entry, replace=False, handed_over_s=house.clock.now_s())
+            assert record.written is not None
+            await record.written
+        house = await lives.begin()
+        await home(house, lives)
+        assert await house.s3.get(entry.key) == entry
+        assert await house.s3.get(entry.key.with_variant(1)) is None
+
+
 class TestAnySchedule:
     """Calls, purges, outages and deaths in any order: what callers were given is in the last tier in the end.
 
@@ -563,6 +601,9 @@ class TestAnySchedule:
             assert schedule.purged.isdisjoint(in_last)
 
 
+_HAPPENINGS = ["refresh", "purge", "s3", "s3", "redis", "die", "die in a call", "die in a call", "wait", "wait"]
+
+
 class _Schedule:
     """What happens, and what is owed for it: by prompt, the pictures that callers were given."""
 
@@ -572,14 +613,17 @@ class _Schedule:
         self.let_go: set[str] = set()
         self.purged: set[str] = set()
 
+    def _given(self, prompt: str, served: Served) -> None:
+        picture = served.entry.image.sha256
+        assert picture not in self.purged
+        if picture not in self.let_go:
+            self.owed.setdefault(prompt, set()).add(picture)
+
     async def step(self, chance: Random) -> None:
         house, prompt = self._lives.house, f"fox {chance.randrange(4)}"
-        match chance.choice(["get"] * 8 + ["refresh", "purge", "s3", "s3", "redis", "die", "wait", "wait"]):
+        match chance.choice([*["get"] * 8, *_HAPPENINGS]):
             case "get":
-                picture = (await house.get(prompt)).entry.image.sha256
-                assert picture not in self.purged
-                if picture not in self.let_go:
-                    self.owed.setdefault(prompt, set()).add(picture)
+                self._given(prompt, await house.get(prompt))
             case "refresh":
                 self.let_go |= self.owed.pop(prompt, set())
                 self.owed[prompt] = {(await house.get(prompt, cache_policy=CachePolicy.REFRESH)).entry.image.sha256}
@@ -597,6 +641,13 @@ class _Schedule:
                 house.redis.is_down = not house.redis.is_down
             case "die":
                 await self._lives.begin()
+            case "die in a call":
+                asking = asyncio.create_task(house.get(prompt))
+                for _ in range(chance.randrange(40)):
+                    await asyncio.sleep(0)
+                await self._lives.begin()
+                if not asking.cancelled() and asking.exception() is None:
+                    self._given(prompt, asking.result())
             case _:
                 house.clock.advance(chance.choice([0.5, 1, 12]))
                 await house.settle()
@@ -626,15 +677,34 @@ class TestBackpressure:
     async def test_above_the_high_water_mark_a_generation_begins_later(self, lives: Lives) -> None:
         house = lives.house
         house.s3.is_down = True
-        await house.get("waits")
+        for number in range(17):
+            await house.get(f"waits {number}")
         lives.journal.max_bytes = int(lives.journal.size_bytes / 0.85)
         asking = asyncio.create_task(house.get("new"))
         await until(lambda: house.clock.sleepers >= 2)
         house.clock.advance(4.9)
-        assert (asking.done(), house.upstream.calls) == (False, 1)
+        await asyncio.sleep(0)
+        assert (asking.done(), house.upstream.calls) == (False, 17)
         house.clock.advance(0.2)
         await asking
-        assert house.upstream.calls == 2
+        assert house.upstream.calls == 18
+
+    async def test_what_is_being_made_counts_for_the_room_that_is_left(self, lives: Lives) -> None:
+        house = lives.house
+        house.s3.is_down = True
+        for number in range(17):
+            await house.get(f"waits {number}")
+        lives.journal.max_bytes = int(lives.journal.size_bytes / 0.84)
+        house.upstream.hold()
+        making = [asyncio.create_task(house.get(f"new {number}")) for number in range(9)]
+        await until(lambda: sum(task.done() for task in making) == 6)
+        house.clock.advance(6)
+        await house.upstream.arrived(20)
+        house.upstream.release()
+        outcomes = await asyncio.gather(*making, return_exceptions=True)
+        refused = [outcome for outcome in outcomes if isinstance(outcome, JournalFullError)]
+        assert len(refused) == 6
+        assert lives.journal.share <= 1
 
 
 class TestShutdown:

@@ -114,9 +114,7 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
             pay=settings.generation.when_unknown == "pay",
             budget_microusd_per_hour=settings.generation.unknown_budget_microusd_per_hour,
         ),
-        backpressure=Backpressure(
-            share=lambda: keeper.journal_share, high_water=settings.journal.high_water, clock=clock
-        ),
+        backpressure=Backpressure(journal=journal, high_water=settings.journal.high_water, clock=clock),
         signer=lower.signer,
         renderer=renderer,
         hedge=hedge,
