@@ -197,15 +197,14 @@ class Keeper:
     @property
     def oldest_held_s(self) -> float:
         """For how many seconds the oldest of them has been held; 0 where none is."""
-        now_s = self._clock.monotonic_s()
-        return max((now_s - held.since_s for held in self._held.values()), default=0.0)
+        oldest = next(iter(self._held.values()), None)
+        return 0.0 if oldest is None else self._clock.monotonic_s() - oldest.since_s
 
     @property
     def oldest_in_journal_s(self) -> float:
         """The same of those in the journal, by the wall clock: for earlier lives count too."""
-        now_s = self._clock.now_s()
-        in_journal = (held for held in self._held.values() if held.record is not None)
-        return max((now_s - held.handed_over_s for held in in_journal), default=0.0)
+        oldest = next((held for held in self._held.values() if held.record is not None), None)
+        return 0.0 if oldest is None else self._clock.now_s() - oldest.handed_over_s
 
     @property
     def changes(self) -> int:
