@@ -686,9 +686,10 @@ class PromptCache:
             for variant, image in zip(made, images, strict=True)
         ]
         kept = await asyncio.gather(*keeping, return_exceptions=True)
+        await asyncio.gather(*spares, return_exceptions=True)
+        # From here on nothing awaits either: who joins what is made already is never told of it.
         for variant, entry, payer in zip(made, kept, payers, strict=True):
             self._land(flight, variant, entry, payer)
-        await asyncio.gather(*spares, return_exceptions=True)
         return len(made)
 
     def _land(self, flight: Flight, variant: int, kept: CachedImage | BaseException, payer: Waiter) -> None:

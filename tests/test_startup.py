@@ -342,7 +342,7 @@ async def a_call_under_way(address: str, provider: OpenAIStandIn) -> AsyncIterat
 async def test_sigterm_lets_calls_end_and_takes_our_servers_along(tmp_path: Path, provider: OpenAIStandIn) -> None:
     async with serving(environment(tmp_path, provider=provider), "--local-s3") as service:
         started = await service.logged("serving")
-        assert locks(tmp_path) == {"ledger", "valkey", "s3"}
+        assert locks(tmp_path) == {"journal", "ledger", "valkey", "s3"}
         async with a_call_under_way(started["grpc"], provider) as call:
             service.signal(signal.SIGTERM)
             await service.logged("draining")
@@ -386,7 +386,7 @@ async def test_sigterm_while_starting_ends_it_without_a_word_and_without_leftove
 async def test_our_servers_die_with_a_service_that_is_killed_and_the_next_one_takes_over(tmp_path: Path) -> None:
     async with serving(environment(tmp_path), "--local-s3") as service:
         await service.logged("serving")
-        assert locks(tmp_path) == {"ledger", "valkey", "s3"}
+        assert locks(tmp_path) == {"journal", "ledger", "valkey", "s3"}
         service.signal(signal.SIGKILL)
         assert await service.ended() == -signal.SIGKILL
         async with serving(environment(tmp_path), "--local-s3") as heir:
