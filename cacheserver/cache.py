@@ -15,6 +15,8 @@
     may this caller pay? ── judged per waiter: refused ones leave, the first of the others leads
       │                     (who cannot afford it, or not in time, walks the rungs below if it accepts less)
       ▼
+    lease ─── one load per identity in all replicas; who had to wait for it walks again, and mostly has it then
+      ▼
     generate ─▶ keep ─▶ answer
 
 Five rules run through it.
@@ -30,7 +32,8 @@ takes the name of a picture that may exist. Before anything is paid the stand-in
 
 Nothing awaits between the look into memory and boarding the flight, so two loads of one identity cannot run
 side by side (the interleaving that groupcache's re-check closes). A flight ends only after `keep`, so whoever
-comes later finds the picture in a tier even if memory did not admit it.
+comes later finds the picture in a tier even if memory did not admit it. Across replicas a lease does the same while Redis
+answers: it is held until a tier that all of them share has the picture.
 
 What was paid for is not lost: nothing awaits between a picture's arrival and `Keeper.keep`, which holds it until
 the last tier has it. Once money is spent no hang-up stops a load, and pictures nobody waits for are kept too.
@@ -45,6 +48,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from dataclasses import replace as with_fields
 from functools import partial
 from typing import Any, NamedTuple
@@ -70,7 +74,7 @@ from cacheserver.errors import (
     VariantsExhaustedError,
 )
 from cacheserver.flight import Flight, Flights, Loaded, Waiter
-from cacheserver.interfaces import Books, Clock, Generation, Renderer, Replays, SigningTier, Tier
+from cacheserver.interfaces import Books, Clock, Generation, Leases, Renderer, Replays, SigningTier, Tier
 from cacheserver.keep import Keeper
 from cacheserver.model import (
     Ask,
@@ -128,6 +132,7 @@ class PromptCache:
         clock: Clock,
         unknown: UnknownPolicy,
         backpressure: Backpressure,
+        leases: Leases,
         signer: SigningTier | None = None,
         url_expires_s: int = 3600,
         renderer: Renderer | None = None,
@@ -156,6 +161,7 @@ class PromptCache:
         self._tasks = OwnedTasks()
         self._resent = Resent(replays=replays, tasks=self._tasks)
         self._backpressure = backpressure
+        self._leases = leases
         self._paying = Paying(generation=generation, clock=clock, unknown=unknown, backpressure=backpressure)
         self._deriving = Deriving(renderer=renderer, keeper=keeper, clock=clock, find=self.find, walk=self._walk)
         self._alone = Alone(
@@ -528,36 +534,50 @@ class PromptCache:
     # ── one load ────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _load(self, flight: Flight) -> None:
-        unknown: set[int] = set()
-        walked: set[int] = set()
-        in_review: set[int] = set()
-        while todo := [variant for variant in flight.looked_for if variant not in walked]:
-            walked.update(todo)
+        look = _Look()
+        looked_s = self._clock.monotonic_s()
+        await self._look(flight, look)
+        try:
+            if self._paying.judge(flight, look.unknown) is None:
+                return
+            looked_s_ago = self._clock.monotonic_s() - looked_s
+            async with self._leases.hold(flight.key.identity_name, looked_s_ago=looked_s_ago) as lease:
+                if lease.look_again:
+                    look = _Look()
+                await self._look(flight, look)  # also for who came meanwhile
+                await self._pay(flight, look.unknown)
+                await self._keeper.copied(flight.key)
+        finally:
+            self._paying.settle(flight)
+
+    async def _look(self, flight: Flight, look: _Look) -> None:
+        """Land what the tiers have of what the flight lacks, as far as it was not looked for; tell who has to wait."""
+        while todo := [variant for variant in flight.looked_for if variant not in look.walked]:
+            look.walked.update(todo)
             for variant, (found, is_unknown) in zip(todo, await self._walk_for(flight, todo), strict=True):
                 if is_unknown:
-                    unknown.add(variant)
+                    look.unknown.add(variant)
                 if found is not None:
                     flight.land(variant, found)
             if not flight.waiters:
                 return  # a tier had what they want: all that follows is about who still waits
-            in_review |= await self._waiting_for_review(flight, todo)
-            await self._deriving.land(flight, [v for v in todo if v not in in_review])
-        # From the last look at who lacks what until the flight is sealed nothing awaits: nobody joins unseen.
-        _leave_to_review(flight, in_review)
-        try:
-            while self._paying.judge(flight, unknown) is not None:
-                flight.seal(flight.lacking)
-                parts = self._paying.parts(flight)
-                if len(parts) == 1:
-                    await self._make_part(flight, *parts[0], unknown)
-                    continue
-                # A call that fails does not cancel its sisters: they are being paid for.
-                making = (self._make_part(flight, lead, variants, unknown) for lead, variants in parts)
-                outcomes = await asyncio.gather(*making, return_exceptions=True)
-                if failure := next((each for each in outcomes if each is not None), None):
-                    raise failure
-        finally:
-            self._paying.settle(flight)
+            look.in_review |= await self._waiting_for_review(flight, todo)
+            await self._deriving.land(flight, [v for v in todo if v not in look.in_review])
+        _leave_to_review(flight, look.in_review)
+
+    async def _pay(self, flight: Flight, unknown: set[int]) -> None:
+        """Have made what is still lacking. From the last look until the flight is sealed nothing awaits."""
+        while self._paying.judge(flight, unknown) is not None:
+            flight.seal(flight.lacking)
+            parts = self._paying.parts(flight)
+            if len(parts) == 1:
+                await self._make_part(flight, *parts[0], unknown)
+                continue
+            # A call that fails does not cancel its sisters: they are being paid for.
+            making = (self._make_part(flight, lead, variants, unknown) for lead, variants in parts)
+            outcomes = await asyncio.gather(*making, return_exceptions=True)
+            if failure := next((each for each in outcomes if each is not None), None):
+                raise failure
 
     async def _make_part(self, flight: Flight, lead: Waiter, making: list[int], unknown: set[int]) -> None:
         try:
@@ -811,6 +831,15 @@ def _without_requests(error: CacheServerError) -> CacheServerError:
     if isinstance(kept, CannotAffordError | TooSlowError):
         kept.rungs = ()
     return kept
+
+
+@dataclass(slots=True)
+class _Look:
+    """What a load has looked for in the tiers, by variant: which nobody could speak of, and which wait for review."""
+
+    walked: set[int] = field(default_factory=set)
+    unknown: set[int] = field(default_factory=set)
+    in_review: set[int] = field(default_factory=set)
 
 
 class _Walked(NamedTuple):

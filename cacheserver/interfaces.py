@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Protocol
 
@@ -272,6 +274,30 @@ class Renderer(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class Lease:
+    """The right to pay for a request's pictures. `is_shared`: all replicas know of it; else each is on its own.
+
+    `look_again`: another replica may have paid since this one looked into the tiers. `is_lost`: we were too slow, and
+    another replica may be paying too.
+    """
+
+    look_again: bool = False
+    is_shared: bool = True
+    is_lost: bool = False
+
+
+class Leases(Protocol):
+    """Single-flight across replicas, before money is spent. Control state: it must survive Redis eviction."""
+
+    def hold(self, identity_name: str, *, looked_s_ago: float) -> AbstractAsyncContextManager[Lease]:
+        """The lease of a request, held while it is entered: that waits for as long as another replica has it.
+
+        `looked_s_ago` is when the tiers were asked. Never raises: where Redis does not answer, it is not shared.
+        """
+        ...
+
+
 class Limits(Protocol):
     """The limits of every limit group, shared by all replicas: token buckets whose next moments are reserved.
 
@@ -536,6 +562,10 @@ class Books(Protocol):
 
     def spent(self, namespace: str, microusd: int) -> None:
         """A call to an upstream was paid for: booked where it is spent, whatever came of it."""
+        ...
+
+    def unleased(self) -> None:
+        """A load is paid for though another replica may pay for the same: Redis was silent, or we too slow."""
         ...
 
     def spent_unknown(self, namespace: str, microusd: int) -> None:

@@ -58,6 +58,9 @@ _DISK_S = 10.0
 _AT_A_TIME = 1_000
 """Of what is held, after which others get their turn."""
 
+_COPIED_S = 2.0
+"""Other replicas wait for a copy so long; then they look for themselves."""
+
 _LAST_S = 1.0
 """For what is written at shutdown though there is no time left."""
 
@@ -282,6 +285,16 @@ class Keeper:
         if not self.is_current(changes):
             return False
         return await asyncio.shield(self._write(tier, key, entry, replace=False))
+
+    async def copied(self, key: CacheKey) -> None:
+        """Wait, for a moment at most, until the faster tiers have what was just kept of this key's identity."""
+        writes = [
+            write
+            for (tier, name), write in self._last_writes.items()
+            if name.startswith(f"{key.identity_name}.") and tier is not self._tiers[-1].name
+        ]
+        if writes:
+            await asyncio.wait(writes, timeout=_COPIED_S)
 
     @asynccontextmanager
     async def purging(self, match: Callable[[CachedImage], bool]) -> AsyncIterator[list[TierName]]:

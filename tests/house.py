@@ -12,10 +12,11 @@ from prometheus_client import CollectorRegistry
 from cacheserver.accounting.books import CounterBooks
 from cacheserver.backpressure import Backpressure
 from cacheserver.cache import PromptCache
+from cacheserver.control.leases import NoLeases
 from cacheserver.control.replays import LocalReplays
 from cacheserver.errors import TierError
 from cacheserver.identity import identify
-from cacheserver.interfaces import Renderer, Replays, Tier, no_step
+from cacheserver.interfaces import Leases, Renderer, Replays, Tier, no_step
 from cacheserver.journal import Journal
 from cacheserver.keep import Keeper
 from cacheserver.model import (
@@ -140,6 +141,7 @@ class House:
         hedge: Hedge | None = None,
         journal: Journal | None = None,
         copies: bool = False,
+        leases: Leases | None = None,
     ) -> None:
         """A new process on the same tiers, or on some of them."""
         self.memory = MemoryCache(clock=self.clock, max_bytes=memory_bytes)
@@ -171,6 +173,7 @@ class House:
             clock=self.clock,
             unknown=unknown or UnknownPolicy(),
             backpressure=Backpressure(journal=journal, high_water=0.75, clock=self.clock),
+            leases=leases or NoLeases(),
             renderer=self.renderer,
             hedge=hedge,
             rng=Random(7),  # noqa: S311 - picks pictures

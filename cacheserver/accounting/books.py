@@ -186,6 +186,10 @@ class CounterBooks:
         self._paid_unknown += 1
         self._metrics.paid_unknown.inc()
 
+    def unleased(self) -> None:
+        """A load is paid for though another replica may pay for the same."""
+        self._metrics.unleased.inc()
+
     def alarm(self, alarm: str, *, is_ringing: bool) -> None:
         """An alarm rings from now on, or does not."""
         self._metrics.alarm_ringing.labels(alarm).set(is_ringing)
@@ -287,6 +291,7 @@ class _Metrics:
         self.breaker_open = gauge("breaker_open", "1 while a tier or upstream is not asked", "tier")
         self.hedged = counter("hedged_reads", "Late reads of a tier beside which the next was read", "tier", "result")
         self.corrupt = counter("corrupt", "Damaged entries found", "tier")
+        self.unleased = counter("unleased", "Loads paid for though another replica may have paid for the same")
         self.paid_unknown = counter("paid_unknown", "Pictures paid for while the last tier could not be asked")
         self.alarm_ringing = gauge("alarm_ringing", "1 while an alarm rings", "alarm")
         self.alarm_notices = counter("alarm_notices", "Notices of alarms, by what became of them", "result")

@@ -16,10 +16,11 @@ from cacheserver.app.tiers import CONTROL_TIMEOUT_S, Lower, build_tiers, lock_di
 from cacheserver.backpressure import Backpressure
 from cacheserver.cache import PromptCache
 from cacheserver.calls.downloads import DownloadMemory
+from cacheserver.control.leases import NoLeases, RedisLeases
 from cacheserver.control.replays import LocalReplays, RedisReplays
 from cacheserver.embedded.lock import DirectoryLock
 from cacheserver.identity import QUALITIES, identify
-from cacheserver.interfaces import Clock, Replays
+from cacheserver.interfaces import Clock, Leases, Replays
 from cacheserver.journal import Journal
 from cacheserver.keep import Keeper
 from cacheserver.machine import Machine, Room
@@ -114,6 +115,7 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
             pay=settings.generation.when_unknown == "pay",
             budget_microusd_per_hour=settings.generation.unknown_budget_microusd_per_hour,
         ),
+        leases=await _leases(settings, lower.control, miss_path, books=books, clock=clock, undo=undo),
         backpressure=Backpressure(journal=journal, high_water=settings.journal.high_water, clock=clock),
         signer=lower.signer,
         renderer=renderer,
@@ -184,6 +186,30 @@ async def _journal(settings: Settings, *, clock: Clock, undo: AsyncExitStack) ->
     )
     undo.push_async_callback(journal.aclose)
     return journal
+
+
+async def _leases(  # noqa: PLR0913 - what it is made of
+    settings: Settings,
+    client: Client | None,
+    miss_path: MissPath,
+    *,
+    books: CounterBooks,
+    clock: Clock,
+    undo: AsyncExitStack,
+) -> Leases:
+    if client is None:
+        return NoLeases()
+    leases = RedisLeases(
+        client=client,
+        prefix=settings.redis.prefix,
+        replica_id=miss_path.replica_id,
+        clock=clock,
+        books=books,
+        timeout_s=CONTROL_TIMEOUT_S,
+    )
+    leases.start()
+    undo.push_async_callback(leases.aclose)
+    return leases
 
 
 def _told_apart(settings: Settings) -> ToldApart | None:

@@ -1,0 +1,264 @@
+"""Whoever holds a request's lease pays for it, and everyone else waits: replicas before a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from cacheserver.accounting.books import CounterBooks
+from cacheserver.clock import SystemClock
+from cacheserver.control.leases import RedisLeases
+from cacheserver.errors import UpstreamDownError
+from cacheserver.interfaces import Clock, Lease
+from cacheserver.model import CachePolicy, TierName
+from cacheserver.tiers.redis import Client, connect, disconnect
+from tests.fakes import FakeClock
+from tests.house import House, open_tier
+from tests.servers import ValkeyServer
+from tests.waiting import until
+
+PREFIXES = (f"leases-{n}:" for n in itertools.count())
+NAME = "v1.default.abc.def"
+SOON_S = 0.2
+LONG_AGO_S = 0.0
+
+
+@pytest.fixture
+async def client(valkey_server: ValkeyServer) -> AsyncIterator[Client]:
+    client = connect(valkey_server.url, timeout_s=5.0, connect_timeout_s=5.0)
+    yield client
+    await disconnect(client)
+
+
+class Replicas:
+    """Replicas of one service: their leases, and what each has counted."""
+
+    def __init__(self, client: Client) -> None:
+        self.prefix = next(PREFIXES)
+        self._client = client
+        self._numbers = itertools.count()
+        self.registry = CollectorRegistry()
+        self._books = CounterBooks(clock=SystemClock(), registry=self.registry)
+
+    def new(self, *, clock: Clock | None = None, lease_s: float = 5.0, client: Client | None = None) -> RedisLeases:
+        return RedisLeases(
+            client=client or self._client,
+            prefix=self.prefix,
+            replica_id=f"{next(self._numbers):016x}",
+            clock=clock or SystemClock(),
+            books=self._books,
+            lease_s=lease_s,
+        )
+
+    @property
+    def key(self) -> str:
+        return f"{self.prefix}{{{NAME}}}:lease"
+
+    @property
+    def unleased(self) -> float:
+        return self.registry.get_sample_value("cacheserver_unleased_total") or 0.0
+
+
+@pytest.fixture
+def replicas(client: Client) -> Replicas:
+    return Replicas(client)
+
+
+async def held(leases: RedisLeases, until_s: AsyncExitStack) -> Lease:
+    return await until_s.enter_async_context(leases.hold(NAME, looked_s_ago=LONG_AGO_S))
+
+
+class TestTaking:
+    async def test_who_comes_while_another_holds_it_waits_and_then_looks_again(self, replicas: Replicas) -> None:
+        async with AsyncExitStack() as first, AsyncExitStack() as second:
+            lease = await held(replicas.new(), first)
+            waiting = asyncio.create_task(held(replicas.new(), second))
+            await asyncio.wait({waiting}, timeout=SOON_S)
+            assert not waiting.done()
+            await first.aclose()
+            theirs = await waiting
+        assert (lease.look_again, lease.is_shared, theirs.look_again, theirs.is_shared) == (False, True, True, True)
+
+    async def test_only_one_of_many_has_it_at_a_time(self, replicas: Replicas) -> None:
+        holders = most = 0
+
+        async def take() -> None:
+            nonlocal holders, most
+            async with replicas.new().hold(NAME, looked_s_ago=LONG_AGO_S):
+                holders += 1
+                most = max(most, holders)
+                await asyncio.sleep(0)
+                holders -= 1
+
+        await asyncio.gather(*(take() for _ in range(12)))
+        assert most == 1
+
+    async def test_leases_of_other_requests_are_nobodys_business(self, replicas: Replicas) -> None:
+        async with (
+            replicas.new().hold("one", looked_s_ago=0) as one,
+            replicas.new().hold("other", looked_s_ago=0) as other,
+        ):
+            assert not one.look_again
+            assert not other.look_again
+
+    async def test_who_looked_before_it_was_released_looks_again(self, replicas: Replicas) -> None:
+        async with replicas.new().hold(NAME, looked_s_ago=LONG_AGO_S):
+            pass
+        async with replicas.new().hold(NAME, looked_s_ago=60) as before:
+            assert before.look_again
+
+    async def test_who_looked_since_it_was_released_does_not(self, replicas: Replicas, client: Client) -> None:
+        async with replicas.new().hold(NAME, looked_s_ago=LONG_AGO_S):
+            pass
+        await client.hincrby(replicas.key, "released_ms", -5_000)
+        async with replicas.new().hold(NAME, looked_s_ago=1) as since:
+            assert not since.look_again
+
+    async def test_who_gives_up_waiting_leaves_nothing_behind(self, replicas: Replicas) -> None:
+        async with AsyncExitStack() as first, AsyncExitStack() as second:
+            await held(replicas.new(), first)
+            waiting = asyncio.create_task(held(replicas.new(), second))
+            await asyncio.wait({waiting}, timeout=SOON_S)
+            waiting.cancel()
+            await asyncio.wait({waiting})
+        async with asyncio.timeout(2), replicas.new().hold(NAME, looked_s_ago=LONG_AGO_S):
+            pass
+
+
+class TestDying:
+    async def test_a_dead_holder_is_succeeded_when_its_time_is_over(self, replicas: Replicas, client: Client) -> None:
+        dead = replicas.new(lease_s=SOON_S)
+        assert await dead._acquire(NAME, LONG_AGO_S) is not None  # and it shows no sign of life
+        async with asyncio.timeout(5), replicas.new().hold(NAME, looked_s_ago=LONG_AGO_S) as lease:
+            assert lease.look_again
+            assert int(await client.hget(replicas.key, "fence") or 0) == 2
+
+    async def test_a_living_holder_keeps_it_beyond_its_span(self, replicas: Replicas) -> None:
+        async with AsyncExitStack() as first, AsyncExitStack() as second:
+            await held(replicas.new(lease_s=SOON_S), first)
+            waiting = asyncio.create_task(held(replicas.new(), second))
+            await asyncio.wait({waiting}, timeout=4 * SOON_S)
+            assert not waiting.done()
+            await first.aclose()
+            await waiting
+
+    async def test_who_was_only_slow_finds_out_and_does_not_free_its_successors(
+        self, replicas: Replicas, clock: FakeClock, client: Client
+    ) -> None:
+        async with AsyncExitStack() as slow, AsyncExitStack() as successor:
+            lost = await held(replicas.new(clock=clock, lease_s=SOON_S), slow)
+            theirs = await held(replicas.new(), successor)
+            clock.advance(SOON_S)
+            await until(lambda: lost.is_lost)
+            assert replicas.unleased == 1
+            holder = await client.hget(replicas.key, "holder")
+            await slow.aclose()
+            assert await client.hget(replicas.key, "holder") == holder
+            assert not theirs.is_lost
+
+    async def test_without_redis_each_is_on_its_own_and_that_is_counted(
+        self, replicas: Replicas, own_valkey: Callable[[], ValkeyServer]
+    ) -> None:
+        valkey = own_valkey()
+        client = connect(valkey.url, timeout_s=1.0, connect_timeout_s=1.0)
+        valkey.kill()
+        async with (
+            replicas.new(client=client).hold(NAME, looked_s_ago=LONG_AGO_S) as one,
+            replicas.new(client=client).hold(NAME, looked_s_ago=LONG_AGO_S) as other,
+        ):
+            assert (one.is_shared, other.is_shared, replicas.unleased) == (False, False, 2)
+        await disconnect(client)
+
+    async def test_redis_that_dies_meanwhile_stops_nobody(
+        self, replicas: Replicas, own_valkey: Callable[[], ValkeyServer]
+    ) -> None:
+        valkey = own_valkey()
+        client = connect(valkey.url, timeout_s=1.0, connect_timeout_s=1.0)
+        async with replicas.new(client=client, lease_s=SOON_S).hold(NAME, looked_s_ago=LONG_AGO_S):
+            valkey.kill()
+        await disconnect(client)
+
+
+class TestLasting:
+    async def test_a_lease_that_is_held_has_no_ttl_and_a_released_one_has(
+        self, replicas: Replicas, client: Client
+    ) -> None:
+        for _ in range(2):
+            async with replicas.new().hold(NAME, looked_s_ago=LONG_AGO_S):
+                assert await client.ttl(replicas.key) == -1
+            assert 0 < await client.ttl(replicas.key) <= 600
+
+    async def test_what_the_long_dead_held_is_swept_and_nothing_else(self, replicas: Replicas, client: Client) -> None:
+        leases = replicas.new()
+        async with leases.hold("living", looked_s_ago=LONG_AGO_S):
+            await leases._acquire(NAME, LONG_AGO_S)
+            await leases.sweep()
+            assert await client.exists(replicas.key)
+            await client.hincrby(replicas.key, "deadline_ms", -700_000)
+            await leases.sweep()
+            assert not await client.exists(replicas.key)
+            assert await client.exists(f"{replicas.prefix}{{living}}:lease")
+
+
+class TestReplicasOfAService:
+    @pytest.fixture
+    async def houses(self, replicas: Replicas, tmp_path: Path, clock: FakeClock) -> AsyncIterator[list[House]]:
+        """Four replicas on the same tiers."""
+        redis = await open_tier(tmp_path / "tiers" / "redis", TierName.REDIS, clock)
+        s3 = await open_tier(tmp_path / "tiers" / "s3", TierName.S3, clock)
+        houses = [House(clock=clock, redis=redis, s3=s3, leases=replicas.new()) for _ in range(4)]
+        yield houses
+        for house in houses:
+            await house.aclose()
+        await redis.aclose()
+        await s3.aclose()
+
+    async def test_a_prompt_that_all_ask_for_at_once_is_paid_for_once(self, houses: list[House]) -> None:
+        answers = await asyncio.gather(*(house.get() for house in houses for _ in range(25)))
+        assert sum(house.upstream.calls for house in houses) == 1
+        assert len({answer.entry.image.sha256 for answer in answers}) == 1
+        assert sum(answer.cost_microusd > 0 for answer in answers) == 1
+
+    async def test_many_prompts_are_each_paid_for_once(self, houses: list[House]) -> None:
+        prompts = [f"fox {number}" for number in range(30)]
+        await asyncio.gather(*(house.get(prompt) for prompt in prompts for house in houses))
+        assert sum(house.upstream.calls for house in houses) == len(prompts)
+
+    async def test_who_waits_takes_over_when_the_leader_fails(self, houses: list[House]) -> None:
+        first, second = houses[:2]
+        first.upstream.hold()
+        failing = asyncio.create_task(first.get())
+        await first.upstream.arrived(1)
+        waiting = asyncio.create_task(second.get())
+        await until(lambda: len(second.cache._flights) == 1)
+        first.upstream.fail_next(UpstreamDownError("gone"))
+        first.upstream.release()
+        await asyncio.wait({failing, waiting})
+        assert isinstance(failing.exception(), UpstreamDownError)
+        assert (waiting.result().tier, second.upstream.calls) == (TierName.UPSTREAM, 1)
+
+    async def test_a_refresh_is_not_answered_with_what_another_replica_just_made(self, houses: list[House]) -> None:
+        await houses[0].get()
+        new = await houses[1].get(cache_policy=CachePolicy.REFRESH)
+        assert (new.tier, houses[1].upstream.calls) == (TierName.UPSTREAM, 1)
+
+    async def test_a_caller_that_hangs_up_while_its_replica_waits_ends_nothing(self, houses: list[House]) -> None:
+        first, second = houses[:2]
+        first.upstream.hold()
+        making = asyncio.create_task(first.get())
+        await first.upstream.arrived(1)
+        waiting = asyncio.create_task(second.get())
+        await until(lambda: len(second.cache._flights) == 1)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        await until(lambda: len(second.cache._flights) == 0)
+        first.upstream.release()
+        await making
+        assert (await second.get()).entry.image.sha256 == making.result().entry.image.sha256
+        assert (first.upstream.calls, second.upstream.calls) == (1, 0)
