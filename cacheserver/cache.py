@@ -32,8 +32,8 @@ takes the name of a picture that may exist. Before anything is paid the stand-in
 
 Nothing awaits between the look into memory and boarding the flight, so two loads of one identity cannot run
 side by side (the interleaving that groupcache's re-check closes). A flight ends only after `keep`, so whoever
-comes later finds the picture in a tier even if memory did not admit it. Across replicas a lease does the same while Redis
-answers: it is held until a tier that all of them share has the picture.
+comes later finds the picture in a tier even if memory did not admit it. Across replicas a lease does the same while
+Redis answers: it is held until a tier that all of them share has the picture.
 
 What was paid for is not lost: nothing awaits between a picture's arrival and `Keeper.keep`, which holds it until
 the last tier has it. Once money is spent no hang-up stops a load, and pictures nobody waits for are kept too.

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import math
+from collections import deque
 from dataclasses import dataclass
-
-from cachetools import TTLCache
 
 from cacheserver.backpressure import Backpressure
 from cacheserver.errors import (
@@ -46,9 +43,9 @@ class Paying:
         self._generation = generation
         self._backpressure = backpressure
         self._unknown = unknown
-        self._count = itertools.count()
         self._reserved: dict[Flight, int] = {}
-        self._spent_on_unknown: TTLCache[int, int] = TTLCache(math.inf, ttl=_HOUR_S, timer=clock.monotonic_s)
+        self._reserved_microusd = 0
+        self._spent_on_unknown = _LastHour(clock)
 
     def judge(self, flight: Flight, unknown: set[int]) -> Waiter | None:
         """Refuse who may not pay, and return who leads; None if nobody is left who needs anything made.
@@ -91,8 +88,9 @@ class Paying:
         Also if nobody got that picture, as one that waits for review.
         """
         estimate = self._reserved.pop(flight, 0)
+        self._reserved_microusd -= estimate
         if estimate and flight.paid_unknown:
-            self._spent_on_unknown[next(self._count)] = estimate
+            self._spent_on_unknown.add(estimate)
 
     def judge_late(self, flight: Flight, waiter: Waiter) -> None:
         """Refuse a waiter that came when the flight had been judged, if it would have been refused then."""
@@ -136,11 +134,31 @@ class Paying:
         """Set the estimate of `n` more pictures aside from this hour's budget for misses nobody can confirm."""
         estimate = self._generation.estimate_microusd(payer.request, flight.paid_unknown + n)
         # A flight that is judged again needs once what it still has to make, and keeps what it has paid.
-        by_others = sum(self._reserved.values()) - self._reserved.get(flight, 0)
-        if sum(self._spent_on_unknown.values()) + by_others + estimate > self._unknown.budget_microusd_per_hour:
+        by_others = self._reserved_microusd - self._reserved.get(flight, 0)
+        if self._spent_on_unknown.sum() + by_others + estimate > self._unknown.budget_microusd_per_hour:
             return False
         self._reserved[flight] = estimate
+        self._reserved_microusd = by_others + estimate
         return True
+
+
+class _LastHour:
+    """What was added in the last hour, summed as it comes and goes: an outage adds tens of thousands."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._amounts: deque[tuple[float, int]] = deque()
+        self._sum = 0
+
+    def add(self, amount: int) -> None:
+        self._amounts.append((self._clock.monotonic_s() + _HOUR_S, amount))
+        self._sum += amount
+
+    def sum(self) -> int:
+        now_s = self._clock.monotonic_s()
+        while self._amounts and self._amounts[0][0] <= now_s:
+            self._sum -= self._amounts.popleft()[1]
+        return self._sum
 
 
 def who_bears(flight: Flight, variant: int, lead: Waiter) -> Waiter:
