@@ -540,13 +540,18 @@ class PromptCache:
         try:
             if self._paying.judge(flight, look.unknown) is None:
                 return
+            self._paying.settle(flight)  # nothing is set aside for as long as another replica may take
+            flight.missed = frozenset(look.walked)
             looked_s_ago = self._clock.monotonic_s() - looked_s
-            async with self._leases.hold(flight.key.identity_name, looked_s_ago=looked_s_ago) as lease:
+            lease = await self._leases.take(flight.key.identity_name, looked_s_ago=looked_s_ago)
+            try:
                 if lease.look_again:
                     look = _Look()
                 await self._look(flight, look)  # also for who came meanwhile
                 await self._pay(flight, look.unknown)
-                await self._keeper.copied(flight.key)
+            finally:
+                made = [flight.key.with_variant(variant) for variant in {*flight.making, *flight.loaded}]
+                self._leases.let_go(lease, after=partial(self._keeper.shared, made))
         finally:
             self._paying.settle(flight)
 

@@ -155,6 +155,8 @@ class Flight:
         self.waiters: list[Waiter] = []
         self.loaded: dict[int, Loaded] = {}
         self.making: frozenset[int] = frozenset()
+        self.missed: frozenset[int] = frozenset()
+        """Variants that no tier had when it was judged who may pay."""
         self.sealed = False
         self.spending = False
         self.dropped = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Protocol
@@ -274,7 +273,7 @@ class Renderer(Protocol):
         ...
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class Lease:
     """The right to pay for a request's pictures. `is_shared`: all replicas know of it; else each is on its own.
 
@@ -290,11 +289,15 @@ class Lease:
 class Leases(Protocol):
     """Single-flight across replicas, before money is spent. Control state: it must survive Redis eviction."""
 
-    def hold(self, identity_name: str, *, looked_s_ago: float) -> AbstractAsyncContextManager[Lease]:
-        """The lease of a request, held while it is entered: that waits for as long as another replica has it.
+    async def take(self, identity_name: str, *, looked_s_ago: float) -> Lease:
+        """The lease of a request; waits for as long as another replica has it.
 
         `looked_s_ago` is when the tiers were asked. Never raises: where Redis does not answer, it is not shared.
         """
+        ...
+
+    def let_go(self, lease: Lease, *, after: Callable[[], Awaitable[None]]) -> None:
+        """Give a lease back once `after` has ended: what came of it is where other replicas find it. Never waits."""
         ...
 
 

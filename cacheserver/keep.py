@@ -58,8 +58,8 @@ _DISK_S = 10.0
 _AT_A_TIME = 1_000
 """Of what is held, after which others get their turn."""
 
-_COPIED_S = 2.0
-"""Other replicas wait for a copy so long; then they look for themselves."""
+_SHARED_S, _SHARED_LOOK_S = 10.0, 0.1
+"""So long other replicas wait for a copy in a tier; then they look for themselves."""
 
 _LAST_S = 1.0
 """For what is written at shutdown though there is no time left."""
@@ -77,7 +77,8 @@ class _Held:
     stand-in. `since_s` (monotonic) is when it was handed over, `handed_over_s` the same by the wall. `record` is its
     place in the journal; of one that waits, `entry` is then an outline. `outdone` are the records of what it takes the
     place of, to go when it is safe itself. `is_restored`: an earlier life left it, and may have put it into its
-    stand-in slot. `refusals` is how often the last tier did not take it.
+    stand-in slot. `refusals` is how often the last tier did not take it, `has_copy` whether a
+    faster one did.
     """
 
     slot: CacheKey
@@ -92,6 +93,7 @@ class _Held:
     has_bytes: bool = True
     is_restored: bool = False
     refusals: int = 0
+    has_copy: bool = False
     lies_there: bool = False
     unsaved: bool = False
     task: asyncio.Task[Any] | None = None
@@ -286,15 +288,13 @@ class Keeper:
             return False
         return await asyncio.shield(self._write(tier, key, entry, replace=False))
 
-    async def copied(self, key: CacheKey) -> None:
-        """Wait, for a moment at most, until the faster tiers have what was just kept of this key's identity."""
-        writes = [
-            write
-            for (tier, name), write in self._last_writes.items()
-            if name.startswith(f"{key.identity_name}.") and tier is not self._tiers[-1].name
-        ]
-        if writes:
-            await asyncio.wait(writes, timeout=_COPIED_S)
+    async def shared(self, keys: Collection[CacheKey]) -> None:
+        """Wait, for some seconds at most, until every one of what was just kept under these is in a tier."""
+        slots = [slot.name for key in keys for slot in (key, key.stand_in, key.in_review)]
+        waited_s = 0.0
+        while waited_s < _SHARED_S and any(not held.has_copy for held in map(self._held.get, slots) if held):
+            await self._clock.sleep(_SHARED_LOOK_S)
+            waited_s += _SHARED_LOOK_S
 
     @asynccontextmanager
     async def purging(self, match: Callable[[CachedImage], bool]) -> AsyncIterator[list[TierName]]:
@@ -571,8 +571,7 @@ class Keeper:
             self._held[held.slot.name] = held
         if held.unsaved or not held.lies_there:
             held.lies_there = True
-            for tier in self._tiers[:-1]:
-                self._write(tier, held.slot, held.entry, replace=held.replace or held.slot.is_stand_in)
+            self._copy(held, replace=held.replace or held.slot.is_stand_in)
         return [(tier.name, held.slot.name) for tier in self._tiers[:-1]]
 
     async def _ended_at(self, places: Sequence[_Place]) -> None:
@@ -712,19 +711,30 @@ class Keeper:
 
         Whether a faster tier has it, as far as is known: that is waited for with `copies`, or if the journal has not.
         """
+        # First: what a faster tier alone had could be served from there, and never reach the last one.
+        is_safe = await self._is_written_down(held)
         if not self._is_held(held):
             return False
         held.lies_there = True
         self._memory.put(held.slot, held.entry)
         if held.replace:
             self._changes += 1
-        writes = [self._write(tier, held.slot, held.entry, replace=True) for tier in self._tiers[:-1]]
-        is_safe = await self._is_written_down(held)
+        writes = self._copy(held, replace=True)
         if copies or self._copies or not is_safe:
             await _ended(writes)
-        has_copy = any(write.done() and _is_written(write) for write in writes)
-        self._count(held, is_saved=has_copy or (is_safe and not self._copies))
-        return has_copy
+        self._count(held, is_saved=held.has_copy or (is_safe and not self._copies))
+        return held.has_copy
+
+    def _copy(self, held: _Held, *, replace: bool) -> list[asyncio.Task[bool]]:
+        """Write it to the faster tiers, under the slot it lies in."""
+
+        def copied(write: asyncio.Task[bool]) -> None:
+            held.has_copy = held.has_copy or _is_written(write)
+
+        writes = [self._write(tier, held.slot, held.entry, replace=replace) for tier in self._tiers[:-1]]
+        for write in writes:
+            write.add_done_callback(copied)
+        return writes
 
     def _count(self, held: _Held, *, is_saved: bool) -> None:
         """Count an image that nothing has that outlives us, and hold it no more if too much is held."""

@@ -94,7 +94,9 @@ class Paying:
 
     def judge_late(self, flight: Flight, waiter: Waiter) -> None:
         """Refuse a waiter that came when the flight had been judged, if it would have been refused then."""
-        if flight.sealed and waiter in flight.payers and (refusal := self._refusal(waiter)):
+        if waiter not in flight.payers or not (flight.sealed or waiter.lacks(flight.loaded) <= flight.missed):
+            return
+        if (refusal := self._refusal(waiter)) is not None:
             flight.refuse(waiter, refusal)
 
     def _refusal(self, waiter: Waiter, *, is_new: bool = False, is_unknown: bool = False) -> CacheServerError | None:

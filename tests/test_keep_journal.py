@@ -177,6 +177,31 @@ class TestAnswering:
         await kept
         assert await reading == entry
 
+    async def test_no_faster_tier_has_a_picture_before_the_journal_has(
+        self, lives: Lives, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        house = lives.house
+        entry = await new_entry(house)
+        await house.settle()
+        house.s3.is_down = True
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        append = lives.journal.append
+
+        def slow(*args: Any, **fields: Any) -> Record:
+            record = append(*args, **fields)
+            record.written = written
+            return record
+
+        monkeypatch.setattr(lives.journal, "append", slow)
+        kept = house.keeper.keep(entry)
+        await until(lambda: not house.keeper._writes)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert await house.redis.get(entry.key) is None
+        assert not house.memory.contains(entry.key)
+        written.set_result(None)
+        assert await kept == entry
+
     async def test_with_copies_a_late_picture_is_answered_when_a_faster_tier_has_it_too(self, lives: Lives) -> None:
         house = await lives.begin(copies=True)
         entry = await new_entry(house)

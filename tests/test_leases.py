@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -14,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from cacheserver.accounting.books import CounterBooks
 from cacheserver.clock import SystemClock
 from cacheserver.control.leases import RedisLeases
-from cacheserver.errors import UpstreamDownError
+from cacheserver.errors import NotCachedError, UpstreamDownError
 from cacheserver.interfaces import Clock, Lease
 from cacheserver.model import CachePolicy, TierName
 from cacheserver.tiers.redis import Client, connect, disconnect
@@ -26,7 +27,6 @@ from tests.waiting import until
 PREFIXES = (f"leases-{n}:" for n in itertools.count())
 NAME = "v1.default.abc.def"
 SOON_S = 0.2
-LONG_AGO_S = 0.0
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ class Replicas:
 
     @property
     def key(self) -> str:
-        return f"{self.prefix}{{{NAME}}}:lease"
+        return f"{self.prefix}lease:{{{NAME}}}"
 
     @property
     def unleased(self) -> float:
@@ -70,8 +70,23 @@ def replicas(client: Client) -> Replicas:
     return Replicas(client)
 
 
+async def nothing() -> None:
+    pass
+
+
+@asynccontextmanager
+async def holding(leases: RedisLeases, name: str = NAME, *, looked_s_ago: float = 0.0) -> AsyncIterator[Lease]:
+    """The lease, for as long as it is entered; it is given back for good on return."""
+    lease = await leases.take(name, looked_s_ago=looked_s_ago)
+    try:
+        yield lease
+    finally:
+        leases.let_go(lease, after=nothing)
+        await leases._tasks.idle()
+
+
 async def held(leases: RedisLeases, until_s: AsyncExitStack) -> Lease:
-    return await until_s.enter_async_context(leases.hold(NAME, looked_s_ago=LONG_AGO_S))
+    return await until_s.enter_async_context(holding(leases))
 
 
 class TestTaking:
@@ -90,7 +105,7 @@ class TestTaking:
 
         async def take() -> None:
             nonlocal holders, most
-            async with replicas.new().hold(NAME, looked_s_ago=LONG_AGO_S):
+            async with holding(replicas.new()):
                 holders += 1
                 most = max(most, holders)
                 await asyncio.sleep(0)
@@ -101,23 +116,23 @@ class TestTaking:
 
     async def test_leases_of_other_requests_are_nobodys_business(self, replicas: Replicas) -> None:
         async with (
-            replicas.new().hold("one", looked_s_ago=0) as one,
-            replicas.new().hold("other", looked_s_ago=0) as other,
+            holding(replicas.new(), "one") as one,
+            holding(replicas.new(), "other") as other,
         ):
             assert not one.look_again
             assert not other.look_again
 
     async def test_who_looked_before_it_was_released_looks_again(self, replicas: Replicas) -> None:
-        async with replicas.new().hold(NAME, looked_s_ago=LONG_AGO_S):
+        async with holding(replicas.new()):
             pass
-        async with replicas.new().hold(NAME, looked_s_ago=60) as before:
+        async with holding(replicas.new(), looked_s_ago=60) as before:
             assert before.look_again
 
     async def test_who_looked_since_it_was_released_does_not(self, replicas: Replicas, client: Client) -> None:
-        async with replicas.new().hold(NAME, looked_s_ago=LONG_AGO_S):
+        async with holding(replicas.new()):
             pass
         await client.hincrby(replicas.key, "released_ms", -5_000)
-        async with replicas.new().hold(NAME, looked_s_ago=1) as since:
+        async with holding(replicas.new(), looked_s_ago=1) as since:
             assert not since.look_again
 
     async def test_who_gives_up_waiting_leaves_nothing_behind(self, replicas: Replicas) -> None:
@@ -127,15 +142,38 @@ class TestTaking:
             await asyncio.wait({waiting}, timeout=SOON_S)
             waiting.cancel()
             await asyncio.wait({waiting})
-        async with asyncio.timeout(2), replicas.new().hold(NAME, looked_s_ago=LONG_AGO_S):
+        async with asyncio.timeout(2), holding(replicas.new()):
             pass
+
+    async def test_it_is_given_back_when_what_came_of_it_can_be_found(self, replicas: Replicas) -> None:
+        is_copied = asyncio.Event()
+
+        async def copied() -> None:
+            await is_copied.wait()
+
+        leases = replicas.new()
+        leases.let_go(await leases.take(NAME, looked_s_ago=0), after=copied)
+        async with AsyncExitStack() as second:
+            waiting = asyncio.create_task(held(replicas.new(), second))
+            await asyncio.wait({waiting}, timeout=SOON_S)
+            assert not waiting.done()
+            is_copied.set()
+            await waiting
+
+    async def test_the_next_load_of_one_replica_does_not_poll_for_what_it_gives_back(
+        self, replicas: Replicas, clock: FakeClock
+    ) -> None:
+        leases = replicas.new(clock=clock)
+        for _ in range(3):
+            leases.let_go(await leases.take(NAME, looked_s_ago=0), after=nothing)
+        await leases.aclose()
 
 
 class TestDying:
     async def test_a_dead_holder_is_succeeded_when_its_time_is_over(self, replicas: Replicas, client: Client) -> None:
         dead = replicas.new(lease_s=SOON_S)
-        assert await dead._acquire(NAME, LONG_AGO_S) is not None  # and it shows no sign of life
-        async with asyncio.timeout(5), replicas.new().hold(NAME, looked_s_ago=LONG_AGO_S) as lease:
+        assert await dead._acquire(replicas.key, Lease(), 0.0) is not None  # and it shows no sign of life
+        async with asyncio.timeout(5), holding(replicas.new()) as lease:
             assert lease.look_again
             assert int(await client.hget(replicas.key, "fence") or 0) == 2
 
@@ -169,8 +207,8 @@ class TestDying:
         client = connect(valkey.url, timeout_s=1.0, connect_timeout_s=1.0)
         valkey.kill()
         async with (
-            replicas.new(client=client).hold(NAME, looked_s_ago=LONG_AGO_S) as one,
-            replicas.new(client=client).hold(NAME, looked_s_ago=LONG_AGO_S) as other,
+            holding(replicas.new(client=client)) as one,
+            holding(replicas.new(client=client)) as other,
         ):
             assert (one.is_shared, other.is_shared, replicas.unleased) == (False, False, 2)
         await disconnect(client)
@@ -180,9 +218,49 @@ class TestDying:
     ) -> None:
         valkey = own_valkey()
         client = connect(valkey.url, timeout_s=1.0, connect_timeout_s=1.0)
-        async with replicas.new(client=client, lease_s=SOON_S).hold(NAME, looked_s_ago=LONG_AGO_S):
+        async with holding(replicas.new(client=client, lease_s=SOON_S)):
             valkey.kill()
         await disconnect(client)
+
+    async def test_a_lease_that_redis_has_lost_is_there_again_with_the_next_sign_of_life(
+        self, replicas: Replicas, client: Client
+    ) -> None:
+        async with holding(replicas.new(lease_s=SOON_S)) as lease:
+            await client.delete(replicas.key)
+            await until(lambda: client.exists(replicas.key))
+            assert not lease.is_lost
+
+    async def test_while_redis_is_away_it_is_not_asked_for_each_load(
+        self, replicas: Replicas, own_valkey: Callable[[], ValkeyServer], clock: FakeClock
+    ) -> None:
+        valkey = own_valkey()
+        client = connect(valkey.url, timeout_s=1.0, connect_timeout_s=1.0)
+        leases = replicas.new(client=client, clock=clock)
+        valkey.kill()
+        assert not (await leases.take(NAME, looked_s_ago=0)).is_shared
+        valkey.start()
+        assert not (await leases.take(NAME, looked_s_ago=0)).is_shared
+        clock.advance(5)
+        assert (await leases.take(NAME, looked_s_ago=0)).is_shared
+        await leases.aclose()
+        await disconnect(client)
+
+    async def test_who_gives_up_in_the_moment_it_is_given_a_lease_does_not_keep_it(
+        self, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        leases = replicas.new()
+        run = leases._run
+
+        async def cut_short(*args: Any, **options: Any) -> Any:
+            await run(*args, **options)
+            raise asyncio.CancelledError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(leases, "_run", cut_short)
+            with pytest.raises(asyncio.CancelledError):
+                await leases.take(NAME, looked_s_ago=0)
+        async with asyncio.timeout(2), holding(replicas.new()):
+            pass
 
 
 class TestLasting:
@@ -190,20 +268,20 @@ class TestLasting:
         self, replicas: Replicas, client: Client
     ) -> None:
         for _ in range(2):
-            async with replicas.new().hold(NAME, looked_s_ago=LONG_AGO_S):
+            async with holding(replicas.new()):
                 assert await client.ttl(replicas.key) == -1
-            assert 0 < await client.ttl(replicas.key) <= 600
+            assert 0 < await client.ttl(replicas.key) <= 60
 
     async def test_what_the_long_dead_held_is_swept_and_nothing_else(self, replicas: Replicas, client: Client) -> None:
         leases = replicas.new()
-        async with leases.hold("living", looked_s_ago=LONG_AGO_S):
-            await leases._acquire(NAME, LONG_AGO_S)
+        async with holding(leases, "living"):
+            await leases._acquire(replicas.key, Lease(), 0.0)
             await leases.sweep()
             assert await client.exists(replicas.key)
             await client.hincrby(replicas.key, "deadline_ms", -700_000)
             await leases.sweep()
             assert not await client.exists(replicas.key)
-            assert await client.exists(f"{replicas.prefix}{{living}}:lease")
+            assert await client.exists(f"{replicas.prefix}lease:{{living}}")
 
 
 class TestReplicasOfAService:
@@ -247,6 +325,18 @@ class TestReplicasOfAService:
         await houses[0].get()
         new = await houses[1].get(cache_policy=CachePolicy.REFRESH)
         assert (new.tier, houses[1].upstream.calls) == (TierName.UPSTREAM, 1)
+
+    async def test_who_wants_only_what_is_cached_does_not_wait_for_another_replica(self, houses: list[House]) -> None:
+        first, second = houses[:2]
+        first.upstream.hold()
+        making = asyncio.create_task(first.get())
+        await first.upstream.arrived(1)
+        waiting = asyncio.create_task(second.get())
+        await until(lambda: any(flight.missed for row in second.cache._flights._flights.values() for flight in row))
+        with pytest.raises(NotCachedError):
+            await second.get(cache_policy=CachePolicy.ONLY_IF_CACHED)
+        first.upstream.release()
+        await asyncio.gather(making, waiting)
 
     async def test_a_caller_that_hangs_up_while_its_replica_waits_ends_nothing(self, houses: list[House]) -> None:
         first, second = houses[:2]

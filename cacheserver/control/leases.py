@@ -2,7 +2,7 @@
 
 A lease is a hash in Redis, judged by the server's clock:
 
-    {<identity>}:lease     holder, deadline_ms, fence, released_ms
+    lease:{<identity>}     holder, deadline_ms, fence, released_ms
 
 Its holder shows every third of its span that it lives; a deadline that passes makes the next who asks its successor,
 under a higher fence, in the same script. A lease that is held has no TTL: a full Redis would evict it. Once released it
@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import structlog
 
 from cacheserver.control.redis import UNREACHABLE
-from cacheserver.control.scripts import run_script
+from cacheserver.control.scripts import answer_within, run_script
 from cacheserver.interfaces import Books, Clock, Lease
 from cacheserver.tasks import OwnedTasks, end, every
 from cacheserver.tiers.redis import Client
@@ -29,7 +31,7 @@ from cacheserver.tiers.redis import Client
 _log = structlog.get_logger(__name__)
 
 _LEASE_S = 5.0
-_BEATS = 3
+_BEATS = 4
 """Within the span of a lease: one that is lost on the way costs nothing."""
 
 _CALLS_AT_ONCE = 16
@@ -37,8 +39,11 @@ _CALLS_AT_ONCE = 16
 
 _FIRST_POLL_S = 0.05
 _LAST_POLL_S = 1.0
-_RELEASED_LASTS_S = 600
+_RELEASED_LASTS_S = 60
+_DEAD_S = 600
 _SWEEP_S = 600.0
+_AWAY_S = 5.0
+"""So long nobody asks a Redis that did not answer: each load would wait for it."""
 
 _ACQUIRE = """
 local time = redis.call('TIME')
@@ -57,18 +62,19 @@ return {1, fence, (is_held or was_released) and 1 or 0}
 
 _BEAT = """
 local lease = redis.call('HMGET', KEYS[1], 'holder', 'fence')
-if lease[1] ~= ARGV[1] or lease[2] ~= ARGV[2] then return 0 end
+if lease[1] and (lease[1] ~= ARGV[1] or lease[2] ~= ARGV[2]) then return 0 end
 local time = redis.call('TIME')
-redis.call('HSET', KEYS[1], 'deadline_ms', time[1] * 1000 + math.floor(time[2] / 1000) + tonumber(ARGV[3]))
+local deadline = time[1] * 1000 + math.floor(time[2] / 1000) + tonumber(ARGV[3])
+-- Whole, should this Redis have lost it: a failover makes nobody pay twice who still lives.
+redis.call('HSET', KEYS[1], 'holder', ARGV[1], 'fence', ARGV[2], 'deadline_ms', deadline)
 return 1
 """
 
 _RELEASE = """
-local lease = redis.call('HMGET', KEYS[1], 'holder', 'fence')
-if lease[1] ~= ARGV[1] or lease[2] ~= ARGV[2] then return 0 end
+if redis.call('HGET', KEYS[1], 'holder') ~= ARGV[1] then return 0 end
 local time = redis.call('TIME')
 redis.call('HSET', KEYS[1], 'holder', '', 'released_ms', time[1] * 1000 + math.floor(time[2] / 1000))
-redis.call('EXPIRE', KEYS[1], ARGV[3])
+redis.call('EXPIRE', KEYS[1], ARGV[2])
 return 1
 """
 
@@ -86,20 +92,22 @@ return 0
 class NoLeases:
     """`Leases` of a service without Redis: nobody else could pay for the same."""
 
-    @asynccontextmanager
-    async def hold(self, identity_name: str, *, looked_s_ago: float) -> AsyncIterator[Lease]:  # noqa: ARG002 - as promised
-        """See `Leases.hold`."""
-        yield Lease()
+    async def take(self, identity_name: str, *, looked_s_ago: float) -> Lease:  # noqa: ARG002 - as promised
+        """See `Leases.take`."""
+        return Lease(is_shared=False)
+
+    def let_go(self, lease: Lease, *, after: Callable[[], Awaitable[None]]) -> None:
+        """See `Leases.let_go`."""
 
 
 @dataclass(slots=True)
 class _Held:
-    """A lease of ours in Redis."""
+    """A lease of ours in Redis, and what shows that we live."""
 
     name: str
     holder: str
     fence: int
-    lease: Lease
+    beating: asyncio.Task[None] | None = None
 
 
 class RedisLeases:
@@ -126,72 +134,122 @@ class RedisLeases:
         self._timeout_s = timeout_s
         self._places = asyncio.Semaphore(_CALLS_AT_ONCE)
         self._tasks = OwnedTasks()
+        self._sweeping: asyncio.Task[None] | None = None
+        self._held: dict[Lease, _Held] = {}
+        self._away_until_s = 0.0
+        self._letting_go: dict[str, asyncio.Task[None]] = {}
 
     def start(self) -> None:
         """Sweep from time to time, from now on."""
-        self._tasks.own(every(_SWEEP_S, self.sweep, clock=self._clock, name="sweep leases"), "sweep leases")
+        sweeping = every(_SWEEP_S, self.sweep, clock=self._clock, name="sweep leases")
+        self._sweeping = asyncio.create_task(sweeping, name="sweep leases")
 
     async def aclose(self) -> None:
-        """End; no lease may be held any more."""
-        await self._tasks.aclose(0)
+        """Give back what is to be given back, within the time that one answer of Redis may take."""
+        await end([self._sweeping] if self._sweeping is not None else [])
+        await self._tasks.aclose(self._timeout_s)
 
-    @asynccontextmanager
-    async def hold(self, identity_name: str, *, looked_s_ago: float) -> AsyncIterator[Lease]:
-        """See `Leases.hold`."""
-        held = await self._acquire(identity_name, looked_s_ago)
+    async def take(self, identity_name: str, *, looked_s_ago: float) -> Lease:
+        """See `Leases.take`."""
+        name = f"{self._prefix}lease:{{{identity_name}}}"
+        looking_s = self._clock.monotonic_s() - looked_s_ago
+        if (letting_go := self._letting_go.get(name)) is not None:
+            await asyncio.wait({letting_go})  # a load of our own before: no need to ask Redis again and again
+        lease = Lease()
+        held = await self._acquire(name, lease, looking_s)
         if held is None:
-            yield Lease(is_shared=False)
-            return
-        beating = asyncio.create_task(self._beat(held), name="lease")
-        try:
-            yield held.lease
-        finally:
-            await end([beating])
-            await self._release(held)
+            lease.is_shared = False
+            return lease
+        held.beating = self._tasks.own(self._beat(held, lease), "lease")
+        self._held[lease] = held
+        return lease
+
+    def let_go(self, lease: Lease, *, after: Callable[[], Awaitable[None]]) -> None:
+        """See `Leases.let_go`."""
+        if (held := self._held.pop(lease, None)) is not None:
+            task = self._letting_go[held.name] = self._tasks.own(self._release(held, after), "release lease")
+            task.add_done_callback(partial(self._released, held.name))
+
+    def _released(self, name: str, task: asyncio.Task[None]) -> None:
+        if self._letting_go.get(name) is task:
+            del self._letting_go[name]
 
     async def sweep(self) -> None:
         """Remove the leases of holders that have been dead for ten minutes."""
+        names = self._client.scan_iter(match=f"{self._prefix}lease:*", count=500)
         with suppress(*UNREACHABLE):  # the next round may find it
-            async for name in self._client.scan_iter(match=f"{self._prefix}{{*}}:lease", count=500):
-                await self._run(_SWEEP, name.decode(), _RELEASED_LASTS_S * 1000)
+            while (name := await answer_within(self._timeout_s, anext(names, None))) is not None:
+                await self._run(_SWEEP, name.decode(), _DEAD_S * 1000)
 
-    async def _acquire(self, identity_name: str, looked_s_ago: float) -> _Held | None:
-        """The lease, once nobody else has it; None if Redis does not answer."""
-        name = f"{self._prefix}{{{identity_name}}}:lease"
+    async def _acquire(self, name: str, lease: Lease, looking_s: float) -> _Held | None:
+        """The lease in Redis, once nobody else has it; None if Redis does not answer.
+
+        `looking_s` (monotonic) is when the tiers were asked.
+        """
         holder = f"{self._replica_id}:{secrets.token_hex(8)}"
-        poll_s, has_waited, began_s = _FIRST_POLL_S, False, self._clock.monotonic_s()
-        while True:
-            looked_ms = 1000 * (looked_s_ago + self._clock.monotonic_s() - began_s)
-            try:
-                args = (holder, int(1000 * self._lease_s), int(looked_ms) + 1)
-                is_ours, fence_or_ms, is_news = await self._run(_ACQUIRE, name, *args)
-            except UNREACHABLE as error:
-                _log.warning("lease_unreachable", error=type(error).__name__)
-                self._books.unleased()
-                return None
+        try:
+            fence = await self._turn(name, holder, lease, looking_s)
+        except BaseException as error:
+            # It may be ours all the same, and nobody would know: others would wait for its time to pass.
+            self._tasks.own(self._give_back(name, holder), "release lease")
+            if not isinstance(error, UNREACHABLE):
+                raise
+            _log.warning("lease_unreachable", error=type(error).__name__)
+            self._away_until_s = self._clock.monotonic_s() + _AWAY_S
+            fence = None
+        if fence is None:
+            self._books.unleased()
+            return None
+        return _Held(name, holder, fence)
+
+    async def _turn(self, name: str, holder: str, lease: Lease, looking_s: float) -> int | None:
+        """The fence of a lease that is ours from now on; None while Redis is known to be away."""
+        poll_s = _FIRST_POLL_S
+        while self._clock.monotonic_s() >= self._away_until_s:
+            # Of what was released while we asked for it nobody can say whether we had looked before.
+            looked_s = self._clock.monotonic_s() - looking_s + self._timeout_s
+            args = (holder, int(1000 * self._lease_s), int(1000 * looked_s))
+            is_ours, fence_or_ms, is_news = await self._run(_ACQUIRE, name, *args)
             if is_ours:
-                return _Held(name, holder, int(fence_or_ms), Lease(look_again=has_waited or bool(is_news)))
-            has_waited = True
+                lease.look_again = lease.look_again or bool(is_news)
+                return int(fence_or_ms)
+            lease.look_again = True
             await self._clock.sleep(min(poll_s, fence_or_ms / 1000 + 0.001))
             poll_s = min(1.5 * poll_s, _LAST_POLL_S)
+        return None
 
-    async def _beat(self, held: _Held) -> None:
+    async def _beat(self, held: _Held, lease: Lease) -> None:
         """Show that the holder lives, until it is taken from it."""
-        while not held.lease.is_lost:
-            await self._clock.sleep(self._lease_s / _BEATS)
-            with suppress(*UNREACHABLE):  # it is tried again, and lost when its time is over
-                is_ours = await self._run(_BEAT, held.name, held.holder, held.fence, int(1000 * self._lease_s))
-                held.lease.is_lost = not is_ours
+        beat_s, span_ms = self._lease_s / _BEATS, int(1000 * self._lease_s)
+        await self._clock.sleep(beat_s)
+        while True:
+            try:
+                is_ours = await self._run(_BEAT, held.name, held.holder, held.fence, span_ms, timeout_s=beat_s)
+            except TimeoutError:
+                continue  # at once: its time passes
+            except UNREACHABLE:
+                is_ours = [True]  # as far as we know
+            if not is_ours:
+                break
+            await self._clock.sleep(beat_s)
+        lease.is_lost = True
         _log.warning("lease_lost")
         self._books.unleased()
 
-    async def _release(self, held: _Held) -> None:
+    async def _release(self, held: _Held, after: Callable[[], Awaitable[None]]) -> None:
         try:
-            await self._run(_RELEASE, held.name, held.holder, held.fence, _RELEASED_LASTS_S)
+            await after()
+        finally:
+            await end([held.beating] if held.beating is not None else [])
+        await self._give_back(held.name, held.holder)
+
+    async def _give_back(self, name: str, holder: str) -> None:
+        try:
+            await self._run(_RELEASE, name, holder, _RELEASED_LASTS_S)
         except UNREACHABLE as error:
             _log.warning("lease_not_released", error=type(error).__name__)  # its time passes
 
-    async def _run(self, script: str, name: str, *args: object) -> list[int]:
-        async with self._places:
-            answer: list[int] = await run_script(self._client, script, [name], args, timeout_s=self._timeout_s)
-            return answer
+    async def _run(self, script: str, name: str, *args: object, timeout_s: float | None = None) -> Any:
+        timeout_s = timeout_s or self._timeout_s
+        async with asyncio.timeout(timeout_s), self._places:
+            return await run_script(self._client, script, [name], args, timeout_s=timeout_s)
