@@ -37,6 +37,7 @@ from cacheserver.interfaces import Clock
 from cacheserver.model import CachedImage, CacheKey, ImageBytes, JournalSync
 from cacheserver.tasks import OwnedTasks, end, every
 from cacheserver.tiers import codec
+from cacheserver.tiers.disk import flush
 from cacheserver.tiers.workers import Workers
 
 _log = structlog.get_logger(__name__)
@@ -153,6 +154,11 @@ class Journal:
             journal._flushing = asyncio.create_task(flushing, name="flush journal")
         return journal
 
+    def take_left(self) -> list[Left]:
+        """What earlier lives left, to whoever goes on with it: it is not kept here for as long as we live."""
+        left, self.left = self.left, []
+        return left
+
     @property
     def entries(self) -> int:
         """How many records there are, those being written included."""
@@ -220,7 +226,7 @@ class Journal:
             async with asyncio.timeout(_PATIENCE_S):
                 if self._removing:
                     await asyncio.wait(self._removing)
-                await self._workers.run(_flush, self._directory)
+                await self._workers.run(flush, self._directory)
         except OSError as exc:
             raise TierError(f"the journal cannot be flushed: {exc.strerror or 'its disk hangs'}") from exc
         if self._not_removed:
@@ -343,7 +349,7 @@ class Journal:
 
     def _flush_name(self, number: int) -> None:
         try:
-            _flush(self._directory)
+            flush(self._directory)
         except OSError:
             self._unlink(number)  # it does not count as written, so a later life must not find it
             raise
@@ -354,10 +360,10 @@ class Journal:
     def _flush_records(self, numbers: set[int]) -> None:
         for number in numbers:
             try:
-                _flush(self._path(number))
+                flush(self._path(number))
             except FileNotFoundError:
                 continue  # the last tier has it meanwhile
-        _flush(self._directory)
+        flush(self._directory)
 
     def _set_aside(self, number: int) -> None:
         aside = self._directory / "aside"
@@ -435,11 +441,3 @@ def _write_all(handle: int, part: ImageBytes) -> None:
     rest = memoryview(part)
     while rest:
         rest = rest[os.write(handle, rest) :]
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -185,11 +185,6 @@ class Keeper:
             _log.error("journal_not_read", error=str(error))
             return None
 
-    @property
-    def journal_share(self) -> float:
-        """How full the journal is, 0 to 1; 0 without one."""
-        return 0.0 if self._journal is None else self._journal.share
-
     def is_outdated(self, tier: Tier, key: CacheKey) -> bool:
         """Whether `tier` may still have what lay under `key` before it was replaced."""
         return (tier.name, key.name) in self._outdated
@@ -472,7 +467,7 @@ class Keeper:
 
     def restore(self) -> None:
         """Hold what earlier lives left in the journal, and begin to offer it."""
-        for left in self._journal.left if self._journal is not None else ():
+        for left in self._journal.take_left() if self._journal is not None else ():
             head = left.head
             slot, entry = head.slot, head.outline
             if not head.replace and (twin := self._twin(slot.made_for, entry)) is not None:

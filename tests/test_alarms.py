@@ -679,6 +679,7 @@ def test_an_upstream_that_an_operator_took_out_is_no_open_breaker(books: Counter
     states = [upstream(health.value, health=health) for health in UpstreamHealth]
     readings = ServiceReadings(
         books=books,
+        journal=None,
         keeper=cast("Any", None),
         tiers=[],
         miss_path=cast("Any", SimpleNamespace(pool=Upstreams(states))),
@@ -693,7 +694,9 @@ def test_an_upstream_that_an_operator_took_out_is_no_open_breaker(books: Counter
 
 
 def test_what_is_derived_counts_as_the_miss_it_would_have_been(books: CounterBooks) -> None:
-    readings = ServiceReadings(books=books, keeper=cast("Any", None), tiers=[], miss_path=cast("Any", None))
+    readings = ServiceReadings(
+        books=books, journal=None, keeper=cast("Any", None), tiers=[], miss_path=cast("Any", None)
+    )
     for outcome in (Outcome.HIT, Outcome.MISS, Outcome.DERIVED):
         books.answered("shop", outcome, TierName.MEMORY, seconds=0.01, saved_microusd=1)
     counts = readings.counts("shop")

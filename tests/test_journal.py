@@ -264,7 +264,7 @@ class TestADiskThatFails:
             raise OSError(errno.EIO, "Input/output error")
 
         with monkeypatch.context() as patch:
-            patch.setattr(journal_module, "_flush", fails)
+            patch.setattr(journal_module, "flush", fails)
             entry = picture(1)
             record = journal.append(entry.key, entry, replace=False, handed_over_s=NOW_S)
             assert record.written is not None

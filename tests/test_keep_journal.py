@@ -503,8 +503,8 @@ class TestPurging:
         house = lives.house
         await house.get()
         flushed: list[Path] = []
-        flush = journal_module._flush
-        monkeypatch.setattr(journal_module, "_flush", lambda path: (flushed.append(path), flush(path)))
+        flush = journal_module.flush
+        monkeypatch.setattr(journal_module, "flush", lambda path: (flushed.append(path), flush(path)))
         await house.cache.purge(house.namespace, dry_run=False)
         assert lives.journal.entries == 0
         assert [path.name for path in flushed][-1] == "journal"

@@ -17,7 +17,7 @@ from cacheserver.clock import SystemClock
 from cacheserver.control.leases import RedisLeases
 from cacheserver.errors import NotCachedError, UpstreamDownError
 from cacheserver.interfaces import Clock, Lease
-from cacheserver.model import CachePolicy, TierName
+from cacheserver.model import CachePolicy, Served, TierName
 from cacheserver.tiers.redis import Client, connect, disconnect
 from tests.fakes import FakeClock
 from tests.house import House, open_tier
@@ -36,6 +36,17 @@ async def client(valkey_server: ValkeyServer) -> AsyncIterator[Client]:
     await disconnect(client)
 
 
+class Watched(RedisLeases):
+    """Leases that count how often they have asked Redis."""
+
+    asked = 0
+
+    async def _run(self, *args: Any, **options: Any) -> Any:
+        answer = await super()._run(*args, **options)
+        self.asked += 1
+        return answer
+
+
 class Replicas:
     """Replicas of one service: their leases, and what each has counted."""
 
@@ -46,8 +57,8 @@ class Replicas:
         self.registry = CollectorRegistry()
         self._books = CounterBooks(clock=SystemClock(), registry=self.registry)
 
-    def new(self, *, clock: Clock | None = None, lease_s: float = 5.0, client: Client | None = None) -> RedisLeases:
-        return RedisLeases(
+    def new(self, *, clock: Clock | None = None, lease_s: float = 5.0, client: Client | None = None) -> Watched:
+        return Watched(
             client=client or self._client,
             prefix=self.prefix,
             replica_id=f"{next(self._numbers):016x}",
@@ -93,8 +104,9 @@ class TestTaking:
     async def test_who_comes_while_another_holds_it_waits_and_then_looks_again(self, replicas: Replicas) -> None:
         async with AsyncExitStack() as first, AsyncExitStack() as second:
             lease = await held(replicas.new(), first)
-            waiting = asyncio.create_task(held(replicas.new(), second))
-            await asyncio.wait({waiting}, timeout=SOON_S)
+            theirs_to_take = replicas.new()
+            waiting = asyncio.create_task(held(theirs_to_take, second))
+            await until(lambda: theirs_to_take.asked >= 3)
             assert not waiting.done()
             await first.aclose()
             theirs = await waiting
@@ -138,8 +150,9 @@ class TestTaking:
     async def test_who_gives_up_waiting_leaves_nothing_behind(self, replicas: Replicas) -> None:
         async with AsyncExitStack() as first, AsyncExitStack() as second:
             await held(replicas.new(), first)
-            waiting = asyncio.create_task(held(replicas.new(), second))
-            await asyncio.wait({waiting}, timeout=SOON_S)
+            impatient = replicas.new()
+            waiting = asyncio.create_task(held(impatient, second))
+            await until(lambda: impatient.asked >= 1)
             waiting.cancel()
             await asyncio.wait({waiting})
         async with asyncio.timeout(2), holding(replicas.new()):
@@ -154,8 +167,9 @@ class TestTaking:
         leases = replicas.new()
         leases.let_go(await leases.take(NAME, looked_s_ago=0), after=copied)
         async with AsyncExitStack() as second:
-            waiting = asyncio.create_task(held(replicas.new(), second))
-            await asyncio.wait({waiting}, timeout=SOON_S)
+            patient = replicas.new()
+            waiting = asyncio.create_task(held(patient, second))
+            await until(lambda: patient.asked >= 3)
             assert not waiting.done()
             is_copied.set()
             await waiting
@@ -179,9 +193,10 @@ class TestDying:
 
     async def test_a_living_holder_keeps_it_beyond_its_span(self, replicas: Replicas) -> None:
         async with AsyncExitStack() as first, AsyncExitStack() as second:
-            await held(replicas.new(lease_s=SOON_S), first)
+            living = replicas.new(lease_s=SOON_S)
+            await held(living, first)
             waiting = asyncio.create_task(held(replicas.new(), second))
-            await asyncio.wait({waiting}, timeout=4 * SOON_S)
+            await until(lambda: living.asked >= 10)  # a quarter of its span apart
             assert not waiting.done()
             await first.aclose()
             await waiting
@@ -297,6 +312,18 @@ class TestReplicasOfAService:
         await redis.aclose()
         await s3.aclose()
 
+    @staticmethod
+    async def _one_makes_and_another_waits(
+        first: House, second: House
+    ) -> tuple[asyncio.Task[Served], asyncio.Task[Served]]:
+        """One replica's upstream is at it, and another replica has found nothing and waits for the lease."""
+        first.upstream.hold()
+        making = asyncio.create_task(first.get())
+        await first.upstream.arrived(1)
+        waiting = asyncio.create_task(second.get())
+        await until(lambda: any(flight.missed for row in second.cache._flights._flights.values() for flight in row))
+        return making, waiting
+
     async def test_a_prompt_that_all_ask_for_at_once_is_paid_for_once(self, houses: list[House]) -> None:
         answers = await asyncio.gather(*(house.get() for house in houses for _ in range(25)))
         assert sum(house.upstream.calls for house in houses) == 1
@@ -310,11 +337,7 @@ class TestReplicasOfAService:
 
     async def test_who_waits_takes_over_when_the_leader_fails(self, houses: list[House]) -> None:
         first, second = houses[:2]
-        first.upstream.hold()
-        failing = asyncio.create_task(first.get())
-        await first.upstream.arrived(1)
-        waiting = asyncio.create_task(second.get())
-        await until(lambda: len(second.cache._flights) == 1)
+        failing, waiting = await self._one_makes_and_another_waits(first, second)
         first.upstream.fail_next(UpstreamDownError("gone"))
         first.upstream.release()
         await asyncio.wait({failing, waiting})
@@ -328,11 +351,7 @@ class TestReplicasOfAService:
 
     async def test_who_wants_only_what_is_cached_does_not_wait_for_another_replica(self, houses: list[House]) -> None:
         first, second = houses[:2]
-        first.upstream.hold()
-        making = asyncio.create_task(first.get())
-        await first.upstream.arrived(1)
-        waiting = asyncio.create_task(second.get())
-        await until(lambda: any(flight.missed for row in second.cache._flights._flights.values() for flight in row))
+        making, waiting = await self._one_makes_and_another_waits(first, second)
         with pytest.raises(NotCachedError):
             await second.get(cache_policy=CachePolicy.ONLY_IF_CACHED)
         first.upstream.release()
@@ -340,11 +359,7 @@ class TestReplicasOfAService:
 
     async def test_a_caller_that_hangs_up_while_its_replica_waits_ends_nothing(self, houses: list[House]) -> None:
         first, second = houses[:2]
-        first.upstream.hold()
-        making = asyncio.create_task(first.get())
-        await first.upstream.arrived(1)
-        waiting = asyncio.create_task(second.get())
-        await until(lambda: len(second.cache._flights) == 1)
+        making, waiting = await self._one_makes_and_another_waits(first, second)
         waiting.cancel()
         await asyncio.wait({waiting})
         await until(lambda: len(second.cache._flights) == 0)

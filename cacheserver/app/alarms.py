@@ -12,6 +12,7 @@ from cacheserver.accounting.shared import SharedFigures
 from cacheserver.alarms import Alarms, Counts, Webhook
 from cacheserver.app.core import Core
 from cacheserver.app.miss_path import MissPath
+from cacheserver.journal import Journal
 from cacheserver.keep import Keeper
 from cacheserver.model import Outcome, UpstreamHealth
 from cacheserver.tiers.guard import GuardedTier
@@ -26,9 +27,16 @@ class ServiceReadings:
     """The `Readings` of a running service."""
 
     def __init__(
-        self, *, books: CounterBooks, keeper: Keeper, tiers: Sequence[GuardedTier], miss_path: MissPath
+        self,
+        *,
+        books: CounterBooks,
+        journal: Journal | None,
+        keeper: Keeper,
+        tiers: Sequence[GuardedTier],
+        miss_path: MissPath,
     ) -> None:
         self._books = books
+        self._journal = journal
         self._keeper = keeper
         self._tiers = tiers
         self._miss_path = miss_path
@@ -51,7 +59,7 @@ class ServiceReadings:
 
     def journal_share(self) -> float:
         """See `Readings.journal_share`."""
-        return self._keeper.journal_share
+        return 0.0 if self._journal is None else self._journal.share
 
     def breakers(self) -> Mapping[str, bool]:
         """See `Readings.breakers`."""
@@ -92,7 +100,9 @@ def build_alarms(core: Core, *, undo: AsyncExitStack) -> Alarms:
         undo.push_async_callback(webhook.aclose)
     return Alarms(
         settings.alarm_rules,
-        readings=ServiceReadings(books=books, keeper=core.keeper, tiers=core.lower.tiers, miss_path=miss_path),
+        readings=ServiceReadings(
+            books=books, journal=core.journal, keeper=core.keeper, tiers=core.lower.tiers, miss_path=miss_path
+        ),
         books=books,
         clock=clock,
         replica=miss_path.replica_id,

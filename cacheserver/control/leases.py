@@ -4,7 +4,7 @@ A lease is a hash in Redis, judged by the server's clock:
 
     lease:{<identity>}     holder, deadline_ms, fence, released_ms
 
-Its holder shows every third of its span that it lives; a deadline that passes makes the next who asks its successor,
+Its holder shows every quarter of its span that it lives; a deadline that passes makes the next who asks its successor,
 under a higher fence, in the same script. A lease that is held has no TTL: a full Redis would evict it. Once released it
 has one, for then it only tells when that was: who looked into the tiers before looks again. The leases of the dead that
 nobody asks for any more are swept.
@@ -228,7 +228,7 @@ class RedisLeases:
             except TimeoutError:
                 continue  # at once: its time passes
             except UNREACHABLE:
-                is_ours = [True]  # as far as we know
+                is_ours = True  # as far as we know
             if not is_ours:
                 break
             await self._clock.sleep(beat_s)

@@ -243,7 +243,7 @@ class DiskTier:
                 self._release(len(stored))
                 temporary.unlink(missing_ok=True)
         if self._sync:
-            _sync_directory(self._path(key.name).parent)
+            flush(self._path(key.name).parent)
         return True
 
     def _holder(self, key: CacheKey) -> CachedImage | None:
@@ -350,8 +350,9 @@ def _key(name: str) -> CacheKey | None:
         return None  # somebody else's file
 
 
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Return when the disk has a file, or the names in a directory. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
