@@ -1,6 +1,6 @@
 """The one seam a new image passes on its way into the tiers.
 
-    handed over ── journal ──────── is it written, the picture is safe: its caller is answered when the last tier has
+    handed over ── journal ──────── once written the picture is safe: its caller is answered when the last tier has
                 │                   said under which number it lies, or is late, or fails
                 └─ last tier ─┬──── takes it: it goes into memory and the faster tiers, and out of the journal
                               └──── fails: it goes into memory and the faster tiers meanwhile, and waits here
