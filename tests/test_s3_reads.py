@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import gc
 import io
 import uuid
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -243,6 +245,15 @@ async def outcome(tier: S3Tier) -> str:
         return repr(exc)
 
 
+@pytest.fixture
+def responses_boto3_leaves_open() -> Iterator[None]:
+    """Boto3 does not close an answer whose length it cannot read: collected here, not in a test that comes later."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
 @pytest.mark.parametrize(
     "answer",
     [
@@ -261,6 +272,7 @@ async def outcome(tier: S3Tier) -> str:
     ],
     ids=lambda answer: answer[9:12].decode(),
 )
+@pytest.mark.usefixtures("responses_boto3_leaves_open")
 async def test_any_other_answer_is_asked_of_boto3_and_told_in_its_words(
     s3_server: S3Server, clock: FakeClock, answer: bytes
 ) -> None:
