@@ -110,9 +110,21 @@ def spec(prompt: str) -> pb.ImageSpec:
     return pb.ImageSpec(prompt=prompt, quality="medium", size="1024x1024")
 
 
+@dataclass(slots=True)
+class Beneath:
+    """What a service stands on. `s3_proxy` is the way to S3; `config` tells a service of it all."""
+
+    directory: Path
+    provider: ProviderProcess
+    valkey: ValkeyServer
+    s3: S3Server
+    s3_proxy: TcpProxy
+    config: str
+
+
 @asynccontextmanager
-async def standing(*, latency_s: float, picture_bytes: int, config: str, seed: int) -> AsyncIterator[Stand]:
-    """All of it, for as long as it is entered."""
+async def beneath(*, latency: Latency, picture_bytes: int, seed: int) -> AsyncIterator[Beneath]:
+    """All that is beneath services, for as long as it is entered; `directory` is for theirs."""
     async with AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         for name in ("valkey", "provider", "s3"):
@@ -122,16 +134,12 @@ async def standing(*, latency_s: float, picture_bytes: int, config: str, seed: i
         stack.push_async_callback(asyncio.to_thread, s3.close)
         await asyncio.gather(asyncio.to_thread(valkey.start), asyncio.to_thread(s3.start))
         provider_config = ProviderConfig(
-            keys=(KeyConfig(key="sk-a", group="org-a"),),
-            latency=Latency(spread="uniform", mean_s=latency_s),
-            min_picture_bytes=picture_bytes,
-            seed=seed,
+            keys=(KeyConfig(key="sk-a", group="org-a"),), latency=latency, min_picture_bytes=picture_bytes, seed=seed
         )
         provider = await stack.enter_async_context(ProviderProcess(provider_config, directory / "provider"))
         proxy = await stack.enter_async_context(TcpProxy("127.0.0.1", s3.port))
-        text = "\n".join(
+        config = "\n".join(
             [
-                config,
                 f'[redis]\nurl = "{valkey.url}"',
                 f'[s3]\nbucket = "{s3.bucket}"\nendpoint = "http://127.0.0.1:{proxy.port}"\nregion = "{s3.region}"',
                 f'access_key = "{s3.access_key}"\nsecret_key = "{s3.secret_key}"',
@@ -139,9 +147,19 @@ async def standing(*, latency_s: float, picture_bytes: int, config: str, seed: i
                 "[limit_groups.a]\nconcurrent = 200",
             ]
         )
-        service = await stack.enter_async_context(ServiceProcess(directory / "service", text))
+        yield Beneath(directory, provider, valkey, s3, proxy, config)
+
+
+@asynccontextmanager
+async def standing(*, latency_s: float, picture_bytes: int, config: str, seed: int) -> AsyncIterator[Stand]:
+    """All of it, for as long as it is entered."""
+    latency = Latency(spread="uniform", mean_s=latency_s)
+    async with AsyncExitStack() as stack:
+        under = await stack.enter_async_context(beneath(latency=latency, picture_bytes=picture_bytes, seed=seed))
+        service = ServiceProcess(under.directory / "service", f"{config}\n{under.config}")
+        await stack.enter_async_context(service)
         [stub] = await stack.enter_async_context(callers(service.address, 1))
-        yield Stand(service, stub, provider, valkey, s3, proxy)
+        yield Stand(service, stub, under.provider, under.valkey, under.s3, under.s3_proxy)
 
 
 async def killed(*, kills: int, latency_s: float, seed: int) -> Result:
