@@ -67,7 +67,7 @@ class Stand:
 
     async def leader(self, identity_name: str) -> int | None:
         """Which replica has this identity's lease; None if nobody has."""
-        holder = await self.redis.hget(f"cacheserver:lease:{{{identity_name}}}", "holder")
+        holder: Any = await self.redis.hget(f"cacheserver:lease:{{{identity_name}}}", "holder")
         return self.ids.index(holder.decode().partition(":")[0]) if holder else None
 
     async def kill_leader(self, identity_name: str, *, after_s: float) -> bool:
