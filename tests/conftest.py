@@ -20,13 +20,20 @@ from cacheserver.model import TierName  # noqa: E402 - as above
 from tests.fakes import FakeClock  # noqa: E402 - as above
 from tests.house import House, open_tier  # noqa: E402 - as above
 from tests.provider import OpenAIStandIn  # noqa: E402 - as above
-from tests.servers import own_s3, own_valkey, s3_server, valkey_server  # noqa: E402 - as above
+from tests.servers import (  # noqa: E402 - as above
+    cluster,
+    own_s3,
+    own_valkey,
+    redis_url,
+    s3_server,
+    valkey_server,
+)
 
 # Processes side by side would now and then find the same port free.
 _PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 child._PORTS = child._PORTS[_PROCESS :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
 
-__all__ = ["own_s3", "own_valkey", "s3_server", "valkey_server"]
+__all__ = ["cluster", "own_s3", "own_valkey", "redis_url", "s3_server", "valkey_server"]
 
 settings.register_profile("same", derandomize=True, database=None, deadline=None)
 settings.register_profile("deep", derandomize=False, database=None, deadline=None, print_blob=True)

@@ -28,6 +28,8 @@ from cacheserver.embedded.child import free_ports, leashed
 from cacheserver.embedded.seaweed import PORTS, identities, weed_binary, weed_command
 
 _START_TIMEOUT_S = 30.0
+SLOTS = 16_384
+"""Of a Redis Cluster."""
 
 
 class Server(ABC):
@@ -125,18 +127,79 @@ class ValkeyServer(Server):
 
 
 class ClusterServer(ValkeyServer):
-    """A Redis Cluster of one node that holds every slot."""
+    """A node of a Redis Cluster, with these slots: alone, with all of them."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, slots: range = range(SLOTS)) -> None:
         super().__init__(directory)
-        (self._bus_port,) = free_ports(1)
+        self.slots = slots
+        (self.bus_port,) = free_ports(1)
+
+    @property
+    def url(self) -> str:
+        return f"redis+cluster://127.0.0.1:{self.port}"
 
     def command(self) -> list[str]:
-        return [*super().command(), "--cluster-enabled", "yes", "--cluster-port", str(self._bus_port)]
+        return [*super().command(), "--cluster-enabled", "yes", "--cluster-port", str(self.bus_port)]
 
     def is_ready(self) -> bool:
-        self.execute("CLUSTER ADDSLOTSRANGE 0 16383")
-        return b"cluster_state:ok" in self.execute("CLUSTER INFO")
+        self.execute(f"CLUSTER ADDSLOTSRANGE {self.slots[0]} {self.slots[-1]}")
+        state = b"cluster_state:ok" if len(self.slots) == SLOTS else b"cluster_slots_assigned"
+        return state in self.execute("CLUSTER INFO")
+
+
+class Cluster:
+    """A Redis Cluster of three masters."""
+
+    def __init__(self, directory: Path) -> None:
+        third = SLOTS // 3 + 1
+        self.nodes: list[ClusterServer] = []
+        for number in range(3):
+            home = directory / f"node-{number}"
+            home.mkdir(parents=True)
+            self.nodes.append(ClusterServer(home, range(SLOTS)[number * third : (number + 1) * third]))
+
+    @property
+    def url(self) -> str:
+        return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
+
+    def start(self) -> None:
+        """Run it and return when each node knows who has which slots."""
+        for node in self.nodes:
+            node.start()
+        for one, other in itertools.permutations(self.nodes, 2):
+            one.execute(f"CLUSTER MEET 127.0.0.1 {other.port} {other.bus_port}")
+        _wait_until(lambda: all(b"cluster_state:ok" in node.execute("CLUSTER INFO") for node in self.nodes))
+
+    def kill(self) -> None:
+        """SIGKILL to every node, and wait until they are gone."""
+        for node in self.nodes:
+            node.kill()
+
+
+class SentinelServer(ValkeyServer):
+    """A Sentinel that watches one server as `main`."""
+
+    def __init__(self, directory: Path, watched: ValkeyServer) -> None:
+        super().__init__(directory)
+        (directory / "sentinel.conf").write_text(
+            f"port {self.port}\nbind 127.0.0.1\nsentinel monitor main 127.0.0.1 {watched.port} 1\n"
+        )
+
+    @property
+    def url(self) -> str:
+        """Of what it watches."""
+        return f"redis+sentinel://127.0.0.1:{self.port}/main/0"
+
+    def command(self) -> list[str]:
+        return [super().command()[0], str(self.directory / "sentinel.conf"), "--sentinel"]
+
+
+def _wait_until(is_so: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + _START_TIMEOUT_S
+    while not is_so():
+        if time.monotonic() > deadline_s:
+            raise TimeoutError
+        time.sleep(0.02)
 
 
 class S3Server(Server):
@@ -325,6 +388,23 @@ def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeySe
     server.start()
     yield server
     server.kill()
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One Redis Cluster for the whole run. Tests share it: use keys of your own, and leave it running."""
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    cluster.start()
+    yield cluster
+    cluster.kill()
+
+
+@pytest.fixture(scope="session", params=["single", "cluster"])
+def redis_url(request: pytest.FixtureRequest) -> str:
+    """The address of a Redis, once alone and once as a Cluster: what lives in Redis keeps its promises in both."""
+    fixture = {"single": "valkey_server", "cluster": "cluster"}[request.param]
+    server: ValkeyServer | Cluster = request.getfixturevalue(fixture)
+    return server.url
 
 
 @pytest.fixture(scope="session")

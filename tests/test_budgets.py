@@ -26,7 +26,7 @@ from cacheserver.interfaces import Books, Budgets
 from cacheserver.model import Budget, BudgetPeriod, BudgetScope
 from cacheserver.tiers.redis import Client, connect, disconnect
 from tests.fakes import FakeClock
-from tests.servers import ClusterServer, TcpProxy, ValkeyServer
+from tests.servers import TcpProxy, ValkeyServer
 from tests.waiting import until
 
 T = TypeVar("T")
@@ -361,8 +361,8 @@ class Fleet:
 
 
 @pytest.fixture
-async def fleet(clock: FakeClock, valkey_server: ValkeyServer) -> AsyncIterator[Fleet]:
-    fleet = Fleet(clock, valkey_server.url, next(PREFIXES))
+async def fleet(clock: FakeClock, redis_url: str) -> AsyncIterator[Fleet]:
+    fleet = Fleet(clock, redis_url, next(PREFIXES))
     yield fleet
     await fleet.aclose()
 
@@ -963,21 +963,3 @@ async def _live_through(  # noqa: C901 - a step is a line or two
     sums = [own for each in replicas for own in each._here.accounts.sums.values()]
     expected = (sum(own.spent for own in sums), sum(own.reserved for own in sums))
     assert (await standing(replicas[0])).get("global/day", (0, 0)) == expected
-
-
-async def test_budgets_work_in_a_cluster(clock: FakeClock, tmp_path_factory: pytest.TempPathFactory) -> None:
-    server = ClusterServer(tmp_path_factory.mktemp("cluster"))
-    server.start()
-    fleet = Fleet(clock, f"redis+cluster://127.0.0.1:{server.port}", "")
-    try:
-        one, other = fleet.replica(IDS[0]), fleet.replica(IDS[1])
-        await reserve(one, "a", 100)
-        await one.sent("a")
-        await reserve(one, "b", 100)
-        await one.settle("b", 60, upstream="openai")
-        assert await standing(other) == everywhere(60, 100)
-        await fleet.takes_for_dead(IDS[0], who=other)
-        assert await standing(other) == everywhere(160, 0)
-    finally:
-        await fleet.aclose()
-        server.kill()

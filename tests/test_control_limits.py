@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import AsyncIterator, Callable
 
@@ -16,21 +17,22 @@ from tests.fakes import FakeClock
 from tests.servers import TcpProxy, ValkeyServer
 from tests.waiting import until
 
+PREFIXES = (f"limits-{n}:" for n in itertools.count())
 LEASE_S = 300.0
 ONE = Amounts()
 SIXTY = GroupLimits(images_per_minute=60, headroom=0)
 
 
 @pytest.fixture
-async def client(valkey_server: ValkeyServer) -> AsyncIterator[Client]:
-    client = connect(valkey_server.url, timeout_s=5.0, connect_timeout_s=5.0)
+async def client(redis_url: str) -> AsyncIterator[Client]:
+    client = connect(redis_url, timeout_s=5.0, connect_timeout_s=5.0)
     yield client
     await disconnect(client)
 
 
 @pytest.fixture
-def prefix(request: pytest.FixtureRequest) -> str:
-    return f"{request.node.name}:"
+def prefix() -> str:
+    return next(PREFIXES)
 
 
 class AtATime(RedisLimits):

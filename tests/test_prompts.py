@@ -57,12 +57,12 @@ async def wanted(prompts: Prompts, *kinds: PromptKind, namespace: str | None = N
 
 
 @pytest.fixture
-async def opened(valkey_server: ValkeyServer, clock: FakeClock) -> AsyncIterator[Open]:
+async def opened(redis_url: str, clock: FakeClock) -> AsyncIterator[Open]:
     """Opens the record of one replica; all of a test share what is in Redis."""
     prefix = next(PREFIXES)
     async with AsyncExitStack() as stack:
 
-        async def open_one(url: str = valkey_server.url, **options: Any) -> RedisPrompts:
+        async def open_one(url: str = redis_url, **options: Any) -> RedisPrompts:
             client = connect(url, timeout_s=5.0, connect_timeout_s=5.0)
             stack.push_async_callback(disconnect, client)
             names = ["shop", "blog"]
@@ -253,12 +253,12 @@ class TestShared:
         assert await wanted(one) == ["of today"]
         assert await client.hlen(requests) == 2
 
-    async def test_nothing_of_it_expires(self, opened: Open, valkey_server: ValkeyServer) -> None:
+    async def test_nothing_of_it_expires(self, opened: Open) -> None:
         one = await opened()
         record(one, "a red fox")
         await one.write()
         for name in one._names(("shop", MISSED)):
-            assert valkey_server.execute(f"TTL {name}").strip() == b":-1"
+            assert await one._client.ttl(name) == -1
 
     async def test_while_redis_is_silent_wishes_wait_and_reading_and_forgetting_say_so(
         self, opened: Open, valkey_server: ValkeyServer

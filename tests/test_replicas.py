@@ -24,8 +24,8 @@ ONE, OTHER = "1" * 16, "2" * 16
 
 
 @pytest.fixture
-async def client(valkey_server: ValkeyServer) -> AsyncIterator[Client]:
-    client = connect(valkey_server.url, timeout_s=5.0, connect_timeout_s=5.0)
+async def client(redis_url: str) -> AsyncIterator[Client]:
+    client = connect(redis_url, timeout_s=5.0, connect_timeout_s=5.0)
     yield client
     await disconnect(client)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from cacheserver.interfaces import FigureStore
 from cacheserver.model import Attempt, AttemptOutcome, Outcome, StatsField, StatsSpan, TierName
 from cacheserver.tiers.redis import Client, connect, disconnect
 from tests.fakes import FakeClock
-from tests.servers import ClusterServer, TcpProxy, ValkeyServer
+from tests.servers import Cluster, TcpProxy, ValkeyServer
 from tests.test_figures import HIT
 from tests.waiting import until
 
@@ -110,14 +110,6 @@ def before(clock: FakeClock, outcome: AttemptOutcome, microusd: int, calls: int 
     return CallSums(int(clock.now_s()), "shop", "web", "gpt-image-2", "high", outcome, calls, microusd, microusd)
 
 
-@pytest.fixture(scope="module")
-def cluster_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterServer]:
-    server = ClusterServer(tmp_path_factory.mktemp("cluster"))
-    server.start()
-    yield server
-    server.kill()
-
-
 @asynccontextmanager
 async def connected(url: str, timeout_s: float = 5.0) -> AsyncIterator[Client]:
     client = connect(url, timeout_s=timeout_s, connect_timeout_s=5.0)
@@ -128,8 +120,8 @@ async def connected(url: str, timeout_s: float = 5.0) -> AsyncIterator[Client]:
 
 
 @pytest.fixture
-async def client(valkey_server: ValkeyServer) -> AsyncIterator[Client]:
-    async with connected(valkey_server.url) as client:
+async def client(redis_url: str) -> AsyncIterator[Client]:
+    async with connected(redis_url) as client:
         yield client
 
 
@@ -138,9 +130,8 @@ async def store(request: pytest.FixtureRequest) -> AsyncIterator[FigureStore]:
     if request.param == "here":
         yield LocalFigures()
         return
-    server = request.getfixturevalue("valkey_server" if request.param == "redis" else "cluster_server")
-    scheme = "redis" if request.param == "redis" else "redis+cluster"
-    async with connected(f"{scheme}://127.0.0.1:{server.port}") as client:
+    server: ValkeyServer | Cluster = request.getfixturevalue("valkey_server" if request.param == "redis" else "cluster")
+    async with connected(server.url) as client:
         yield RedisFigures(client=client, prefix=next(PREFIXES), timeout_s=5.0)
 
 

@@ -30,7 +30,7 @@ from cacheserver.tiers import codec
 from cacheserver.tiers.guard import GuardedTier
 from cacheserver.tiers.redis import Client, RedisTier, connect, disconnect
 from tests.fakes import FakeClock
-from tests.servers import ClusterServer, TcpProxy, ValkeyServer
+from tests.servers import ClusterServer, SentinelServer, TcpProxy, ValkeyServer
 from tests.tier_contract import (
     MAX_ENTRY_BYTES,
     TierContract,
@@ -331,19 +331,6 @@ async def test_a_replica_is_no_place_to_write(own_valkey: Callable[[], ValkeySer
             await tier.ping()
 
 
-class SentinelServer(ValkeyServer):
-    """A Sentinel that watches one server as `main`."""
-
-    def __init__(self, directory: Path, watched: ValkeyServer) -> None:
-        super().__init__(directory)
-        (directory / "sentinel.conf").write_text(
-            f"port {self.port}\nbind 127.0.0.1\nsentinel monitor main 127.0.0.1 {watched.port} 1\n"
-        )
-
-    def command(self) -> list[str]:
-        return [super().command()[0], str(self.directory / "sentinel.conf"), "--sentinel"]
-
-
 @pytest.fixture(scope="module")
 def cluster_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterServer]:
     server = ClusterServer(tmp_path_factory.mktemp("cluster"))
@@ -363,7 +350,7 @@ def sentinel_server(valkey_server: ValkeyServer, tmp_path_factory: pytest.TempPa
 class TestClusterTier(TierContract):
     @pytest_asyncio.fixture
     async def tier(self, cluster_server: ClusterServer, clock: FakeClock) -> AsyncIterator[RedisTier]:
-        async with open_tier(f"redis+cluster://127.0.0.1:{cluster_server.port}", clock) as tier:
+        async with open_tier(cluster_server.url, clock) as tier:
             yield tier
 
     async def test_a_damaged_value_is_mended(self, tier: RedisTier) -> None:
@@ -376,7 +363,7 @@ class TestClusterTier(TierContract):
 class TestSentinelTier(TierContract):
     @pytest_asyncio.fixture
     async def tier(self, sentinel_server: SentinelServer, clock: FakeClock) -> AsyncIterator[RedisTier]:
-        async with open_tier(f"redis+sentinel://127.0.0.1:{sentinel_server.port}/main/0", clock) as tier:
+        async with open_tier(sentinel_server.url, clock) as tier:
             yield tier
 
     async def test_a_service_nobody_watches_is_unknown(self, sentinel_server: SentinelServer, clock: FakeClock) -> None:
@@ -431,12 +418,10 @@ class Place:
         self.master = kinds.get(form, ValkeyServer)(new_directory("master"))
         self.servers: list[ValkeyServer] = [self.master]
         self.url = self.master.url
-        if form == "cluster":
-            self.url = f"redis+cluster://127.0.0.1:{self.master.port}"
         if form == "sentinel":
             sentinel = SentinelServer(new_directory("sentinel"), self.master)
             self.servers.append(sentinel)
-            self.url = f"redis+sentinel://127.0.0.1:{sentinel.port}/main/0"
+            self.url = sentinel.url
 
     async def reset(self, client: Client) -> None:
         """Go away so that each of the client's connections, all idle, is reset, and wait until it has noticed."""
