@@ -75,7 +75,7 @@ LIBRARIES: dict[str, set[str]] = {
     "google": {"rpc", "client", "pb"},
     "redis": {"tiers/redis.py", "control"},
     "boto3": {"tiers/s3_client.py"},
-    "botocore": {"tiers/s3.py", "tiers/s3_client.py", "tiers/s3_reads.py", "tiers/objects.py"},
+    "botocore": {"tiers/s3.py", "tiers/s3_client.py", "tiers/s3_requests.py", "tiers/objects.py"},
     "orjson": {"log"},
     "PIL": {"generation", "images", "renditions"},
     "aiohttp": {"generation"},

@@ -30,7 +30,7 @@ from cacheserver.tiers.s3_client import (
     tier_error,
     unreadable,
 )
-from cacheserver.tiers.s3_reads import S3Reads
+from cacheserver.tiers.s3_requests import S3Requests
 from cacheserver.tiers.workers import Workers
 
 if TYPE_CHECKING:
@@ -53,9 +53,11 @@ class _Clients:
     """boto3 clients, one per kind of patience: a write may take longer than a read is worth."""
 
     reading: S3Client
-    reads: S3Reads
+    reads: S3Requests
     """Of objects, over the connections of `reading`."""
     writing: S3Client
+    writes: S3Requests
+    """Of pictures, over the connections of `writing`."""
     signing: S3Client
 
 
@@ -311,9 +313,9 @@ class S3Tier:
         for _ in range(_CONFLICT_ATTEMPTS):
             try:
                 self._ask(
-                    self._clients.writing.put_object,
+                    self._clients.writes.put_object,
                     Key=name,
-                    Body=bytes(entry.image.data),  # boto3 takes no view
+                    Body=entry.image.data,
                     ContentType=entry.image.content_type,
                     CacheControl=_CACHE_CONTROL,
                     ChecksumCRC32=checksum,
@@ -473,10 +475,13 @@ class S3Tier:
                 )
                 public_endpoint = self._public_endpoint or self._endpoint
                 reading = make(endpoint=self._endpoint, timeout_s=self._read_timeout_s)
+                writing = make(endpoint=self._endpoint, timeout_s=self._write_timeout_s)
+                credentials = session.get_credentials()
                 self._made_clients = _Clients(
                     reading=reading,
-                    reads=S3Reads(reading, session.get_credentials()),
-                    writing=make(endpoint=self._endpoint, timeout_s=self._write_timeout_s),
+                    reads=S3Requests(reading, credentials),
+                    writing=writing,
+                    writes=S3Requests(writing, credentials),
                     signing=make(endpoint=public_endpoint, timeout_s=self._read_timeout_s),
                 )
             return self._made_clients

@@ -1,11 +1,11 @@
-"""Reads of objects for half of boto3's CPU: signed and sent by botocore's own parts, once boto3 has shown how."""
+"""Requests for objects, cheaper than boto3's: signed and sent by botocore's own parts, once boto3 has shown how."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
@@ -13,7 +13,10 @@ from urllib.parse import quote
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSPreparedRequest, AWSRequest, AWSResponse
 from botocore.exceptions import ClientError
+from botocore.parsers import RestXMLParser
 from botocore.response import StreamingBody
+
+from cacheserver.model import ImageBytes
 
 if TYPE_CHECKING:
     from botocore.credentials import Credentials
@@ -25,10 +28,23 @@ _METADATA = "x-amz-meta-"
 _ABSENT = b"<Code>NoSuchKey</Code>"
 _MAX_ERROR_BYTES = 64 * 1024
 
+_HEADERS = {
+    "ContentType": "Content-Type",
+    "CacheControl": "Cache-Control",
+    "ChecksumCRC32": "x-amz-checksum-crc32",
+    "IfNoneMatch": "If-None-Match",
+    "IfMatch": "If-Match",
+}
+"""How what `put_object` is told goes over the wire."""
+
+_LOST = {HTTPStatus.PRECONDITION_FAILED, HTTPStatus.CONFLICT}
+"""To another writer: nothing is wrong with how we put."""
+_Method = Literal["GET", "HEAD", "PUT"]
+
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """How boto3 asks for the objects of a bucket."""
+    """How boto3 asks for the objects of a bucket, or sends them."""
 
     before_key: str
     """An object's URL up to its key."""
@@ -40,25 +56,27 @@ class _Way:
 class _Unsigned(AWSRequest):
     """A request for an object, as the signer takes it."""
 
-    body = ""  # botocore's own prepares the whole request to tell what its body is
+    body: Any = b""  # botocore's own prepares the whole request to tell what its body is
 
 
 class _Shown(threading.local):
-    """What a thread has boto3 read, and how boto3 asked for it; None if we could not ask like that."""
+    """What a thread has boto3 ask for, and how boto3 did; None if we could not ask like that."""
 
     key = ""
     way: _Way | None = None
 
 
-class S3Reads:
-    """`get_object` and `head_object` of a client, from several threads at a time.
+class S3Requests:
+    """`get_object`, `head_object` and `put_object` of a client, from several threads at a time.
 
-    The first read of a bucket is boto3's; those that follow are made in the same way. Of the answers we know an object
-    and its absence. After any other (a redirect, a failure, missing rights) boto3 asks again: it knows what to do, or
-    what to say. Where boto3 asks as we cannot (with another signature, or no credentials) every read is its own.
+    The first read of a bucket, and the first put, is boto3's; those that follow are made in the same way. Of the
+    answers to a read we know an object and its absence. After any other (a redirect, a failure, missing rights) boto3
+    asks again: it knows what to do, or what to say. Of the answers to a put boto3 asks again only after those at which
+    it might send a body anew; a failure is raised as it would raise it. Where boto3 asks as we cannot (with another
+    signature, or no credentials) every request is its own.
 
     Args:
-        client: makes the reads that are boto3's; all use its connections, which close with it.
+        client: makes the requests that are boto3's; all use its connections, which close with it.
         credentials: the client's; None if it has none.
     """
 
@@ -68,9 +86,11 @@ class S3Reads:
         # Not public. A session of our own would have other connections, and other settings for TLS and proxies.
         self._http: Any = getattr(getattr(client, "_endpoint", None), "http_session", None)
         self._ways: dict[str, _Way] = {}
+        self._ways_to_put: dict[str, _Way] = {}
         self._shown = _Shown()
-        for operation in ("GetObject", "HeadObject"):
+        for operation in ("GetObject", "HeadObject", "PutObject"):
             client.meta.events.register(f"before-sign.s3.{operation}", self._watch)
+            client.meta.events.register(f"before-send.s3.{operation}", self._watch_sending)
 
     def get_object(self, *, Bucket: str, Key: str) -> Mapping[str, Any]:  # noqa: N803 - boto3's names
         """As boto3's: ETag, Metadata (names in lower case), ContentLength, and Body, which has to be closed."""
@@ -79,6 +99,39 @@ class S3Reads:
     def head_object(self, *, Bucket: str, Key: str) -> Mapping[str, Any]:  # noqa: N803 - boto3's names
         """As boto3's: ETag, Metadata (names in lower case) and ContentLength."""
         return self._read("HEAD", self._client.head_object, Bucket, Key)
+
+    def put_object(
+        self,
+        *,
+        Bucket: str,  # noqa: N803 - boto3's names
+        Key: str,  # noqa: N803
+        Body: ImageBytes,  # noqa: N803
+        Metadata: Mapping[str, str],  # noqa: N803
+        **headers: str,
+    ) -> None:
+        """As boto3's, of what is in _HEADERS; the body is copied nowhere.
+
+        Raises:
+            ClientError: S3 refuses.
+            BotoCoreError: the connection failed; what was sent may have arrived.
+        """
+        way = self._ways_to_put.get(Bucket)
+        if way is not None:
+            sent = {_HEADERS[name]: value for name, value in headers.items()}
+            sent |= {f"{_METADATA}{name}": value for name, value in Metadata.items()}
+            response = self._send("PUT", way, Key, headers=sent, body=Body)
+            if _is_put(response):
+                return
+            if response.status_code not in _LOST:
+                self._ways_to_put.pop(Bucket, None)  # until boto3 succeeds again
+            # Up to 400 it may be a redirect, also to another region, after which boto3 sends the body anew.
+            if response.status_code > HTTPStatus.BAD_REQUEST:
+                raise _refusal(response)
+        self._shown.key, self._shown.way = Key, None
+        by_boto3: Callable[..., object] = self._client.put_object
+        by_boto3(Bucket=Bucket, Key=Key, Body=bytes(Body), Metadata=Metadata, **headers)  # it takes no view
+        if self._shown.way is not None:
+            self._ways_to_put[Bucket] = self._shown.way
 
     def _read(
         self, method: Literal["GET", "HEAD"], by_boto3: Callable[..., Mapping[str, Any]], bucket: str, key: str
@@ -99,7 +152,7 @@ class S3Reads:
     def _watch(
         self, *, request: Any, signature_version: object, signing_name: str, region_name: str, **_: object
     ) -> None:
-        """Called by boto3 before it signs, in the thread that reads; after a redirect, again."""
+        """Called by boto3 before it signs, in the thread that asks; after a redirect, again."""
         self._shown.way = None
         if self._credentials is None or self._http is None:
             return
@@ -110,15 +163,30 @@ class S3Reads:
             region = signing.get("region", region_name)
             # A signer that is not told the host takes the URL apart for it, twice.
             host = S3SigV4Auth(self._credentials, _SERVICE, region).headers_to_sign(request)["host"]
-            headers = {"User-Agent": request.headers["User-Agent"], "Host": host}
+            headers = {"Host": host}
+            if "Expect" in request.headers:
+                headers["Expect"] = request.headers["Expect"]
             self._shown.way = _Way(request.url.removesuffix(key), region, headers, self._credentials)
 
-    def _send(self, method: str, way: _Way, key: str) -> AWSResponse:
-        request = _Unsigned(method, url := f"{way.before_key}{_quoted(key)}", way.headers)
+    def _watch_sending(self, *, request: Any, **_: object) -> None:
+        """Called by boto3 before it sends. Its user agent tells of all it has used by then, and is not signed."""
+        if (way := self._shown.way) is not None:
+            agent = request.headers["User-Agent"].decode()
+            self._shown.way = replace(way, headers={**way.headers, "User-Agent": agent})
+
+    def _send(
+        self, method: _Method, way: _Way, key: str, *, headers: Mapping[str, str] | None = None, body: ImageBytes = b""
+    ) -> AWSResponse:
+        request = _Unsigned(method, url := f"{way.before_key}{_quoted(key)}", {**way.headers, **(headers or {})})
+        request.body = body
         request.context["client_config"] = self._client.meta.config  # says whether bodies are signed, empty ones too
         S3SigV4Auth(way.credentials.get_frozen_credentials(), _SERVICE, way.region).add_auth(request)
-        headers: Any = dict(request.headers.items())  # any mapping does
-        prepared = AWSPreparedRequest(method, url, headers, None, stream_output=method == "GET")
+        # boto3's connections know an Expect by its bytes.
+        signed: Any = {name: value.encode() for name, value in request.headers.items()}
+        if method == "PUT":
+            signed["Content-Length"] = str(len(body)).encode()
+        to_send: Any = body or None  # a view is sent as it is
+        prepared = AWSPreparedRequest(method, url, signed, to_send, stream_output=method == "GET")
         response: AWSResponse = self._http.send(prepared)
         return response
 
@@ -155,3 +223,15 @@ def _understood(method: str, response: AWSResponse) -> dict[str, Any] | None:
             if _ABSENT in body.read(_MAX_ERROR_BYTES):
                 raise ClientError({"Error": {"Code": "NoSuchKey"}}, "GetObject")
     return None
+
+
+def _is_put(response: AWSResponse) -> bool:
+    """Whether S3 has the object. It may say that it has failed in the body of a success."""
+    return response.status_code == HTTPStatus.OK and not response.content
+
+
+def _refusal(response: AWSResponse) -> ClientError:
+    """What boto3 would raise at this answer to a put."""
+    answer = {"status_code": response.status_code, "headers": response.headers, "body": response.content, "context": {}}
+    parser: Any = RestXMLParser()
+    return ClientError(parser.parse(answer, None), "PutObject")

@@ -1,4 +1,4 @@
-"""Reads that boto3 does not make itself are signed, sent and understood as its own, and refused in its words."""
+"""Requests that boto3 does not make itself are signed, sent and understood as its own, and refused in its words."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from botocore.credentials import Credentials
 from cacheserver.errors import TierError, TierTimeoutError
 from cacheserver.tiers.s3 import S3Tier
 from cacheserver.tiers.s3_client import new_client, new_session
-from cacheserver.tiers.s3_reads import S3Reads
+from cacheserver.tiers.s3_requests import S3Requests
 from tests.fakes import FakeClock
 from tests.servers import S3Server
 from tests.test_tier_s3 import ABSENT, answering, http, open_tier
-from tests.tier_contract import make_entry, make_key
+from tests.tier_contract import make_entry, make_key, with_data
 
 ODD_NAMES = ["a b", "a+b", "50%", "100%25", "grün/猫", "~a", "a=1&b=2", "it's", "(a)!*,;:@$", "a?b#c", "/a"]
 OBJECT = b'HTTP/1.1 200 -\r\nETag: "x"\r\nConnection: close\r\nContent-Length: 5\r\n\r\nhello'
@@ -45,7 +45,8 @@ class Wire:
         if self._session is not None:
             self.responses.append(self._session.send(request))
             return self.responses[-1]
-        headers: Any = {"ETag": '"x"', "Content-Length": "5", "X-Amz-Meta-Sha256": "abc"}
+        length = "0" if request.method == "PUT" else "5"
+        headers: Any = {"ETag": '"x"', "Content-Length": length, "X-Amz-Meta-Sha256": "abc"}
         body = io.BytesIO(b"hello" if request.stream_output else b"")
         raw: Any = urllib3.HTTPResponse(body, headers, preload_content=False, request_method=request.method)
         return AWSResponse(str(request.url), 200, headers, raw)
@@ -73,7 +74,7 @@ def wire_of(tier: S3Tier) -> Wire:
 
 
 @contextmanager
-def reads_of(server: S3Server, credentials: Credentials | None = None) -> Iterator[tuple[Any, S3Reads, Wire]]:
+def reads_of(server: S3Server, credentials: Credentials | None = None) -> Iterator[tuple[Any, S3Requests, Wire]]:
     """boto3's client of the server, reads over it, and what either sends."""
     session = new_session(server.access_key, server.secret_key)
     client = new_client(
@@ -81,7 +82,7 @@ def reads_of(server: S3Server, credentials: Credentials | None = None) -> Iterat
     )
     wire = Wire(client)
     with closing(client):
-        yield client, S3Reads(client, credentials or session.get_credentials()), wire
+        yield client, S3Requests(client, credentials or session.get_credentials()), wire
 
 
 def put(server: S3Server, bucket: str, key: str, **metadata: str) -> None:
@@ -144,13 +145,26 @@ def test_credentials_that_change_are_used_at_once(s3_server: S3Server) -> None:
         assert wire.askers == "bobo"
 
 
-def client_without_network(endpoint: str | None) -> tuple[Any, S3Reads, Wire]:
+def put_picture(requests: S3Requests, body: bytes | memoryview, **condition: str) -> None:
+    requests.put_object(
+        Bucket="pictures",
+        Key="of a/cat+~",
+        Body=body,
+        ContentType="image/png",
+        CacheControl="private, immutable",
+        ChecksumCRC32="AAAAAA==",
+        Metadata={"codec-version": "1", "entry": "e30="},
+        **condition,
+    )
+
+
+def client_without_network(endpoint: str | None) -> tuple[Any, S3Requests, Wire]:
     session = new_session(None, None)
     client: Any = new_client(
         session, endpoint=endpoint, region="eu-west-1", connect_timeout_s=1, timeout_s=1, connections=1
     )
     wire = Wire(client, has_network=False)
-    return client, S3Reads(client, session.get_credentials()), wire
+    return client, S3Requests(client, session.get_credentials()), wire
 
 
 @pytest.fixture
@@ -184,12 +198,51 @@ def test_the_same_is_signed_and_sent_as_by_boto3(
     assert (ours.method, ours.url, ours.body) == (of_boto3.method, of_boto3.url, of_boto3.body)
     assert ours.url == f"{ENDPOINTS[endpoint]}of%20a/cat%2B~"
     assert ours.stream_output == of_boto3.stream_output
-    headers: Any = dict(ours.headers)
+    sent: Any = dict(ours.headers)
+    headers = {name: value.decode() for name, value in sent.items()}
     expected: Any = dict(of_boto3.headers)
     assert headers.pop("Host") == ours.url.split("/")[2].removesuffix(":80")
     assert headers == {name: value.decode() for name, value in expected.items() if not name.startswith("amz-sdk-")}
     assert headers["X-Amz-Security-Token"] == "a token"
     assert "x-amz-security-token" in headers["Authorization"]
+
+
+def as_text(headers: Any) -> dict[str, str]:
+    """Without what tells a call of boto3's from others; it has what its user agent says it uses in no order."""
+    text = {name: value if isinstance(value, str) else value.decode() for name, value in dict(headers).items()}
+    text["User-Agent"] = "".join(sorted(text["User-Agent"]))
+    return {name: value for name, value in text.items() if not name.startswith("amz-sdk-")}
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("condition", [{"IfNoneMatch": "*"}, {"IfMatch": '"x"'}], ids=["new", "replaced"])
+@pytest.mark.parametrize("body", [b"hello", b""], ids=["bytes", "empty"])
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_the_same_is_put_as_by_boto3(endpoint: str | None, body: bytes, condition: dict[str, str]) -> None:
+    _, requests, wire = client_without_network(endpoint)
+    for _ in range(2):
+        put_picture(requests, memoryview(body), **condition)
+    assert wire.askers == "bo"
+    of_boto3, ours = wire.requests
+    assert (ours.method, ours.url, ours.stream_output) == (of_boto3.method, of_boto3.url, of_boto3.stream_output)
+    sent: Any = ours.body
+    assert bytes(sent or b"") == body
+    headers = as_text(ours.headers)
+    assert headers.pop("Host") == ours.url.split("/")[2].removesuffix(":80")
+    assert headers == as_text(of_boto3.headers)
+    [name] = condition
+    assert headers["If-None-Match" if name == "IfNoneMatch" else "If-Match"] == condition[name]
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_put_is_not_made_as_a_read_is() -> None:
+    _, requests, wire = client_without_network(None)
+    requests.get_object(Bucket="pictures", Key="a")
+    put_picture(requests, b"hello")
+    requests.get_object(Bucket="pictures", Key="a")
+    put_picture(requests, b"hello")
+    assert wire.askers == "bboo"
+    assert ["Expect" in request.headers for request in wire.requests] == [False, True, False, True]
 
 
 @pytest.mark.usefixtures("environment")
@@ -211,8 +264,8 @@ def test_what_is_signed_in_another_way_stays_boto3s() -> None:
 @pytest.mark.usefixtures("environment")
 def test_without_credentials_or_connections_of_boto3s_all_reads_are_boto3s() -> None:
     client, _, wire = client_without_network(None)
-    reads = S3Reads(client, None)
-    unconnected = S3Reads(client, Credentials("an id", "a secret"))
+    reads = S3Requests(client, None)
+    unconnected = S3Requests(client, Credentials("an id", "a secret"))
     unconnected._http = None
     for _ in range(2):
         reads.get_object(Bucket="pictures", Key="a")
@@ -229,6 +282,80 @@ async def test_entries_under_an_odd_prefix_are_read_without_boto3(s3_server: S3S
             assert await tier.get(make_key()) == make_entry()
         assert await tier.head(make_key()) is not None
         assert wire.askers == "booo"
+
+
+def wire_of_writes(tier: S3Tier) -> Wire:
+    wire = Wire(tier._clients.writing)
+    tier._clients.writes._http = wire
+    return wire
+
+
+async def test_entries_under_an_odd_prefix_are_written_without_boto3(s3_server: S3Server, clock: FakeClock) -> None:
+    async with open_tier(s3_server, clock, prefix=f"a b+50%ü~=&'/{uuid.uuid4().hex}/") as tier:
+        wire = wire_of_writes(tier)
+        for variant in range(3):
+            entry = make_entry(make_key(variant=variant), data=b"x" * (1 + variant * 45_000))
+            assert await tier.put(entry.key, entry, replace=False)
+            assert await tier.put(entry.key, with_data(entry, b"new"), replace=True)
+            assert await tier.get(entry.key) == with_data(entry, b"new")
+        assert wire.askers == "booooo"
+
+
+async def test_a_number_that_is_taken_stays_whose_it_is(s3_server: S3Server, clock: FakeClock) -> None:
+    async with open_tier(s3_server, clock) as tier:
+        wire = wire_of_writes(tier)
+        entry = make_entry()
+        assert await tier.put(entry.key, entry, replace=False)
+        assert not await tier.put(entry.key, with_data(entry, b"late"), replace=False)
+        assert await tier.put(entry.key, entry, replace=False)  # as after an answer that was lost
+        assert await tier.get(entry.key) == entry
+        assert wire.askers == "boo"
+
+
+STORED = b'HTTP/1.1 200 -\r\nETag: "x"\r\nConnection: close\r\nContent-Length: 0\r\n\r\n'
+
+
+async def put_outcome(tier: S3Tier) -> str:
+    try:
+        return repr(await tier.put(make_key(), make_entry(), replace=False))
+    except TierError as exc:
+        return repr(exc)
+
+
+@pytest.mark.parametrize(
+    ("answer", "askers"),
+    [
+        (http(400, "BadDigest"), "bob"),
+        (http(403, "SignatureDoesNotMatch"), "bo"),
+        (http(404, "NoSuchBucket"), "bo"),
+        (http(500, "InternalError"), "bo"),
+        (http(503, "SlowDown"), "bo"),
+        (http(507), "bo"),
+        (http(200, "InternalError"), "bob"),
+    ],
+    ids=lambda value: value[9:12].decode() if isinstance(value, bytes) else "",
+)
+async def test_a_refused_put_is_told_in_boto3s_words_and_sent_again_only_where_boto3_might(
+    s3_server: S3Server, clock: FakeClock, answer: bytes, askers: str
+) -> None:
+    async with answering(answer) as endpoint, open_tier(s3_server, clock, endpoint=endpoint) as tier:
+        of_boto3 = await put_outcome(tier)
+    async with answering(STORED, answer) as endpoint, open_tier(s3_server, clock, endpoint=endpoint) as tier:
+        wire = wire_of_writes(tier)
+        assert await put_outcome(tier) == "True"
+        assert await put_outcome(tier) == of_boto3
+        assert wire.askers == askers
+        await put_outcome(tier)
+        assert wire.askers == askers + "b"  # until boto3 succeeds again
+
+
+async def test_a_conflict_is_tried_again_and_not_asked_of_boto3(s3_server: S3Server, clock: FakeClock) -> None:
+    answers = [STORED, http(409, "ConditionalRequestConflict"), STORED]
+    async with answering(*answers) as endpoint, open_tier(s3_server, clock, endpoint=endpoint) as tier:
+        wire = wire_of_writes(tier)
+        for _ in range(2):
+            assert await put_outcome(tier) == "True"
+        assert wire.askers == "boo"
 
 
 async def test_what_is_absent_is_asked_for_once(s3_server: S3Server, clock: FakeClock) -> None:
