@@ -161,6 +161,7 @@ class OpenAIStandIn:
         self.by_url = False
         self.image_url: str | None = None
         self.min_image_bytes = 0
+        self.image_bytes_of: dict[str, int] = {}  # by prompt, in place of min_image_bytes
         self.native_format: str | None = None  # what is made whatever output_format says
         self.streams = True  # False: `stream` is taken and ignored
         self._next: deque[Callable[[HttpRequest], Reply | None]] = deque()
@@ -337,9 +338,10 @@ class OpenAIStandIn:
         self.images += 1
         width, height = (64, 48) if size == "auto" else (int(side) for side in size.split("x"))
         image_format = self.native_format or image_format
+        min_image_bytes = self.image_bytes_of.get(prompt, self.min_image_bytes)
         data = (
-            large_png(self.images, self.min_image_bytes)
-            if self.min_image_bytes
+            large_png(self.images, min_image_bytes)
+            if min_image_bytes
             else small_image(self.images, image_format, (width, height))
         )
         self.made.setdefault(prompt, set()).add(data)

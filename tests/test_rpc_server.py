@@ -250,6 +250,19 @@ class TestReflection:
             assert refused.reason in {"MALFORMED_MESSAGE", "NOT_IMPLEMENTED"}
 
 
+class TestConnectionAge:
+    async def test_an_aged_connection_takes_no_new_calls_and_those_that_run_are_answered(self, house: House) -> None:
+        async with open_front(house, max_connection_age_s=0.2) as front:
+            house.upstream.hold()
+            running = asyncio.ensure_future(front.stub.GetImage(ask()))
+            await house.upstream.arrived(1)
+            assert front.channel.get_state() is grpc.ChannelConnectivity.READY
+            await front.channel.wait_for_state_change(grpc.ChannelConnectivity.READY)  # told to connect anew
+            await front.stub.GetStats(pb.GetStatsRequest())
+            house.upstream.release()
+            assert len((await running).images) == 1
+
+
 class TestDrain:
     async def test_what_runs_is_answered_and_nothing_new_is_taken(self, front: Front) -> None:
         front.house.upstream.hold()

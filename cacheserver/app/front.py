@@ -127,6 +127,7 @@ async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack) -> Fr
         tiers=[tier.name for tier in lower.tiers],
         further=[admin],
         max_receive_bytes=server.max_receive_bytes,
+        max_connection_age_s=server.max_connection_age_s,
     )
     return Front(rpc, build_routes(core, asking=asking, reception=reception, urls=urls, uploads=uploads))
 

@@ -69,6 +69,8 @@ class AsyncClient:
     Connects on the first call and again whenever it must. Calls answered UNAVAILABLE are repeated, three times
     at most (and as often by a call of its own, where a stream had no place for it), as the service's pushback says;
     `batch` and `warm` are not. Every call ends within its `timeout_s` seconds and raises CacheError if it fails.
+    Calls for a prompt carry `x-promptcache-route`, by which a proxy picks the replica: a hash, the same for equal
+    namespaces and prompts. A stream that calls share carries none.
     """
 
     def __init__(  # noqa: PLR0913 - one keyword per way to connect
@@ -426,7 +428,8 @@ class AsyncClient:
         named = (("x-request-id", call_id),) if call_id else ()
         try:
             with self._fallbacks.telling() as told:
-                return await method(request, timeout=timeout_s, metadata=(*self._metadata, *told, *named))
+                metadata = (*self._metadata, *told, *named, *channel.route_metadata(request))
+                return await method(request, timeout=timeout_s, metadata=metadata)
         except grpc.RpcError as exc:
             raise error_of(exc, self._address) from exc
         except asyncio.CancelledError:
@@ -463,11 +466,12 @@ class AsyncClient:
 
     async def _events(self, download: Download, timeout_s: float) -> AsyncGenerator[StreamEvent]:
         ends_s = time.monotonic() + timeout_s
+        metadata = (*self._metadata, *channel.route_metadata(download.request))
         while not download.complete:
             call = self._stub.StreamImage(
                 download.next_request(),
                 timeout=ends_s - time.monotonic(),
-                metadata=self._metadata,
+                metadata=metadata,
                 wait_for_ready=download.resumed,
             )
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import uuid
@@ -9,6 +10,8 @@ from collections.abc import Sequence
 from typing import Final
 
 import grpc
+
+from cacheserver.pb import promptcache_pb2 as pb
 
 DEFAULT_ADDRESS: Final = "127.0.0.1:50051"
 
@@ -30,6 +33,9 @@ RETRY_TOKENS_A_SUCCESS: Final = 0.1
 
 MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 """Largest answer accepted in one message: ten inline images of the default limit, and room to raise it."""
+
+ROUTE_HEADER: Final = "x-promptcache-route"
+"""The header that scripts/deploy/envoy.yaml picks a replica by."""
 
 _SERVICE: Final = "promptcache.v1.PromptCacheService"
 _REPEATED: Final = ("GetImage", "FindCached", "PutImage", "PurgeImages", "ExplainKey", "GetStats", "ExplainCall")
@@ -84,6 +90,18 @@ def credentials(*, tls: bool, root_certificates: bytes | None) -> grpc.ChannelCr
 def call_metadata(token: str | None) -> Sequence[tuple[str, str]]:
     """What every call carries beside its message."""
     return () if token is None else (("authorization", f"Bearer {token}"),)
+
+
+def route_metadata(request: object) -> Sequence[tuple[str, str]]:
+    """What a proxy picks the replica by, so that a picture is in the memory of one of them and not of all.
+
+    Equal namespaces and prompts, as written, have equal values: SHA-256 of both with a line feed between. Nothing for
+    what is no single picture's request, or names its picture by the key: any replica will do.
+    """
+    if not isinstance(request, pb.GetImageRequest) or not request.HasField("spec"):
+        return ()
+    text = f"{request.namespace}\n{request.spec.prompt}"
+    return ((ROUTE_HEADER, hashlib.sha256(text.encode()).hexdigest()),)
 
 
 def call_id() -> str:

@@ -26,7 +26,8 @@ class Download:
     """
 
     def __init__(self, request: pb.GetImageRequest) -> None:
-        self._request = request
+        self.request = request
+        """What was asked for; a resumed call asks for the key of what it was answered with."""
         self._header: ImageHeader | None = None
         self._received = 0
         self._sha256 = hashlib.sha256()
@@ -49,9 +50,9 @@ class Download:
     def next_request(self) -> pb.StreamImageRequest:
         """The message of the next call."""
         if self._header is None:
-            return pb.StreamImageRequest(request=self._request)
+            return pb.StreamImageRequest(request=self.request)
         return pb.StreamImageRequest(
-            request=pb.GetImageRequest(namespace=self._request.namespace, key=self._header.image.key),
+            request=pb.GetImageRequest(namespace=self.request.namespace, key=self._header.image.key),
             read_offset=self._received,
             if_digest=self._header.image.digest,
         )
@@ -110,7 +111,7 @@ class Download:
 
     @property
     def _single(self) -> bool:
-        return not self._request.HasField("n") or self._request.n == 1
+        return not self.request.HasField("n") or self.request.n == 1
 
     def _begin(self, header: pb.ImageHeader) -> ImageHeader | None:
         begun = ImageHeader(image=read_image(header.image), status=read_status(header.status), index=header.index)

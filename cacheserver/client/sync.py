@@ -65,7 +65,8 @@ class Client:
 
     Connects on the first call and again whenever it must. Calls answered UNAVAILABLE are repeated, three times
     at most, as the service's pushback says; `batch` and `warm` are not. Every call ends within its `timeout_s`
-    seconds and raises CacheError if it fails.
+    seconds and raises CacheError if it fails. Calls for a prompt carry `x-promptcache-route`, by which a proxy picks
+    the replica: a hash, the same for equal namespaces and prompts.
     """
 
     def __init__(
@@ -395,7 +396,8 @@ class Client:
         named = (("x-request-id", call_id),) if call_id else ()
         try:
             with self._fallbacks.telling() as told:
-                return method(request, timeout=timeout_s, metadata=(*self._metadata, *told, *named))
+                metadata = (*self._metadata, *told, *named, *channel.route_metadata(request))
+                return method(request, timeout=timeout_s, metadata=metadata)
         except grpc.RpcError as exc:
             raise error_of(exc, self._address) from exc
 
@@ -421,11 +423,12 @@ class Client:
 
     def _events(self, download: Download, timeout_s: float) -> Generator[StreamEvent]:
         ends_s = time.monotonic() + timeout_s
+        metadata = (*self._metadata, *channel.route_metadata(download.request))
         while not download.complete:
             call = self._stub.StreamImage(
                 download.next_request(),
                 timeout=ends_s - time.monotonic(),
-                metadata=self._metadata,
+                metadata=metadata,
                 wait_for_ready=download.resumed,
             )
             try:

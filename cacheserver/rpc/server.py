@@ -76,7 +76,7 @@ class RpcService(Protocol):
 class RpcServer:
     """Serves the rpcs, with health and reflection, which need no token."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what it is made of, by keyword
         self,
         service: PromptCacheService,
         *,
@@ -84,12 +84,17 @@ class RpcServer:
         tiers: Iterable[TierName],
         further: Iterable[RpcService] = (),
         max_receive_bytes: int = MAX_RECEIVE_BYTES,
+        max_connection_age_s: float | None = None,
     ) -> None:
-        """`tiers` get a health name of their own, as "tier.redis"; `further` services are served beside `service`."""
+        """`tiers` get a health name of their own, as "tier.redis"; `further` services are served beside `service`.
+
+        A connection of `max_connection_age_s` takes no new calls, so that its caller connects anew; None: for ever.
+        """
         further = tuple(further)
         self._services: tuple[PromptCacheService | RpcService, ...] = (service, *further)
         self._names = (SERVICE_NAME, *(each.name for each in further))
         self._max_receive_bytes = max_receive_bytes
+        self._max_connection_age_s = max_connection_age_s
         self._listen = listen
         self._tiers = tuple(tiers)
         self._health = health.aio.HealthServicer()
@@ -105,8 +110,12 @@ class RpcServer:
         """
         credentials = await asyncio.to_thread(_credentials, self._listen)
         await asyncio.to_thread(_try_address, self._listen)
-        received = ("grpc.max_receive_message_length", self._max_receive_bytes)
-        server = grpc.aio.server(options=(*SERVER_OPTIONS, received))
+        options = [*SERVER_OPTIONS, ("grpc.max_receive_message_length", self._max_receive_bytes)]
+        if self._max_connection_age_s is not None:
+            # Without a grace of its own grpc lets calls that run on an aged connection end, however long they take: a
+            # generation takes minutes, a warm-up hours.
+            options.append(("grpc.max_connection_age_ms", round(self._max_connection_age_s * 1000)))
+        server = grpc.aio.server(options=options)
         server.add_generic_rpc_handlers([service.handler() for service in self._services])
         health_pb2_grpc.add_HealthServicer_to_server(self._health, cast("grpc.aio.Server", _Unregistered(server)))
         _add_reflection(server, self._names)

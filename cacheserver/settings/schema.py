@@ -172,6 +172,14 @@ class ServerSettings(_Section):
         description="Seconds that calls may go on after SIGTERM, and as long again for what is being stored.",
     )
     max_receive_bytes: Bytes = Field(default=24 * _MIB, description="Largest gRPC message taken, in bytes.")
+    max_connection_age_s: Seconds | None = Field(
+        default=1_800.0,
+        le=2_000_000,
+        description=(
+            "Seconds after which a gRPC connection takes no new calls, so that callers find further replicas; calls "
+            "that run end as they would."
+        ),
+    )
     max_concurrent_calls: int = Field(default=4_096, gt=0, description="Calls served at a time; more are turned away.")
     batch_in_flight: Count = Field(
         default=32,
