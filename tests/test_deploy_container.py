@@ -116,7 +116,8 @@ def test_what_the_image_runs_serves_and_writes_nothing_beside_its_data(installed
         directory.mkdir()
     grpc_port, http_port = free_ports(2)
     (entrypoint,), (command,) = steps(DOCKERFILE, "ENTRYPOINT"), steps(DOCKERFILE, "CMD")
-    program, *arguments = [*json.loads(entrypoint), *json.loads(command)]
+    (program,) = json.loads(entrypoint)
+    arguments = json.loads(command)
     environment = {name: value for name, value in parsed(DOCKERFILE).envs.items() if name != "PATH"}
     environment |= {
         "CACHESERVER_DATA_DIR": str(data),
