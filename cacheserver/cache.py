@@ -39,7 +39,8 @@ What was paid for is not lost: nothing awaits between a picture's arrival and `K
 the last tier has it. Once money is spent no hang-up stops a load, and pictures nobody waits for are kept too.
 
 What was replaced or purged does not come back: what a walk read before is not promoted afterwards
-(`Keeper.is_current`), and a tier that may still have the predecessor is passed over (`Keeper.is_outdated`).
+(`Keeper.is_current`), and a tier that may still have the predecessor is passed over (`Keeper.is_outdated`). What was
+purged counts as absent wherever it turns up, in every replica (`Epochs`).
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ from cachetools import TTLCache
 
 from cacheserver.alone import Alone
 from cacheserver.backpressure import Backpressure
+from cacheserver.coherence import Coherence
 from cacheserver.deriving import Deriving, as_asked
 from cacheserver.errors import (
     CacheServerError,
@@ -86,6 +88,7 @@ from cacheserver.model import (
     GeneratedImage,
     Identity,
     ImageRequest,
+    Labels,
     MatchLevel,
     Namespace,
     Pending,
@@ -133,6 +136,7 @@ class PromptCache:
         unknown: UnknownPolicy,
         backpressure: Backpressure,
         leases: Leases,
+        coherence: Coherence,
         signer: SigningTier | None = None,
         url_expires_s: int = 3600,
         renderer: Renderer | None = None,
@@ -162,6 +166,8 @@ class PromptCache:
         self._resent = Resent(replays=replays, tasks=self._tasks)
         self._backpressure = backpressure
         self._leases = leases
+        self._coherence = coherence
+        self._epochs = coherence.epochs
         self._paying = Paying(generation=generation, clock=clock, unknown=unknown, backpressure=backpressure)
         self._deriving = Deriving(renderer=renderer, keeper=keeper, clock=clock, find=self.find, walk=self._walk)
         self._alone = Alone(
@@ -183,7 +189,7 @@ class PromptCache:
         """Whether memory answers a key with this very entry, which it did before."""
         self._rungs = Rungs(get=self._get_as_asked, generation=generation, identify=identify)
         self.remakes = Remakes(make=self._remake, clock=clock)
-        self._purger = Purger(memory=memory, tiers=tiers, keeper=keeper)
+        self._purger = Purger(memory=memory, tiers=tiers, keeper=keeper, coherence=coherence)
 
     @property
     def can_sign_urls(self) -> bool:
@@ -312,11 +318,23 @@ class PromptCache:
             except TierError:
                 silent.append(tier.name)
                 continue
+            present = await self._not_purged(tier, [keys[i] for i in rest], present)
             there = [i for i, is_present in zip(rest, present, strict=True) if is_present]
             async for some_there in in_turns(there, _KEYS_PER_TURN):
                 for i in some_there:
                     found[i] = Found(keys[i], tier.name)
         return found, silent
+
+    async def _not_purged(self, tier: Tier, keys: Sequence[CacheKey], present: list[bool]) -> list[bool]:
+        """Which of these are there and not just yet to be reclaimed: their names alone do not tell."""
+        if not any(map(self._epochs.has_to_reclaim, {key.partition for key in keys})):
+            return present
+        there = [i for i, is_present in enumerate(present) if is_present]
+        async for some in in_turns(there, _KEYS_PER_TURN):
+            labels = await asyncio.gather(*(tier.labels(keys[i]) for i in some), return_exceptions=True)
+            for i, label in zip(some, labels, strict=True):
+                present[i] = isinstance(label, Labels) and not self._epochs.is_purged(keys[i], label)
+        return present
 
     def estimated_wait_s(self, keys: Sequence[CacheKey]) -> float:
         """How much longer the loads of these keys are expected to take; 0 when none is in flight."""
@@ -357,7 +375,10 @@ class PromptCache:
         """
         if (refusal := self._backpressure.refusal()) is not None:
             raise refusal
-        entry = self._entry(image, identity, namespace, ttl_s=ttl_s, tags=tags, create_time_s=create_time_s)
+        epoch = await self._coherence.newest()
+        entry = self._entry(
+            image, identity, namespace, epoch=epoch, ttl_s=ttl_s, tags=tags, create_time_s=create_time_s
+        )
         if not replace:
             for variant in range(namespace.max_variants):
                 found, is_unknown = await self._walk(identity.key.with_variant(variant))
@@ -386,13 +407,16 @@ class PromptCache:
     ) -> PurgeResult:
         """Remove (or only count) in every tier what `namespace` stored: all of it, or what the selector names.
 
-        Raises TierUnreachableError when a tier could not be reached, after purging the others.
+        All of it is gone at once, and its bytes soon: nobody counts them. Raises TierUnreachableError when a tier could
+        not be reached, after purging the others.
         """
         selector = PurgeSelector(namespace, key, None if identity is None else identity.key, tag)
-        result = await self._purger.purge(selector, dry_run=dry_run)
-        if namespace.min_score is None:
-            return result
-        return result + await self._purger.purge(selector.in_review, dry_run=dry_run)
+        selectors = [selector] if namespace.min_score is None else [selector, selector.in_review]
+        return await self._purger.purge(selectors, dry_run=dry_run)
+
+    def reclaim(self) -> None:
+        """Begin to remove what is left of purged namespaces, as an earlier life may have begun to."""
+        self._purger.reclaim()
 
     async def aclose(self, grace_s: float) -> None:
         """Let running loads end within `grace_s`, then cancel them.
@@ -401,6 +425,7 @@ class PromptCache:
         """
         until_s = self._clock.monotonic_s() + grace_s
         try:
+            await self._purger.aclose()
             await self.remakes.aclose()
             await self._flights.aclose(grace_s)
         except asyncio.CancelledError:
@@ -497,7 +522,15 @@ class PromptCache:
         refresh = terms.cache_policy is CachePolicy.REFRESH
         until_s = None if terms.deadline_s is None else self._clock.monotonic_s() + terms.deadline_s
         return Waiter(
-            key, variants, namespace, caller, terms, not_before_s=not_before_s, until_s=until_s, refresh=refresh
+            key,
+            variants,
+            namespace,
+            caller,
+            terms,
+            not_before_s=not_before_s,
+            until_s=until_s,
+            refresh=refresh,
+            epoch=self._epochs.newest,
         )
 
     def _served(self, loaded: Loaded, waiter: Waiter) -> Served:
@@ -660,6 +693,8 @@ class PromptCache:
         return Loaded(entry, TierName.JOURNAL)
 
     async def _read(self, tier: Tier, key: CacheKey) -> CachedImage | None:
+        if self._epochs.hides_all:
+            raise TierError("nobody can say what was purged")
         return None if self._keeper.is_outdated(tier, key) else await tier.get(key)
 
     async def _generate(self, flight: Flight, lead: Waiter, making: list[int], unknown: set[int]) -> None:
@@ -677,6 +712,7 @@ class PromptCache:
     ) -> int:
         """Have the first of these variants made, as many as come; how many. All is kept on return, and so `safe`."""
         await self._backpressure.slow_down()
+        lead.epoch = await self._coherence.newest()  # what is paid for from here on no purge until now was about
         order = lead.order(
             len(making),
             priority=flight.priority,
@@ -735,7 +771,8 @@ class PromptCache:
 
     def _entry_for(self, lead: Waiter, image: GeneratedImage, variant: int) -> CachedImage:
         terms = lead.terms
-        return self._entry(image, lead.identity, lead.namespace, variant=variant, ttl_s=terms.ttl_s, tags=terms.tags)
+        facts: dict[str, Any] = {"epoch": lead.epoch, "ttl_s": terms.ttl_s, "tags": terms.tags}
+        return self._entry(image, lead.identity, lead.namespace, variant=variant, **facts)
 
     def _keep(self, entry: CachedImage, flight: Flight, unknown: set[int]) -> Awaitable[CachedImage]:
         variant = entry.key.variant
@@ -755,6 +792,7 @@ class PromptCache:
         identity: Identity,
         namespace: Namespace,
         *,
+        epoch: int,
         variant: int = 0,
         ttl_s: float | None,
         tags: tuple[str, ...],
@@ -770,6 +808,7 @@ class PromptCache:
             create_time_s=now_s if create_time_s is None else create_time_s,
             expire_time_s=None if lifetime_s is None else now_s + lifetime_s,
             tags=tags,
+            epoch=epoch,
         )
 
     # ── which variants, and calls sent twice ────────────────────────────────────────────────────────────────

@@ -143,6 +143,7 @@ def _entry(lead: Waiter, offer: _Offer, master: CachedImage) -> CachedImage:
         tags=lead.terms.tags,
         derived_from=master.derived_from or master.key.name,
         derived_by=offer.candidate.by | master.derived_by,
+        epoch=lead.epoch,
     )
 
 

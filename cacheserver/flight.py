@@ -59,7 +59,8 @@ class Waiter:
     generation began before the waiter came. `until_s` is the caller's deadline (monotonic), None without one.
     `spare_microusd` is what pictures cost that were paid for it beyond those it asked for. `asked` is None for a
     call by key. `listens` until its call is over; it has `heard` so many partial pictures. `ticket` stands for it in
-    its own answer, which would otherwise keep it, and its request's images, until someone collects garbage.
+    its own answer, which would otherwise keep it, and its request's images, until someone collects garbage. `epoch` is
+    that of the last purge that was known when it came, or when its call was about to be paid for.
     """
 
     key: CacheKey
@@ -74,6 +75,7 @@ class Waiter:
     refresh: bool = False
     first: bool = False
     spare_microusd: int = 0
+    epoch: int = 0
     listens: bool = True
     heard: int = 0
     ticket: object = field(default_factory=object)

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Protocol
 from weakref import WeakValueDictionary
 
+from cacheserver.epochs import Epochs
 from cacheserver.errors import (
     CorruptEntryError,
     EntryTooLargeError,
@@ -83,12 +84,14 @@ class Imports:
         clock: Clock,
         max_image_bytes: int,
         copier: CopyingTier | None = None,
+        epochs: Epochs | None = None,
     ) -> None:
         """`last` is the last tier; None where there is memory alone, which keeps nothing for good.
 
         `copier` is the last tier where `objects` are of the same store, so that they need not be sent there.
         """
         self._last = last
+        self._epochs = epochs or Epochs()
         self._copier = copier
         self._keeper = keeper
         self._objects = objects
@@ -143,7 +146,8 @@ class Imports:
         except TierError as error:
             raise _unreachable(last.name) from error
         now_s = self._clock.now_s()
-        ours = [head for head in heads if head.bare.namespace == namespace.name and head.bare.is_fresh(now_s)]
+        fresh = [head for head in heads if head.bare.namespace == namespace.name and head.bare.is_fresh(now_s)]
+        ours = [head for head in fresh if not self._epochs.is_purged(head.bare.key, head.bare)]
         return ours, keys[-1] if len(keys) == limit else None
 
     @property
@@ -189,6 +193,7 @@ class Imports:
             create_time_s=now_s if item.create_time_s is None else item.create_time_s,
             expire_time_s=None if lifetime_s is None else now_s + lifetime_s,
             tags=item.tags,
+            epoch=self._epochs.newest,
         )
 
     async def _place(

@@ -100,6 +100,13 @@ class Tier(Protocol):
         """Remove what is stored under `key`; whether there was something."""
         ...
 
+    async def reclaim(self, key: CacheKey) -> bool:
+        """Remove what is stored under `key` if it was purged or is damaged; whether it was removed.
+
+        What has taken its place meanwhile is left, as far as the tier can tell.
+        """
+        ...
+
     def scan(self, partition: str) -> AsyncIterator[CacheKey]:
         """Every key of a partition, in no order; one that comes or goes meanwhile may be missed. Stand-ins included."""
         ...
@@ -473,6 +480,10 @@ class Files(Protocol):
         """Write or replace a file, whole or not at all."""
         ...
 
+    async def delete_file(self, name: str) -> None:
+        """Remove a file; one that is not there is removed already."""
+        ...
+
 
 class FigureArchive(Protocol):
     """Files of figures that the store has let go of, one per day. Raises AccountsUnavailableError and nothing else."""
@@ -569,6 +580,10 @@ class Books(Protocol):
 
     def unleased(self) -> None:
         """A load is paid for though another replica may pay for the same: Redis was silent, or we too slow."""
+        ...
+
+    def purges_unseen(self) -> None:
+        """One look found nobody who could say what was purged since the last."""
         ...
 
     def spent_unknown(self, namespace: str, microusd: int) -> None:

@@ -29,6 +29,7 @@ from typing import Any
 
 import structlog
 
+from cacheserver.epochs import Epochs
 from cacheserver.errors import CorruptEntryError, EntryTooLargeError, JournalFullError, TierError
 from cacheserver.interfaces import Books, Clock, Tier
 from cacheserver.journal import Journal, Record, outline
@@ -117,11 +118,13 @@ class Keeper:
         journal: Journal | None = None,
         copies: bool = False,
         max_held_bytes: int = 256 * 1024 * 1024,
+        epochs: Epochs | None = None,
     ) -> None:
         """`tiers` are the lower ones, fastest first.
 
         With `copies` nobody is answered from the journal alone: a faster tier has to have the image, too. Of images
-        that the journal has not, nothing more is offered again beyond `max_held_bytes`.
+        that the journal has not, nothing more is offered again beyond `max_held_bytes`. What `epochs` say was purged is
+        not kept.
         """
         self._memory = memory
         self._tiers = tiers
@@ -130,6 +133,7 @@ class Keeper:
         self._journal = journal
         self._copies = copies
         self._max_held_bytes = max_held_bytes
+        self._epochs = epochs or Epochs()
         self._held: dict[str, _Held] = {}
         self._waiting: OrderedDict[_Held, None] = OrderedDict()
         self._offering_again: asyncio.Task[None] | None = None
@@ -165,7 +169,7 @@ class Keeper:
         held = self._held.get(key.name)
         if held is None or not key.matches(held.entry.key.digest) or not held.entry.is_fresh(self._clock.now_s()):
             return None
-        return held
+        return None if self._epochs.hides(held.entry) else held
 
     async def _whole(self, held: _Held) -> CachedImage | None:
         """The entry with its picture; None if the journal, which alone has it, cannot read it."""
@@ -359,6 +363,9 @@ class Keeper:
     def _hold(self, slot: CacheKey, entry: CachedImage, *, replace: bool) -> asyncio.Future[CachedImage]:
         """Begin to bring an image home; what its caller is answered with."""
         kept: asyncio.Future[CachedImage] = asyncio.get_running_loop().create_future()
+        if self._epochs.is_purged(entry.key, entry):
+            kept.set_result(entry)  # its caller asked before the purge
+            return kept
         while not replace and not slot.is_stand_in:
             if (twin := self._twin(slot, entry)) is not None:
                 if twin.kept is not None:
@@ -470,6 +477,9 @@ class Keeper:
         for left in self._journal.take_left() if self._journal is not None else ():
             head = left.head
             slot, entry = head.slot, head.outline
+            if self._journal is not None and self._epochs.is_purged(entry.key, entry):
+                self._journal.remove(left.record)
+                continue
             if not head.replace and (twin := self._twin(slot.made_for, entry)) is not None:
                 twin.outdone.append(left.record)
                 continue

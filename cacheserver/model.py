@@ -687,7 +687,8 @@ class CachedImage:
     tiers; None means never. `namespace` is the one that stored it. `derived_from` is the name of the key whose picture
     this one was made from without a generation, empty if it was generated or put. `derived_by` is in what that picture
     is another than its key asks for, by the words of AnswerFrom; a newer release may know more. It is empty for a
-    rendition, whose own key asks for nothing else.
+    rendition, whose own key asks for nothing else. `epoch` is that of the last purge that was known when the
+    flight it came from began, see epochs.py.
     """
 
     key: CacheKey
@@ -699,6 +700,7 @@ class CachedImage:
     tags: tuple[str, ...] = ()
     derived_from: str = ""
     derived_by: frozenset[str] = frozenset()
+    epoch: int = 0
     reply: Reply | None = field(default=None, init=False, repr=False, compare=False)
     """What the entry is told as while it lies in memory. A copy of the entry has none: it may say other things."""
 
@@ -908,11 +910,12 @@ class RecordedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """What purge selects by, besides the key. `derived_from` is the entry's."""
+    """What purge selects by, besides the key. `derived_from` and `epoch` are the entry's."""
 
     namespace: str
     tags: tuple[str, ...]
     derived_from: str = ""
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)

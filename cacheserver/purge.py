@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+import structlog
+
+from cacheserver.coherence import Coherence
+from cacheserver.epochs import Tombstone
 from cacheserver.errors import TierError, TierUnreachableError
 from cacheserver.interfaces import Tier
 from cacheserver.keep import Keeper
@@ -23,11 +27,20 @@ from cacheserver.model import (
     Namespace,
     TierName,
 )
+from cacheserver.tasks import OwnedTasks
 from cacheserver.tiers.memory import MemoryCache
 
+_log = structlog.get_logger(__name__)
+
 _AT_ONCE = 32
+_RECLAIMED_AT_ONCE = 4
+"""Keys: nobody waits for it, and whoever asks the tiers for pictures shall not wait for it either."""
+
 _KEYS_PER_TURN = 20
 """Of memory, after which others get their turn: to free a large picture takes half a millisecond."""
+
+_LOOKS_PER_TURN = 500
+"""At what memory has, of which most is left there: a look takes two microseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +54,23 @@ class PurgeSelector:
     key: CacheKey | None = None
     identity: CacheKey | None = None
     tag: str | None = None
+
+    @property
+    def takes_everything(self) -> bool:
+        """Whether it names the whole namespace."""
+        return self.key is None and self.identity is None and self.tag is None
+
+    @property
+    def tombstone(self) -> Tombstone:
+        """What says in all replicas that it was purged, once it has an epoch."""
+        name = self.namespace.name
+        if self.key is not None:
+            return Tombstone.of_key(name, self.key)
+        if self.identity is not None:
+            return Tombstone.of_identity(name, self.identity)
+        if self.tag is not None:
+            return Tombstone.of_tag(name, self.tag)
+        return Tombstone.of_partition(name, self.namespace.partition)
 
     @property
     def in_review(self) -> PurgeSelector:
@@ -79,34 +109,118 @@ class PurgeSelector:
 
 @dataclass(frozen=True, slots=True)
 class PurgeResult:
-    """How many pictures were (or would be) removed, and how many copies in each tier. Renditions do not count."""
+    """How many pictures were (or would be) removed, and how many copies in each tier. Renditions do not count.
+
+    `is_reclaiming`: all of a namespace is gone, its bytes are being removed, and nobody has counted them.
+    """
 
     images: int
     per_tier: dict[TierName, int] = field(default_factory=dict)
+    is_reclaiming: bool = False
 
     def __add__(self, other: PurgeResult) -> PurgeResult:
         counts = Counter(self.per_tier) + Counter(other.per_tier)
         per_tier = {tier: counts[tier] for tier in (*self.per_tier, *other.per_tier)}
-        return PurgeResult(self.images + other.images, per_tier)
+        return PurgeResult(self.images + other.images, per_tier, self.is_reclaiming or other.is_reclaiming)
 
 
 class Purger:
-    """Walks memory and the tiers, slowest first, so that nothing purged is read back into a faster one."""
+    """Sets tombstones, and then walks memory and the tiers for what they took.
 
-    def __init__(self, *, memory: MemoryCache, tiers: Sequence[Tier], keeper: Keeper) -> None:
+    From its tombstone on nothing is served. To walk the tiers, slowest first, gives back their room; for all of a
+    namespace that is done behind the answer, and taken up again by whoever starts next should we end before it does.
+    """
+
+    def __init__(self, *, memory: MemoryCache, tiers: Sequence[Tier], keeper: Keeper, coherence: Coherence) -> None:
         """`tiers` are the lower ones, fastest first."""
         self._memory = memory
         self._tiers = tiers
         self._keeper = keeper
+        self._coherence = coherence
+        self._epochs = coherence.epochs
+        self._tasks = OwnedTasks()
+        self._reclaiming: asyncio.Task[None] | None = None
+        self._forgetting: asyncio.Task[None] | None = None
+        self._has_news = False
+        coherence.on_news = self._forget_soon
 
-    async def purge(self, selector: PurgeSelector, *, dry_run: bool) -> PurgeResult:
-        """Remove (or only count) what `selector` takes. Raises TierUnreachableError after doing all it could."""
+    async def purge(self, selectors: Sequence[PurgeSelector], *, dry_run: bool) -> PurgeResult:
+        """Remove (or only count) what any of these takes. Raises TierUnreachableError after doing all it could."""
         if dry_run:
-            return await self._purge(selector, dry_run=True)
-        async with self._keeper.purging(selector.takes_entry) as silent:
-            return await self._purge(selector, dry_run=False, silent=silent)
+            return sum([await self._walk(each, dry_run=True) for each in selectors], PurgeResult(0))
+        silent = await self._coherence.set([each.tombstone for each in selectors])
+        if self._coherence.is_lasting and all(each.takes_everything for each in selectors):
+            self.reclaim()
+            if silent:
+                raise TierUnreachableError(silent)
+            return PurgeResult(0, is_reclaiming=True)
+        result = PurgeResult(0)
+        for selector in selectors:
+            async with self._keeper.purging(selector.takes_entry) as silent_journal:
+                result += await self._walk(selector, dry_run=False, silent=[*silent, *silent_journal])
+        return result
 
-    async def _purge(self, selector: PurgeSelector, *, dry_run: bool, silent: Sequence[TierName] = ()) -> PurgeResult:
+    def reclaim(self) -> None:
+        """Begin to remove, behind all else, what is left of purged namespaces."""
+        if self._reclaiming is None or self._reclaiming.done():
+            self._reclaiming = self._tasks.own(self._reclaim(), "reclaim")
+
+    async def aclose(self) -> None:
+        """End what goes on behind; the next life takes it up."""
+        await self._tasks.aclose(0)
+
+    async def _reclaim(self) -> None:
+        await self._forget()
+        given_up: set[Tombstone] = set()
+        while todo := [each for each in self._epochs.to_reclaim() if each not in given_up]:
+            for tombstone in todo:
+                if await self._is_reclaimed(tombstone):
+                    await self._coherence.set([tombstone.reclaimed])  # should nobody hear it, it is looked for again
+                else:
+                    given_up.add(tombstone)
+
+    async def _is_reclaimed(self, tombstone: Tombstone) -> bool:
+        """Remove what it took from every tier; whether nothing of it is left there."""
+        for tier in reversed(self._tiers):
+            try:
+                batch: list[CacheKey] = []
+                async for key in tier.scan(tombstone.partition):
+                    batch.append(key)
+                    if len(batch) == _RECLAIMED_AT_ONCE:
+                        await asyncio.gather(*map(tier.reclaim, batch))
+                        batch.clear()
+                await asyncio.gather(*map(tier.reclaim, batch))
+            except TierError as error:
+                _log.warning("not_reclaimed", tier=tier.name, error=str(error), text="the next start goes on with it")
+                return False
+        return True
+
+    def _forget_soon(self) -> None:
+        """Who looks for purges must not wait for writes to end; what was purged is not served as it is."""
+        self._has_news = True
+        if self._forgetting is None or self._forgetting.done():
+            self._forgetting = self._tasks.own(self._forget_all_news(), "forget what was purged")
+
+    async def _forget_all_news(self) -> None:
+        while self._has_news:
+            self._has_news = False
+            await self._forget()
+
+    async def _forget(self) -> None:
+        """Let go of what was purged, here and in other replicas, and see that what was read before does not return."""
+
+        def is_purged(entry: CachedImage) -> bool:
+            return self._epochs.is_purged(entry.key, entry)
+
+        async with self._keeper.purging(is_purged):
+            looks = 0
+            for name in self._memory.names():
+                looks += _LOOKS_PER_TURN // _KEYS_PER_TURN if self._memory.forget(name, is_purged) else 1
+                if looks >= _LOOKS_PER_TURN:
+                    await asyncio.sleep(0)
+                    looks = 0
+
+    async def _walk(self, selector: PurgeSelector, *, dry_run: bool, silent: Sequence[TierName] = ()) -> PurgeResult:
         names: set[str] = set()
         per_tier: dict[TierName, int] = {}
         silent = list(silent)
@@ -118,19 +232,22 @@ class Purger:
                 continue
             per_tier[tier.name] = len(copies)
             names |= copies
-        copies = await self._purge_memory(selector, dry_run=dry_run)
+        keys = self._memory.scan(selector.namespace.partition)
+        copies = await self._purge_memory(selector.takes_entry, keys, dry_run=dry_run)
         per_tier[TierName.MEMORY] = len(copies)
         if silent:
-            raise TierUnreachableError(silent)
+            raise TierUnreachableError(list(dict.fromkeys(silent)))
         return PurgeResult(len(names | copies), per_tier)
 
-    async def _purge_memory(self, selector: PurgeSelector, *, dry_run: bool) -> set[str]:
+    async def _purge_memory(
+        self, match: Callable[[CachedImage], bool], keys: Sequence[CacheKey], *, dry_run: bool = False
+    ) -> set[str]:
         names = set()
-        for number, key in enumerate(self._memory.scan(selector.namespace.partition)):
+        for number, key in enumerate(keys):
             if number % _KEYS_PER_TURN == _KEYS_PER_TURN - 1:
                 await asyncio.sleep(0)  # what is kept meanwhile is not lost sight of: see `Keeper.purging`
-            entry = self._memory.peek(key)  # to be looked through is no use
-            if entry is not None and selector.takes_entry(entry):
+            entry = self._memory.lying(key)
+            if entry is not None and match(entry):
                 if not key.is_rendition:
                     names.add(entry.key.name)
                 if not dry_run:

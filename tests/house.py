@@ -12,8 +12,10 @@ from prometheus_client import CollectorRegistry
 from cacheserver.accounting.books import CounterBooks
 from cacheserver.backpressure import Backpressure
 from cacheserver.cache import PromptCache
+from cacheserver.coherence import Coherence
 from cacheserver.control.leases import NoLeases
 from cacheserver.control.replays import LocalReplays
+from cacheserver.epochs import Epochs
 from cacheserver.errors import TierError
 from cacheserver.identity import identify
 from cacheserver.interfaces import Leases, Renderer, Replays, Tier, no_step
@@ -107,6 +109,10 @@ class FaultyTier:
         await self._pass()
         return await self._tier.labels(key)
 
+    async def reclaim(self, key: CacheKey) -> bool:
+        await self._pass()
+        return await self._tier.reclaim(key)
+
     async def ping(self) -> None:
         await self._pass()
 
@@ -117,14 +123,25 @@ class FaultyTier:
 class House:
     """A cache with a fast tier (`redis`) and a last one (`s3`), both real directories, and all its parts."""
 
-    def __init__(self, *, clock: FakeClock, redis: FaultyTier, s3: FaultyTier, **settings: object) -> None:
+    def __init__(
+        self,
+        *,
+        clock: FakeClock,
+        redis: FaultyTier,
+        s3: FaultyTier,
+        epochs: Epochs | None = None,
+        coherence: Coherence | None = None,
+        **settings: object,
+    ) -> None:
         self.clock = clock
+        self.epochs = epochs or Epochs()
         self.redis = redis
         self.s3 = s3
         self.namespace = Namespace("default", "default")
         self.upstream = FakeUpstream("fake", [MODEL])
         self.registry = CollectorRegistry()
         self.books = CounterBooks(clock=clock, registry=self.registry)
+        self.coherence = coherence or alone_with(self.epochs, books=self.books, clock=clock)
         self.renderer: Renderer | None = None
         self.replays: Replays = LocalReplays(monotonic_s=clock.monotonic_s)
         self.restart(**settings)
@@ -144,10 +161,16 @@ class House:
         leases: Leases | None = None,
     ) -> None:
         """A new process on the same tiers, or on some of them."""
-        self.memory = MemoryCache(clock=self.clock, max_bytes=memory_bytes)
+        self.memory = MemoryCache(clock=self.clock, max_bytes=memory_bytes, epochs=self.epochs)
         tiers = [self.redis, self.s3] if tiers is None else tiers
         self.keeper = Keeper(
-            memory=self.memory, tiers=tiers, books=self.books, clock=self.clock, journal=journal, copies=copies
+            memory=self.memory,
+            tiers=tiers,
+            books=self.books,
+            clock=self.clock,
+            journal=journal,
+            copies=copies,
+            epochs=self.epochs,
         )
         self.ledger = MemoryLedger()
         self.generator = build_generator(
@@ -174,6 +197,7 @@ class House:
             unknown=unknown or UnknownPolicy(),
             backpressure=Backpressure(journal=journal, high_water=0.75, clock=self.clock),
             leases=leases or NoLeases(),
+            coherence=self.coherence,
             renderer=self.renderer,
             hedge=hedge,
             rng=Random(7),  # noqa: S311 - picks pictures
@@ -213,3 +237,8 @@ class House:
 async def open_tier(directory: Path, name: TierName, clock: FakeClock) -> FaultyTier:
     await asyncio.to_thread(directory.mkdir, parents=True, exist_ok=True)
     return FaultyTier(await DiskTier.open(directory, clock=clock, sync=False), name)
+
+
+def alone_with(epochs: Epochs, *, books: CounterBooks, clock: FakeClock) -> Coherence:
+    """What a replica without others knows of purges."""
+    return Coherence(epochs=epochs, shared=None, files=None, last_tier=None, books=books, clock=clock)

@@ -13,12 +13,13 @@ import cacheserver
 
 PACKAGE = Path(cacheserver.__file__).parent
 
-VALUES = {"model", "figures", "errors", "interfaces", "clock", "tasks", "images"}
+VALUES = {"model", "figures", "errors", "interfaces", "epochs", "clock", "tasks", "images"}
 MAY_IMPORT: dict[str, set[str]] = {
     "model": set(),
     "figures": {"model"},
     "errors": {"model"},
     "interfaces": {"model", "figures", "errors"},
+    "epochs": {"model"},
     "clock": set(),
     "tasks": {"errors", "interfaces"},
     "images": set(),
@@ -39,7 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "keep": VALUES | {"tiers", "journal"},
     "backpressure": VALUES | {"journal"},
     "pressure": VALUES | {"tiers", "machine"},
-    "purge": VALUES | {"tiers", "keep"},
+    "coherence": VALUES,
+    "purge": VALUES | {"tiers", "keep", "coherence"},
     "paying": VALUES | {"flight", "backpressure"},
     "reviews": VALUES | {"tiers", "keep"},
     "imports": VALUES | {"keep"},
@@ -53,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "deriving": VALUES | {"identity", "flight", "keep", "renditions"},
     "cache": VALUES
     | {"tiers", "flight", "keep", "purge", "paying", "resent", "alone", "variants", "reviews", "remakes", "rungs"}
-    | {"deriving", "backpressure"},
+    | {"deriving", "backpressure", "coherence"},
     "settings": VALUES | {"identity", "machine"},
     "calls": VALUES | {"cache", "identity", "precheck", "recall"},
     "http": VALUES | {"cache", "calls", "identity", "generation", "renditions"},

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_128_digest
 
+from cacheserver.epochs import Epochs
 from cacheserver.errors import CorruptEntryError, EntryTooLargeError, NewerEntryError
 from cacheserver.model import AnswerFrom, CachedImage, CacheKey, GeneratedImage, Usage
 from cacheserver.tiers import codec
@@ -150,7 +151,7 @@ def test_metadata_of_the_wrong_type_or_range_is_damaged(name: str, wrong: object
         codec.decode(with_checksum(json.dumps({**fields(), name: wrong}).encode()))
 
 
-LATER = {"score": None, "won_against": 0, "derived_from": "", "derived_by": frozenset()}
+LATER = {"score": None, "won_against": 0, "derived_from": "", "derived_by": frozenset(), "epoch": 0}
 """Fields that entries did not have from the start, and what they count as there."""
 
 
@@ -188,8 +189,8 @@ def test_a_key_and_an_identity_that_disagree_are_damage() -> None:
 def test_an_entry_answers_only_its_partition_its_identity_and_its_time() -> None:
     entry = make_entry(expire_time_s=100.0)
     key = entry.key
-    assert codec.answers(entry, key, 99.0)
-    assert codec.answers(entry, key.with_variant(7), 99.0)
-    assert not codec.answers(entry, key, 100.0)
-    assert not codec.answers(entry, replace(key, partition="shop"), 99.0)
-    assert not codec.answers(entry, replace(key, digest=bytes(32)), 99.0)
+    assert codec.answers(entry, key, 99.0, Epochs())
+    assert codec.answers(entry, key.with_variant(7), 99.0, Epochs())
+    assert not codec.answers(entry, key, 100.0, Epochs())
+    assert not codec.answers(entry, replace(key, partition="shop"), 99.0, Epochs())
+    assert not codec.answers(entry, replace(key, digest=bytes(32)), 99.0, Epochs())

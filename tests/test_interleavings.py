@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
+from cacheserver.epochs import Epochs
 from cacheserver.errors import CacheServerError, EntryTooLargeError, UpstreamDownError
 from cacheserver.interfaces import no_step
 from cacheserver.model import (
@@ -53,8 +54,11 @@ class DictTier:
 
     name = TierName.S3
 
-    def __init__(self, clock: FakeClock, *, max_entry_bytes: int = MAX_ENTRY_BYTES) -> None:
+    def __init__(
+        self, clock: FakeClock, *, max_entry_bytes: int = MAX_ENTRY_BYTES, epochs: Epochs | None = None
+    ) -> None:
         self._clock = clock
+        self._epochs = epochs or Epochs()
         self._max_entry_bytes = max_entry_bytes
         self.entries: dict[str, CachedImage] = {}
 
@@ -81,6 +85,14 @@ class DictTier:
         await asyncio.sleep(0)
         return self.entries.pop(key.name, None) is not None
 
+    async def reclaim(self, key: CacheKey) -> bool:
+        await asyncio.sleep(0)
+        entry = self.entries.get(key.name)
+        if entry is None or not self._epochs.is_purged(key, entry):
+            return False
+        del self.entries[key.name]
+        return True
+
     async def scan(self, partition: str) -> AsyncIterator[CacheKey]:
         await asyncio.sleep(0)
         for key in [CacheKey.parse(name) for name in self.entries]:
@@ -104,7 +116,7 @@ class DictTier:
     async def labels(self, key: CacheKey) -> Labels | None:
         await asyncio.sleep(0)
         entry = self.entries.get(key.name)
-        return None if entry is None else Labels(entry.namespace, entry.tags, entry.derived_from)
+        return None if entry is None else Labels(entry.namespace, entry.tags, entry.derived_from, entry.epoch)
 
     async def ping(self) -> None:
         """It works."""
@@ -114,7 +126,7 @@ class DictTier:
 
     def _servable(self, key: CacheKey) -> CachedImage | None:
         entry = self.entries.get(key.name)
-        return entry if entry is not None and codec.answers(entry, key, self._clock.now_s()) else None
+        return entry if entry is not None and codec.answers(entry, key, self._clock.now_s(), self._epochs) else None
 
 
 class TestDictTier(TierContract):
@@ -183,11 +195,12 @@ class History:
 
     def __init__(self) -> None:
         self.clock = FakeClock()
-        self.first = DictTier(self.clock)
+        epochs = Epochs()
+        self.first = DictTier(self.clock, epochs=epochs)
         self.fast = FaultyTier(self.first, TierName.REDIS)
-        self.last = DictTier(self.clock)
+        self.last = DictTier(self.clock, epochs=epochs)
         self.s3 = FaultyTier(self.last, TierName.S3)
-        self.house = House(clock=self.clock, redis=self.fast, s3=self.s3)
+        self.house = House(clock=self.clock, redis=self.fast, s3=self.s3, epochs=epochs)
         self.upstream = Painter()
         self.house.upstream = self.upstream
         self.house.restart(max_concurrent=2)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from cacheserver.accounting.books import CounterBooks
+from cacheserver.epochs import Epochs
 from cacheserver.errors import ImageChangedError, InvalidRequestError, KeyGoneError
 from cacheserver.imports import Imports
 from cacheserver.interfaces import Tier
@@ -42,7 +43,7 @@ from cacheserver.tiers.memory import MemoryCache
 from cacheserver.tiers.redis import RedisTier, connect
 from cacheserver.tiers.s3 import S3Tier
 from tests.fakes import FakeClock
-from tests.house import EVERYTHING, House
+from tests.house import EVERYTHING, House, alone_with
 from tests.renditions_pictures import decoded, encoded, generated, scene
 from tests.servers import S3Server, ValkeyServer
 from tests.tier_contract import as_public, make_entry, make_key
@@ -335,7 +336,8 @@ class Shelf:
         self.memory = MemoryCache(clock=clock)
         books = CounterBooks(clock=clock, registry=CollectorRegistry())
         self.keeper = Keeper(memory=self.memory, tiers=tiers, books=books, clock=clock)
-        self.purger = Purger(memory=self.memory, tiers=tiers, keeper=self.keeper)
+        coherence = alone_with(Epochs(), books=books, clock=clock)
+        self.purger = Purger(memory=self.memory, tiers=tiers, keeper=self.keeper, coherence=coherence)
         self.renderer = CountingRenderer()
         self.renditions = Renditions(
             memory=self.memory,
@@ -391,9 +393,9 @@ class TestPurging:
         one, other = make_key(), make_key(variant=1)
         gone, stays = await shelf.fill(one), await shelf.fill(other)
         selector = PurgeSelector(shelf.namespace, key=as_public(one))
-        counted = await shelf.purger.purge(selector, dry_run=True)
+        counted = await shelf.purger.purge([selector], dry_run=True)
         assert await shelf.copies([*gone, *stays]) == 6 * 4
-        purged = await shelf.purger.purge(selector, dry_run=False)
+        purged = await shelf.purger.purge([selector], dry_run=False)
         assert counted == purged
         assert purged.images == 1  # renditions do not count
         assert set(purged.per_tier.values()) == {1}
@@ -403,7 +405,7 @@ class TestPurging:
     async def test_with_a_request_go_the_renditions_of_all_its_variants(self, shelf: Shelf) -> None:
         gone = [*await shelf.fill(make_key()), *await shelf.fill(make_key(variant=1))]
         stays = await shelf.fill(make_key("a dog"))
-        purged = await shelf.purger.purge(PurgeSelector(shelf.namespace, identity=make_key()), dry_run=False)
+        purged = await shelf.purger.purge([PurgeSelector(shelf.namespace, identity=make_key())], dry_run=False)
         assert purged.images == 2
         assert await shelf.copies(gone) == 0
         assert await shelf.copies(stays) == 3 * 4
@@ -411,16 +413,16 @@ class TestPurging:
     async def test_a_tag_and_a_namespace_take_them_too(self, shelf: Shelf) -> None:
         tagged, rest = await shelf.fill(make_key(), tags=("spring",)), await shelf.fill(make_key("a dog"), tags=())
         theirs = await shelf.fill(make_key("a cow"), namespace="studio-us", tags=("spring",))
-        assert (await shelf.purger.purge(PurgeSelector(shelf.namespace, tag="spring"), dry_run=False)).images == 1
+        assert (await shelf.purger.purge([PurgeSelector(shelf.namespace, tag="spring")], dry_run=False)).images == 1
         assert [await shelf.copies(places) for places in (tagged, rest, theirs)] == [0, 12, 12]
-        assert (await shelf.purger.purge(PurgeSelector(shelf.namespace), dry_run=False)).images == 1
+        assert (await shelf.purger.purge([PurgeSelector(shelf.namespace)], dry_run=False)).images == 1
         assert [await shelf.copies(places) for places in (tagged, rest, theirs)] == [0, 0, 12]
 
     async def test_another_identity_of_the_same_fingerprint_keeps_its_renditions(self, shelf: Shelf) -> None:
         key = make_key()
         forged = replace(key, digest=bytes(32))
         gone, stays = await shelf.fill(key), await shelf.fill(forged)
-        await shelf.purger.purge(PurgeSelector(shelf.namespace, identity=key), dry_run=False)
+        await shelf.purger.purge([PurgeSelector(shelf.namespace, identity=key)], dry_run=False)
         assert [await shelf.copies(gone), await shelf.copies(stays)] == [0, 12]
 
     async def test_renditions_that_outlived_their_master_are_purged(self, shelf: Shelf) -> None:
@@ -429,7 +431,7 @@ class TestPurging:
         for tier in shelf.tiers:
             await tier.delete(key)
         shelf.memory.delete(key)
-        assert (await shelf.purger.purge(PurgeSelector(shelf.namespace, key=key), dry_run=False)).images == 0
+        assert (await shelf.purger.purge([PurgeSelector(shelf.namespace, key=key)], dry_run=False)).images == 0
         assert await shelf.copies(gone) == 0
 
     async def test_no_list_of_pictures_has_them(self, shelf: Shelf, clock: FakeClock) -> None:

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cacheserver.epochs import Epochs
 from cacheserver.errors import UnknownCallError
 from cacheserver.model import GeneratedImage, ImageRequest, StatsField, TierName
 from cacheserver.pb import promptcache_pb2 as pb
@@ -236,8 +237,9 @@ class Caller:
 async def carried_out(plan: Plan, *, at_once: bool) -> Caller:
     """The caller, once it has carried out the plan with a service that answers what it can at once, or nothing."""
     clock = FakeClock()
-    redis, s3 = (FaultyTier(DictTier(clock), name) for name in (TierName.REDIS, TierName.S3))
-    house = House(clock=clock, redis=redis, s3=s3)
+    epochs = Epochs()
+    redis, s3 = (FaultyTier(DictTier(clock, epochs=epochs), name) for name in (TierName.REDIS, TierName.S3))
+    house = House(clock=clock, redis=redis, s3=s3, epochs=epochs)
     house.upstream = Painter()
     house.restart()
     limits = Limits(batch_in_flight=plan.in_flight)

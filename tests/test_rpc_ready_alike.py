@@ -18,6 +18,7 @@ from structlog.contextvars import merge_contextvars
 from structlog.testing import capture_logs
 
 from cacheserver.accounting.books import ToldApart
+from cacheserver.epochs import Epochs
 from cacheserver.errors import UnknownCallError
 from cacheserver.identity import identify
 from cacheserver.model import (
@@ -265,8 +266,9 @@ class Shop:
 async def served(steps: Sequence[Step], known_requests: int | None, *, logs_calls: bool, traces: bool) -> Shop:
     """The shop that has served the schedule. `known_requests` None: it answers nothing at once."""
     clock = FakeClock(1_800_000_000.25)
-    redis, s3 = (FaultyTier(DictTier(clock), name) for name in (TierName.REDIS, TierName.S3))
-    house = House(clock=clock, redis=redis, s3=s3, memory_bytes=MEMORY_BYTES)
+    epochs = Epochs()
+    redis, s3 = (FaultyTier(DictTier(clock, epochs=epochs), name) for name in (TierName.REDIS, TierName.S3))
+    house = House(clock=clock, redis=redis, s3=s3, epochs=epochs, memory_bytes=MEMORY_BYTES)
     house.books._told_apart = ToldApart(frozenset({MODEL}), frozenset({"auto", "high"}), max_callers=1)
     try:
         async with open_front(

@@ -248,7 +248,7 @@ async def health_becomes(channel: grpc.aio.Channel, service: str, status: int) -
     watching.cancel()
 
 
-_WITHOUT_REDIS = frozenset({"replicas_unknown", "budgets_lost", "figures_not_told"})
+_WITHOUT_REDIS = frozenset({"replicas_unknown", "budgets_lost", "figures_not_told", "purges_unseen"})
 """What else is said, once each, where the Redis that replicas share is away."""
 
 
@@ -268,7 +268,7 @@ async def starts_without_and_heals(env: dict[str, str], tier: str, why: str, hea
         assert "very-secret" not in json.dumps(unreachable)
         started = await service.logged("serving")
         said = {json.loads(line)["event"] for line in service.lines}
-        assert said <= {"tier_unreachable", "serving", *_WITHOUT_REDIS}
+        assert said <= {"tier_unreachable", "serving", "purges_not_read", *_WITHOUT_REDIS}
         async with grpc.aio.insecure_channel(started["grpc"]) as channel:
             await health_becomes(channel, f"tier.{tier}", NOT_SERVING)
             await health_becomes(channel, "", SERVING)

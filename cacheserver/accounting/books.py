@@ -190,6 +190,10 @@ class CounterBooks:
         """A load is paid for though another replica may pay for the same."""
         self._metrics.unleased.inc()
 
+    def purges_unseen(self) -> None:
+        """One look found nobody who could say what was purged since the last."""
+        self._metrics.purges_unseen.inc()
+
     def alarm(self, alarm: str, *, is_ringing: bool) -> None:
         """An alarm rings from now on, or does not."""
         self._metrics.alarm_ringing.labels(alarm).set(is_ringing)
@@ -292,6 +296,9 @@ class _Metrics:
         self.hedged = counter("hedged_reads", "Late reads of a tier beside which the next was read", "tier", "result")
         self.corrupt = counter("corrupt", "Damaged entries found", "tier")
         self.unleased = counter("unleased", "Loads paid for though another replica may have paid for the same")
+        self.purges_unseen = counter(
+            "purges_unseen", "Looks at which neither Redis nor the last tier told what was purged"
+        )
         self.paid_unknown = counter("paid_unknown", "Pictures paid for while the last tier could not be asked")
         self.alarm_ringing = gauge("alarm_ringing", "1 while an alarm rings", "alarm")
         self.alarm_notices = counter("alarm_notices", "Notices of alarms, by what became of them", "result")

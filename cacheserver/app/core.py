@@ -10,17 +10,21 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry
 
 from cacheserver.accounting.books import CounterBooks, ToldApart
+from cacheserver.app.background import keep_doing
 from cacheserver.app.miss_path import MissPath, build_miss_path
 from cacheserver.app.patience import Patience
 from cacheserver.app.tiers import CONTROL_TIMEOUT_S, Lower, build_tiers, lock_disk, look_at_tiers
 from cacheserver.backpressure import Backpressure
 from cacheserver.cache import PromptCache
 from cacheserver.calls.downloads import DownloadMemory
+from cacheserver.coherence import LOOK_S, TRIM_S, Coherence
 from cacheserver.control.leases import NoLeases, RedisLeases
 from cacheserver.control.replays import LocalReplays, RedisReplays
+from cacheserver.control.tombstones import RedisTombstones
 from cacheserver.embedded.lock import DirectoryLock
+from cacheserver.epochs import Epochs
 from cacheserver.identity import QUALITIES, identify
-from cacheserver.interfaces import Clock, Leases, Replays
+from cacheserver.interfaces import Books, Clock, Leases, Replays
 from cacheserver.journal import Journal
 from cacheserver.keep import Keeper
 from cacheserver.machine import Machine, Room
@@ -71,12 +75,14 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
     for tier in lower.tiers:
         books.breaker(tier.name, is_open=False)  # a series that alerts can find before anything happens
     await look_at_tiers(lower, settings)
+    coherence = _coherence(settings, lower, books=books, clock=clock)
+    await coherence.load()
     room = await asyncio.to_thread(Machine().room)
 
     def price(image: GeneratedImage) -> int:  # there is a miss path before there is a picture to price
         return miss_path.generator.worth_microusd(image, image.model)
 
-    memory = _memory(settings, room=room, price=price, clock=clock)
+    memory = _memory(settings, room=room, price=price, epochs=lower.epochs, clock=clock)
     journal = await _journal(settings, clock=clock, undo=undo)
     keeper = Keeper(
         memory=memory,
@@ -85,6 +91,7 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
         clock=clock,
         journal=journal,
         copies=settings.durability == "journal+redis",
+        epochs=lower.epochs,
     )
     undo.push_async_callback(lambda: keeper.aclose(patience.for_writes_s()))
     miss_path = await build_miss_path(settings, lower=lower, books=books, clock=clock, undo=undo)
@@ -117,6 +124,7 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
         ),
         leases=await _leases(settings, lower.control, miss_path, books=books, clock=clock, undo=undo),
         backpressure=Backpressure(journal=journal, high_water=settings.journal.high_water, clock=clock),
+        coherence=coherence,
         signer=lower.signer,
         renderer=renderer,
         hedge=hedge,
@@ -134,6 +142,9 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
     )
     undo.push_async_callback(renditions.aclose)
     keeper.restore()
+    keep_doing(coherence.look, LOOK_S, clock=clock, name="look for purges", undo=undo)
+    keep_doing(coherence.trim, TRIM_S, clock=clock, name="forget old purges", undo=undo)
+    cache.reclaim()
     cache.remakes.start(settings.generation.off_peak_hours)
     return Core(
         settings=settings,
@@ -154,7 +165,7 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
 
 
 def _memory(
-    settings: Settings, *, room: Room | None, price: Callable[[GeneratedImage], int], clock: Clock
+    settings: Settings, *, room: Room | None, price: Callable[[GeneratedImage], int], epochs: Epochs, clock: Clock
 ) -> MemoryCache:
     max_bytes, max_entry_bytes = settings.memory.sizes(room)
 
@@ -168,6 +179,7 @@ def _memory(
         policy=settings.memory.policy,
         # From a level below every picture comes back at about the same cost, whatever was paid for it.
         cost=microusd if settings.tier_names == (TierName.MEMORY,) else lambda _: 1,
+        epochs=epochs,
     )
 
 
@@ -186,6 +198,21 @@ async def _journal(settings: Settings, *, clock: Clock, undo: AsyncExitStack) ->
     )
     undo.push_async_callback(journal.aclose)
     return journal
+
+
+def _coherence(settings: Settings, lower: Lower, *, books: Books, clock: Clock) -> Coherence:
+    client = lower.control
+    return Coherence(
+        epochs=lower.epochs,
+        shared=None if client is None else RedisTombstones(client=client, prefix=settings.redis.prefix),
+        files=lower.files or lower.disk,
+        last_tier=lower.tiers[-1].name if lower.tiers else None,
+        keeps_all=lower.files is None,
+        books=books,
+        clock=clock,
+        check_s=settings.purge.check_s,
+        refuses_when_blind=settings.purge.when_blind == "refuse",
+    )
 
 
 async def _leases(  # noqa: PLR0913 - what it is made of

@@ -153,6 +153,7 @@ def _imports(core: Core, inspect: Inspect) -> Imports:
         clock=core.clock,
         max_image_bytes=core.settings.generation.max_image_bytes,
         copier=lower.copier,
+        epochs=lower.epochs,
     )
 
 

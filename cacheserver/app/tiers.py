@@ -11,6 +11,7 @@ import structlog
 
 from cacheserver.control.redis import refuse_eviction_of_control_state
 from cacheserver.embedded.lock import DirectoryLock
+from cacheserver.epochs import Epochs
 from cacheserver.errors import ConfigError, TierError
 from cacheserver.interfaces import Books, Clock, CopyingTier, Files, SigningTier, Tier
 from cacheserver.machine import Room
@@ -36,7 +37,7 @@ class Lower:
 
     `client` is that of the Redis among them; `control` another one of the same Redis, for control state: a tier that
     is busy with images must not keep a budget waiting. `files` are those of object storage, if that is among them,
-    and `disk` is the disk tier itself, which knows its size.
+    and `disk` is the disk tier itself, which knows its size. By `epochs` the tiers know what was purged.
     """
 
     objects: Objects
@@ -47,6 +48,7 @@ class Lower:
     files: Files | None = None
     disk: DiskTier | None = None
     copier: CopyingTier | None = None
+    epochs: Epochs = field(default_factory=Epochs)
 
 
 async def lock_disk(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -> None:
@@ -78,16 +80,17 @@ async def build_tiers(settings: Settings, *, books: Books, clock: Clock, undo: A
                 # A stale connection is replaced and the command sent once more: twice the timeout of one.
                 timeout_s = settings.redis.timeout_s
                 tier: GuardedTier = _guarded(
-                    _redis_tier(settings, lower.client, clock=clock),
+                    _redis_tier(settings, lower.client, epochs=lower.epochs, clock=clock),
                     Deadlines(read_s=2 * timeout_s, write_s=4 * timeout_s),
                     books,
                     clock,
                 )
             case TierName.DISK:
-                lower.disk = await _disk_tier(settings, clock=clock)
+                lower.disk = await _disk_tier(settings, epochs=lower.epochs, clock=clock)
+
                 tier = _guarded(lower.disk, _DISK_DEADLINES, books, clock)
             case TierName.S3:
-                s3 = _s3_tier(settings, access, clock=clock)
+                s3 = _s3_tier(settings, access, epochs=lower.epochs, clock=clock)
                 lower.files = s3
                 times = Deadlines(read_s=settings.s3.read_timeout_s, write_s=settings.s3.write_timeout_s)
                 breaker = Breaker(tier=s3.name, probe=s3.ping, clock=clock, books=books)
@@ -123,7 +126,7 @@ def _connect(url: str, timeout_s: float) -> Client:
         raise ConfigError(f"redis.url: {error}") from error
 
 
-def _redis_tier(settings: Settings, client: Client, *, clock: Clock) -> RedisTier:
+def _redis_tier(settings: Settings, client: Client, *, epochs: Epochs, clock: Clock) -> RedisTier:
     redis = settings.redis
     return RedisTier(
         client,
@@ -133,12 +136,15 @@ def _redis_tier(settings: Settings, client: Client, *, clock: Clock) -> RedisTie
         ttl_s=redis.ttl_s,
         ttl_jitter=redis.ttl_jitter,
         max_entry_bytes=redis.max_entry_bytes,
+        epochs=epochs,
     )
 
 
-async def _disk_tier(settings: Settings, *, clock: Clock) -> DiskTier:
+async def _disk_tier(settings: Settings, *, epochs: Epochs, clock: Clock) -> DiskTier:
     disk = settings.disk
-    return await DiskTier.open(settings.disk_path, clock=clock, max_bytes=disk.max_bytes, sync=disk.fsync)
+    return await DiskTier.open(
+        settings.disk_path, clock=clock, max_bytes=disk.max_bytes, sync=disk.fsync, epochs=epochs
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +175,7 @@ async def _s3_access(settings: Settings, *, clock: Clock, undo: AsyncExitStack) 
     return _S3Access(own.bucket, own.endpoint, own.region, own.access_key, own.secret_key)
 
 
-def _s3_tier(settings: Settings, access: _S3Access, *, clock: Clock) -> S3Tier:
+def _s3_tier(settings: Settings, access: _S3Access, *, epochs: Epochs, clock: Clock) -> S3Tier:
     s3 = settings.s3
     try:
         return S3Tier(
@@ -185,6 +191,7 @@ def _s3_tier(settings: Settings, access: _S3Access, *, clock: Clock) -> S3Tier:
             write_timeout_s=s3.write_timeout_s,
             max_entry_bytes=s3.max_entry_bytes,
             threads=s3.threads,
+            epochs=epochs,
         )
     except ValueError as error:
         raise ConfigError(f"s3.endpoint: {error}") from error

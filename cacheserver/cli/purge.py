@@ -43,7 +43,7 @@ def purge(  # noqa: PLR0913 - one parameter per option
         if not (dry_run or yes or key):
             _ask(client.purge(**selector, dry_run=True).images)
         result = client.purge(**selector, dry_run=dry_run)
-        facts = {"dry_run": dry_run, "images": result.images, "tiers": result.tiers}
+        facts = {"dry_run": dry_run, "images": result.images, "tiers": result.tiers, "reclaiming": result.is_reclaiming}
         output.result(facts, lambda console: _draw(result, console, dry_run=dry_run))
 
 
@@ -61,6 +61,9 @@ def is_terminal() -> bool:
 
 
 def _draw(result: PurgeResult, console: Console, *, dry_run: bool) -> None:
+    if result.is_reclaiming:
+        console.print("[bold]removed[/bold] all of the namespace; its room is being given back")
+        return
     copies = ", ".join(f"{count} in {tier}" for tier, count in result.tiers.items() if count)
     console.print("would remove" if dry_run else "removed", style="bold", end=" ")
     console.print(f"{result.images} image{'' if result.images == 1 else 's'}{f': {copies}' if copies else ''}")

@@ -365,7 +365,7 @@ def read_put(response: pb.PutImageResponse) -> PutResult:
 
 def read_purge(response: pb.PurgeImagesResponse) -> PurgeResult:
     """The answer to PurgeImages."""
-    return PurgeResult(images=response.images, tiers=_per_tier(response.tiers))
+    return PurgeResult(images=response.images, tiers=_per_tier(response.tiers), is_reclaiming=response.reclaiming)
 
 
 def read_explained(response: pb.ExplainKeyResponse) -> ExplainResult:

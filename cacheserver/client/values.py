@@ -376,10 +376,14 @@ class PutResult:
 
 @dataclass(frozen=True, slots=True)
 class PurgeResult:
-    """What was removed, or would be: distinct pictures, and copies per tier."""
+    """What was removed, or would be: distinct pictures, and copies per tier.
+
+    `is_reclaiming`: all of a namespace is gone, its bytes are being removed, and nobody has counted them.
+    """
 
     images: int
     tiers: Mapping[TierName, int]
+    is_reclaiming: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -570,12 +570,14 @@ class PurgeImagesRequest(_message.Message):
     def __init__(self, namespace: _Optional[str] = ..., key: _Optional[str] = ..., spec: _Optional[_Union[ImageSpec, _Mapping]] = ..., tag: _Optional[str] = ..., everything: _Optional[bool] = ..., dry_run: _Optional[bool] = ...) -> None: ...
 
 class PurgeImagesResponse(_message.Message):
-    __slots__ = ("images", "tiers")
+    __slots__ = ("images", "tiers", "reclaiming")
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
+    RECLAIMING_FIELD_NUMBER: _ClassVar[int]
     images: int
     tiers: _containers.RepeatedCompositeFieldContainer[TierCount]
-    def __init__(self, images: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierCount, _Mapping]]] = ...) -> None: ...
+    reclaiming: bool
+    def __init__(self, images: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierCount, _Mapping]]] = ..., reclaiming: _Optional[bool] = ...) -> None: ...
 
 class TierCount(_message.Message):
     __slots__ = ("tier", "count")

@@ -406,7 +406,9 @@ class PromptCacheService:
             if key is None and tag is None and not message.dry_run:  # whatever tier could not be purged
                 await self._asking.forget_prompts(namespace, None if identity is None else identity.key)
         counts = replies.tier_counts(result.per_tier)
-        return pb.PurgeImagesResponse(images=result.images, tiers=counts).SerializeToString()
+        return pb.PurgeImagesResponse(
+            images=result.images, tiers=counts, reclaiming=result.is_reclaiming
+        ).SerializeToString()
 
     # ── explaining ──────────────────────────────────────────────────────────────────────────────────────────
 

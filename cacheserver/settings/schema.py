@@ -343,6 +343,21 @@ class JournalSettings(_Section):
     sync_interval_s: Seconds = Field(default=1.0, description="Seconds between flushes.")
 
 
+class PurgeSettings(_Section):
+    """How a replica that is cut off learns what was purged."""
+
+    check_s: Seconds = Field(
+        default=5.0, description="Seconds between two looks into the last level while Redis is away."
+    )
+    when_blind: Literal["serve", "refuse"] = Field(
+        default="serve",
+        description=(
+            "serve or refuse: what to do with stored images while neither Redis nor the last level can say what was "
+            "purged. Refused ones count as unknown, see generation.when_unknown."
+        ),
+    )
+
+
 class GenerationSettings(_Section):
     """The miss path: what it may spend and how much it does at a time."""
 
@@ -903,6 +918,7 @@ class Settings(BaseSettings):
     s3: S3Settings = S3Settings()
     disk: DiskSettings = DiskSettings()
     journal: JournalSettings = JournalSettings()
+    purge: PurgeSettings = PurgeSettings()
     generation: GenerationSettings = GenerationSettings()
     accounting: AccountingSettings = AccountingSettings()
     delivery: DeliverySettings = DeliverySettings()

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 
 from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
+from cacheserver.epochs import Epochs
 from cacheserver.errors import CorruptEntryError, EntryTooLargeError, NewerEntryError
 from cacheserver.model import CachedImage, CacheKey, GeneratedImage, Head, ImageBytes, JsonValue, Labels, Usage
 
@@ -66,7 +67,12 @@ class Metadata:
     @property
     def labels(self) -> Labels:
         """What purge selects the entry by."""
-        return Labels(namespace=self.bare.namespace, tags=self.bare.tags, derived_from=self.bare.derived_from)
+        return Labels(
+            namespace=self.bare.namespace,
+            tags=self.bare.tags,
+            derived_from=self.bare.derived_from,
+            epoch=self.bare.epoch,
+        )
 
     def entry(self, data: ImageBytes) -> CachedImage:
         """The whole entry, its bytes verified.
@@ -160,9 +166,10 @@ def check_version(version: int) -> None:
         raise CorruptEntryError("the stored entry has codec version 0, which never was")
 
 
-def answers(entry: CachedImage, key: CacheKey, now_s: float) -> bool:
-    """Whether a stored entry may be served for `key`: of its partition and identity, and fresh."""
-    return entry.key.partition == key.partition and key.matches(entry.key.digest) and entry.is_fresh(now_s)
+def answers(entry: CachedImage, key: CacheKey, now_s: float, epochs: Epochs) -> bool:
+    """Whether a stored entry may be served for `key`: of its partition and identity, fresh, and not purged."""
+    is_of_key = entry.key.partition == key.partition and key.matches(entry.key.digest)
+    return is_of_key and entry.is_fresh(now_s) and not epochs.is_purged(entry.key, entry)
 
 
 def pack_metadata(entry: CachedImage) -> bytes:
@@ -202,6 +209,7 @@ def pack_metadata(entry: CachedImage) -> bytes:
         "won_against": image.won_against,
         "derived_from": entry.derived_from,
         "derived_by": [*sorted(entry.derived_by)],
+        "epoch": entry.epoch,
     }
     text = json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # A provider's JSON may hold half a surrogate pair; such a revised prompt must not cost us the picture.
@@ -262,6 +270,7 @@ def _entry(fields: dict[str, JsonValue], data: ImageBytes) -> CachedImage:
         tags=tuple(_text(tag) for tag in _list(fields["tags"])),
         derived_from=_text(fields.get("derived_from", "")),  # older entries are derived from none
         derived_by=frozenset(_text(each) for each in _list(fields.get("derived_by", []))),
+        epoch=_whole(fields.get("epoch", 0), 0, _MAX_INT64),  # older entries are from before the first purge
     )
 
 

@@ -14,6 +14,7 @@ from io import FileIO
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from cacheserver.epochs import Epochs
 from cacheserver.errors import ConfigError, CorruptEntryError, EntryTooLargeError, TierError
 from cacheserver.interfaces import Clock, no_step
 from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Head, Labels, TierName
@@ -36,6 +37,7 @@ class DiskTier:
     pictures under two keys are stored twice: sharing them would take counts of references that a crash can break.
 
         <directory>/v1/<partition>/<first two hex digits of the fingerprint>/<key>
+        <directory>/files/     small files by their names
         <directory>/tmp/       what is being written
 
     Made by `open`.
@@ -44,7 +46,15 @@ class DiskTier:
     name = TierName.DISK
 
     def __init__(  # noqa: PLR0913 - settings
-        self, directory: Path, *, clock: Clock, max_bytes: int, max_entry_bytes: int, sync: bool, threads: int
+        self,
+        directory: Path,
+        *,
+        clock: Clock,
+        max_bytes: int,
+        max_entry_bytes: int,
+        sync: bool,
+        threads: int,
+        epochs: Epochs,
     ) -> None:
         self._directory = directory
         self._temporary = directory / "tmp"
@@ -52,6 +62,7 @@ class DiskTier:
         self._max_bytes = max_bytes
         self._max_entry_bytes = max_entry_bytes
         self._sync = sync
+        self._epochs = epochs
         self._workers = Workers(threads=threads, name="disk")
         # No two processes, one ending and one beginning, write the same temporary file.
         self._process = secrets.token_hex(8)
@@ -70,6 +81,7 @@ class DiskTier:
         max_entry_bytes: int = 64 * 1024 * 1024,
         sync: bool = True,
         threads: int = 8,
+        epochs: Epochs | None = None,
     ) -> DiskTier:
         """The tier in `directory`, which is made if missing, with what an earlier process left in it.
 
@@ -80,6 +92,7 @@ class DiskTier:
             max_entry_bytes: a larger image is refused with EntryTooLargeError.
             sync: whether a put waits until the disk has it, and so survives a power cut.
             threads: most calls at a time.
+            epochs: say what was purged.
 
         Raises:
             ConfigError: the directory cannot be made, read or written.
@@ -91,6 +104,7 @@ class DiskTier:
             max_entry_bytes=max_entry_bytes,
             sync=sync,
             threads=threads,
+            epochs=epochs or Epochs(),
         )
         try:
             await tier._workers.run(tier._prepare)
@@ -126,6 +140,10 @@ class DiskTier:
         """See `Tier.delete`."""
         return await self._run("delete", self._delete, key.name)
 
+    async def reclaim(self, key: CacheKey) -> bool:
+        """See `Tier.reclaim`."""
+        return await self._run("delete", self._reclaim, key)
+
     async def scan(self, partition: str) -> AsyncIterator[CacheKey]:
         """See `Tier.scan`."""
         parent = self._directory / KEY_VERSION / partition
@@ -154,6 +172,19 @@ class DiskTier:
         """See `Tier.labels`."""
         metadata = await self._run("labels", self._metadata, key)
         return None if metadata is None else metadata.labels
+
+    async def files(self, start: str) -> list[str]:
+        """See `Files.files`. `start` is a folder."""
+        found = await self._run("list", _children, self._directory / "files" / start)
+        return sorted(f"{start}{file.name}" for file in found)
+
+    async def write_file(self, name: str, data: bytes) -> None:
+        """See `Files.write_file`."""
+        await self._run("write", self._write_file, name, data)
+
+    async def delete_file(self, name: str) -> None:
+        """See `Files.delete_file`."""
+        await self._run("delete", (self._directory / "files" / name).unlink, missing_ok=True)
 
     async def ping(self) -> None:
         """See `Tier.ping`."""
@@ -219,7 +250,7 @@ class DiskTier:
                 entry = metadata.entry(file.read(metadata.size_bytes))
         except FileNotFoundError:
             return None
-        return entry if codec.answers(entry, key, self._clock.now_s()) else None
+        return entry if codec.answers(entry, key, self._clock.now_s(), self._epochs) else None
 
     def _put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:
         if entry.size_bytes > self._max_entry_bytes:
@@ -275,6 +306,15 @@ class DiskTier:
             if self._sync:
                 os.fsync(handle)
 
+    def _write_file(self, name: str, data: bytes) -> None:
+        temporary = self._temporary / f"{self._process}-{next(self._writes)}"
+        self._write(temporary, data)
+        path = self._directory / "files" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.replace(path)
+        if self._sync:
+            flush(path.parent)
+
     def _place(self, temporary: Path, name: str, size: int) -> None:
         path = self._path(name)
         try:
@@ -293,6 +333,13 @@ class DiskTier:
     def _delete(self, name: str) -> bool:
         with self._lock:
             return self._remove(name)
+
+    def _reclaim(self, key: CacheKey) -> bool:
+        with self._lock:
+            metadata = self._metadata(key)
+            if metadata is not None and not self._epochs.is_purged(key, metadata.labels):
+                return False
+            return self._remove(key.name)
 
     def _remove(self, name: str) -> bool:
         try:

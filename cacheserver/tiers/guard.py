@@ -227,6 +227,11 @@ class GuardedTier:
         async with self._guarded("labels", self._deadlines.read_s):
             return await self._tier.labels(key)
 
+    async def reclaim(self, key: CacheKey) -> bool:
+        """See `Tier.reclaim`."""
+        async with self._guarded("delete", self._deadlines.write_s):
+            return await self._tier.reclaim(key)
+
     async def ping(self) -> None:
         """See `Tier.ping`."""
         async with self._guarded("ping", self._deadlines.read_s):

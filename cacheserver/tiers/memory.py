@@ -7,6 +7,7 @@ from typing import Literal
 
 from cachetools import Cache, LRUCache
 
+from cacheserver.epochs import Epochs
 from cacheserver.interfaces import Clock
 from cacheserver.model import CachedImage, CacheKey, Labels, Reply, buffer_of
 from cacheserver.tiers.value_cache import ValueCache
@@ -38,9 +39,10 @@ class MemoryCache:
         clock: decides what is fresh.
         policy: which entry goes first: the least recently used, or the one that is worth least (value_cache.py).
         cost: what it costs to get an entry again, in any one unit, above 0; only the policy "value" asks.
+        epochs: say what was purged; it is not answered with from then on, though it may still lie here.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - settings, each with its default
         self,
         *,
         clock: Clock,
@@ -48,8 +50,10 @@ class MemoryCache:
         max_entry_bytes: int = 32 * 1024 * 1024,
         policy: EvictionPolicy = "lru",
         cost: Callable[[CachedImage], float] = lambda _: 1,
+        epochs: Epochs | None = None,
     ) -> None:
         self._clock = clock
+        self._epochs = epochs or Epochs()
         self._max_entry_bytes = min(max_entry_bytes, max_bytes)
         self._entries: Cache[str, CachedImage] = (
             LRUCache(max_bytes, entry_bytes) if policy == "lru" else ValueCache(max_bytes, entry_bytes, cost)
@@ -75,7 +79,7 @@ class MemoryCache:
         if entry.expire_time_s is not None and not entry.is_fresh(self._clock.now_s()):
             del self._entries[name]
             return None
-        return entry
+        return None if self._is_hidden(entry) else entry
 
     def holds(self, name: str, entry: CachedImage) -> bool:
         """Whether `get` of the key of this name would answer with this very entry, which it did before."""
@@ -83,7 +87,9 @@ class MemoryCache:
             is_here = self._entries[name] is entry
         except KeyError:
             return False
-        return is_here and (entry.expire_time_s is None or entry.is_fresh(self._clock.now_s()))
+        if not is_here or self._is_hidden(entry):
+            return False
+        return entry.expire_time_s is None or entry.is_fresh(self._clock.now_s())
 
     def put(self, key: CacheKey, entry: CachedImage) -> None:
         """Keep `entry` under `key` in place of what was there; too large an entry leaves the place empty."""
@@ -116,7 +122,7 @@ class MemoryCache:
         That is `entry` itself, without the reply, if it does not lie under its own key any more, or would take more
         than an entry may.
         """
-        if self._stored(entry.key) is not entry:
+        if self._under(entry.key.name) is not entry:
             return entry
         within = entry.within(reply)
         if not self._admits(within):
@@ -130,10 +136,10 @@ class MemoryCache:
 
     def peek(self, key: CacheKey) -> CachedImage | None:
         """What `get` would answer; it is no use."""
-        entry = self._stored(key)
+        entry = self._under(key.name)
         if entry is None or not key.matches(entry.key.digest) or not entry.is_fresh(self._clock.now_s()):
             return None
-        return entry
+        return None if self._is_hidden(entry) else entry
 
     def delete(self, key: CacheKey) -> bool:
         """Drop what is stored under `key`; whether there was something."""
@@ -143,17 +149,33 @@ class MemoryCache:
         del self._entries[name]  # not pop: it would be a use
         return True
 
-    def scan(self, partition: str) -> list[CacheKey]:
-        """Every key of a partition, in no order. Stand-ins included."""
+    def scan(self, partition: str | None = None) -> list[CacheKey]:
+        """Every key, or those of a partition, in no order. Stand-ins included."""
         keys = (CacheKey.parse(name) for name in self._entries)
-        return [key for key in keys if key.partition == partition]
+        return [key for key in keys if partition in (None, key.partition)]
+
+    def names(self) -> list[str]:
+        """The name of every key, in no order."""
+        return list(self._entries)
+
+    def forget(self, name: str, match: Callable[[CachedImage], bool]) -> bool:
+        """Remove what lies under `name` if it matches; whether it did."""
+        entry = self._under(name)
+        if entry is None or not match(entry):
+            return False
+        del self._entries[name]
+        return True
+
+    def lying(self, key: CacheKey) -> CachedImage | None:
+        """What lies under `key`, be it expired or purged; it is no use."""
+        return self._under(key.name)
 
     def labels(self, key: CacheKey) -> Labels | None:
         """The labels of the entry under `key`; None if there is none."""
-        entry = self._stored(key)
+        entry = self._under(key.name)
         if entry is None:
             return None
-        return Labels(namespace=entry.namespace, tags=entry.tags, derived_from=entry.derived_from)
+        return Labels(namespace=entry.namespace, tags=entry.tags, derived_from=entry.derived_from, epoch=entry.epoch)
 
     @property
     def size_bytes(self) -> int:
@@ -182,8 +204,11 @@ class MemoryCache:
         while self._entries.currsize > to_bytes:
             self._entries.popitem()
 
-    def _stored(self, key: CacheKey) -> CachedImage | None:
-        name = key.name
+    def _is_hidden(self, entry: CachedImage) -> bool:
+        epochs = self._epochs
+        return (entry.epoch < epochs.newest or epochs.hides_all) and epochs.hides(entry)
+
+    def _under(self, name: str) -> CachedImage | None:
         # The policies' own lookups would be a use.
         return Cache.__getitem__(self._entries, name) if name in self._entries else None
 

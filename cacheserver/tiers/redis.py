@@ -33,6 +33,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from cacheserver.epochs import Epochs
 from cacheserver.errors import CorruptEntryError, EntryTooLargeError, TierError, TierTimeoutError
 from cacheserver.interfaces import Clock, no_step
 from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Head, ImageBytes, Labels, TierName
@@ -80,6 +81,12 @@ if redis.call('TYPE', KEYS[1]).ok == 'string' then
 end
 redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[4])
 return 1
+"""
+
+# Only what was seen: another picture may have taken its place.
+_REMOVE_IF_SEEN = """
+if redis.sha1hex(redis.call('GETRANGE', KEYS[1], 0, ARGV[1])) ~= ARGV[2] then return 0 end
+return redis.call('DEL', KEYS[1])
 """
 
 
@@ -146,6 +153,7 @@ class RedisTier:
         ttl_jitter: share of `ttl_s`, 0 to 1, by which it varies.
         max_entry_bytes: a larger image is refused with EntryTooLargeError; a larger value is not read.
         max_concurrency: most calls at a time; more wait. At most the client's max_connections.
+        epochs: say what was purged.
     """
 
     name = TierName.REDIS
@@ -161,7 +169,9 @@ class RedisTier:
         ttl_jitter: float = 0.1,
         max_entry_bytes: int = 16 * 1024 * 1024,
         max_concurrency: int = 64,
+        epochs: Epochs | None = None,
     ) -> None:
+        self._epochs = epochs or Epochs()
         self._client = client
         self._clock = clock
         self._rng = rng
@@ -211,6 +221,23 @@ class RedisTier:
             if key.is_rendition:
                 await self._client.srem(self._list_name(key), key.name)
             return is_deleted
+
+    async def reclaim(self, key: CacheKey) -> bool:
+        """See `Tier.reclaim`."""
+        try:
+            seen = await self._read_head(key)
+            if not seen or not self._epochs.is_purged(key, codec.decode_head(seen).labels):
+                return False
+        except CorruptEntryError:
+            return await self.delete(key)
+        digest = hashlib.sha1(seen, usedforsecurity=False).hexdigest()
+        async with self._turn("delete"):
+            is_removed = await self._client.execute_command(
+                "EVAL", _REMOVE_IF_SEEN, 1, self._name(key), len(seen) - 1, digest
+            )
+            if is_removed and key.is_rendition:
+                await self._client.srem(self._list_name(key), key.name)
+        return bool(is_removed)
 
     async def scan(self, partition: str) -> AsyncIterator[CacheKey]:
         """See `Tier.scan`."""
@@ -318,19 +345,24 @@ class RedisTier:
 
     async def _metadata(self, key: CacheKey) -> codec.Metadata | None:
         try:
-            start = await self._read(key, end=_HEAD_GUESS_BYTES - 1)
-            if not start:
-                return None
-            length = codec.head_length(start)
-            if length > len(start):
-                start = await self._read(key, end=length - 1)
-            return codec.decode_head(start[:length])
+            head = await self._read_head(key)
+            return codec.decode_head(head) if head else None
         except CorruptEntryError:
             return None
 
+    async def _read_head(self, key: CacheKey) -> ImageBytes:
+        """What lies before the image; empty if there is nothing. Raises CorruptEntryError."""
+        start = await self._read(key, end=_HEAD_GUESS_BYTES - 1)
+        if not start:
+            return b""
+        length = codec.head_length(start)
+        if length > len(start):
+            start = await self._read(key, end=length - 1)
+        return start[:length]
+
     def _servable(self, key: CacheKey, stored: ImageBytes) -> CachedImage | None:
         entry = codec.decode(stored)
-        return entry if codec.answers(entry, key, self._clock.now_s()) else None
+        return entry if codec.answers(entry, key, self._clock.now_s(), self._epochs) else None
 
     def _ttl_ms(self, entry: CachedImage) -> int:
         ttl_s = self._ttl_s * self._rng.uniform(1 - self._ttl_jitter, 1 + self._ttl_jitter)

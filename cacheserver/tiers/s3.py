@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from botocore.exceptions import BotoCoreError, ClientError, ConnectionClosedError
 from xxhash import xxh3_128_hexdigest
 
+from cacheserver.epochs import Epochs
 from cacheserver.errors import CorruptEntryError, EntryTooLargeError, TierError, TierTimeoutError
 from cacheserver.interfaces import Clock, no_step
 from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Head, Labels, SourceObject, TierName
@@ -95,6 +96,7 @@ class S3Tier:
         write_timeout_s: how long a write may go without a byte.
         max_entry_bytes: a larger image is refused with EntryTooLargeError; a larger object is not read.
         threads: most calls at a time; more wait.
+        epochs: say what was purged.
 
     Raises:
         ValueError: an endpoint is not a URL.
@@ -118,7 +120,9 @@ class S3Tier:
         write_timeout_s: float = 30.0,
         max_entry_bytes: int = 64 * 1024 * 1024,
         threads: int = 16,
+        epochs: Epochs | None = None,
     ) -> None:
+        self._epochs = epochs or Epochs()
         for address in (endpoint, public_endpoint):
             if address is not None and not re.fullmatch(r"https?://[^/\s]+/?", address):
                 raise ValueError("an S3 endpoint is http://host:port or https://host:port, without a path")
@@ -171,6 +175,10 @@ class S3Tier:
     async def delete(self, key: CacheKey) -> bool:
         """See `Tier.delete`."""
         return await self._run("delete", self._delete, key)
+
+    async def reclaim(self, key: CacheKey) -> bool:
+        """See `Tier.reclaim`."""
+        return await self._run("delete", self._reclaim, key)
 
     async def scan(self, partition: str) -> AsyncIterator[CacheKey]:
         """See `Tier.scan`."""
@@ -225,6 +233,10 @@ class S3Tier:
         """See `Files.write_file`."""
         await self._run("write", self._write_file, self._prefix + name, data)
 
+    async def delete_file(self, name: str) -> None:
+        """See `Files.delete_file`."""
+        await self._run("delete", self._delete_file, self._prefix + name)
+
     async def ping(self) -> None:
         """See `Tier.ping`. The error says which permission is missing, as far as S3 does."""
         await self._run("ping", self._probe)
@@ -262,7 +274,7 @@ class S3Tier:
         if stored.data is None:
             raise CorruptEntryError(f"the object has {stored.size_bytes} bytes, more than an entry can")
         entry = codec.unpack_entry(packed, stored.data)
-        return entry if codec.answers(entry, key, self._clock.now_s()) else None
+        return entry if codec.answers(entry, key, self._clock.now_s(), self._epochs) else None
 
     def _names(self, keys: Sequence[CacheKey]) -> tuple[list[str], dict[str, list[str]]]:
         """The name of each key's object, and for each partition's folder those in it, each once and in order."""
@@ -361,12 +373,35 @@ class S3Tier:
     def _write_file(self, name: str, data: bytes) -> None:
         self._ask(self._clients.writing.put_object, Key=name, Body=data)
 
+    def _delete_file(self, name: str) -> None:
+        self._ask(self._clients.writing.delete_object, Key=name)
+
     def _delete(self, key: CacheKey) -> bool:
         name = self._object(key)
         stored = self._head(name)
         if stored is None:
             return False
         self._ask(self._clients.writing.delete_object, Key=name)
+        self._drop_sidecar(name, stored.headers, unless={})
+        return True
+
+    def _reclaim(self, key: CacheKey) -> bool:
+        name = self._object(key)
+        stored = self._head(name)
+        if stored is None:
+            return False
+        try:
+            labels = codec.unpack_metadata(self._packed(name, stored.headers)).labels
+        except CorruptEntryError:
+            labels = None
+        if labels is not None and not self._epochs.is_purged(key, labels):
+            return False
+        try:
+            self._ask(self._clients.writing.delete_object, Key=name, IfMatch=stored.etag)
+        except ClientError as exc:
+            if code_of(exc) in _CHANGED:
+                return False
+            raise
         self._drop_sidecar(name, stored.headers, unless={})
         return True
 
