@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import ipaddress
+import itertools
 import random
 import ssl
 import uuid
@@ -23,6 +24,7 @@ from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.sentinel import SentinelConnectionPool
 
+from cacheserver.control.redis import UNREACHABLE
 from cacheserver.control.scripts import run_script
 from cacheserver.errors import CorruptEntryError, NewerEntryError, TierError, TierTimeoutError
 from cacheserver.model import CacheKey, TierName
@@ -30,7 +32,7 @@ from cacheserver.tiers import codec
 from cacheserver.tiers.guard import GuardedTier
 from cacheserver.tiers.redis import Client, RedisTier, connect, disconnect
 from tests.fakes import FakeClock
-from tests.servers import ClusterServer, SentinelServer, TcpProxy, ValkeyServer
+from tests.servers import Cluster, ClusterServer, SentinelServer, TcpProxy, ValkeyServer
 from tests.tier_contract import (
     MAX_ENTRY_BYTES,
     TierContract,
@@ -465,6 +467,40 @@ def new_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[st
     yield start
     for place in places:
         place.kill()
+
+
+class TestAClusterOfMany:
+    """What many calls at once are to it, of which none may be lost: one of them may be a lease."""
+
+    @pytest_asyncio.fixture
+    async def client(self, cluster: Cluster) -> AsyncIterator[RedisCluster]:
+        client = connect(cluster.url, timeout_s=5.0, connect_timeout_s=5.0)
+        assert isinstance(client, RedisCluster)
+        yield client
+        await disconnect(client)
+
+    async def test_slots_that_have_moved_lose_no_call(self, client: RedisCluster) -> None:
+        await client.initialize()
+        wrong = {node.name: other for node, other in itertools.pairwise([*client.get_primaries()] * 2)}
+        for _ in range(10):
+            slots = client.nodes_manager.slots_cache
+            for slot, [node] in slots.items():
+                slots[slot] = [wrong[node.name]]
+            burst = (client.set(f"moved-{n}", b"x" * 10_000) for n in range(60))
+            assert await asyncio.gather(*burst) == [True] * 60
+            await client.nodes_manager.initialize()
+
+    async def test_connections_that_break_under_a_burst_break_no_later_call(
+        self, cluster: Cluster, client: RedisCluster
+    ) -> None:
+        for _ in range(5):
+            burst = [asyncio.create_task(client.set(f"broken-{n}", b"x" * 10_000)) for n in range(60)]
+            await asyncio.wait(burst, return_when=asyncio.FIRST_COMPLETED)
+            for node in cluster.nodes:
+                await asyncio.to_thread(node.execute, "CLIENT KILL TYPE normal")
+            for outcome in await asyncio.gather(*burst, return_exceptions=True):
+                assert outcome is True or isinstance(outcome, UNREACHABLE)
+            assert await asyncio.gather(*(client.set(f"broken-{n}", b"x") for n in range(60))) == [True] * 60
 
 
 @pytest.mark.parametrize("form", ["single", "unix", "sentinel", "cluster"])

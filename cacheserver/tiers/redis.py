@@ -445,8 +445,8 @@ class _AlertConnection(AbstractConnection):
         return self._is_unfit() or await super().can_read()
 
     async def _send_packed_command(self, command: Iterable[bytes]) -> None:
-        # A Cluster's nodes lend without a look, and a reset may come after one.
-        if self._is_unfit():
+        # A Cluster's nodes lend without a look, and a reset may come after one, or redis-py closes it meanwhile.
+        if self._writer is None or self._is_unfit():
             raise ConnectionResetError("the connection was lost before")
         packed = [*command]
         if self._inlet is not None and self._reads_here and packed[0].startswith(_GETRANGE):
@@ -505,6 +505,8 @@ def _client(url: str, limits: dict[str, Any], max_connections: int) -> Client:
     if scheme in {"redis+sentinel", "rediss+sentinel"}:
         return _sentinel(_addresses(hosts, 26_379), parts.path, limits, options)
     if scheme in {"redis+cluster", "rediss+cluster"} and parts.path in {"", "/"}:
+        # After some answers that a slot has moved redis-py would close every connection, whoever waits for an answer.
+        options["reinitialize_steps"] = 0
         return RedisCluster(startup_nodes=[ClusterNode(*address) for address in _addresses(hosts, 6_379)], **options)
     raise ValueError("no such scheme")
 
