@@ -333,7 +333,7 @@ class PromptCache:
         async for some in in_turns(there, _KEYS_PER_TURN):
             labels = await asyncio.gather(*(tier.labels(keys[i]) for i in some), return_exceptions=True)
             for i, label in zip(some, labels, strict=True):
-                present[i] = isinstance(label, Labels) and not self._epochs.is_purged(keys[i], label)
+                present[i] = isinstance(label, Labels) and not self._epochs.is_gone(keys[i], label)
         return present
 
     def estimated_wait_s(self, keys: Sequence[CacheKey]) -> float:
@@ -375,7 +375,7 @@ class PromptCache:
         """
         if (refusal := self._backpressure.refusal()) is not None:
             raise refusal
-        epoch = await self._coherence.newest()
+        epoch = await (self._coherence.next() if replace else self._coherence.newest())
         entry = self._entry(
             image, identity, namespace, epoch=epoch, ttl_s=ttl_s, tags=tags, create_time_s=create_time_s
         )
@@ -712,7 +712,9 @@ class PromptCache:
     ) -> int:
         """Have the first of these variants made, as many as come; how many. All is kept on return, and so `safe`."""
         await self._backpressure.slow_down()
-        lead.epoch = await self._coherence.newest()  # what is paid for from here on no purge until now was about
+        # What is paid for from here on no purge until now was about; and what takes another's place is above that.
+        replaces = any(waiter.refresh for waiter in flight.waiters) or not flight.loaded.keys().isdisjoint(making)
+        lead.epoch = await (self._coherence.next() if replaces else self._coherence.newest())
         order = lead.order(
             len(making),
             priority=flight.priority,

@@ -14,10 +14,10 @@ from typing import Protocol
 
 import structlog
 
-from cacheserver.epochs import Epochs, Tombstone
+from cacheserver.epochs import Arrivals, Epochs, Tombstone
 from cacheserver.errors import TierError
 from cacheserver.interfaces import Books, Clock
-from cacheserver.model import TierName
+from cacheserver.model import CachedImage, TierName
 
 _log = structlog.get_logger(__name__)
 
@@ -40,8 +40,8 @@ class SharedTombstones(Protocol):
         """Set tombstones of these names; the epoch they have, above all earlier ones and above `above`."""
         ...
 
-    async def since(self, epoch: int) -> tuple[int, list[Tombstone]]:
-        """The newest epoch there is, and the tombstones after `epoch`. A set that was lost has less than we know."""
+    async def since(self, arrival: int) -> Arrivals:
+        """What came after `arrival`. What was lost has fewer, or an earlier last one, than we know."""
         ...
 
     async def merge(self, tombstones: Sequence[Tombstone]) -> None:
@@ -101,6 +101,7 @@ class Coherence:
         self._file_names: set[str] = set()
         self._checked_s: float | None = None
         self._is_redis_away = self._is_last_tier_away = False
+        self._arrival = self._given = 0
         self._unshared: dict[str, Tombstone] = {}
         self.on_news: Callable[[], None] = lambda: None
         """Called once other replicas' tombstones are known; what they took may go then."""
@@ -147,9 +148,26 @@ class Coherence:
             await self._look_into_redis()
         return self.epochs.newest
 
+    async def next(self) -> int:
+        """An epoch that nothing has yet: a picture that carries it may take the place of any other."""
+        if self._shared is not None and not self._is_redis_away:
+            try:
+                return await self._shared.set((), above=self.epochs.newest)
+            except TierError as error:
+                _log.warning("epoch_not_shared", error=str(error))
+        self._given = max(self._given, self.epochs.newest, int(1000 * self._clock.now_s()) - 1) + 1
+        return self._given
+
+    def replaced(self, entry: CachedImage) -> None:
+        """This took the place of another picture, which other replicas may have in memory: the next look tells them."""
+        if self._shared is not None:
+            tombstone = Tombstone.of_replaced(entry)
+            self._unshared[tombstone.name] = tombstone
+            self.epochs.learn([tombstone])
+
     async def trim(self) -> None:
         """Forget purges of long ago of which nothing is left, here and where all replicas find them."""
-        old = self.epochs.settled_before(int(1000 * (self._clock.now_s() - _KEPT_S)))
+        old = self._old()
         try:
             if self._shared is not None:
                 await self._shared.remove(old)
@@ -161,6 +179,14 @@ class Coherence:
             return
         self.epochs.forget(old)
 
+    def _old(self) -> list[Tombstone]:
+        return self.epochs.settled_before(int(1000 * (self._clock.now_s() - _KEPT_S)))
+
+    async def aclose(self) -> None:
+        """Tell others what they have not been told yet."""
+        if self._unshared:
+            await self._look_into_redis()
+
     async def load(self) -> None:
         """Learn all that was ever purged, before anything is served."""
         await self._look_into_redis()
@@ -171,18 +197,18 @@ class Coherence:
         if self._shared is None:
             return False
         try:
-            newest, found = await self._shared.since(self.epochs.newest)
-            if newest < self.epochs.newest:
-                # It was lost, or set while Redis was away: others must not miss it.
+            late = list(self._unshared.values())
+            await self._shared.merge(late)
+            self._unshared = {name: each for name, each in self._unshared.items() if each not in late}
+            there = await self._shared.since(self._arrival)
+            if there.last < self._arrival:
+                there = await self._shared.since(0)
+            news = self.epochs.learn(there.tombstones)
+            if there.count < self.epochs.count:
+                self.epochs.forget(self._old())  # others may have done so
+            if there.count < self.epochs.count:
                 _log.warning("tombstones_given_back", text="Redis has lost what was purged, or did not have it yet")
-                _, found = await self._shared.since(0)
                 await self._shared.merge(self.epochs.all())
-            if self._unshared:
-                # Under a new epoch: others look for nothing before the newest they know.
-                late = list(self._unshared.values())
-                epoch = await self._shared.set([each.name for each in late], above=self.epochs.newest)
-                found = [*found, *(replace(each, epoch=epoch) for each in late)]
-                self._unshared = {name: each for name, each in self._unshared.items() if each not in late}
         except TierError as error:
             if not self._is_redis_away:
                 _log.warning("purges_unseen", error=str(error), text="looking into the last tier meanwhile")
@@ -191,7 +217,8 @@ class Coherence:
         if self._is_redis_away and self._files is not None:
             await self._look_into_files()  # what others could set there alone
         self._is_redis_away = False
-        await self._learn(found)
+        self._arrival = there.last
+        await self._take_note(news)
         return True
 
     def _is_check_due(self) -> bool:
@@ -213,11 +240,10 @@ class Coherence:
         self._is_last_tier_away = False
         news = [name for name in names if name not in self._file_names]
         self._file_names = set(names)
-        await self._learn([each for each in map(_of_file, news) if each is not None])
+        await self._take_note(self.epochs.learn([each for each in map(_of_file, news) if each is not None]))
         return True
 
-    async def _learn(self, tombstones: Sequence[Tombstone]) -> None:
-        news = self.epochs.learn(tombstones)
+    async def _take_note(self, news: Sequence[Tombstone]) -> None:
         if news and self._keeps_all:
             await self._write_files(news)
         if news:

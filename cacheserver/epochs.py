@@ -4,6 +4,9 @@ Purges are numbered through all namespaces: the number of one is its epoch. An e
 known when its flight began, and a tombstone takes the entries it names whose epoch is before its own. So a purge takes
 one write, however much it takes, and what was stored, copied, journalled or left on its way before it stays purged
 wherever it turns up again: nothing is compared with a clock.
+
+What takes the place of a picture, whoever stored that, has an epoch that nothing had before, and a tombstone of its own
+once it lies there: other replicas have the old one in memory.
 """
 
 from __future__ import annotations
@@ -11,8 +14,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cacheserver.model import CachedImage, CacheKey, Labels
+
+_EVERYONE = "*"
+"""In the place of a namespace: takes what any of them stored."""
 
 _EVERYTHING, _KEY, _IDENTITY, _TAG, _RECLAIMED = "everything", "key", "identity", "tag", "reclaimed"
 
@@ -37,6 +44,11 @@ class Tombstone:
     def of_key(namespace: str, key: CacheKey) -> Tombstone:
         """One picture, with its renditions."""
         return Tombstone(0, namespace, f"{_KEY}:{key.name}")
+
+    @staticmethod
+    def of_replaced(entry: CachedImage) -> Tombstone:
+        """Of all that lay in the place of this one, whoever stored it."""
+        return Tombstone(entry.epoch, _EVERYONE, f"{_KEY}:{entry.key.name}")
 
     @staticmethod
     def of_identity(namespace: str, key: CacheKey) -> Tombstone:
@@ -75,6 +87,14 @@ class Tombstone:
         if not (namespace and separator and selects and 0 < epoch < 2**53):
             raise ValueError("not the name of a tombstone")
         return Tombstone(epoch, namespace, selects)
+
+
+class Arrivals(NamedTuple):
+    """Tombstones that came where all replicas find them, when the last one came, and how many there are."""
+
+    last: int
+    count: int
+    tombstones: list[Tombstone]
 
 
 class Epochs:
@@ -134,8 +154,24 @@ class Epochs:
             if known.get(each.selects) == each.epoch:
                 del known[each.selects]
 
+    @property
+    def count(self) -> int:
+        """How many tombstones there are."""
+        return sum(map(len, self._by_namespace.values()))
+
+    def is_gone(self, key: CacheKey, labels: CachedImage | Labels) -> bool:
+        """Whether what lies under `key` and says so of itself was purged, or another picture took its place."""
+        if labels.epoch >= self.newest:
+            return False
+        replaced = self._by_namespace.get(_EVERYONE)
+        if replaced is not None:
+            name = labels.derived_from if key.is_rendition else key.made_for.name
+            if replaced.get(f"{_KEY}:{name}", 0) > labels.epoch:
+                return True
+        return self.is_purged(key, labels)
+
     def is_purged(self, key: CacheKey, labels: CachedImage | Labels) -> bool:
-        """Whether what lies under `key` and says so of itself was purged."""
+        """Whether what lies, or is about to lie, under `key` and says so of itself was purged."""
         if labels.epoch >= self.newest:
             return False
         known = self._by_namespace.get(labels.namespace)
@@ -153,7 +189,7 @@ class Epochs:
 
     def hides(self, entry: CachedImage) -> bool:
         """Whether an entry may not be served."""
-        return self.hides_all or (entry.epoch < self.newest and self.is_purged(entry.key, entry))
+        return self.hides_all or (entry.epoch < self.newest and self.is_gone(entry.key, entry))
 
     def _is_unreclaimed(self, tombstone: Tombstone) -> bool:
         return tombstone.reclaimed.selects not in self._by_namespace[tombstone.namespace]

@@ -147,7 +147,7 @@ class Imports:
             raise _unreachable(last.name) from error
         now_s = self._clock.now_s()
         fresh = [head for head in heads if head.bare.namespace == namespace.name and head.bare.is_fresh(now_s)]
-        ours = [head for head in fresh if not self._epochs.is_purged(head.bare.key, head.bare)]
+        ours = [head for head in fresh if not self._epochs.is_gone(head.bare.key, head.bare)]
         return ours, keys[-1] if len(keys) == limit else None
 
     @property

@@ -92,7 +92,8 @@ class Tier(Protocol):
         Without `replace`, False means that an intact, fresh entry of this identity with other bytes holds the
         key, and nothing was written; equal bytes are True. A damaged, expired or foreign entry is overwritten.
         With `replace` whatever is there is overwritten, except that False still means another writer was
-        faster. An entry above the tier's size limit raises TierError.
+        faster, or, where replicas share the tier, that what is there has a later epoch. An entry above the tier's
+        size limit raises TierError.
         """
         ...
 

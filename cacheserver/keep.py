@@ -119,6 +119,7 @@ class Keeper:
         copies: bool = False,
         max_held_bytes: int = 256 * 1024 * 1024,
         epochs: Epochs | None = None,
+        on_replaced: Callable[[CachedImage], None] = lambda _: None,
     ) -> None:
         """`tiers` are the lower ones, fastest first.
 
@@ -134,6 +135,7 @@ class Keeper:
         self._copies = copies
         self._max_held_bytes = max_held_bytes
         self._epochs = epochs or Epochs()
+        self._on_replaced = on_replaced
         self._held: dict[str, _Held] = {}
         self._waiting: OrderedDict[_Held, None] = OrderedDict()
         self._offering_again: asyncio.Task[None] | None = None
@@ -169,7 +171,8 @@ class Keeper:
         held = self._held.get(key.name)
         if held is None or not key.matches(held.entry.key.digest) or not held.entry.is_fresh(self._clock.now_s()):
             return None
-        return None if self._epochs.hides(held.entry) else held
+        is_hidden = self._epochs.hides_all or self._epochs.is_purged(held.entry.key, held.entry)
+        return None if is_hidden else held
 
     async def _whole(self, held: _Held) -> CachedImage | None:
         """The entry with its picture; None if the journal, which alone has it, cannot read it."""
@@ -700,9 +703,11 @@ class Keeper:
         if held.replace:
             self._changes += 1
         for tier in self._tiers[:-1]:
-            write = self._write(tier, kept.key, kept, replace=True)
+            write = self._write(tier, kept.key, kept, replace=held.replace)
             if held.replace:
                 self._outdate(tier, kept.key, write)
+        if held.replace:
+            self._on_replaced(kept)
         slots = {held.slot} if held.lies_there else set()
         if held.is_restored:
             slots.add(held.entry.key.stand_in)

@@ -212,10 +212,13 @@ class Purger:
         def is_purged(entry: CachedImage) -> bool:
             return self._epochs.is_purged(entry.key, entry)
 
+        def is_gone(entry: CachedImage) -> bool:
+            return self._epochs.is_gone(entry.key, entry)
+
         async with self._keeper.purging(is_purged):
             looks = 0
             for name in self._memory.names():
-                looks += _LOOKS_PER_TURN // _KEYS_PER_TURN if self._memory.forget(name, is_purged) else 1
+                looks += _LOOKS_PER_TURN // _KEYS_PER_TURN if self._memory.forget(name, is_gone) else 1
                 if looks >= _LOOKS_PER_TURN:
                     await asyncio.sleep(0)
                     looks = 0

@@ -171,6 +171,7 @@ class House:
             journal=journal,
             copies=copies,
             epochs=self.epochs,
+            on_replaced=self.coherence.replaced,
         )
         self.ledger = MemoryLedger()
         self.generator = build_generator(

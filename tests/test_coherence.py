@@ -16,9 +16,9 @@ from prometheus_client import CollectorRegistry
 from cacheserver.accounting.books import CounterBooks
 from cacheserver.coherence import Coherence
 from cacheserver.control.tombstones import RedisTombstones
-from cacheserver.epochs import Epochs, Tombstone
+from cacheserver.epochs import Arrivals, Epochs, Tombstone
 from cacheserver.errors import KeyGoneError, TierError, TierUnreachableError
-from cacheserver.model import Found, Namespace, Terms, TierName
+from cacheserver.model import CachePolicy, Found, Namespace, Terms, TierName
 from cacheserver.tiers.disk import DiskTier
 from cacheserver.tiers.redis import Client, RedisTier, connect, disconnect
 from cacheserver.tiers.s3 import S3Tier
@@ -50,9 +50,9 @@ class Wire:
         self._reach(is_there=self.has_redis)
         return await self._shared.set(names, above=above)
 
-    async def since(self, epoch: int) -> tuple[int, list[Tombstone]]:
+    async def since(self, arrival: int) -> Arrivals:
         self._reach(is_there=self.has_redis)
-        return await self._shared.since(epoch)
+        return await self._shared.since(arrival)
 
     async def merge(self, tombstones: list[Tombstone]) -> None:
         self._reach(is_there=self.has_redis)
@@ -96,7 +96,7 @@ class Service:
         self.clock = FakeClock()
         self.prefix = next(PREFIXES)
         self.client = client
-        self.name = f"{self.prefix}tombstones"
+        self.names = (f"{self.prefix}{{purges}}:arrivals", f"{self.prefix}{{purges}}:epochs")
         self._bucket = s3_server
         self._folder = f"test-{uuid.uuid4().hex}/"
         self._stack = stack
@@ -245,7 +245,7 @@ class TestReplicas:
         await one.coherence.look()
         left = [Tombstone.of_tag(one.house.namespace.name, "summer").name]
         assert [each.name for each in one.coherence.epochs.all()] == left
-        assert await service.client.zrange(service.name, 0, -1) == [name.encode() for name in left]
+        assert await service.client.zrange(service.names[0], 0, -1) == [name.encode() for name in left]
         assert len(await one.wire.files("purges/")) == 1
 
     async def test_a_slow_writer_does_not_bring_back_what_was_purged(self, service: Service) -> None:
@@ -257,6 +257,57 @@ class TestReplicas:
         again = await one.house.get()
         assert again.entry.key == served.entry.key  # it takes the number of what was purged
         assert await one.house.s3.get(served.entry.key) is not None
+
+
+class TestReplacing:
+    async def test_a_refreshed_picture_takes_the_old_ones_place_in_all_replicas(self, service: Service) -> None:
+        one, other = await service.begin(), await service.begin()
+        old = await one.house.get()
+        await one.house.settle()
+        await has(other, old.entry.key.name)
+        new = await one.house.get(cache_policy=CachePolicy.REFRESH)
+        await one.house.settle()
+        await one.coherence.look()
+        await other.coherence.look()
+        assert (await other.house.get()).entry.image.sha256 == new.entry.image.sha256
+        assert new.entry.key == old.entry.key
+
+    async def test_a_picture_put_in_the_place_of_anothers_takes_it_everywhere(self, service: Service) -> None:
+        one, other = await service.begin(), await service.begin()
+        old = await one.house.get()
+        await one.house.settle()
+        await has(other, old.entry.key.name)
+        other.house.namespace, guest = Namespace("guest", other.house.namespace.partition), other.house.namespace
+        image = replace(old.entry.image, data=b"put", sha256="f" * 64)
+        _, identity = one.house.identity()
+        await one.house.cache.put(image, identity, namespace=other.house.namespace, replace=True)
+        await one.house.settle()
+        await one.coherence.aclose()
+        await other.coherence.look()
+        other.house.namespace = guest
+        assert (await other.house.get()).entry.image.data == b"put"
+
+    async def test_one_that_comes_late_takes_the_next_number(self, service: Service) -> None:
+        one, other = await service.begin(), await service.begin()
+        old = await one.house.get()
+        await one.house.settle()
+        late_epoch = await one.coherence.next()
+        new = await other.house.get(cache_policy=CachePolicy.REFRESH)
+        await other.house.settle()
+        late = replace(old.entry, image=replace(old.entry.image, data=b"late", sha256="e" * 64), epoch=late_epoch)
+        kept = await one.house.keeper.keep(late, replace=True)
+        await one.house.settle()
+        assert kept.key.variant == 1
+        for tier in (one.house.redis, one.house.s3):
+            found = [await tier.get(kept.key.with_variant(variant)) for variant in (0, 1)]
+            assert [each.image.data for each in found if each] == [new.entry.image.data, b"late"]
+
+    async def test_only_redis_decides_alike(self, service: Service) -> None:
+        one = await service.begin()
+        entry = make_entry()
+        assert await one.house.redis.put(entry.key, replace(entry, epoch=2), replace=True)
+        assert not await one.house.redis.put(entry.key, replace(entry, epoch=1), replace=True)
+        assert await one.house.redis.put(entry.key, replace(entry, epoch=2), replace=True)
 
 
 class TestBeingCutOff:
@@ -323,11 +374,11 @@ class TestBeingCutOff:
         await one.house.cache.purge(one.house.namespace, tag="spring", dry_run=False)
         await one.house.cache.purge(one.house.namespace, key=served.entry.key, dry_run=False)
         before = one.coherence.epochs.newest
-        await service.client.delete(service.name)
+        await service.client.delete(*service.names)
         await one.coherence.look()
         other = await service.begin()
         assert other.coherence.epochs.newest == before
-        await service.client.delete(service.name)
+        await service.client.delete(*service.names)
         await other.house.cache.purge(other.house.namespace, key=served.entry.key, dry_run=False)
         assert other.coherence.epochs.newest > before
 

@@ -77,6 +77,7 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
     await look_at_tiers(lower, settings)
     coherence = _coherence(settings, lower, books=books, clock=clock)
     await coherence.load()
+    undo.push_async_callback(coherence.aclose)
     room = await asyncio.to_thread(Machine().room)
 
     def price(image: GeneratedImage) -> int:  # there is a miss path before there is a picture to price
@@ -92,6 +93,7 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
         journal=journal,
         copies=settings.durability == "journal+redis",
         epochs=lower.epochs,
+        on_replaced=coherence.replaced,
     )
     undo.push_async_callback(lambda: keeper.aclose(patience.for_writes_s()))
     miss_path = await build_miss_path(settings, lower=lower, books=books, clock=clock, undo=undo)

@@ -1,7 +1,11 @@
-"""Tombstones in Redis, which all replicas read: a sorted set of their names, each with its epoch.
+"""Tombstones in Redis, which all replicas read: in the order in which they came, each with its epoch.
 
-An epoch is above every earlier one, and not below the server's clock in milliseconds: should Redis lose the set, the
-epochs that come then are above those that entries carry all the same. It has no TTL: a full Redis would evict it.
+    {purges}:arrivals    a sorted set of their names, by when they came here
+    {purges}:epochs      a hash of the same names, each with its epoch, and of the newest epoch ever given
+
+An epoch is above every earlier one, and not below the server's clock in milliseconds; so is an arrival. Should Redis
+lose them, those that come then are above all that entries carry, and that replicas have seen, all the same. Neither has
+a TTL: a full Redis would evict it.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import structlog
 
 from cacheserver.control.redis import UNREACHABLE
 from cacheserver.control.scripts import run_script
-from cacheserver.epochs import Tombstone
+from cacheserver.epochs import Arrivals, Tombstone
 from cacheserver.errors import TierError
 from cacheserver.tiers.redis import Client
 
@@ -22,37 +26,60 @@ _log = structlog.get_logger(__name__)
 _AT_ONCE = 1_000
 """Names that one script merges or removes: a server runs nothing else meanwhile."""
 
-# The names under one new epoch, above ARGV[1] too. The answer is that epoch.
-_SET = """
-local top = redis.call('ZREVRANGE', KEYS[1], 0, 0, 'WITHSCORES')
+_ARRIVAL = """
 local time = redis.call('TIME')
-local epoch = time[1] * 1000 + math.floor(time[2] / 1000)
-epoch = math.max(epoch, tonumber(ARGV[1]) + 1)
-if top[2] then epoch = math.max(epoch, tonumber(top[2]) + 1) end
-local text = string.format('%.0f', epoch)
-for i = 2, #ARGV do redis.call('ZADD', KEYS[1], text, ARGV[i]) end
-return text
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local last = redis.call('ZREVRANGE', KEYS[1], 0, 0, 'WITHSCORES')
+local arrival = string.format('%.0f', math.max(now, tonumber(last[2] or '0') + 1))
+local newest = tonumber(redis.call('HGET', KEYS[2], 'newest') or '0')
 """
 
-# The newest epoch there, and the names after epoch ARGV[1], each with its own.
-_SINCE = """
-local top = redis.call('ZREVRANGE', KEYS[1], 0, 0, 'WITHSCORES')
-local news = redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. ARGV[1], '+inf', 'WITHSCORES')
-return {top[2] or '0', news}
-"""
-
-_MERGE = """
-for i = 1, #ARGV, 2 do
-  local there = redis.call('ZSCORE', KEYS[1], ARGV[i + 1])
-  if not there or tonumber(there) < tonumber(ARGV[i]) then redis.call('ZADD', KEYS[1], ARGV[i], ARGV[i + 1]) end
+# The names under one new epoch, above ARGV[1] too. The answer is that epoch.
+_SET = (
+    _ARRIVAL
+    + """
+local epoch = string.format('%.0f', math.max(now, newest + 1, tonumber(ARGV[1]) + 1))
+redis.call('HSET', KEYS[2], 'newest', epoch)
+for i = 2, #ARGV do
+  redis.call('HSET', KEYS[2], ARGV[i], epoch)
+  redis.call('ZADD', KEYS[1], arrival, ARGV[i])
 end
+return epoch
+"""
+)
+
+# When the last one came, how many there are, and those that came after ARGV[1], each with its epoch.
+_SINCE = """
+local last = redis.call('ZREVRANGE', KEYS[1], 0, 0, 'WITHSCORES')
+local news = {}
+for i, name in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. ARGV[1], '+inf')) do
+  news[2 * i - 1], news[2 * i] = name, redis.call('HGET', KEYS[2], name) or '0'
+end
+return {last[2] or '0', redis.call('ZCARD', KEYS[1]), news}
 """
 
+_MERGE = (
+    _ARRIVAL
+    + """
+for i = 1, #ARGV, 2 do
+  local there = redis.call('HGET', KEYS[2], ARGV[i + 1])
+  if not there or tonumber(there) < tonumber(ARGV[i]) then
+    redis.call('HSET', KEYS[2], ARGV[i + 1], ARGV[i])
+    redis.call('ZADD', KEYS[1], arrival, ARGV[i + 1])
+    newest = math.max(newest, tonumber(ARGV[i]))
+  end
+end
+redis.call('HSET', KEYS[2], 'newest', string.format('%.0f', newest))
+"""
+)
 
 _REMOVE = """
 for i = 1, #ARGV, 2 do
-  local there = redis.call('ZSCORE', KEYS[1], ARGV[i + 1])
-  if there and tonumber(there) <= tonumber(ARGV[i]) then redis.call('ZREM', KEYS[1], ARGV[i + 1]) end
+  local there = redis.call('HGET', KEYS[2], ARGV[i + 1])
+  if there and tonumber(there) <= tonumber(ARGV[i]) then
+    redis.call('HDEL', KEYS[2], ARGV[i + 1])
+    redis.call('ZREM', KEYS[1], ARGV[i + 1])
+  end
 end
 """
 
@@ -63,18 +90,18 @@ class RedisTombstones:
     def __init__(self, *, client: Client, prefix: str, timeout_s: float = 1.0) -> None:
         """`client` is closed by whoever made it; `prefix` is that of all our names in Redis."""
         self._client = client
-        self._name = f"{prefix}tombstones"
+        self._names = (f"{prefix}{{purges}}:arrivals", f"{prefix}{{purges}}:epochs")
         self._timeout_s = timeout_s
 
     async def set(self, names: Sequence[str], *, above: int) -> int:
         """Set tombstones of these names; the epoch they have, above all earlier ones and above `above`."""
         return int(await self._run(_SET, above, *names))
 
-    async def since(self, epoch: int) -> tuple[int, list[Tombstone]]:
-        """The newest epoch there is, and the tombstones after `epoch`. A set that was lost has less than we know."""
-        newest, flat = await self._run(_SINCE, epoch)
-        found = [_tombstone(name, score) for name, score in zip(flat[::2], flat[1::2], strict=True)]
-        return int(float(newest)), [each for each in found if each is not None]
+    async def since(self, arrival: int) -> Arrivals:
+        """What came after `arrival`. What was lost has fewer, or an earlier last one, than we know."""
+        last, count, flat = await self._run(_SINCE, arrival)
+        found = [_tombstone(name, epoch) for name, epoch in zip(flat[::2], flat[1::2], strict=True)]
+        return Arrivals(int(float(last)), int(count), [each for each in found if each is not None])
 
     async def merge(self, tombstones: Sequence[Tombstone]) -> None:
         """Set these with the epochs they have, but for those that are there already with the same or a later one."""
@@ -91,14 +118,14 @@ class RedisTombstones:
 
     async def _run(self, script: str, *args: object) -> Any:
         try:
-            return await run_script(self._client, script, [self._name], args, timeout_s=self._timeout_s)
+            return await run_script(self._client, script, self._names, args, timeout_s=self._timeout_s)
         except UNREACHABLE as error:
             raise TierError(f"Redis did not answer for tombstones: {type(error).__name__}") from error
 
 
-def _tombstone(name: bytes, score: bytes) -> Tombstone | None:
+def _tombstone(name: bytes, epoch: bytes) -> Tombstone | None:
     try:
-        return Tombstone.parse(int(float(score)), name.decode())
+        return Tombstone.parse(int(epoch), name.decode())
     except ValueError:
         _log.warning("tombstone_unreadable")
         return None

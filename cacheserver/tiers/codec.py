@@ -167,9 +167,9 @@ def check_version(version: int) -> None:
 
 
 def answers(entry: CachedImage, key: CacheKey, now_s: float, epochs: Epochs) -> bool:
-    """Whether a stored entry may be served for `key`: of its partition and identity, fresh, and not purged."""
+    """Whether a stored entry may be served for `key`: of its partition and identity, fresh, and not gone."""
     is_of_key = entry.key.partition == key.partition and key.matches(entry.key.digest)
-    return is_of_key and entry.is_fresh(now_s) and not epochs.is_purged(entry.key, entry)
+    return is_of_key and entry.is_fresh(now_s) and not epochs.is_gone(entry.key, entry)
 
 
 def pack_metadata(entry: CachedImage) -> bytes:

@@ -209,6 +209,8 @@ class RedisTier:
         if key.is_rendition:
             await self._list(key)
         if replace:
+            if await self._is_later(key, entry):
+                return False
             async with self._turn("put"):
                 await self._client.set(name, stored, px=self._ttl_ms(entry))
             return True
@@ -332,6 +334,11 @@ class RedisTier:
                 return b""
             stored: ImageBytes = await self._client.execute_command("GETRANGE", self._name(key), 0, last)
             return stored
+
+    async def _is_later(self, key: CacheKey, entry: CachedImage) -> bool:
+        """Whether what is stored took this place after `entry` was to: of a writer that comes late."""
+        stored = await self._metadata(key)
+        return stored is not None and stored.labels.epoch > entry.epoch
 
     async def _list(self, key: CacheKey) -> None:
         """List a rendition before it is written: what is never listed would outlive a purge."""

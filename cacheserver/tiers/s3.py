@@ -306,6 +306,8 @@ class S3Tier:
         if source is not None and self._is_copied(name, entry, headers, source):
             return True
         seen = self._head(name) if replace else None
+        if seen is not None and self._is_later(name, seen, entry):
+            return False
         for _ in range(_PUT_ATTEMPTS):
             if self._write(name, entry, headers, seen):
                 self._drop_sidecar(name, seen.headers if seen else {}, unless=headers)
@@ -363,6 +365,13 @@ class S3Tier:
         except ClientError:
             return False
         return True
+
+    def _is_later(self, name: str, stored: _Stored, entry: CachedImage) -> bool:
+        """Whether what is stored took this place after `entry` was to: of a writer that comes late."""
+        try:
+            return codec.unpack_metadata(self._packed(name, stored.headers)).labels.epoch > entry.epoch
+        except CorruptEntryError:
+            return False
 
     def _holder(self, key: CacheKey, name: str, stored: _Stored | None) -> CachedImage | None:
         try:
