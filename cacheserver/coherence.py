@@ -200,13 +200,13 @@ class Coherence:
             late = list(self._unshared.values())
             await self._shared.merge(late)
             self._unshared = {name: each for name, each in self._unshared.items() if each not in late}
-            there = await self._shared.since(self._arrival)
-            if there.last < self._arrival:
-                there = await self._shared.since(0)
-            news = self.epochs.learn(there.tombstones)
-            if there.count < self.epochs.count:
+            came = await self._shared.since(self._arrival)
+            if came.last < self._arrival:
+                came = await self._shared.since(0)
+            news = self.epochs.learn(came.tombstones)
+            if came.there < self.epochs.count:
                 self.epochs.forget(self._old())  # others may have done so
-            if there.count < self.epochs.count:
+            if came.there < self.epochs.count:
                 _log.warning("tombstones_given_back", text="Redis has lost what was purged, or did not have it yet")
                 await self._shared.merge(self.epochs.all())
         except TierError as error:
@@ -217,7 +217,7 @@ class Coherence:
         if self._is_redis_away and self._files is not None:
             await self._look_into_files()  # what others could set there alone
         self._is_redis_away = False
-        self._arrival = there.last
+        self._arrival = came.last
         await self._take_note(news)
         return True
 

@@ -93,7 +93,7 @@ class Arrivals(NamedTuple):
     """Tombstones that came where all replicas find them, when the last one came, and how many there are."""
 
     last: int
-    count: int
+    there: int
     tombstones: list[Tombstone]
 
 

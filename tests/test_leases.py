@@ -183,6 +183,58 @@ class TestTaking:
         await leases.aclose()
 
 
+class TestHearing:
+    async def test_who_waits_has_it_as_soon_as_it_is_released_however_rarely_it_asks(
+        self, redis_url: str, clock: FakeClock
+    ) -> None:
+        client = connect(redis_url, timeout_s=5.0, connect_timeout_s=5.0)
+        replicas = Replicas(client)
+        hearing = replicas.new(clock=clock)
+        hearing.start()
+        async with AsyncExitStack() as first, AsyncExitStack() as second:
+            first_leases = replicas.new()
+            await held(first_leases, first)
+            waiting = asyncio.create_task(held(hearing, second))
+            await until(lambda: hearing.asked == 1 and clock.sleepers > 0)
+            await until_heard(client, f"{replicas.prefix}leases")
+            await first.aclose()
+            async with asyncio.timeout(5):
+                await waiting
+        await hearing.aclose()
+        await disconnect(client)
+
+    async def test_who_hears_nothing_asks_again(self, replicas: Replicas) -> None:
+        async with AsyncExitStack() as first, AsyncExitStack() as second:
+            await held(replicas.new(), first)
+            deaf = replicas.new()
+            waiting = asyncio.create_task(held(deaf, second))
+            await until(lambda: deaf.asked >= 2)
+            await first.aclose()
+            async with asyncio.timeout(5):
+                await waiting
+
+    async def test_it_is_heard_again_when_the_connection_was_lost(
+        self, replicas: Replicas, client: Client, clock: FakeClock
+    ) -> None:
+        hearing = replicas.new(clock=clock)
+        hearing.start()
+        await until_heard(client, f"{replicas.prefix}leases")
+        await client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+        await until_heard(client, f"{replicas.prefix}leases")
+        await hearing.aclose()
+
+
+async def until_heard(client: Client, channel: str) -> None:
+    """Wait until somebody listens."""
+
+    async def is_heard() -> bool:
+        return any(count for _, count in await client.pubsub_numsub(channel))
+
+    async with asyncio.timeout(5):
+        while not await is_heard():
+            pass
+
+
 class TestDying:
     async def test_a_dead_holder_is_succeeded_when_its_time_is_over(self, replicas: Replicas, client: Client) -> None:
         dead = replicas.new(lease_s=SOON_S)

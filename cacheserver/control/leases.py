@@ -8,14 +8,16 @@ Its holder shows every quarter of its span that it lives; a deadline that passes
 under a higher fence, in the same script. A lease that is held has no TTL: a full Redis would evict it. Once released it
 has one, for then it only tells when that was: who looked into the tiers before looks again. The leases of the dead that
 nobody asks for any more are swept.
+
+Who waits asks again and again, ever more rarely, and at once when the channel `leases` says that it was released.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,7 +28,7 @@ from cacheserver.control.redis import UNREACHABLE
 from cacheserver.control.scripts import answer_within, run_script
 from cacheserver.interfaces import Books, Clock, Lease
 from cacheserver.tasks import OwnedTasks, end, every
-from cacheserver.tiers.redis import Client
+from cacheserver.tiers.redis import Client, literally, subscribed
 
 _log = structlog.get_logger(__name__)
 
@@ -39,6 +41,9 @@ _CALLS_AT_ONCE = 16
 
 _FIRST_POLL_S = 0.05
 _LAST_POLL_S = 1.0
+_HEAR_S = 10.0
+"""Between two looks whether the channel is still there."""
+
 _RELEASED_LASTS_S = 60
 _DEAD_S = 600
 _SWEEP_S = 600.0
@@ -75,6 +80,8 @@ if redis.call('HGET', KEYS[1], 'holder') ~= ARGV[1] then return 0 end
 local time = redis.call('TIME')
 redis.call('HSET', KEYS[1], 'holder', '', 'released_ms', time[1] * 1000 + math.floor(time[2] / 1000))
 redis.call('EXPIRE', KEYS[1], ARGV[2])
+-- Should we not have the right to, who waits asks again all the same.
+redis.pcall('PUBLISH', ARGV[3], KEYS[1])
 return 1
 """
 
@@ -134,19 +141,24 @@ class RedisLeases:
         self._timeout_s = timeout_s
         self._places = asyncio.Semaphore(_CALLS_AT_ONCE)
         self._tasks = OwnedTasks()
-        self._sweeping: asyncio.Task[None] | None = None
+        self._background: list[asyncio.Task[None]] = []
+        self._channel = f"{prefix}leases"
+        self._waiting: dict[str, set[asyncio.Event]] = {}
         self._held: dict[Lease, _Held] = {}
         self._away_until_s = 0.0
         self._letting_go: dict[str, asyncio.Task[None]] = {}
 
     def start(self) -> None:
-        """Sweep from time to time, from now on."""
+        """Sweep from time to time, and hear what others release, from now on."""
         sweeping = every(_SWEEP_S, self.sweep, clock=self._clock, name="sweep leases")
-        self._sweeping = asyncio.create_task(sweeping, name="sweep leases")
+        self._background = [
+            asyncio.create_task(sweeping, name="sweep leases"),
+            asyncio.create_task(self._hear(), name="hear of leases"),
+        ]
 
     async def aclose(self) -> None:
         """Give back what is to be given back, within the time that one answer of Redis may take."""
-        await end([self._sweeping] if self._sweeping is not None else [])
+        await end(self._background)
         await self._tasks.aclose(self._timeout_s)
 
     async def take(self, identity_name: str, *, looked_s_ago: float) -> Lease:
@@ -176,7 +188,7 @@ class RedisLeases:
 
     async def sweep(self) -> None:
         """Remove the leases of holders that have been dead for ten minutes."""
-        names = self._client.scan_iter(match=f"{self._prefix}lease:*", count=500)
+        names = self._client.scan_iter(match=f"{literally(self._prefix)}lease:*", count=500)
         with suppress(*UNREACHABLE):  # the next round may find it
             while (name := await answer_within(self._timeout_s, anext(names, None))) is not None:
                 await self._run(_SWEEP, name.decode(), _DEAD_S * 1000)
@@ -205,18 +217,55 @@ class RedisLeases:
     async def _turn(self, name: str, holder: str, lease: Lease, looking_s: float) -> int | None:
         """The fence of a lease that is ours from now on; None while Redis is known to be away."""
         poll_s = _FIRST_POLL_S
-        while self._clock.monotonic_s() >= self._away_until_s:
-            # Of what was released while we asked for it nobody can say whether we had looked before.
-            looked_s = self._clock.monotonic_s() - looking_s + self._timeout_s
-            args = (holder, int(1000 * self._lease_s), int(1000 * looked_s))
-            is_ours, fence_or_ms, is_news = await self._run(_ACQUIRE, name, *args)
-            if is_ours:
-                lease.look_again = lease.look_again or bool(is_news)
-                return int(fence_or_ms)
-            lease.look_again = True
-            await self._clock.sleep(min(poll_s, fence_or_ms / 1000 + 0.001))
-            poll_s = min(1.5 * poll_s, _LAST_POLL_S)
+        with self._waits_for(name) as is_released:
+            while self._clock.monotonic_s() >= self._away_until_s:
+                is_released.clear()
+                # Of what was released while we asked for it nobody can say whether we had looked before.
+                looked_s = self._clock.monotonic_s() - looking_s + self._timeout_s
+                args = (holder, int(1000 * self._lease_s), int(1000 * looked_s))
+                is_ours, fence_or_ms, is_news = await self._run(_ACQUIRE, name, *args)
+                if is_ours:
+                    lease.look_again = lease.look_again or bool(is_news)
+                    return int(fence_or_ms)
+                lease.look_again = True
+                await self._released_or_after(min(poll_s, fence_or_ms / 1000 + 0.001), is_released)
+                poll_s = min(1.5 * poll_s, _LAST_POLL_S)
         return None
+
+    async def _released_or_after(self, seconds: float, is_released: asyncio.Event) -> None:
+        waits: list[asyncio.Task[Any]] = [
+            asyncio.create_task(self._clock.sleep(seconds)),
+            asyncio.create_task(is_released.wait()),
+        ]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await end(waits)
+
+    @contextmanager
+    def _waits_for(self, name: str) -> Iterator[asyncio.Event]:
+        """What is set whenever the lease of this name was released."""
+        event = asyncio.Event()
+        self._waiting.setdefault(name, set()).add(event)
+        try:
+            yield event
+        finally:
+            self._waiting[name].discard(event)
+            if not self._waiting[name]:
+                del self._waiting[name]
+
+    async def _hear(self) -> None:
+        """Wake who waits for a lease that another replica releases."""
+        while True:
+            try:
+                async with await answer_within(self._timeout_s, subscribed(self._client, self._channel)) as channel:
+                    while True:
+                        message = await channel.get_message(timeout=_HEAR_S)
+                        for event in self._waiting.get(message["data"].decode(), ()) if message else ():
+                            event.set()
+            except UNREACHABLE as error:
+                _log.info("leases_unheard", error=type(error).__name__)
+            await self._clock.sleep(_AWAY_S)
 
     async def _beat(self, held: _Held, lease: Lease) -> None:
         """Show that the holder lives, until it is taken from it."""
@@ -245,7 +294,7 @@ class RedisLeases:
 
     async def _give_back(self, name: str, holder: str) -> None:
         try:
-            await self._run(_RELEASE, name, holder, _RELEASED_LASTS_S)
+            await self._run(_RELEASE, name, holder, _RELEASED_LASTS_S, self._channel)
         except UNREACHABLE as error:
             _log.warning("lease_not_released", error=type(error).__name__)  # its time passes
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from redis.asyncio import ConnectionPool, Redis, RedisCluster, Sentinel
+from redis.asyncio.client import PubSub
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.connection import AbstractConnection, parse_url
 from redis.asyncio.retry import Retry
@@ -133,6 +134,28 @@ async def disconnect(client: Client) -> None:
             await sentinel.aclose()
 
 
+async def subscribed(client: Client, channel: str) -> PubSub:
+    """What hears the messages of a channel. Close it."""
+    pubsub: PubSub
+    if isinstance(client, RedisCluster):
+        await client.initialize()
+        # Any node has what is published at another one; redis-py's own choice is by slots that it may not know yet.
+        pubsub = client.pubsub(node=client.get_random_node(), ignore_subscribe_messages=True)
+    else:
+        pubsub = client.pubsub(ignore_subscribe_messages=True)
+    try:
+        await pubsub.subscribe(channel)
+    except BaseException:
+        await pubsub.aclose()  # type: ignore[no-untyped-call] # redis-py does not say
+        raise
+    return pubsub
+
+
+def literally(text: str) -> str:
+    """What matches this text in a pattern of Redis."""
+    return re.sub(r"([*?\[\]\\^])", r"\\\1", text)
+
+
 class RedisTier:
     """Entries as values with an expiry, so that Redis may drop the idle ones. A `Tier`.
 
@@ -244,8 +267,7 @@ class RedisTier:
     async def scan(self, partition: str) -> AsyncIterator[CacheKey]:
         """See `Tier.scan`."""
         start = f"{self._prefix}{{{KEY_VERSION}.{partition}."
-        pattern = re.sub(r"([*?\[\]\\^])", r"\\\1", start) + "*"
-        names = self._client.scan_iter(match=pattern, count=_BATCH)
+        names = self._client.scan_iter(match=f"{literally(start)}*", count=_BATCH)
         while True:
             async with self._turn("scan"):
                 try:
