@@ -99,13 +99,14 @@ class _Found:
 class Journal:
     """Pictures on their way to the last tier, in a directory of ours. Made by `open`."""
 
-    def __init__(self, directory: Path, *, max_bytes: int, sync: JournalSync) -> None:
+    def __init__(self, directory: Path, *, max_bytes: int, sync: JournalSync, write_version: int) -> None:
         self.max_bytes = max_bytes
         self.left: list[Left] = []
         """What earlier lives left, in the order it was handed over."""
         self._directory = directory
         self._temporary = directory / "tmp"
         self._sync = sync
+        self._write_version = write_version
         self._workers = Workers(threads=_THREADS, name="journal")
         self._tasks = OwnedTasks()
         self._flushing: asyncio.Task[None] | None = None
@@ -126,6 +127,7 @@ class Journal:
         max_bytes: int = 10 * 1024 * 1024 * 1024,
         sync: JournalSync = JournalSync.ALWAYS,
         sync_interval_s: float = 1.0,
+        write_version: int = codec.WRITE_VERSION,
     ) -> Journal:
         """The journal in `directory`, which is made if missing, with what earlier lives left in it.
 
@@ -135,11 +137,12 @@ class Journal:
             max_bytes: most that all records together may take; a further one is refused.
             sync: when records are flushed.
             sync_interval_s: how often, with `JournalSync.INTERVAL`.
+            write_version: the codec version that entries are written in.
 
         Raises:
             ConfigError: the directory cannot be made, read or written.
         """
-        journal = Journal(directory, max_bytes=max_bytes, sync=sync)
+        journal = Journal(directory, max_bytes=max_bytes, sync=sync, write_version=write_version)
         try:
             found = await journal._workers.run(journal._prepare)
         except OSError as exc:
@@ -183,7 +186,7 @@ class Journal:
         """
         flags = (_REPLACES if replace else 0) | (_STANDS_IN if slot.is_stand_in else 0)
         head = _HEAD.pack(_MAGIC, _VERSION, flags, handed_over_s)
-        head += xxh3_128_digest(head) + codec.encode_head(entry)
+        head += xxh3_128_digest(head) + codec.encode_head(entry, self._write_version)
         size_bytes = len(head) + entry.size_bytes
         if self._size_bytes + size_bytes > self.max_bytes:
             raise JournalFullError("The journal is full: the last tier has not taken for long what was made.")

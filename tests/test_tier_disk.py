@@ -184,7 +184,7 @@ async def test_a_newer_entry_is_unknown_and_stays(tier: DiskTier, tmp_path: Path
     entry = make_entry()
     await tier.put(entry.key, entry, replace=False)
     file = file_of(tmp_path)
-    newer = file.read_bytes()[:4] + (codec.READ_VERSION + 1).to_bytes(2, "big") + b"a layout of tomorrow"
+    newer = file.read_bytes()[:4] + (max(codec.LAYOUTS) + 1).to_bytes(2, "big") + b"a layout of tomorrow"
     file.write_bytes(newer)
     for call in (tier.get(entry.key), tier.put(entry.key, entry, replace=False), tier.labels(entry.key)):
         with pytest.raises(NewerEntryError):

@@ -177,7 +177,7 @@ async def test_labels_of_a_damaged_entry_are_none(tier: RedisTier, raw: Redis) -
 
 async def test_a_newer_entry_is_unknown_and_stays(tier: RedisTier, raw: Redis) -> None:
     entry = make_entry()
-    newer = b"PCEN" + (codec.READ_VERSION + 1).to_bytes(2, "big") + b"a layout of tomorrow"
+    newer = b"PCEN" + (max(codec.LAYOUTS) + 1).to_bytes(2, "big") + b"a layout of tomorrow"
     await raw.set(name_of(tier, entry.key), newer)
     for call in (tier.get(entry.key), tier.put(entry.key, entry, replace=False), tier.labels(entry.key)):
         with pytest.raises(NewerEntryError):

@@ -197,6 +197,7 @@ async def _journal(settings: Settings, *, clock: Clock, undo: AsyncExitStack) ->
         max_bytes=settings.journal.max_bytes,
         sync=settings.journal.sync,
         sync_interval_s=settings.journal.sync_interval_s,
+        write_version=settings.codec.write_version,
     )
     undo.push_async_callback(journal.aclose)
     return journal

@@ -137,13 +137,19 @@ def _redis_tier(settings: Settings, client: Client, *, epochs: Epochs, clock: Cl
         ttl_jitter=redis.ttl_jitter,
         max_entry_bytes=redis.max_entry_bytes,
         epochs=epochs,
+        write_version=settings.codec.write_version,
     )
 
 
 async def _disk_tier(settings: Settings, *, epochs: Epochs, clock: Clock) -> DiskTier:
     disk = settings.disk
     return await DiskTier.open(
-        settings.disk_path, clock=clock, max_bytes=disk.max_bytes, sync=disk.fsync, epochs=epochs
+        settings.disk_path,
+        clock=clock,
+        max_bytes=disk.max_bytes,
+        sync=disk.fsync,
+        epochs=epochs,
+        write_version=settings.codec.write_version,
     )
 
 
@@ -192,6 +198,7 @@ def _s3_tier(settings: Settings, access: _S3Access, *, epochs: Epochs, clock: Cl
             max_entry_bytes=s3.max_entry_bytes,
             threads=s3.threads,
             epochs=epochs,
+            write_version=settings.codec.write_version,
         )
     except ValueError as error:
         raise ConfigError(f"s3.endpoint: {error}") from error

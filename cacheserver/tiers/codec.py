@@ -8,15 +8,17 @@
     image                      to the end
 
 The checksums find damage, not forgery; the identity digest in the metadata settles whose picture it is.
-A new version is readable for one release before `WRITE_VERSION` is raised to it, so that a rolling upgrade
-never meets an entry it cannot read; what is newer still is unknown, not absent.
+Readers lead writers: a new version has its layout here one release before `WRITE_VERSION` is raised to it, so that a
+rolling upgrade never meets an entry it cannot read; what is newer still is unknown, not absent.
 """
 
 from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
@@ -25,10 +27,7 @@ from cacheserver.errors import CorruptEntryError, EntryTooLargeError, NewerEntry
 from cacheserver.model import CachedImage, CacheKey, GeneratedImage, Head, ImageBytes, JsonValue, Labels, Usage
 
 WRITE_VERSION = 1
-"""The codec version we write."""
-
-READ_VERSION = 1
-"""The newest codec version we can read."""
+"""The codec version we write unless told otherwise: the newest that the release before this one reads."""
 
 MAX_METADATA_BYTES = 512 * 1024
 """Most that an entry's metadata may take; a revised prompt of 32,000 characters fits."""
@@ -84,23 +83,23 @@ class Metadata:
         return replace(self.bare, image=replace(self.bare.image, data=data))
 
 
-def encode(entry: CachedImage) -> bytes:
+def encode(entry: CachedImage, version: int = WRITE_VERSION) -> bytes:
     """The entry as bytes.
 
     Raises:
         EntryTooLargeError: its metadata is above MAX_METADATA_BYTES.
     """
-    return b"".join((encode_head(entry), entry.image.data))
+    return b"".join((encode_head(entry, version), entry.image.data))
 
 
-def encode_head(entry: CachedImage) -> bytes:
+def encode_head(entry: CachedImage, version: int = WRITE_VERSION) -> bytes:
     """What lies before the entry's image: the whole of `encode` without copying the image.
 
     Raises:
         EntryTooLargeError: its metadata is above MAX_METADATA_BYTES.
     """
-    metadata = pack_metadata(entry)
-    head = _PREAMBLE.pack(_MAGIC, WRITE_VERSION, len(metadata)) + metadata
+    metadata = pack_metadata(entry, version)
+    head = _PREAMBLE.pack(_MAGIC, version, len(metadata)) + metadata
     return head + xxh3_128_digest(head)
 
 
@@ -113,7 +112,8 @@ def decode(stored: ImageBytes) -> CachedImage:
     """
     view = memoryview(stored)
     end = head_length(view)
-    return unpack_entry(_checked(view[:end]), view[end:])
+    version, packed = _checked(view[:end])
+    return unpack_entry(packed, view[end:], version)
 
 
 def head_length(start: ImageBytes) -> int:
@@ -140,17 +140,19 @@ def decode_head(head: ImageBytes) -> Metadata:
     Raises:
         CorruptEntryError: damaged or not an entry.
     """
-    return unpack_metadata(_checked(head))
+    version, packed = _checked(head)
+    return unpack_metadata(packed, version)
 
 
-def _checked(head: ImageBytes) -> bytes:
-    """The packed metadata in the first `head_length` bytes."""
+def _checked(head: ImageBytes) -> tuple[int, bytes]:
+    """The codec version, and the packed metadata, of the first `head_length` bytes."""
     if len(head) != head_length(head):
         raise CorruptEntryError("the stored entry is cut short")
     checked, checksum = head[:-_CHECKSUM_BYTES], head[-_CHECKSUM_BYTES:]
     if xxh3_128_digest(checked) != checksum:
         raise CorruptEntryError("the stored metadata does not match its checksum")
-    return bytes(checked[PREAMBLE_BYTES:])
+    _, version, _ = _PREAMBLE.unpack_from(checked)
+    return version, bytes(checked[PREAMBLE_BYTES:])
 
 
 def check_version(version: int) -> None:
@@ -160,8 +162,8 @@ def check_version(version: int) -> None:
         CorruptEntryError: there never was such a version.
         NewerEntryError: written by a newer release.
     """
-    if version > READ_VERSION:
-        raise NewerEntryError(f"the stored entry has codec version {version}; this release reads up to {READ_VERSION}")
+    if version > (newest := max(LAYOUTS)):
+        raise NewerEntryError(f"the stored entry has codec version {version}; this release reads up to {newest}")
     if version < 1:
         raise CorruptEntryError("the stored entry has codec version 0, which never was")
 
@@ -172,12 +174,20 @@ def answers(entry: CachedImage, key: CacheKey, now_s: float, epochs: Epochs) -> 
     return is_of_key and entry.is_fresh(now_s) and not epochs.is_gone(entry.key, entry)
 
 
-def pack_metadata(entry: CachedImage) -> bytes:
-    """The entry's metadata as JSON.
+def pack_metadata(entry: CachedImage, version: int = WRITE_VERSION) -> bytes:
+    """The entry's metadata in the layout of a codec version.
 
     Raises:
         EntryTooLargeError: it is above MAX_METADATA_BYTES.
     """
+    packed = LAYOUTS[version].pack(entry)
+    if len(packed) > MAX_METADATA_BYTES:
+        raise EntryTooLargeError(f"the entry has {len(packed)} bytes of metadata; at most {MAX_METADATA_BYTES} fit")
+    return packed
+
+
+def _packed(entry: CachedImage) -> bytes:
+    """The metadata as JSON."""
     image = entry.image
     usage = image.usage
     fields: dict[str, JsonValue] = {
@@ -213,28 +223,25 @@ def pack_metadata(entry: CachedImage) -> bytes:
     }
     text = json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # A provider's JSON may hold half a surrogate pair; such a revised prompt must not cost us the picture.
-    packed = text.encode("utf-8", "surrogatepass")
-    if len(packed) > MAX_METADATA_BYTES:
-        raise EntryTooLargeError(f"the entry has {len(packed)} bytes of metadata; at most {MAX_METADATA_BYTES} fit")
-    return packed
+    return text.encode("utf-8", "surrogatepass")
 
 
-def unpack_metadata(packed: bytes) -> Metadata:
+def unpack_metadata(packed: bytes, version: int = WRITE_VERSION) -> Metadata:
     """The metadata that `pack_metadata` made `packed` from. Fields we do not know are passed over.
 
     Raises:
         CorruptEntryError: `packed` is not that.
     """
-    return Metadata(*_unpacked(packed, b""))
+    return Metadata(*LAYOUTS[version].unpack(packed, b""))
 
 
-def unpack_entry(packed: bytes, data: ImageBytes) -> CachedImage:
+def unpack_entry(packed: bytes, data: ImageBytes, version: int = WRITE_VERSION) -> CachedImage:
     """The whole entry of the metadata that `pack_metadata` made `packed` from, its bytes verified.
 
     Raises:
         CorruptEntryError: `packed` is not that, or `data` not the image that was stored.
     """
-    entry, size_bytes, xxh3 = _unpacked(packed, data)
+    entry, size_bytes, xxh3 = LAYOUTS[version].unpack(packed, data)
     _verify(data, size_bytes, xxh3)
     return entry
 
@@ -253,6 +260,20 @@ def _unpacked(packed: bytes, data: ImageBytes) -> tuple[CachedImage, int, str]:
         return _entry(fields, data), _whole(fields["size_bytes"], 0, _MAX_INT64), _text(fields["xxh3"])
     except (ValueError, TypeError, KeyError, RecursionError) as exc:
         raise CorruptEntryError("the stored metadata does not parse") from exc
+
+
+class Layout(NamedTuple):
+    """How one codec version packs an entry's metadata, and how it reads the entry, its length and its xxh3-128 from it.
+
+    `unpack` takes the metadata and the image, and raises CorruptEntryError.
+    """
+
+    pack: Callable[[CachedImage], bytes]
+    unpack: Callable[[bytes, ImageBytes], tuple[CachedImage, int, str]]
+
+
+LAYOUTS: dict[int, Layout] = {1: Layout(_packed, _unpacked)}
+"""Every codec version that can be read, up to one above WRITE_VERSION. None goes: entries outlive releases."""
 
 
 _USAGE_FIELDS = ("input_tokens", "input_text_tokens", "input_image_tokens", "output_tokens", "total_tokens")

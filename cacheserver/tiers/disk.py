@@ -55,6 +55,7 @@ class DiskTier:
         sync: bool,
         threads: int,
         epochs: Epochs,
+        write_version: int,
     ) -> None:
         self._directory = directory
         self._temporary = directory / "tmp"
@@ -63,6 +64,7 @@ class DiskTier:
         self._max_entry_bytes = max_entry_bytes
         self._sync = sync
         self._epochs = epochs
+        self._write_version = write_version
         self._workers = Workers(threads=threads, name="disk")
         # No two processes, one ending and one beginning, write the same temporary file.
         self._process = secrets.token_hex(8)
@@ -82,6 +84,7 @@ class DiskTier:
         sync: bool = True,
         threads: int = 8,
         epochs: Epochs | None = None,
+        write_version: int = codec.WRITE_VERSION,
     ) -> DiskTier:
         """The tier in `directory`, which is made if missing, with what an earlier process left in it.
 
@@ -93,6 +96,7 @@ class DiskTier:
             sync: whether a put waits until the disk has it, and so survives a power cut.
             threads: most calls at a time.
             epochs: say what was purged.
+            write_version: the codec version that entries are written in.
 
         Raises:
             ConfigError: the directory cannot be made, read or written.
@@ -105,6 +109,7 @@ class DiskTier:
             sync=sync,
             threads=threads,
             epochs=epochs or Epochs(),
+            write_version=write_version,
         )
         try:
             await tier._workers.run(tier._prepare)
@@ -255,7 +260,7 @@ class DiskTier:
     def _put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:
         if entry.size_bytes > self._max_entry_bytes:
             raise EntryTooLargeError(f"the image has {entry.size_bytes} bytes; the disk takes {self._max_entry_bytes}")
-        stored = codec.encode(entry)
+        stored = codec.encode(entry, self._write_version)
         if len(stored) > self._max_bytes:
             raise EntryTooLargeError(f"the entry has {len(stored)} bytes; the disk holds {self._max_bytes} in all")
         is_placed = False

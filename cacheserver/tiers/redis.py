@@ -177,6 +177,7 @@ class RedisTier:
         max_entry_bytes: a larger image is refused with EntryTooLargeError; a larger value is not read.
         max_concurrency: most calls at a time; more wait. At most the client's max_connections.
         epochs: say what was purged.
+        write_version: the codec version that entries are written in.
     """
 
     name = TierName.REDIS
@@ -193,7 +194,9 @@ class RedisTier:
         max_entry_bytes: int = 16 * 1024 * 1024,
         max_concurrency: int = 64,
         epochs: Epochs | None = None,
+        write_version: int = codec.WRITE_VERSION,
     ) -> None:
+        self._write_version = write_version
         self._epochs = epochs or Epochs()
         self._client = client
         self._clock = clock
@@ -228,7 +231,7 @@ class RedisTier:
         """See `Tier.put`."""
         if entry.size_bytes > self._max_entry_bytes:
             raise EntryTooLargeError(f"the image has {entry.size_bytes} bytes; Redis takes {self._max_entry_bytes}")
-        stored, name = codec.encode(entry), self._name(key)
+        stored, name = codec.encode(entry, self._write_version), self._name(key)
         if key.is_rendition:
             await self._list(key)
         if replace:

@@ -97,6 +97,7 @@ class S3Tier:
         max_entry_bytes: a larger image is refused with EntryTooLargeError; a larger object is not read.
         threads: most calls at a time; more wait.
         epochs: say what was purged.
+        write_version: the codec version that entries are written in.
 
     Raises:
         ValueError: an endpoint is not a URL.
@@ -121,7 +122,9 @@ class S3Tier:
         max_entry_bytes: int = 64 * 1024 * 1024,
         threads: int = 16,
         epochs: Epochs | None = None,
+        write_version: int = codec.WRITE_VERSION,
     ) -> None:
+        self._write_version = write_version
         self._epochs = epochs or Epochs()
         for address in (endpoint, public_endpoint):
             if address is not None and not re.fullmatch(r"https?://[^/\s]+/?", address):
@@ -270,10 +273,10 @@ class S3Tier:
         return None if stored is None else self._servable(key, name, stored)
 
     def _servable(self, key: CacheKey, name: str, stored: _Stored) -> CachedImage | None:
-        packed = self._packed(name, stored.headers)
+        version, packed = self._packed(name, stored.headers)
         if stored.data is None:
             raise CorruptEntryError(f"the object has {stored.size_bytes} bytes, more than an entry can")
-        entry = codec.unpack_entry(packed, stored.data)
+        entry = codec.unpack_entry(packed, stored.data, version)
         return entry if codec.answers(entry, key, self._clock.now_s(), self._epochs) else None
 
     def _names(self, keys: Sequence[CacheKey]) -> tuple[list[str], dict[str, list[str]]]:
@@ -300,7 +303,7 @@ class S3Tier:
         if entry.size_bytes > self._max_entry_bytes:
             raise EntryTooLargeError(f"the image has {entry.size_bytes} bytes; S3 takes {self._max_entry_bytes}")
         name = self._object(key)
-        headers, sidecar = _headers(entry)
+        headers, sidecar = _headers(entry, self._write_version)
         if sidecar is not None:
             self._ask(self._clients.writing.put_object, Key=_sidecar(name, headers), Body=sidecar)
         if source is not None and self._is_copied(name, entry, headers, source):
@@ -400,7 +403,7 @@ class S3Tier:
         if stored is None:
             return False
         try:
-            labels = codec.unpack_metadata(self._packed(name, stored.headers)).labels
+            labels = self._metadata_in(name, stored.headers).labels
         except CorruptEntryError:
             labels = None
         if labels is not None and not self._epochs.is_purged(key, labels):
@@ -423,7 +426,7 @@ class S3Tier:
         name = self._object(key)
         stored = self._head(name)
         try:
-            return None if stored is None else codec.unpack_metadata(self._packed(name, stored.headers))
+            return None if stored is None else self._metadata_in(name, stored.headers)
         except CorruptEntryError:
             return None
 
@@ -473,20 +476,25 @@ class S3Tier:
                 return stored
             return replace(stored, data=read_body(body, stored.size_bytes, check))
 
-    def _packed(self, name: str, headers: Mapping[str, str]) -> bytes:
-        """The metadata that the object's headers hold, or its sidecar."""
+    def _metadata_in(self, name: str, headers: Mapping[str, str]) -> codec.Metadata:
+        version, packed = self._packed(name, headers)
+        return codec.unpack_metadata(packed, version)
+
+    def _packed(self, name: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
+        """The codec version, and the metadata that the object's headers hold, or its sidecar."""
         try:
-            codec.check_version(int(headers["codec-version"]))
+            version = int(headers["codec-version"])
+            codec.check_version(version)
         except (KeyError, ValueError) as exc:
             raise CorruptEntryError("the object in S3 is not an entry") from exc
         if "entry" in headers:
-            return _decompressed(_from_base64(headers["entry"]))
+            return version, _decompressed(_from_base64(headers["entry"]))
         if "sidecar" not in headers:
             raise CorruptEntryError("the object in S3 has lost its metadata")
         sidecar = self._read(_sidecar(name, headers), codec.MAX_METADATA_BYTES)
         if sidecar is None or sidecar.data is None or xxh3_128_hexdigest(sidecar.data) != headers["sidecar"]:
             raise CorruptEntryError("the sidecar of the object in S3 is missing or damaged")
-        return _decompressed(sidecar.data)
+        return version, _decompressed(sidecar.data)
 
     def _ask(self, call: Callable[..., _Result], **arguments: object) -> _Result:
         try:
@@ -547,10 +555,10 @@ def _keys(names: Iterable[str]) -> list[CacheKey]:
 _CHANGED = {"PreconditionFailed", "412"}
 
 
-def _headers(entry: CachedImage) -> tuple[dict[str, str], bytes | None]:
+def _headers(entry: CachedImage, version: int) -> tuple[dict[str, str], bytes | None]:
     """The metadata as an object's own headers, and as its sidecar if that is too long for them."""
-    packed = zlib.compress(codec.pack_metadata(entry))
-    headers = {"codec-version": str(codec.WRITE_VERSION), "sha256": entry.image.sha256}
+    packed = zlib.compress(codec.pack_metadata(entry, version))
+    headers = {"codec-version": str(version), "sha256": entry.image.sha256}
     text = base64.b64encode(packed).decode()
     if len(text) <= _MAX_INLINE_METADATA:
         return {**headers, "entry": text}, None
