@@ -747,7 +747,8 @@ class Namespace:
     `store_prompts`: what its callers ask for and the cache does not have is recorded, prompts and all.
     `serve_percent` (0 to 100) is the share of keys that are served from the cache; the others are only observed.
     `answer_from` is what its requests may be answered from before a picture is paid for. `public_images`: whoever has a
-    picture's key may fetch it over HTTP; otherwise a signed URL or a token is needed.
+    picture's key may fetch it over HTTP; otherwise a signed URL or a token is needed. `identity_version` is the one that
+    its requests are keyed by.
     """
 
     name: str
@@ -767,6 +768,7 @@ class Namespace:
     store_prompts: bool = False
     answer_from: frozenset[AnswerFrom] = frozenset()
     public_images: bool = False
+    identity_version: int = 1
 
     def lifetime_s(self, ttl_s: float | None) -> float | None:
         """How long a new picture is good for where its caller asks for `ttl_s`; None is for ever."""

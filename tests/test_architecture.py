@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": VALUES
     | {"tiers", "flight", "keep", "purge", "paying", "resent", "alone", "variants", "reviews", "remakes", "rungs"}
     | {"deriving", "backpressure", "coherence"},
-    "settings": VALUES | {"identity", "machine"},
+    "settings": VALUES | {"identity", "machine", "tiers"},
     "calls": VALUES | {"cache", "identity", "precheck", "recall"},
     "http": VALUES | {"cache", "calls", "identity", "generation", "renditions"},
     "warming": VALUES | {"keep", "cache"},

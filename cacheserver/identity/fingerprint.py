@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import lru_cache
 from operator import attrgetter
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import xxhash
 
-from cacheserver.identity.normalize import PROFILES, Profile, normalize_prompt
+from cacheserver.identity.normalize import Profile
+from cacheserver.identity.versions import VERSIONS, Version, answers_all
 from cacheserver.model import (
     CacheKey,
     Identity,
@@ -56,7 +57,9 @@ class Identifier:
             ValueError: the request holds what `validate` refuses.
         """
         self._partition = namespace.partition
-        self._profile = profile = _profile(namespace, match_level)
+        version = VERSIONS[namespace.identity_version]
+        self._normalize = version.normalize
+        self._profile = profile = _profile(version, namespace, match_level)
         self._patterns = _patterns(namespace, profile)
         self._before, self._after = _around_prompt(request, profile, self._patterns)
 
@@ -66,7 +69,7 @@ class Identifier:
 
     def named(self, prompt: str) -> Named:
         """What `identity` finds out of the one with this prompt, for whoever may need no more; ValueError as there."""
-        normalized = normalize_prompt(prompt, self._profile.name, self._patterns)
+        normalized = self._normalize(prompt, self._profile.name, self._patterns)
         canonical = f"{self._before}{_JSON.encode(normalized)}{self._after}".encode()
         fingerprint, digest = fingerprint_of(canonical), digest_of(canonical)
         return CacheKey.name_of(self._partition, fingerprint, digest, 0), digest, fingerprint, normalized, canonical
@@ -99,10 +102,38 @@ def identify(request: ImageRequest, namespace: Namespace, match_level: MatchLeve
 
 def key_of(request: ImageRequest, namespace: Namespace, variant: int) -> CacheKey:
     """The key that `identify` gives a request's `variant`, for whoever wants nothing else of its identity."""
-    profile = PROFILES[namespace.profile]
+    version = VERSIONS[namespace.identity_version]
+    profile = version.profiles[namespace.profile]
     patterns = _patterns(namespace, profile)
-    canonical = _canonical(request, profile, normalize_prompt(request.prompt, profile.name, patterns), patterns)
+    canonical = _canonical(request, profile, version.normalize(request.prompt, profile.name, patterns), patterns)
     return CacheKey(namespace.partition, fingerprint_of(canonical), digest_of(canonical), variant)
+
+
+class OtherKey(NamedTuple):
+    """The key of a request under another version of the identity.
+
+    `answers_all`: what lies there answers the request whatever prompt it was made from.
+    """
+
+    key: CacheKey
+    answers_all: bool
+
+
+def other_keys(request: ImageRequest, identity: Identity, namespace: Namespace) -> list[OtherKey]:
+    """The keys of variant 0 that a request with this identity has under other versions that are known, oldest first."""
+    written = namespace.identity_version
+    found: list[OtherKey] = []
+    for version in VERSIONS:
+        if version != written:
+            key = identify(request, replace(namespace, identity_version=version), identity.level).key
+            if key.identity_name not in {identity.key.identity_name, *(other.key.identity_name for other in found)}:
+                found.append(OtherKey(key, answers_all(version, written)))
+    return found
+
+
+def lasting_name(request: ImageRequest, identity: Identity, namespace: Namespace) -> str:
+    """What stands for a request's identity in replicas that write different versions: its name under the oldest."""
+    return identify(request, replace(namespace, identity_version=min(VERSIONS)), identity.level).key.identity_name
 
 
 def key_of_alike(identity: Identity, request: ImageRequest) -> CacheKey:
@@ -110,7 +141,8 @@ def key_of_alike(identity: Identity, request: ImageRequest) -> CacheKey:
 
     What `identify` would say, without normalizing the prompt again, which takes most of the time.
     """
-    profile = next(profile for profile in PROFILES.values() if profile.versioned == identity.profile)
+    profiles = (profile for version in VERSIONS.values() for profile in version.profiles.values())
+    profile = next(profile for profile in profiles if profile.versioned == identity.profile)
     patterns: list[str] = []
     if profile.level is MatchLevel.CATALOG:
         patterns = json.loads(identity.canonical)[1]["catalog_patterns"]
@@ -145,11 +177,11 @@ def canonical_json(value: object) -> str:
     return _JSON.encode(_plain(value))
 
 
-def _profile(namespace: Namespace, match_level: MatchLevel | None) -> Profile:
-    own = PROFILES[namespace.profile]
+def _profile(version: Version, namespace: Namespace, match_level: MatchLevel | None) -> Profile:
+    own = version.profiles[namespace.profile]
     if match_level is None or match_level >= own.level:
         return own
-    return next(profile for profile in PROFILES.values() if profile.level is match_level)
+    return next(profile for profile in version.profiles.values() if profile.level is match_level)
 
 
 def _patterns(namespace: Namespace, profile: Profile) -> tuple[str, ...]:

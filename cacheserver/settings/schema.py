@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
@@ -13,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic import model_validator as check
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from cacheserver.identity import PROFILES, compile_catalog_patterns
+from cacheserver.identity import PROFILES, VERSIONS, WRITE_VERSION, compile_catalog_patterns
 from cacheserver.machine import Room
 from cacheserver.model import (
     MAX_VARIANT,
@@ -32,6 +33,7 @@ from cacheserver.model import (
     Priority,
     TierName,
 )
+from cacheserver.tiers import codec
 
 ENV_PREFIX = "CACHESERVER_"
 DEFAULT_NAMESPACE = "default"
@@ -81,6 +83,20 @@ def _profile(profile: str) -> str:
     if profile not in PROFILES:
         raise ValueError(f"should be one of {', '.join(PROFILES)}")
     return profile
+
+
+def _identity_version(version: int) -> int:
+    return _known(version, VERSIONS)
+
+
+def _codec_version(version: int) -> int:
+    return _known(version, codec.LAYOUTS)
+
+
+def _known(version: int, versions: Iterable[int]) -> int:
+    if version not in versions:
+        raise ValueError(f"should be one that this release knows: {', '.join(map(str, versions))}")
+    return version
 
 
 def _storing_tier(name: Any) -> Any:
@@ -354,6 +370,30 @@ class PurgeSettings(_Section):
         description=(
             "serve or refuse: what to do with stored images while neither Redis nor the last level can say what was "
             "purged. Refused ones count as unknown, see generation.when_unknown."
+        ),
+    )
+
+
+class IdentitySettings(_Section):
+    """How requests become keys."""
+
+    write_version: Annotated[int, AfterValidator(_identity_version)] = Field(
+        default=WRITE_VERSION,
+        description=(
+            "Version that requests are keyed by; pictures of all others that this release knows are found too. Raise it "
+            "only when every replica knows it. The default is one that the release before this one knows."
+        ),
+    )
+
+
+class CodecSettings(_Section):
+    """How images are written into Redis, the disk and S3."""
+
+    write_version: Annotated[int, AfterValidator(_codec_version)] = Field(
+        default=codec.WRITE_VERSION,
+        description=(
+            "Version that images are written in; all others that this release knows are read too. Raise it only when "
+            "every replica knows it. The default is one that the release before this one knows."
         ),
     )
 
@@ -919,6 +959,8 @@ class Settings(BaseSettings):
     disk: DiskSettings = DiskSettings()
     journal: JournalSettings = JournalSettings()
     purge: PurgeSettings = PurgeSettings()
+    identity: IdentitySettings = IdentitySettings()
+    codec: CodecSettings = CodecSettings()
     generation: GenerationSettings = GenerationSettings()
     accounting: AccountingSettings = AccountingSettings()
     delivery: DeliverySettings = DeliverySettings()
@@ -1066,6 +1108,7 @@ def _namespace(name: str, written: NamespaceSettings, settings: Settings) -> Nam
         answer_from=frozenset(written.answer_from),
         public_images=written.public_images,
         serve_percent=written.serve_percent if written.mode == "serve" else 0.0,
+        identity_version=settings.identity.write_version,
     )
 
 
