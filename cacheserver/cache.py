@@ -9,6 +9,9 @@
     walk ──── Redis, then disk or S3: the first intact entry answers and is promoted
       │ nobody has it
       ▼
+    carry ─── the same, under the keys that other versions of the identity give it
+      │ nobody has it
+      ▼
     derive ── a picture of another request that dominates this one, where the namespace allows it
       │ nobody has such
       ▼
@@ -26,7 +29,8 @@ each waiter (`Waiter.accepts`), and what does not match reads as a miss. So does
 may not have it.
 
 Unknown is not absent: a tier answers with an entry, with None, or raises TierError. Only the last tier's
-None means that nobody has paid for the picture. If the last tier cannot say, a picture is paid for under
+None means that nobody has paid for the picture, and where a tier has one that only a newer release can read somebody
+has: the caller is sent to another replica. If the last tier cannot say, a picture is paid for under
 `when_unknown = "pay"` within an hourly budget, and kept as a stand-in: in a slot of its own, so that it never
 takes the name of a picture that may exist. Before anything is paid the stand-in slot is asked too.
 
@@ -58,6 +62,7 @@ from cachetools import TTLCache
 
 from cacheserver.alone import Alone
 from cacheserver.backpressure import Backpressure
+from cacheserver.carrying import Carrying, lasting_name, other_keys
 from cacheserver.coherence import Coherence
 from cacheserver.deriving import Deriving, as_asked
 from cacheserver.errors import (
@@ -65,9 +70,11 @@ from cacheserver.errors import (
     CacheUnknownError,
     CannotAffordError,
     CorruptEntryError,
+    EntryNewerError,
     InReviewError,
     InvalidRequestError,
     KeyGoneError,
+    NewerEntryError,
     NoSignedUrlsError,
     RequestIdSpentError,
     TierError,
@@ -163,12 +170,13 @@ class PromptCache:
         self._flights = Flights(self._load, monotonic_s=clock.monotonic_s)
         self._another_one = AnotherOne(monotonic_s=clock.monotonic_s)
         self._tasks = OwnedTasks()
-        self._resent = Resent(replays=replays, tasks=self._tasks)
+        self._resent = Resent(replays=replays, tasks=self._tasks, name=lasting_name)
         self._backpressure = backpressure
         self._leases = leases
         self._coherence = coherence
         self._epochs = coherence.epochs
         self._paying = Paying(generation=generation, clock=clock, unknown=unknown, backpressure=backpressure)
+        self._carrying = Carrying(keeper=keeper, epochs=self._epochs, walk=self._walk)
         self._deriving = Deriving(renderer=renderer, keeper=keeper, clock=clock, find=self.find, walk=self._walk)
         self._alone = Alone(
             generation=generation,
@@ -365,13 +373,14 @@ class PromptCache:
         tags: tuple[str, ...] = (),
         ttl_s: float | None = None,
         create_time_s: float | None = None,
+        others: Sequence[CacheKey] = (),
     ) -> tuple[CachedImage, bool]:
         """Store an image the caller already has: as variant 0 with `replace`, else as the next free variant.
 
-        What was only derived from another request's picture makes room for it.
-        Returns the entry and whether it is new: bytes that are there already are not stored again. Raises
-        VariantsExhaustedError, JournalFullError where there is no room for it, and CacheUnknownError when the last tier
-        cannot say which variants it has.
+        What was only derived from another request's picture makes room for it; what one of `others` has, the identity's
+        keys under other versions, does not. Returns the entry and whether it is new: bytes that are there already are
+        not stored again. Raises VariantsExhaustedError, JournalFullError where there is no room for it, and
+        CacheUnknownError when the last tier cannot say which variants it has.
         """
         if (refusal := self._backpressure.refusal()) is not None:
             raise refusal
@@ -381,13 +390,14 @@ class PromptCache:
         )
         if not replace:
             for variant in range(namespace.max_variants):
-                found, is_unknown = await self._walk(identity.key.with_variant(variant))
-                holder = None if found is None or found.entry.derived_by else found.entry
-                if holder is not None and holder.image.sha256 == image.sha256:
-                    return holder, False
-                if is_unknown:
+                walks = [await self._walk(key.with_variant(variant)) for key in (identity.key, *others)]
+                found = walks[0].found
+                holders = [walk.found.entry for walk in walks if walk.found and not walk.found.entry.derived_by]
+                if same := [holder for holder in holders if holder.image.sha256 == image.sha256]:
+                    return same[0], False
+                if any(walk.is_unknown for walk in walks):
                     raise CacheUnknownError("The last tier cannot say which variants it has; put again later.")
-                if holder is None:
+                if not holders:
                     entry = with_fields(entry, key=identity.key.with_variant(variant))
                     replace = found is not None
                     break
@@ -396,22 +406,28 @@ class PromptCache:
                 raise VariantsExhaustedError(text)
         return await self._keeper.keep(entry, replace=replace), True
 
-    async def purge(
+    async def purge(  # noqa: PLR0913 - what to remove, by keyword
         self,
         namespace: Namespace,
         *,
         key: CacheKey | None = None,
         identity: Identity | None = None,
+        others: Sequence[CacheKey] = (),
         tag: str | None = None,
         dry_run: bool,
     ) -> PurgeResult:
         """Remove (or only count) in every tier what `namespace` stored: all of it, or what the selector names.
 
+        With an identity go its keys under other versions, `others`; with a key that under which it was first found.
         All of it is gone at once, and its bytes soon: nobody counts them. Raises TierUnreachableError when a tier could
         not be reached, after purging the others.
         """
-        selector = PurgeSelector(namespace, key, None if identity is None else identity.key, tag)
-        selectors = [selector] if namespace.min_score is None else [selector, selector.in_review]
+        selectors = [PurgeSelector(namespace, key, None if identity is None else identity.key, tag)]
+        selectors += [PurgeSelector(namespace, identity=other) for other in others]
+        if key is not None and (origin := await self._purger.origin(key)) is not None:
+            selectors.append(PurgeSelector(namespace, origin))
+        if namespace.min_score is not None:
+            selectors += [selector.in_review for selector in selectors]
         return await self._purger.purge(selectors, dry_run=dry_run)
 
     def reclaim(self) -> None:
@@ -571,12 +587,12 @@ class PromptCache:
         looked_s = self._clock.monotonic_s()
         await self._look(flight, look)
         try:
-            if self._paying.judge(flight, look.unknown) is None:
+            if (lead := self._paying.judge(flight, look.unknown)) is None:
                 return
             self._paying.settle(flight)  # nothing is set aside for as long as another replica may take
             flight.missed = frozenset(look.walked)
             looked_s_ago = self._clock.monotonic_s() - looked_s
-            lease = await self._leases.take(flight.key.identity_name, looked_s_ago=looked_s_ago)
+            lease = await self._leases.take(lasting_name(lead), looked_s_ago=looked_s_ago)
             try:
                 if lease.look_again:
                     look = _Look()
@@ -599,6 +615,9 @@ class PromptCache:
                     flight.land(variant, found)
             if not flight.waiters:
                 return  # a tier had what they want: all that follows is about who still waits
+            look.unknown |= await self._carrying.land(flight, [v for v in todo if v not in flight.loaded])
+            if not flight.waiters:
+                return
             look.in_review |= await self._waiting_for_review(flight, todo)
             await self._deriving.land(flight, [v for v in todo if v not in look.in_review])
         _leave_to_review(flight, look.in_review)
@@ -628,8 +647,10 @@ class PromptCache:
         if all(waiter.namespace.min_score is None for waiter in flight.asking):
             return set()
         lacking = [variant for variant in variants if variant in flight.lacking]
-        found = await asyncio.gather(*(self._reviews.find(flight.key.with_variant(v)) for v in lacking))
-        return {variant for variant, entry in zip(lacking, found, strict=True) if entry is not None}
+        others = {other.key for waiter in flight.asking for other in other_keys(waiter)}
+        slots = [key.with_variant(v) for v in lacking for key in (flight.key, *others)]
+        found = await asyncio.gather(*map(self._reviews.find, slots))
+        return {slot.variant for slot, entry in zip(slots, found, strict=True) if entry is not None}
 
     async def _walk_for(self, flight: Flight, variants: Sequence[int]) -> Sequence[_Walked]:
         """What the tiers have of these variants, all looked for at a time."""
@@ -639,7 +660,8 @@ class PromptCache:
     async def _walk(self, key: CacheKey, suits: Callable[[Loaded], bool] = lambda _: True) -> _Walked:
         """Ask memory and the lower tiers, fastest first, then the stand-in slot; promote what is found.
 
-        An entry that does not suit is passed over, since a slower tier may have its successor.
+        An entry that does not suit is passed over, since a slower tier may have its successor. Raises EntryNewerError
+        where there is none that suits but one that only a newer release can read.
         """
         changes = self._keeper.changes
         entry = self._here(key)
@@ -649,12 +671,13 @@ class PromptCache:
         if passed_over is not None and suits(passed_over):
             return _Walked(passed_over)
         missed: list[Tier] = []
-        is_unknown = False
+        is_unknown = is_newer = False
         async with aclosing(self._read_tiers(self._tiers, lambda tier: self._read(tier, key))) as answers:
             async for tier, outcome in answers:
                 if outcome is None or isinstance(outcome, CorruptEntryError):
                     missed.append(tier)
                 elif isinstance(outcome, TierError):
+                    is_newer = is_newer or isinstance(outcome, NewerEntryError)
                     is_unknown = is_unknown or tier is self._tiers[-1]
                 elif suits(found := Loaded(outcome, tier.name)):
                     self._keeper.promote(key, outcome, missed, changes=changes)
@@ -662,6 +685,8 @@ class PromptCache:
                 else:
                     passed_over = passed_over or found
         stand_in = await self._find_stand_in(key, changes)
+        if is_newer and (stand_in is None or not suits(stand_in)):
+            raise EntryNewerError("It is stored as only a newer release can read it; ask again, or another replica.")
         if passed_over is not None:
             return _Walked(stand_in if stand_in is not None and suits(stand_in) else passed_over)
         if stand_in is not None and not is_unknown and self._keeper.is_current(changes):
@@ -819,7 +844,8 @@ class PromptCache:
         if waiter.terms.variant_policy is VariantPolicy.FIRST or waiter.refresh:
             return waiter.variants
         limit, n = waiter.namespace.max_variants, waiter.terms.n
-        keys = [waiter.key.with_variant(variant) for variant in range(limit)]
+        own = [waiter.key, *(other.key for other in other_keys(waiter))]
+        keys = [key.with_variant(variant) for key in own for variant in range(limit)]
         found, _ = await self.find(keys)
         stored = {item.key.variant for item in found if item.tier is not None}
         stored |= {key.variant for key in keys if self._is_here(key.stand_in)}
@@ -827,11 +853,11 @@ class PromptCache:
         stored |= {variant for flight in self._flights.of(waiter.key) for variant in flight.brings}
         if waiter.terms.variant_policy is VariantPolicy.RANDOM:
             return random_ones(stored, n, self._rng)
-        names = {"caller": waiter.caller.name, "identity_name": waiter.key.identity_name}
+        names = {"caller": waiter.caller.name, "identity_name": lasting_name(waiter)}
         if waiter.terms.variant_policy is VariantPolicy.STICKY:
             return sticky_ones(stored, n, **names)
         excluded = [CacheKey.parse(name) for name in waiter.terms.exclude_keys]
-        ours = {key.variant for key in excluded if key.identity_name == waiter.key.identity_name}
+        ours = {key.variant for key in excluded if key.identity_name in {each.identity_name for each in own}}
         return self._another_one.choose(**names, stored=stored, excluded=ours, n=n, max_variants=limit)
 
     # ── for one caller alone ────────────────────────────────────────────────────────────────────────────────

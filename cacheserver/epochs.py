@@ -12,7 +12,7 @@ once it lies there: other replicas have the old one in memory.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -182,8 +182,8 @@ class Epochs:
         epoch = labels.epoch
         return (
             known.get(f"{_EVERYTHING}:{key.partition}", 0) > epoch
-            or known.get(f"{_KEY}:{name}", 0) > epoch
-            or known.get(f"{_IDENTITY}:{name.rpartition('.')[0]}", 0) > epoch
+            or _newest_of(name, known) > epoch
+            or (bool(labels.carried_from) and _newest_of(labels.carried_from, known) > epoch)
             or any(known.get(_selects_tag(tag), 0) > epoch for tag in labels.tags)
         )
 
@@ -193,6 +193,11 @@ class Epochs:
 
     def _is_unreclaimed(self, tombstone: Tombstone) -> bool:
         return tombstone.reclaimed.selects not in self._by_namespace[tombstone.namespace]
+
+
+def _newest_of(name: str, known: Mapping[str, int]) -> int:
+    """The epoch of the last purge of the picture with this name, or of all variants of its identity; 0 if none."""
+    return max(known.get(f"{_KEY}:{name}", 0), known.get(f"{_IDENTITY}:{name.rpartition('.')[0]}", 0))
 
 
 def _selects_tag(tag: str) -> str:

@@ -27,6 +27,7 @@ CacheServerError                      carries the published reason that callers 
 ├── UnknownCallError                  CALL_UNKNOWN: this replica remembers no such call
 ├── AccountsUnavailableError          ACCOUNTS_UNAVAILABLE: the figures of all replicas cannot be read now
 ├── CacheUnknownError                 CACHE_UNKNOWN: the last tier cannot be asked, and we were told not to pay
+├── EntryNewerError                   ENTRY_NEWER: it is stored as only a newer release can read it, so nothing is paid
 ├── TierUnreachableError              TIER_UNREACHABLE: a purge or review that did not reach every tier
 ├── JournalFullError                  JOURNAL_FULL: what was made is not taken by the last tier, so nothing more is
 ├── OverloadedError                   OVERLOADED: more calls, input images or images to be read than are taken at a time
@@ -249,6 +250,13 @@ class CacheUnknownError(CacheServerError):
 
     reason = "CACHE_UNKNOWN"
     retry_after_s = 5.0
+
+
+class EntryNewerError(CacheServerError):
+    """The picture is stored, in a codec of a newer release: another replica may read it, and none has to pay again."""
+
+    reason = "ENTRY_NEWER"
+    retry_after_s = 1.0
 
 
 class TierUnreachableError(CacheServerError):

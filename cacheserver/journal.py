@@ -120,7 +120,7 @@ class Journal:
         self._life = secrets.token_hex(8)
 
     @staticmethod
-    async def open(
+    async def open(  # noqa: PLR0913 - settings, each with its default
         directory: Path,
         *,
         clock: Clock,

@@ -688,7 +688,8 @@ class CachedImage:
     this one was made from without a generation, empty if it was generated or put. `derived_by` is in what that picture
     is another than its key asks for, by the words of AnswerFrom; a newer release may know more. It is empty for a
     rendition, whose own key asks for nothing else. `epoch` is that of the last purge that was known when the
-    flight it came from began, see epochs.py.
+    flight it came from began, see epochs.py. `carried_from` is the name of the key that the same picture had under
+    another version of the identity, where it was found, see carrying.py.
     """
 
     key: CacheKey
@@ -701,6 +702,7 @@ class CachedImage:
     derived_from: str = ""
     derived_by: frozenset[str] = frozenset()
     epoch: int = 0
+    carried_from: str = ""
     reply: Reply | None = field(default=None, init=False, repr=False, compare=False)
     """What the entry is told as while it lies in memory. A copy of the entry has none: it may say other things."""
 
@@ -747,8 +749,8 @@ class Namespace:
     `store_prompts`: what its callers ask for and the cache does not have is recorded, prompts and all.
     `serve_percent` (0 to 100) is the share of keys that are served from the cache; the others are only observed.
     `answer_from` is what its requests may be answered from before a picture is paid for. `public_images`: whoever has a
-    picture's key may fetch it over HTTP; otherwise a signed URL or a token is needed. `identity_version` is the one that
-    its requests are keyed by.
+    picture's key may fetch it over HTTP; otherwise a signed URL or a token is needed. `identity_version`: by which
+    its requests are keyed.
     """
 
     name: str
@@ -912,12 +914,13 @@ class RecordedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """What purge selects by, besides the key. `derived_from` and `epoch` are the entry's."""
+    """What purge selects by, besides the key. `derived_from`, `epoch` and `carried_from` are the entry's."""
 
     namespace: str
     tags: tuple[str, ...]
     derived_from: str = ""
     epoch: int = 0
+    carried_from: str = ""
 
 
 @dataclass(frozen=True, slots=True)

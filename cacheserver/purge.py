@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import structlog
@@ -159,6 +160,15 @@ class Purger:
             async with self._keeper.purging(selector.takes_entry) as silent_journal:
                 result += await self._walk(selector, dry_run=False, silent=[*silent, *silent_journal])
         return result
+
+    async def origin(self, key: CacheKey) -> CacheKey | None:
+        """The key from which a picture was carried on under this one, if it was and a tier can say so."""
+        for tier in self._tiers:
+            with suppress(TierError):
+                labels = await tier.labels(key)
+                if labels is not None and labels.carried_from:
+                    return CacheKey.parse(labels.carried_from)
+        return None
 
     def reclaim(self) -> None:
         """Begin to remove, behind all else, what is left of purged namespaces."""

@@ -56,7 +56,9 @@ def replay_id(caller: Caller, terms: Terms) -> str:
 class Resent:
     """The promises of this process, and the replays behind them."""
 
-    def __init__(self, *, replays: Replays, tasks: OwnedTasks) -> None:
+    def __init__(self, *, replays: Replays, tasks: OwnedTasks, name: Callable[[Waiter], str]) -> None:
+        """`name` is what all replicas call what a waiter asked for."""
+        self._name = name
         self._replays = replays
         self._tasks = tasks
         self._promises: dict[str, Promise] = {}
@@ -76,10 +78,11 @@ class Resent:
         async with self._alone(call_id):
             promise = self._promise(call_id)
             replay = promise.replay if promise is not None else await self._replays.recall(call_id)
+            name = self._name(waiter)
             if replay is None:
                 waiter.variants = await choose(waiter)
-                promise = self._promises[call_id] = Promise(Replay(waiter.key.identity_name, waiter.variants))
-            elif (replay.identity_name, len(replay.variants)) != (waiter.key.identity_name, waiter.terms.n):
+                promise = self._promises[call_id] = Promise(Replay(name, waiter.variants))
+            elif (replay.identity_name, len(replay.variants)) != (name, waiter.terms.n):
                 raise RequestIdSpentError("This request_id was used for another request; use a new one.")
             else:
                 waiter.variants = replay.variants

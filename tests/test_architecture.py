@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "precheck": VALUES | {"identity"},
     "resent": VALUES | {"flight"},
     "alone": VALUES | {"flight", "paying", "resent"},
+    "carrying": VALUES | {"epochs", "identity", "flight", "keep"},
     "deriving": VALUES | {"identity", "flight", "keep", "renditions"},
     "cache": VALUES
     | {"tiers", "flight", "keep", "purge", "paying", "resent", "alone", "variants", "reviews", "remakes", "rungs"}

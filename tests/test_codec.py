@@ -55,6 +55,7 @@ def entries(draw: st.DrawFn) -> CachedImage:
         tags=tuple(draw(st.lists(texts, max_size=4))),
         derived_from=draw(texts),
         derived_by=draw(st.frozensets(st.sampled_from([*AnswerFrom, "foreseen"]))),
+        carried_from=draw(texts),
     )
 
 
@@ -151,7 +152,7 @@ def test_metadata_of_the_wrong_type_or_range_is_damaged(name: str, wrong: object
         codec.decode(with_checksum(json.dumps({**fields(), name: wrong}).encode()))
 
 
-LATER = {"score": None, "won_against": 0, "derived_from": "", "derived_by": frozenset(), "epoch": 0}
+LATER = {"score": None, "won_against": 0, "derived_from": "", "derived_by": frozenset(), "epoch": 0, "carried_from": ""}
 """Fields that entries did not have from the start, and what they count as there."""
 
 

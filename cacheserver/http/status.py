@@ -71,6 +71,7 @@ KINDS: Mapping[str, Kind] = {
     "UPSTREAM_DOWN": Kind(HTTPStatus.SERVICE_UNAVAILABLE, _BUSY, "upstream_down", retry=True),
     "UPSTREAM_BAD_IMAGE": Kind(HTTPStatus.SERVICE_UNAVAILABLE, _BUSY, "upstream_bad_image", retry=True),
     "CACHE_UNKNOWN": Kind(HTTPStatus.SERVICE_UNAVAILABLE, _BUSY, "cache_unknown", retry=True),
+    "ENTRY_NEWER": Kind(HTTPStatus.SERVICE_UNAVAILABLE, _BUSY, "entry_newer", retry=True),
     "LEDGER_UNAVAILABLE": Kind(HTTPStatus.SERVICE_UNAVAILABLE, _BUSY, "ledger_unavailable", retry=True),
     "ACCOUNTS_UNAVAILABLE": Kind(HTTPStatus.SERVICE_UNAVAILABLE, _BUSY, "accounts_unavailable", retry=True),
     "TIER_UNKNOWN": Kind(HTTPStatus.SERVICE_UNAVAILABLE, _BUSY, "tier_unknown", retry=True),

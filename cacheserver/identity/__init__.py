@@ -1,8 +1,8 @@
 """From a request to its key: normalization, canonical identity, fingerprint, and why two keys differ.
 
 The way of a request: `validate` says what is wrong with it; `identify` normalizes the prompt by the
-namespace's profile (normalize.py) in the version that is written (versions.py), writes the canonical identity and hashes
-it (fingerprint.py); `differences` tells two identities apart (explain.py).
+namespace's profile (normalize.py) as the written version has it (versions.py), writes the canonical identity
+and hashes it (fingerprint.py); `differences` tells two identities apart (explain.py).
 """
 
 from cacheserver.identity.catalog import compile_catalog_patterns

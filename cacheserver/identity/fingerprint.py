@@ -120,10 +120,10 @@ class OtherKey(NamedTuple):
 
 
 def other_keys(request: ImageRequest, identity: Identity, namespace: Namespace) -> list[OtherKey]:
-    """The keys of variant 0 that a request with this identity has under other versions that are known, oldest first."""
+    """The keys of variant 0 that a request with this identity has under other versions that are known, newest first."""
     written = namespace.identity_version
     found: list[OtherKey] = []
-    for version in VERSIONS:
+    for version in sorted(VERSIONS, reverse=True):
         if version != written:
             key = identify(request, replace(namespace, identity_version=version), identity.level).key
             if key.identity_name not in {identity.key.identity_name, *(other.key.identity_name for other in found)}:
@@ -133,7 +133,9 @@ def other_keys(request: ImageRequest, identity: Identity, namespace: Namespace) 
 
 def lasting_name(request: ImageRequest, identity: Identity, namespace: Namespace) -> str:
     """What stands for a request's identity in replicas that write different versions: its name under the oldest."""
-    return identify(request, replace(namespace, identity_version=min(VERSIONS)), identity.level).key.identity_name
+    if namespace.identity_version == (oldest := min(VERSIONS)):
+        return identity.key.identity_name
+    return identify(request, replace(namespace, identity_version=oldest), identity.level).key.identity_name
 
 
 def key_of_alike(identity: Identity, request: ImageRequest) -> CacheKey:

@@ -27,7 +27,7 @@ from cacheserver.errors import (
     OffsetOutOfRangeError,
     PermissionDeniedError,
 )
-from cacheserver.identity import differences, identify
+from cacheserver.identity import differences, identify, other_keys
 from cacheserver.images import BadImageError, ImageFacts
 from cacheserver.interfaces import Clock
 from cacheserver.model import (
@@ -349,10 +349,12 @@ class PromptCacheService:
         )
         header = replace(header, request=await self._asking.passed(header.request, namespace))
         image = await self._inspected(await _rest(parts, self._limits.max_image_bytes), header)
+        identity = identify(header.request, namespace)
         entry, created = await self._cache.put(
             image,
-            identify(header.request, namespace),
+            identity,
             namespace=namespace,
+            others=[other.key for other in other_keys(header.request, identity, namespace)],
             replace=header.replace,
             tags=header.tags,
             ttl_s=header.ttl_s,
@@ -399,12 +401,19 @@ class PromptCacheService:
             case _ if not message.everything:
                 problems.add("selector", "set key, spec, tag, or everything to true")
         problems.check()
-        identity = None if request is None else identify(self._asking.redacted(request, namespace), namespace)
+        identity, others = None, list[CacheKey]()
+        if request is not None:
+            request = self._asking.redacted(request, namespace)
+            identity = identify(request, namespace)
+            others = [other.key for other in other_keys(request, identity, namespace)]
         try:
-            result = await self._cache.purge(namespace, key=key, identity=identity, tag=tag, dry_run=message.dry_run)
+            result = await self._cache.purge(
+                namespace, key=key, identity=identity, others=others, tag=tag, dry_run=message.dry_run
+            )
         finally:
             if key is None and tag is None and not message.dry_run:  # whatever tier could not be purged
-                await self._asking.forget_prompts(namespace, None if identity is None else identity.key)
+                for each in (None if identity is None else identity.key, *others):
+                    await self._asking.forget_prompts(namespace, each)
         counts = replies.tier_counts(result.per_tier)
         return pb.PurgeImagesResponse(
             images=result.images, tiers=counts, reclaiming=result.is_reclaiming

@@ -61,6 +61,7 @@ CODES: dict[str, grpc.StatusCode] = {
     "UPSTREAM_DOWN": grpc.StatusCode.UNAVAILABLE,
     "UPSTREAM_BAD_IMAGE": grpc.StatusCode.UNAVAILABLE,
     "CACHE_UNKNOWN": grpc.StatusCode.UNAVAILABLE,
+    "ENTRY_NEWER": grpc.StatusCode.UNAVAILABLE,
     "LEDGER_UNAVAILABLE": grpc.StatusCode.UNAVAILABLE,
     "ACCOUNTS_UNAVAILABLE": grpc.StatusCode.UNAVAILABLE,
     "TIER_UNKNOWN": grpc.StatusCode.UNAVAILABLE,

@@ -380,8 +380,8 @@ class IdentitySettings(_Section):
     write_version: Annotated[int, AfterValidator(_identity_version)] = Field(
         default=WRITE_VERSION,
         description=(
-            "Version that requests are keyed by; pictures of all others that this release knows are found too. Raise it "
-            "only when every replica knows it. The default is one that the release before this one knows."
+            "Version that requests are keyed by; pictures of all others that this release knows are found too. Raise "
+            "it only when every replica knows it. The default is one that the release before this one knows."
         ),
     )
 

@@ -175,7 +175,7 @@ class MemoryCache:
         entry = self._under(key.name)
         if entry is None:
             return None
-        return Labels(namespace=entry.namespace, tags=entry.tags, derived_from=entry.derived_from, epoch=entry.epoch)
+        return Labels(entry.namespace, entry.tags, entry.derived_from, entry.epoch, entry.carried_from)
 
     @property
     def size_bytes(self) -> int:
