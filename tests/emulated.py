@@ -90,7 +90,9 @@ class ServiceProcess:
 
 
 @asynccontextmanager
-async def in_its_own_process(env: dict[str, str], config: str) -> AsyncIterator[ServiceProcess]:
+async def in_its_own_process(
+    env: dict[str, str], config: str, command: Sequence[str] = (str(Path(sys.executable).with_name("cacheserver")),)
+) -> AsyncIterator[ServiceProcess]:
     """A service in a process of its own, killed at the end; it dies with us, however we die."""
     data_dir = Path(env["CACHESERVER_DATA_DIR"])
     config_file, log_file = data_dir / "cacheserver.toml", data_dir / "service.log"
@@ -99,7 +101,7 @@ async def in_its_own_process(env: dict[str, str], config: str) -> AsyncIterator[
     env = {**env, "CACHESERVER_GRPC_PORT": str(grpc_port), "CACHESERVER_HTTP_PORT": str(http_port)}
     with log_file.open("ab") as log:
         process = await asyncio.create_subprocess_exec(
-            *leashed([str(Path(sys.executable).with_name("cacheserver")), "serve"]),
+            *leashed([*command, "serve"]),
             stdin=PIPE,
             stdout=log,
             stderr=log,

@@ -235,9 +235,9 @@ class House:
         await self.keeper.aclose(5)
 
 
-async def open_tier(directory: Path, name: TierName, clock: FakeClock) -> FaultyTier:
+async def open_tier(directory: Path, name: TierName, clock: FakeClock, epochs: Epochs | None = None) -> FaultyTier:
     await asyncio.to_thread(directory.mkdir, parents=True, exist_ok=True)
-    return FaultyTier(await DiskTier.open(directory, clock=clock, sync=False), name)
+    return FaultyTier(await DiskTier.open(directory, clock=clock, sync=False, epochs=epochs), name)
 
 
 def alone_with(epochs: Epochs, *, books: CounterBooks, clock: FakeClock) -> Coherence:
