@@ -79,6 +79,13 @@ class Fleet:
         )
         return {item["Key"].rpartition("/")[2]: item["ETag"] for item in page.get("Contents", [])}
 
+    def codec_versions(self) -> set[str]:
+        """The codec versions that entries in S3 are written in."""
+        folder = f"{self._env['CACHESERVER_S3_PREFIX']}v1/default/"
+        names = [f"{folder}{key.split('.')[2][:2]}/{key}" for key in self.in_s3()]
+        heads = [self._s3.client.head_object(Bucket=self._s3.bucket, Key=name) for name in names]
+        return {head["Metadata"]["codec-version"] for head in heads}
+
     async def empty_redis(self) -> None:
         """Take every entry out of Redis, and leave control state where it is."""
         client = connect(self._redis.url, timeout_s=5.0, connect_timeout_s=5.0)
@@ -122,7 +129,7 @@ async def test_a_rolling_upgrade_and_raising_the_versions_pay_for_nothing_and_ov
 
     for number in range(3):
         await replaced(number, NEXT_RELEASE)
-    assert fleet.in_s3() == stored
+    assert (fleet.in_s3(), fleet.codec_versions()) == (stored, {"1"})
     await fleet.empty_redis()
     for number in range(3):
         await replaced(number, NEXT_RELEASE, **RAISED)
@@ -134,6 +141,7 @@ async def test_a_rolling_upgrade_and_raising_the_versions_pay_for_nothing_and_ov
     await until(lambda: len(fleet.in_s3().keys() - stored.keys()) >= len(cached))
     assert set(await fleet.everywhere("paint fox 0")) == {cached[PROMPTS[0]]}, "carried on under the new identity"
     assert (provider.calls, stored.items() <= fleet.in_s3().items()) == (calls, True)
+    assert fleet.codec_versions() == {"1", "2"}
 
 
 # ── identity ────────────────────────────────────────────────────────────────────────────────────────────────────
