@@ -647,7 +647,7 @@ class PromptCache:
         if all(waiter.namespace.min_score is None for waiter in flight.asking):
             return set()
         lacking = [variant for variant in variants if variant in flight.lacking]
-        others = {other.key for waiter in flight.asking for other in other_keys(waiter)}
+        others = {key for waiter in flight.asking for key in other_keys(waiter)}
         slots = [key.with_variant(v) for v in lacking for key in (flight.key, *others)]
         found = await asyncio.gather(*map(self._reviews.find, slots))
         return {slot.variant for slot, entry in zip(slots, found, strict=True) if entry is not None}
@@ -844,7 +844,7 @@ class PromptCache:
         if waiter.terms.variant_policy is VariantPolicy.FIRST or waiter.refresh:
             return waiter.variants
         limit, n = waiter.namespace.max_variants, waiter.terms.n
-        own = [waiter.key, *(other.key for other in other_keys(waiter))]
+        own = [waiter.key, *other_keys(waiter)]
         keys = [key.with_variant(variant) for key in own for variant in range(limit)]
         found, _ = await self.find(keys)
         stored = {item.key.variant for item in found if item.tier is not None}

@@ -17,14 +17,19 @@ from dataclasses import replace
 from cacheserver import identity
 from cacheserver.epochs import Epochs
 from cacheserver.flight import Flight, Loaded, Waiter
-from cacheserver.identity import OtherKey
+from cacheserver.identity import OtherIdentity
 from cacheserver.keep import Keeper
 from cacheserver.model import CachedImage, CacheKey
 
 
-def other_keys(waiter: Waiter) -> list[OtherKey]:
-    """The keys that what the waiter asked for has under other versions, newest first."""
-    return identity.other_keys(waiter.request, waiter.identity, waiter.namespace)
+def other_identities(waiter: Waiter) -> list[OtherIdentity]:
+    """What the waiter asked for as other versions identify it, newest first."""
+    return identity.other_identities(waiter.request, waiter.identity, waiter.namespace)
+
+
+def other_keys(waiter: Waiter) -> list[CacheKey]:
+    """The keys of the same."""
+    return [other.identity.key for other in other_identities(waiter)]
 
 
 def lasting_name(waiter: Waiter) -> str:
@@ -52,14 +57,14 @@ class Carrying:
         unknown: set[int] = set()
         leads = {waiter.identity.prompt_digest: waiter for waiter in flight.asking if not waiter.refresh}
         for lead in leads.values():
-            for other in other_keys(lead):
+            for other in other_identities(lead):
                 lacking = [variant for variant in variants if variant not in flight.loaded]
                 are_unknown = await asyncio.gather(*(self._land(flight, lead, other, v) for v in lacking))
                 unknown |= {v for v, is_unknown in zip(lacking, are_unknown, strict=True) if is_unknown}
         return unknown
 
-    async def _land(self, flight: Flight, lead: Waiter, other: OtherKey, variant: int) -> bool:
-        """Land one if it lies under the other key; whether nobody can say."""
+    async def _land(self, flight: Flight, lead: Waiter, other: OtherIdentity, variant: int) -> bool:
+        """Land one if it lies under the other identity's key; whether nobody can say."""
         changes = self._keeper.changes
         key = lead.key.with_variant(variant)
 
@@ -69,7 +74,7 @@ class Carrying:
             is_purged = self._epochs.is_purged(key, carried)
             return is_of_prompt and not is_purged and flight.suits(variant, replace(found, entry=carried))
 
-        found, is_unknown = await self._walk(other.key.with_variant(variant), suits)
+        found, is_unknown = await self._walk(other.identity.key.with_variant(variant), suits)
         if found is None or not suits(found):
             return is_unknown
         carried = _carried(found.entry, key)

@@ -18,9 +18,10 @@ from typing import NamedTuple
 
 import structlog
 
+from cacheserver.carrying import other_identities
 from cacheserver.errors import InvalidRequestError, OverloadedError
 from cacheserver.flight import Flight, Loaded, Waiter
-from cacheserver.identity import key_of_alike
+from cacheserver.identity import OtherIdentity, key_of_alike
 from cacheserver.interfaces import Clock, Renderer
 from cacheserver.keep import Keeper
 from cacheserver.model import AnswerFrom, CachedImage, CacheKey, Found, GeneratedImage, ImageRequest, TierName
@@ -67,12 +68,16 @@ class Deriving:
 
     async def _offers(self, lead: Waiter, variants: Sequence[int]) -> list[list[_Offer]]:
         """What is stored and would do, the nearest first, by variant. One `find` for all."""
-        others = candidates(lead.request, lead.answers_from)
-        keys = [key_of_alike(lead.identity, candidate.request) for candidate in others]
+        identities = [OtherIdentity(lead.identity, answers_all=True), *other_identities(lead)]
+        masters = [
+            (candidate, key_of_alike(each.identity, candidate.request), each.answers_all)
+            for candidate in candidates(lead.request, lead.answers_from)
+            for each in identities
+        ]
         offers = [
-            _Offer(candidate, key.with_variant(v), lead.key.with_variant(v))
+            _Offer(candidate, key.with_variant(v), lead.key.with_variant(v), answers_all)
             for v in variants
-            for candidate, key in zip(others, keys, strict=True)
+            for candidate, key, answers_all in masters
         ]
         if not offers:
             return []
@@ -96,6 +101,8 @@ class Deriving:
 
         def suits(master: Loaded) -> bool:
             """Whether what would be made of it is fresh, and suits somebody."""
+            if not offer.answers_all and master.entry.prompt_digest != lead.identity.prompt_digest:
+                return False
             entry = _entry(lead, offer, master.entry)
             return entry.is_fresh(now_s) and flight.suits(variant, Loaded(entry, master.tier))
 
@@ -115,11 +122,12 @@ class Deriving:
 
 
 class _Offer(NamedTuple):
-    """A stored picture that may do: its key, and the one it would do for."""
+    """A stored picture that may do: its key, and the one it would do for; for any prompt, or its own (carrying.py)."""
 
     candidate: Candidate
     master: CacheKey
     wanted: CacheKey
+    answers_all: bool
 
 
 def _may_derive(waiter: Waiter) -> bool:

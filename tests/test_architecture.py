@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "resent": VALUES | {"flight"},
     "alone": VALUES | {"flight", "paying", "resent"},
     "carrying": VALUES | {"epochs", "identity", "flight", "keep"},
-    "deriving": VALUES | {"identity", "flight", "keep", "renditions"},
+    "deriving": VALUES | {"carrying", "identity", "flight", "keep", "renditions"},
     "cache": VALUES
     | {"tiers", "flight", "keep", "purge", "paying", "resent", "alone", "variants", "reviews", "remakes", "rungs"}
     | {"deriving", "backpressure", "coherence"},

@@ -17,7 +17,8 @@ from cacheserver.control.replays import LocalReplays
 from cacheserver.epochs import Epochs
 from cacheserver.errors import ConfigError, EntryNewerError, KeyGoneError
 from cacheserver.identity import VERSIONS, identify
-from cacheserver.model import CachePolicy, MatchLevel, Served, Terms, TierName, VariantPolicy
+from cacheserver.model import AnswerFrom, CachePolicy, MatchLevel, Served, Terms, TierName, VariantPolicy
+from cacheserver.renditions.renderer import ThreadRenderer
 from cacheserver.settings import load_settings
 from cacheserver.tiers import codec
 from cacheserver.tiers.redis import connect, disconnect
@@ -244,6 +245,26 @@ async def test_each_of_several_variants_is_carried_on_and_another_one_is_another
     assert isinstance(both, list)
     assert [each.entry.image for each in both] == [each.entry.image for each in made]
     assert house.upstream.calls == 1
+
+
+@pytest.mark.usefixtures("two_versions")
+@pytest.mark.parametrize(("asked", "calls"), [("please a fox", 1), ("Please a fox", 2)])
+async def test_one_of_another_version_is_derived_from_for_the_prompt_that_it_was_made_from(
+    house: House, asked: str, calls: int
+) -> None:
+    house.renderer = renderer = ThreadRenderer(max_pixels=10_000, max_bytes=100_000)
+    house.namespace = replace(house.namespace, answer_from=frozenset({AnswerFrom.QUALITY}))
+
+    async def get(prompt: str, quality: str) -> None:
+        request, identity = house.identity(prompt, quality=quality)
+        await house.cache.get(request, identity, namespace=house.namespace, caller=EVERYTHING, terms=Terms())
+
+    writes(house, 1)
+    await get("please a fox", "high")
+    writes(house, 2)
+    await get(asked, "low")
+    assert house.upstream.calls == calls
+    await renderer.aclose()
 
 
 @pytest.mark.usefixtures("two_versions")

@@ -10,13 +10,13 @@ from cacheserver.identity.explain import FieldDifference, differences, fields_of
 from cacheserver.identity.fingerprint import (
     Identifier,
     Named,
-    OtherKey,
+    OtherIdentity,
     canonical_json,
     identify,
     key_of,
     key_of_alike,
     lasting_name,
-    other_keys,
+    other_identities,
 )
 from cacheserver.identity.normalize import PROFILES, Profile, normalize_prompt
 from cacheserver.identity.validation import CHOICES, QUALITIES, validate, validate_prompt
@@ -31,7 +31,7 @@ __all__ = [
     "FieldDifference",
     "Identifier",
     "Named",
-    "OtherKey",
+    "OtherIdentity",
     "Profile",
     "Version",
     "canonical_json",
@@ -43,7 +43,7 @@ __all__ = [
     "key_of_alike",
     "lasting_name",
     "normalize_prompt",
-    "other_keys",
+    "other_identities",
     "validate",
     "validate_prompt",
 ]

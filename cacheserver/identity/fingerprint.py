@@ -109,30 +109,36 @@ def key_of(request: ImageRequest, namespace: Namespace, variant: int) -> CacheKe
     return CacheKey(namespace.partition, fingerprint_of(canonical), digest_of(canonical), variant)
 
 
-class OtherKey(NamedTuple):
-    """The key of a request under another version of the identity.
+class OtherIdentity(NamedTuple):
+    """The identity of a request under another version.
 
-    `answers_all`: what lies there answers the request whatever prompt it was made from.
+    `answers_all`: what lies under its key answers the request whatever prompt it was made from.
     """
 
-    key: CacheKey
+    identity: Identity
     answers_all: bool
 
 
-def other_keys(request: ImageRequest, identity: Identity, namespace: Namespace) -> list[OtherKey]:
-    """The keys of variant 0 that a request with this identity has under other versions that are known, newest first."""
+def other_identities(request: ImageRequest, identity: Identity, namespace: Namespace) -> list[OtherIdentity]:
+    """What a request with this identity has for one under the other versions that are known, newest first.
+
+    Those that key it alike count once.
+    """
     written = namespace.identity_version
-    found: list[OtherKey] = []
-    for version in sorted(VERSIONS, reverse=True):
-        if version != written:
-            key = identify(request, replace(namespace, identity_version=version), identity.level).key
-            if key.identity_name not in {identity.key.identity_name, *(other.key.identity_name for other in found)}:
-                found.append(OtherKey(key, answers_all(version, written)))
+    seen, found = {identity.key}, list[OtherIdentity]()
+    for version in sorted(VERSIONS.keys() - {written}, reverse=True):
+        other = identify(request, replace(namespace, identity_version=version), identity.level)
+        if other.key not in seen:
+            seen.add(other.key)
+            found.append(OtherIdentity(other, answers_all(version, written)))
     return found
 
 
 def lasting_name(request: ImageRequest, identity: Identity, namespace: Namespace) -> str:
-    """What stands for a request's identity in replicas that write different versions: its name under the oldest."""
+    """What stands for a request's identity in replicas that write different versions: its name under the oldest.
+
+    Where a release no longer knows the oldest it has another one, and two replicas may pay for what both miss at once.
+    """
     if namespace.identity_version == (oldest := min(VERSIONS)):
         return identity.key.identity_name
     return identify(request, replace(namespace, identity_version=oldest), identity.level).key.identity_name

@@ -27,7 +27,7 @@ from cacheserver.errors import (
     OffsetOutOfRangeError,
     PermissionDeniedError,
 )
-from cacheserver.identity import differences, identify, other_keys
+from cacheserver.identity import differences, identify, other_identities
 from cacheserver.images import BadImageError, ImageFacts
 from cacheserver.interfaces import Clock
 from cacheserver.model import (
@@ -354,7 +354,7 @@ class PromptCacheService:
             image,
             identity,
             namespace=namespace,
-            others=[other.key for other in other_keys(header.request, identity, namespace)],
+            others=[other.identity.key for other in other_identities(header.request, identity, namespace)],
             replace=header.replace,
             tags=header.tags,
             ttl_s=header.ttl_s,
@@ -405,7 +405,7 @@ class PromptCacheService:
         if request is not None:
             request = self._asking.redacted(request, namespace)
             identity = identify(request, namespace)
-            others = [other.key for other in other_keys(request, identity, namespace)]
+            others = [other.identity.key for other in other_identities(request, identity, namespace)]
         try:
             result = await self._cache.purge(
                 namespace, key=key, identity=identity, others=others, tag=tag, dry_run=message.dry_run
