@@ -52,11 +52,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "precheck": VALUES | {"identity"},
     "resent": VALUES | {"flight"},
     "alone": VALUES | {"flight", "paying", "resent"},
-    "carrying": VALUES | {"epochs", "identity", "flight", "keep"},
+    "carrying": VALUES | {"identity", "flight", "keep"},
     "deriving": VALUES | {"carrying", "identity", "flight", "keep", "renditions"},
     "cache": VALUES
     | {"tiers", "flight", "keep", "purge", "paying", "resent", "alone", "variants", "reviews", "remakes", "rungs"}
-    | {"deriving", "backpressure", "coherence"},
+    | {"carrying", "deriving", "backpressure", "coherence"},
     "settings": VALUES | {"identity", "machine", "tiers"},
     "calls": VALUES | {"cache", "identity", "precheck", "recall"},
     "http": VALUES | {"cache", "calls", "identity", "generation", "renditions"},

@@ -138,6 +138,7 @@ class PromptCacheServiceServicer:
         names the budget and when it starts anew.
         UNAVAILABLE (QUEUE_FULL, UPSTREAM_LIMITED, UPSTREAM_DOWN, UPSTREAM_BAD_IMAGE): retry after RetryInfo.
         UNAVAILABLE (CACHE_UNKNOWN): the last tier cannot be asked and the service is set not to pay then.
+        UNAVAILABLE (ENTRY_NEWER): it is stored as this replica's release cannot read it; another replica may.
         UNAVAILABLE (LEDGER_UNAVAILABLE): nothing can be bought now, since it could not be written down.
         DEADLINE_EXCEEDED: the deadline passed. A generation that had begun goes on and is kept.
         """
