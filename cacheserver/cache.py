@@ -425,7 +425,7 @@ class PromptCache:
         selectors = [PurgeSelector(namespace, key, None if identity is None else identity.key, tag)]
         selectors += [PurgeSelector(namespace, identity=other) for other in others]
         if key is not None and (origin := await self._purger.origin(key)) is not None:
-            selectors.append(PurgeSelector(namespace, origin))
+            selectors.insert(0, PurgeSelector(namespace, origin))  # while the other is there it can be found again
         if namespace.min_score is not None:
             selectors += [selector.in_review for selector in selectors]
         return await self._purger.purge(selectors, dry_run=dry_run)

@@ -162,13 +162,14 @@ class Purger:
         return result
 
     async def origin(self, key: CacheKey) -> CacheKey | None:
-        """The key from which a picture was carried on under this one, if it was and a tier can say so."""
-        for tier in self._tiers:
-            with suppress(TierError):
-                labels = await tier.labels(key)
-                if labels is not None and labels.carried_from:
-                    return CacheKey.parse(labels.carried_from)
-        return None
+        """The key from which a picture was carried on under this one, if it was.
+
+        If the last tier cannot say, None: a purge fails without it, and is asked for again.
+        """
+        labels = None
+        with suppress(TierError):
+            labels = await self._tiers[-1].labels(key) if self._tiers else self._memory.labels(key)
+        return CacheKey.parse(labels.carried_from) if labels is not None and labels.carried_from else None
 
     def reclaim(self) -> None:
         """Begin to remove, behind all else, what is left of purged namespaces."""
