@@ -418,14 +418,14 @@ class PromptCache:
     ) -> PurgeResult:
         """Remove (or only count) in every tier what `namespace` stored: all of it, or what the selector names.
 
-        With an identity go its keys under other versions, `others`; with a key that under which it was first found.
+        With an identity go its keys under other versions, `others`; with a key those that it was carried on from.
         All of it is gone at once, and its bytes soon: nobody counts them. Raises TierUnreachableError when a tier could
         not be reached, after purging the others.
         """
-        selectors = [PurgeSelector(namespace, key, None if identity is None else identity.key, tag)]
+        # The key itself comes last: what fails before can be found by it again.
+        selectors = [PurgeSelector(namespace, each) for each in (await self._purger.origins(key) if key else [])]
         selectors += [PurgeSelector(namespace, identity=other) for other in others]
-        if key is not None and (origin := await self._purger.origin(key)) is not None:
-            selectors.insert(0, PurgeSelector(namespace, origin))  # while the other is there it can be found again
+        selectors.append(PurgeSelector(namespace, key, None if identity is None else identity.key, tag))
         if namespace.min_score is not None:
             selectors += [selector.in_review for selector in selectors]
         return await self._purger.purge(selectors, dry_run=dry_run)

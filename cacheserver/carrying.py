@@ -84,4 +84,4 @@ class Carrying:
 
 
 def _carried(entry: CachedImage, key: CacheKey) -> CachedImage:
-    return replace(entry, key=key, carried_from=entry.key.name)
+    return replace(entry, key=key, carried_from=(entry.key.name, *entry.carried_from))

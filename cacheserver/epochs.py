@@ -183,7 +183,7 @@ class Epochs:
         return (
             known.get(f"{_EVERYTHING}:{key.partition}", 0) > epoch
             or _newest_of(name, known) > epoch
-            or (bool(labels.carried_from) and _newest_of(labels.carried_from, known) > epoch)
+            or any(_newest_of(other, known) > epoch for other in labels.carried_from)
             or any(known.get(_selects_tag(tag), 0) > epoch for tag in labels.tags)
         )
 

@@ -688,8 +688,8 @@ class CachedImage:
     this one was made from without a generation, empty if it was generated or put. `derived_by` is in what that picture
     is another than its key asks for, by the words of AnswerFrom; a newer release may know more. It is empty for a
     rendition, whose own key asks for nothing else. `epoch` is that of the last purge that was known when the
-    flight it came from began, see epochs.py. `carried_from` is the name of the key that the same picture had under
-    another version of the identity, where it was found, see carrying.py.
+    flight it came from began, see epochs.py. `carried_from` are the names of the keys that the same picture has
+    under other versions of the identity, from where it was carried on, see carrying.py.
     """
 
     key: CacheKey
@@ -702,7 +702,7 @@ class CachedImage:
     derived_from: str = ""
     derived_by: frozenset[str] = frozenset()
     epoch: int = 0
-    carried_from: str = ""
+    carried_from: tuple[str, ...] = ()
     reply: Reply | None = field(default=None, init=False, repr=False, compare=False)
     """What the entry is told as while it lies in memory. A copy of the entry has none: it may say other things."""
 
@@ -920,7 +920,7 @@ class Labels:
     tags: tuple[str, ...]
     derived_from: str = ""
     epoch: int = 0
-    carried_from: str = ""
+    carried_from: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

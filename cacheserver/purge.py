@@ -161,15 +161,15 @@ class Purger:
                 result += await self._walk(selector, dry_run=False, silent=[*silent, *silent_journal])
         return result
 
-    async def origin(self, key: CacheKey) -> CacheKey | None:
-        """The key from which a picture was carried on under this one, if it was.
+    async def origins(self, key: CacheKey) -> list[CacheKey]:
+        """The keys from which a picture was carried on under this one.
 
-        If the last tier cannot say, None: a purge fails without it, and is asked for again.
+        None if the last tier cannot say: a purge fails without it, and is asked for again.
         """
         labels = None
         with suppress(TierError):
             labels = await self._tiers[-1].labels(key) if self._tiers else self._memory.labels(key)
-        return CacheKey.parse(labels.carried_from) if labels is not None and labels.carried_from else None
+        return [] if labels is None else [CacheKey.parse(name) for name in labels.carried_from]
 
     def reclaim(self) -> None:
         """Begin to remove, behind all else, what is left of purged namespaces."""

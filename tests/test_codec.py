@@ -55,7 +55,7 @@ def entries(draw: st.DrawFn) -> CachedImage:
         tags=tuple(draw(st.lists(texts, max_size=4))),
         derived_from=draw(texts),
         derived_by=draw(st.frozensets(st.sampled_from([*AnswerFrom, "foreseen"]))),
-        carried_from=draw(texts),
+        carried_from=tuple(draw(st.lists(texts, max_size=2))),
     )
 
 
@@ -141,7 +141,7 @@ WRONG = [
     (name, wrong)
     for name, right in fields().items()
     for wrong in WRONG_VALUES
-    if not (wrong == [] and name in {"tags", "derived_by"})
+    if not (wrong == [] and name in {"tags", "derived_by", "carried_from"})
     and not (isinstance(wrong, str) and isinstance(right, str) and name not in CHECKED_TEXTS)
 ]
 
@@ -152,7 +152,7 @@ def test_metadata_of_the_wrong_type_or_range_is_damaged(name: str, wrong: object
         codec.decode(with_checksum(json.dumps({**fields(), name: wrong}).encode()))
 
 
-LATER = {"score": None, "won_against": 0, "derived_from": "", "derived_by": frozenset(), "epoch": 0, "carried_from": ""}
+LATER = {"score": None, "won_against": 0, "derived_from": "", "derived_by": frozenset(), "epoch": 0, "carried_from": ()}
 """Fields that entries did not have from the start, and what they count as there."""
 
 

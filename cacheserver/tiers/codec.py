@@ -221,7 +221,7 @@ def _packed(entry: CachedImage) -> bytes:
         "derived_from": entry.derived_from,
         "derived_by": [*sorted(entry.derived_by)],
         "epoch": entry.epoch,
-        "carried_from": entry.carried_from,
+        "carried_from": [*entry.carried_from],
     }
     text = json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # A provider's JSON may hold half a surrogate pair; such a revised prompt must not cost us the picture.
@@ -294,7 +294,7 @@ def _entry(fields: dict[str, JsonValue], data: ImageBytes) -> CachedImage:
         derived_from=_text(fields.get("derived_from", "")),  # older entries are derived from none
         derived_by=frozenset(_text(each) for each in _list(fields.get("derived_by", []))),
         epoch=_whole(fields.get("epoch", 0), 0, _MAX_INT64),  # older entries are from before the first purge
-        carried_from=_text(fields.get("carried_from", "")),
+        carried_from=tuple(_text(name) for name in _list(fields.get("carried_from", []))),
     )
 
 

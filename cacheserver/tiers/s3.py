@@ -372,7 +372,7 @@ class S3Tier:
     def _is_later(self, name: str, stored: _Stored, entry: CachedImage) -> bool:
         """Whether what is stored took this place after `entry` was to: of a writer that comes late."""
         try:
-            return codec.unpack_metadata(self._packed(name, stored.headers)).labels.epoch > entry.epoch
+            return self._metadata_in(name, stored.headers).labels.epoch > entry.epoch
         except CorruptEntryError:
             return False
 
