@@ -71,8 +71,8 @@ class Carrying:
         def suits(found: Loaded) -> bool:
             is_of_prompt = other.answers_all or found.entry.prompt_digest == lead.identity.prompt_digest
             carried = _carried(found.entry, key)
-            is_purged = self._epochs.is_purged(key, carried)
-            return is_of_prompt and not is_purged and flight.suits(variant, replace(found, entry=carried))
+            is_gone = self._epochs.is_gone(key, carried)
+            return is_of_prompt and not is_gone and flight.suits(variant, replace(found, entry=carried))
 
         found, is_unknown = await self._walk(other.identity.key.with_variant(variant), suits)
         if found is None or not suits(found):

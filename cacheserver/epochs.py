@@ -166,7 +166,7 @@ class Epochs:
         replaced = self._by_namespace.get(_EVERYONE)
         if replaced is not None:
             name = labels.derived_from if key.is_rendition else key.made_for.name
-            if replaced.get(f"{_KEY}:{name}", 0) > labels.epoch:
+            if any(replaced.get(f"{_KEY}:{each}", 0) > labels.epoch for each in (name, *labels.carried_from)):
                 return True
         return self.is_purged(key, labels)
 

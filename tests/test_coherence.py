@@ -18,12 +18,14 @@ from cacheserver.coherence import Coherence
 from cacheserver.control.tombstones import RedisTombstones
 from cacheserver.epochs import Arrivals, Epochs, Tombstone
 from cacheserver.errors import KeyGoneError, TierError, TierUnreachableError
+from cacheserver.identity import VERSIONS
 from cacheserver.model import CachePolicy, Found, Namespace, Terms, TierName
 from cacheserver.tiers.disk import DiskTier
 from cacheserver.tiers.redis import Client, RedisTier, connect, disconnect
 from cacheserver.tiers.s3 import S3Tier
 from tests.fakes import FakeClock
 from tests.house import EVERYTHING, FaultyTier, House
+from tests.next_release import IDENTITY
 from tests.servers import S3Server, ValkeyServer
 from tests.tier_contract import make_entry, make_key
 
@@ -286,6 +288,29 @@ class TestReplacing:
         await other.coherence.look()
         other.house.namespace = guest
         assert (await other.house.get()).entry.image.data == b"put"
+
+    @pytest.mark.parametrize("by", range(2))
+    async def test_what_was_replaced_comes_back_under_no_version_of_its_key(
+        self, service: Service, monkeypatch: pytest.MonkeyPatch, by: int
+    ) -> None:
+        monkeypatch.setitem(VERSIONS, 2, IDENTITY)
+        older, newer = replicas = [await service.begin(), await service.begin()]
+        newer.house.namespace = replace(newer.house.namespace, identity_version=2)
+        await older.house.get("please a fox")
+        await older.house.settle()
+        await newer.house.get("please a fox")
+        await newer.house.settle()
+        replaced = await replicas[by].house.get("please a fox", cache_policy=CachePolicy.REFRESH)
+        await replicas[by].house.settle()
+        await replicas[by].coherence.look()
+        await newer.coherence.look()
+        assert (await newer.house.get("please a fox")).entry.image == replaced.entry.image
+        _, identity = newer.house.identity("please a fox")
+        for tier in (newer.house.redis, newer.house.s3):  # as if it had expired
+            await tier.delete(identity.key)
+        newer.house.restart()
+        await newer.house.get("please a fox")
+        assert older.house.upstream.calls + newer.house.upstream.calls == (2 if by == 0 else 3)
 
     async def test_one_that_comes_late_takes_the_next_number(self, service: Service) -> None:
         one, other = await service.begin(), await service.begin()
