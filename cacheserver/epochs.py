@@ -166,7 +166,10 @@ class Epochs:
         replaced = self._by_namespace.get(_EVERYONE)
         if replaced is not None:
             name = labels.derived_from if key.is_rendition else key.made_for.name
-            if any(replaced.get(f"{_KEY}:{each}", 0) > labels.epoch for each in (name, *labels.carried_from)):
+            if replaced.get(f"{_KEY}:{name}", 0) > labels.epoch or (
+                labels.carried_from
+                and any(replaced.get(f"{_KEY}:{other}", 0) > labels.epoch for other in labels.carried_from)
+            ):
                 return True
         return self.is_purged(key, labels)
 
@@ -182,8 +185,8 @@ class Epochs:
         epoch = labels.epoch
         return (
             known.get(f"{_EVERYTHING}:{key.partition}", 0) > epoch
-            or _newest_of(name, known) > epoch
-            or any(_newest_of(other, known) > epoch for other in labels.carried_from)
+            or _takes_named(name, known, epoch)
+            or (labels.carried_from and any(_takes_named(other, known, epoch) for other in labels.carried_from))
             or any(known.get(_selects_tag(tag), 0) > epoch for tag in labels.tags)
         )
 
@@ -195,9 +198,9 @@ class Epochs:
         return tombstone.reclaimed.selects not in self._by_namespace[tombstone.namespace]
 
 
-def _newest_of(name: str, known: Mapping[str, int]) -> int:
-    """The epoch of the last purge of the picture with this name, or of all variants of its identity; 0 if none."""
-    return max(known.get(f"{_KEY}:{name}", 0), known.get(f"{_IDENTITY}:{name.rpartition('.')[0]}", 0))
+def _takes_named(name: str, known: Mapping[str, int], epoch: int) -> bool:
+    """Whether the picture of this name and epoch was purged, by itself or with all variants of its identity."""
+    return known.get(f"{_KEY}:{name}", 0) > epoch or known.get(f"{_IDENTITY}:{name.rpartition('.')[0]}", 0) > epoch
 
 
 def _selects_tag(tag: str) -> str:
