@@ -1,4 +1,4 @@
-"""The faults that scripts/faults tries are true: each changes one place of the code as it is, into code that compiles."""
+"""The faults that scripts/faults tries are true: each changes one place of the code as it is, and it compiles."""
 
 from __future__ import annotations
 

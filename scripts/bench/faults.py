@@ -1,4 +1,4 @@
-"""Whether the tests would notice: mistakes put into copies of this checkout, one at a time, and the test that finds each.
+"""Whether tests notice: mistakes put into copies of this checkout, one at a time, and the test that finds each.
 
 A fault is found if a test of its room fails in a copy that has it; without it they pass, which is seen first. What no
 test finds is a gap in the tests: the run says so and ends non-zero. The checkout itself is never changed.
@@ -128,14 +128,19 @@ def measure(rooms: Sequence[str]) -> list[Outcome]:
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         try:
-            for room, failure in zip(rooms, pool.map(run, rooms), strict=True):
-                if failure:
-                    raise FaultsError(f"without any fault a test of {room} fails: {failure}")
+            without_any = list(pool.map(run, rooms))
+            _must_pass(rooms, without_any)
             found = pool.map(run, [fault.room for fault in faults], faults)
             return list(map(Outcome, faults, found))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _must_pass(rooms: Sequence[str], failures: Sequence[str | None]) -> None:
+    for room, failure in zip(rooms, failures, strict=True):
+        if failure is not None:
+            raise FaultsError(f"without any fault a test of {room} fails: {failure}")
 
 
 def report(rooms: Sequence[str], outcomes: Sequence[Outcome], json_file: Path | None) -> list[str]:
