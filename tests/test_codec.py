@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_128_digest
 
-from cacheserver.epochs import Epochs
+from cacheserver.epochs import Epochs, Tombstone
 from cacheserver.errors import CorruptEntryError, EntryTooLargeError, NewerEntryError
 from cacheserver.model import AnswerFrom, CachedImage, CacheKey, GeneratedImage, Usage
 from cacheserver.tiers import codec
@@ -114,6 +114,13 @@ def test_metadata_without_a_bound_is_not_written() -> None:
         codec.encode(make_entry(revised_prompt="x" * codec.MAX_METADATA_BYTES))
 
 
+def test_metadata_of_exactly_the_largest_size_is_read() -> None:
+    rest = len(codec.pack_metadata(make_entry(revised_prompt="")))
+    entry = make_entry(revised_prompt="x" * (codec.MAX_METADATA_BYTES - rest))
+    assert len(codec.pack_metadata(entry)) == codec.MAX_METADATA_BYTES
+    assert codec.decode(codec.encode(entry)) == entry
+
+
 def test_half_a_surrogate_pair_does_not_cost_the_picture() -> None:
     entry = make_entry(revised_prompt="a \ud83d cat")
     assert codec.decode(codec.encode(entry)) == entry
@@ -195,3 +202,11 @@ def test_an_entry_answers_only_its_partition_its_identity_and_its_time() -> None
     assert not codec.answers(entry, key, 100.0, Epochs())
     assert not codec.answers(entry, replace(key, partition="shop"), 99.0, Epochs())
     assert not codec.answers(entry, replace(key, digest=bytes(32)), 99.0, Epochs())
+
+
+def test_an_entry_that_was_purged_answers_nothing_and_one_made_since_does() -> None:
+    entry = make_entry()
+    epochs = Epochs()
+    epochs.learn([replace(Tombstone.of_key(entry.namespace, entry.key), epoch=2)])
+    assert not codec.answers(replace(entry, epoch=1), entry.key, 99.0, epochs)
+    assert codec.answers(replace(entry, epoch=2), entry.key, 99.0, epochs)

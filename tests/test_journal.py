@@ -346,6 +346,28 @@ class TestFlushing:
         await journal.aclose()
         assert flushed == [f"{record.number:016}", "journal"]
 
+    async def test_what_could_not_be_flushed_is_flushed_the_next_time(
+        self, opened: Open, clock: FakeClock, flushed: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        journal = await opened(sync=JournalSync.INTERVAL, sync_interval_s=5)
+        await until(lambda: clock.sleepers == 1)
+        record = await write(journal, picture())
+        refused: list[int] = []
+
+        def fsync(handle: int) -> None:
+            refused.append(handle)
+            raise OSError(errno.EIO, "the disk is broken")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            clock.advance(5)
+            await until(lambda: bool(refused) and clock.sleepers == 1)
+        assert flushed == []
+        clock.advance(5)
+        await until(lambda: len(flushed) == 2)
+        assert flushed == [f"{record.number:016}", "journal"]
+        await journal.aclose()
+
     async def test_off_means_that_the_system_decides(self, opened: Open, flushed: list[str]) -> None:
         journal = await opened(sync=JournalSync.OFF)
         await write(journal, picture())

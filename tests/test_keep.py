@@ -9,6 +9,7 @@ import pytest
 from cacheserver.errors import EntryTooLargeError, KeyGoneError
 from cacheserver.model import CachedImage, CacheKey, CachePolicy, Pending, Served, Terms, TierName
 from tests.house import EVERYTHING, FaultyTier, House
+from tests.tier_contract import foreign
 from tests.waiting import until
 
 
@@ -102,6 +103,16 @@ class TestHolding:
         await house.get(ttl_s=60)
         house.clock.advance(61)
         assert (await house.get()).tier is TierName.UPSTREAM
+
+    async def test_a_held_picture_is_not_given_to_another_identity_of_its_name(self, house: House) -> None:
+        house.redis.is_down = house.s3.is_down = True
+        entry = (await house.get()).entry
+        assert house.keeper.held(entry.key.stand_in) is not None or house.keeper.held(entry.key) is not None
+        other = foreign(entry).key
+        for slot in (other, other.stand_in):
+            assert not house.keeper.is_held(slot)
+            assert house.keeper.held(slot) is None
+            assert await house.keeper.read_held(slot) is None
 
     async def test_a_held_picture_is_not_written_over_the_one_that_replaced_it(self, house: House) -> None:
         await house.get()

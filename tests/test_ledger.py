@@ -136,6 +136,11 @@ async def test_only_an_earlier_life_s_calls_are_dead(tmp_path: Path, clock: Fake
         }
 
 
+async def test_each_commit_is_flushed_to_the_disk(ledger: SqliteLedger) -> None:
+    (level,) = ledger._connection.execute("PRAGMA synchronous").fetchone()
+    assert level == 2, "FULL: with less a power cut takes the last rows"
+
+
 async def test_many_calls_share_few_flushes(ledger: SqliteLedger) -> None:
     transactions: list[str] = []
     ledger._connection.set_trace_callback(lambda text: transactions.append(text) if text == "COMMIT" else None)
