@@ -19,6 +19,7 @@ from cacheserver.model import (
     Terms,
     TierName,
 )
+from tests.tier_contract import foreign
 
 NAMESPACE = Namespace("default", "default")
 REQUEST = ImageRequest(prompt="a red fox", model="gpt-image-2")
@@ -40,9 +41,12 @@ def waiter(*variants: int, refresh: bool = False, by_key: bool = False) -> Waite
 
 
 def made(variant: int, payer: Waiter) -> Loaded:
+    return Loaded(entry(variant), TierName.UPSTREAM, payer=payer.ticket)
+
+
+def entry(variant: int, *, create_time_s: float = 0.0) -> CachedImage:
     image = GeneratedImage(b"bytes", "image/png", 1, 1, "digest", "gpt-image-2", "1x1", "low", "opaque")
-    entry = CachedImage(IDENTITY.key.with_variant(variant), image, "default", IDENTITY.prompt_digest, 0.0)
-    return Loaded(entry, TierName.UPSTREAM, payer=payer.ticket)
+    return CachedImage(IDENTITY.key.with_variant(variant), image, "default", IDENTITY.prompt_digest, create_time_s)
 
 
 class Loads:
@@ -170,3 +174,29 @@ async def test_closing_that_is_cancelled_leaves_no_load_running(loads: Loads) ->
     assert loads.running == 0
     with pytest.raises(ShuttingDownError):
         await waiting.answer
+
+
+async def test_a_waiter_accepts_no_picture_of_another_identity_whoever_paid_for_it() -> None:
+    asker = waiter(0)
+    own = entry(0)
+    for payer in (None, asker.ticket):
+        assert asker.accepts(Loaded(own, TierName.S3, payer=payer))
+        assert not asker.accepts(Loaded(foreign(own), TierName.S3, payer=payer))
+
+
+async def test_a_waiter_accepts_a_picture_as_old_as_it_may_be_and_none_older() -> None:
+    asker = waiter(0)
+    asker.not_before_s = 100.0
+    assert asker.accepts(Loaded(entry(0, create_time_s=100.0), TierName.S3))
+    assert not asker.accepts(Loaded(entry(0, create_time_s=99.9), TierName.S3))
+
+
+async def test_a_flight_has_the_latest_of_its_waiters_deadlines_and_none_if_one_has_none() -> None:
+    flight = Flight(IDENTITY.key, started_s=0.0)
+    early, late, patient = waiter(0), waiter(0), waiter(0)
+    early.until_s, late.until_s = 10.0, 20.0
+    flight.join(late)
+    flight.join(early)
+    assert flight.until_s == 20.0
+    flight.join(patient)
+    assert flight.until_s is None
