@@ -126,7 +126,7 @@ FAULTS = (
         "what was purged answers",
         "codec",
         _CODEC,
-        " and not epochs.is_purged(entry.key, entry)",
+        " and not epochs.is_gone(entry.key, entry)",
         "",
     ),
     Fault(
