@@ -3,7 +3,7 @@
 A fault is found if a test of its room fails in a copy that has it; without it they pass, which is seen first. What no
 test finds is a gap in the tests: the run says so and ends non-zero. The checkout itself is never changed.
 
-    scripts/faults                              # all of them, about ten minutes on two cores
+    scripts/faults                              # all of them, six minutes on two cores
     scripts/faults --room lease --room flight
 """
 
