@@ -105,8 +105,8 @@ FAULTS = (
         "an entry of the next version is read as one of ours",
         "codec",
         _CODEC,
-        "if version > READ_VERSION:",
-        "if version > READ_VERSION + 1:",
+        "if version > (newest := max(LAYOUTS)):",
+        "if version > (newest := max(LAYOUTS)) + 1:",
     ),
     Fault(
         "metadata of exactly the largest size is written and not read",
