@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -19,6 +19,7 @@ from scripts.bench.closed_loop import Asked, read_asked
 _ROOT = Path(__file__).resolve().parents[2]
 _PROC = Path("/proc")
 _START_TIMEOUT_S = 30.0
+_STOP_TIMEOUT_S = 120.0
 _LAST_CALLS_TIMEOUT_S = 660.0
 _POLL_S = 0.05
 _DEPTH = "cacheserver_queue_depth{"
@@ -31,14 +32,17 @@ class ServiceProcess:
         directory: for its configuration, its data and its log; made if there is none.
         config: the configuration file's text, without `data_dir` and `[server]`.
         environment: further settings, as it reads them from there.
+
+    `command` and `environment` may be set anew before the next `start`: that is an upgrade.
     """
 
     def __init__(self, directory: Path, config: str, *, environment: Mapping[str, str] | None = None) -> None:
         grpc_port, http_port = free_ports(2)
         self.address = f"127.0.0.1:{grpc_port}"
         self.http_address = f"127.0.0.1:{http_port}"
-        self._directory = directory
-        self._environment = environment or {}
+        self.directory = directory
+        self.command: Sequence[str] = (str(Path(sys.executable).with_name("cacheserver")),)
+        self.environment = environment or {}
         server = f"[server]\ngrpc_port = {grpc_port}\nhttp_port = {http_port}\n"
         self._config = f'data_dir = "{directory}"\n{config}\n{server}'
         self.http_port = http_port
@@ -60,17 +64,17 @@ class ServiceProcess:
 
     async def start(self) -> None:
         """Run it, also once more after a kill, on the same data and ports; it takes calls on return."""
-        self._directory.mkdir(exist_ok=True)
-        config_file = self._directory / "cacheserver.toml"
+        self.directory.mkdir(exist_ok=True)
+        config_file = self.directory / "cacheserver.toml"
         config_file.write_text(self._config)
         with self.log_file.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *leashed([str(Path(sys.executable).with_name("cacheserver")), "serve", "--config", str(config_file)]),
+                *leashed([*self.command, "serve", "--config", str(config_file)]),
                 stdin=PIPE,
                 stdout=log,
                 stderr=log,
-                env={"PATH": os.defpath, "PYTHONPATH": str(_ROOT), **self._environment},
-                cwd=self._directory,
+                env={"PATH": os.defpath, "PYTHONPATH": str(_ROOT), **self.environment},
+                cwd=self.directory,
             )
         try:
             await self._wait_until_ready()
@@ -82,7 +86,7 @@ class ServiceProcess:
     @property
     def log_file(self) -> Path:
         """What it logs."""
-        return self._directory / "service.log"
+        return self.directory / "service.log"
 
     async def queue_depth(self) -> int:
         """How many generations wait in it now; waits as long as it takes to say."""
@@ -98,6 +102,13 @@ class ServiceProcess:
                         return
                 await asyncio.sleep(_POLL_S)
         raise RuntimeError(await asyncio.to_thread(self.log_file.read_text, errors="replace"))
+
+    async def stop(self) -> None:
+        """SIGTERM: it ends what it is about, and itself."""
+        self._process.terminate()
+        async with asyncio.timeout(_STOP_TIMEOUT_S):
+            await self._process.wait()
+        await self.kill()
 
     async def kill(self) -> None:
         """SIGKILL."""
