@@ -248,7 +248,7 @@ async def health_becomes(channel: grpc.aio.Channel, service: str, status: int) -
     watching.cancel()
 
 
-_WITHOUT_REDIS = frozenset({"replicas_unknown", "budgets_lost", "figures_not_told", "purges_unseen"})
+_WITHOUT_REDIS = frozenset({"replicas_unknown", "budgets_lost", "figures_not_told", "purges_unseen", "leases_unheard"})
 """What else is said, once each, where the Redis that replicas share is away."""
 
 

@@ -256,15 +256,19 @@ class RedisLeases:
 
     async def _hear(self) -> None:
         """Wake who waits for a lease that another replica releases."""
+        is_told = False
         while True:
             try:
                 async with await answer_within(self._timeout_s, subscribed(self._client, self._channel)) as channel:
+                    is_told = False
                     while True:
                         message = await channel.get_message(timeout=_HEAR_S)
                         for event in self._waiting.get(message["data"].decode(), ()) if message else ():
                             event.set()
             except UNREACHABLE as error:
-                _log.info("leases_unheard", error=type(error).__name__)
+                if not is_told:
+                    _log.info("leases_unheard", error=type(error).__name__)
+                is_told = True
             await self._clock.sleep(_AWAY_S)
 
     async def _beat(self, held: _Held, lease: Lease) -> None:

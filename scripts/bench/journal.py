@@ -78,6 +78,14 @@ class Stand:
             await asyncio.sleep(0.1)
         return time.monotonic() - began_s
 
+    async def left(self, within_s: float) -> None:
+        """Wait until something is in the journal."""
+        until_s = time.monotonic() + within_s
+        while not await self.metric("cacheserver_journal_entries"):
+            if time.monotonic() > until_s:
+                raise TimeoutError("nothing came into the journal")
+            await asyncio.sleep(0.02)
+
     async def in_s3(self, prompts: Sequence[str]) -> dict[str, str]:
         """The SHA-256 of what S3 has of each, Redis and memory being empty; a prompt it has nothing of is left out."""
         self.valkey.execute("FLUSHALL")
@@ -182,7 +190,7 @@ async def killed(*, kills: int, latency_s: float, seed: int) -> Result:
             # S3 is late for some, the first among them, so that callers are answered from the journal.
             stand.s3_proxy.delay_s = chance.choice([0.0, 0.0, 0.3, 1.5]) if kill else 1.5
             asking = [asyncio.create_task(ask(stand.stub, f"kill {kill} picture {number}")) for number in range(8)]
-            await asyncio.sleep(latency_s * (chance.uniform(0.3, 2.5) if kill else 2.0))
+            await (asyncio.sleep(latency_s * chance.uniform(0.3, 2.5)) if kill else stand.left(_HOME_S))
             await stand.service.kill()
             await asyncio.gather(*asking)
             await stand.service.start()
