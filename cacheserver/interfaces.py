@@ -583,6 +583,10 @@ class Books(Protocol):
         """A load is paid for though another replica may pay for the same: Redis was silent, or we too slow."""
         ...
 
+    def lost(self) -> None:
+        """A replica that is gone had yet to bring an image to the last tier, and left no copy in Redis."""
+        ...
+
     def purges_unseen(self) -> None:
         """One look found nobody who could say what was purged since the last."""
         ...

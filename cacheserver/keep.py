@@ -36,6 +36,7 @@ from cacheserver.journal import Journal, Record, outline
 from cacheserver.model import MAX_VARIANT, CachedImage, CacheKey, TierName
 from cacheserver.tasks import end
 from cacheserver.tiers.memory import MemoryCache
+from cacheserver.undrained import Mark, Undrained
 
 _log = structlog.get_logger(__name__)
 
@@ -55,6 +56,9 @@ _STUBBORN = 3
 
 _DISK_S = 10.0
 """After which a journal whose disk has not said that it has an image counts as not having it."""
+
+_ROOM = 0.5
+"""Of the journal, which what others had yet to bring may fill: the rest is for what is made here."""
 
 _AT_A_TIME = 1_000
 """Of what is held, after which others get their turn."""
@@ -79,7 +83,7 @@ class _Held:
     place in the journal; of one that waits, `entry` is then an outline. `outdone` are the records of what it takes the
     place of, to go when it is safe itself. `is_restored`: an earlier life left it, and may have put it into its
     stand-in slot. `refusals` is how often the last tier did not take it, `has_copy` whether a
-    faster one did.
+    faster one did. `mark` tells other replicas of it, `is_marked` that they know; `outdone_marks` go with `outdone`.
     """
 
     slot: CacheKey
@@ -97,6 +101,9 @@ class _Held:
     has_copy: bool = False
     lies_there: bool = False
     unsaved: bool = False
+    mark: Mark | None = None
+    is_marked: bool = False
+    outdone_marks: list[Mark] = field(default_factory=list)
     task: asyncio.Task[Any] | None = None
 
     @property
@@ -120,12 +127,13 @@ class Keeper:
         max_held_bytes: int = 256 * 1024 * 1024,
         epochs: Epochs | None = None,
         on_replaced: Callable[[CachedImage], None] = lambda _: None,
+        undrained: Undrained | None = None,
     ) -> None:
         """`tiers` are the lower ones, fastest first.
 
         With `copies` nobody is answered from the journal alone: a faster tier has to have the image, too. Of images
         that the journal has not, nothing more is offered again beyond `max_held_bytes`. What `epochs` say was purged is
-        not kept.
+        not kept. Other replicas are told of what waits by `undrained`.
         """
         self._memory = memory
         self._tiers = tiers
@@ -136,6 +144,7 @@ class Keeper:
         self._max_held_bytes = max_held_bytes
         self._epochs = epochs or Epochs()
         self._on_replaced = on_replaced
+        self._undrained = undrained or Undrained(clock=clock)
         self._held: dict[str, _Held] = {}
         self._waiting: OrderedDict[_Held, None] = OrderedDict()
         self._offering_again: asyncio.Task[None] | None = None
@@ -400,6 +409,8 @@ class Keeper:
         if (predecessor := self._held.get(held.slot.name)) is not None:
             held.outdone = [*predecessor.outdone, *filter(None, [predecessor.record])]
             predecessor.record, predecessor.outdone = None, []
+            held.outdone_marks = [*predecessor.outdone_marks, *filter(None, [predecessor.mark])]
+            predecessor.mark, predecessor.outdone_marks = None, []
             self._drop(predecessor)
         self._held[held.slot.name] = held
 
@@ -504,7 +515,54 @@ class Keeper:
                 lies_there=True,  # as far as we know
             )
             self._take_place(held)
+            held.mark = _mark_of(held)
+            self._undrained.note(held.mark)
             self._wait_for_last(held)
+
+    async def adopt(self, entry: CachedImage, mark: Mark) -> bool:
+        """Go on with an image of which a copy is all there is: whoever was to bring it to the last tier is gone.
+
+        False if there is no room for it now. On True the mark is seen to, or no longer needed.
+        """
+        slot = entry.key
+        other = self._held.get(slot.name) if mark.replace else self._twin(slot, entry)
+        if other is not None and (not mark.replace or other.handed_over_s >= mark.handed_over_s):
+            return True
+        if self._closing or not self._has_room(entry):
+            return False
+        while not mark.replace and slot.name in self._held:
+            slot = slot.with_variant(slot.variant + 1)
+            entry = with_fields(entry, key=slot)
+        held = _Held(
+            slot,
+            entry,
+            mark.replace,
+            self._clock.monotonic_s() - max(0.0, self._clock.now_s() - mark.handed_over_s),
+            mark.handed_over_s,
+            entry.size_bytes,
+            kept=None,
+            is_restored=True,
+            has_copy=True,
+            lies_there=mark.slot.name == slot.name,
+            mark=mark,
+            is_marked=True,
+        )
+        held.record = self._write_down(held)
+        self._take_place(held)
+        self._undrained.note(mark)
+        if await self._is_written_down(held) and self._is_held(held):
+            _let_go_of_bytes(held)
+        if self._is_held(held):
+            self._wait_for_last(held)
+        return True
+
+    def _has_room(self, entry: CachedImage) -> bool:
+        if self._journal is not None:
+            return self._journal.share < _ROOM
+        return self._held_bytes() + entry.size_bytes <= self._max_held_bytes
+
+    def _held_bytes(self) -> int:
+        return sum(held.size_bytes for held in self._waiting if held.record is None)
 
     def _wait_for_last(self, held: _Held) -> None:
         """Offer it again, after those that wait already."""
@@ -639,6 +697,7 @@ class Keeper:
     async def _set_aside(self, held: _Held) -> None:
         """Hold it no more, and put its record where a person may look for it."""
         record, held.record = held.record, None
+        self._let_go_of_mark(held)
         self._release(held)
         if self._journal is not None and record is not None:
             await self._journal.set_aside(record)
@@ -732,16 +791,28 @@ class Keeper:
         writes = self._copy(held, replace=True)
         if copies or self._copies or not is_safe:
             await _ended(writes)
-        self._count(held, is_saved=held.has_copy or (is_safe and not self._copies))
+        self._count(held, is_saved=(held.has_copy and held.is_marked) or (is_safe and not self._copies))
         return held.has_copy
 
     def _copy(self, held: _Held, *, replace: bool) -> list[asyncio.Task[bool]]:
         """Write it to the faster tiers, under the slot it lies in."""
+        mark = held.mark = held.mark or _mark_of(held)
+        text = self._undrained.note(mark)
+
+        async def marked_put(tier: Tier) -> bool:
+            if not held.is_marked:
+                held.is_marked = await self._undrained.tell(text)
+            return await tier.put(held.slot, held.entry, replace=replace)
 
         def copied(write: asyncio.Task[bool]) -> None:
             held.has_copy = held.has_copy or _is_written(write)
+            if held.has_copy and held.is_marked:
+                self._forget_outdone_marks(held)
 
-        writes = [self._write(tier, held.slot, held.entry, replace=replace) for tier in self._tiers[:-1]]
+        writes = [
+            self._write(tier, held.slot, held.entry, replace=replace, put=partial(marked_put, tier))
+            for tier in self._tiers[:-1]
+        ]
         for write in writes:
             write.add_done_callback(copied)
         return writes
@@ -754,9 +825,10 @@ class Keeper:
         held.unsaved = not is_saved
         if held.record is not None:
             return  # the journal holds it
-        held_bytes = sum(other.size_bytes for other in self._waiting if other.record is None)
+        held_bytes = self._held_bytes()
         if held_bytes + held.size_bytes > self._max_held_bytes:
             _log.error("image_not_held", size_bytes=held.size_bytes, held_bytes=held_bytes, saved=is_saved)
+            self._let_go_of_mark(held)
             self._release(held)
 
     def _is_held(self, held: _Held) -> bool:
@@ -774,6 +846,20 @@ class Keeper:
             self._waiting.pop(held, None)
             self._books.unsaved(-int(held.unsaved))
             self._remove_records(held)
+            self._forget_outdone_marks(held)
+            if held.mark is not None:
+                self._undrained.forget(held.mark)
+
+    def _let_go_of_mark(self, held: _Held) -> None:
+        """Leave the copy of one that is held no more to those who look for orphans: the last tier does not have it."""
+        if held.mark is not None:
+            self._undrained.let_go(held.mark)
+            held.mark = None
+
+    def _forget_outdone_marks(self, held: _Held) -> None:
+        for mark in held.outdone_marks:
+            self._undrained.forget(mark)
+        held.outdone_marks = []
 
     def _remove_records(self, held: _Held) -> None:
         """Remove from the journal what it had of an image, and of those that it took the place of."""
@@ -841,6 +927,10 @@ class Keeper:
 def _answer(held: _Held, entry: CachedImage) -> None:
     if held.kept is not None and not held.kept.done():
         held.kept.set_result(entry)
+
+
+def _mark_of(held: _Held) -> Mark:
+    return Mark.of(held.slot, held.entry, replace=held.replace, handed_over_s=held.handed_over_s)
 
 
 def _let_go_of_bytes(held: _Held) -> None:

@@ -43,6 +43,7 @@ from cacheserver.reviews import Reviews
 from cacheserver.tiers.disk import DiskTier
 from cacheserver.tiers.hedge import Hedge
 from cacheserver.tiers.memory import MemoryCache
+from cacheserver.undrained import Undrained
 from tests.fakes import FakeClock
 from tests.miss_path import MemoryLedger, build_generator, lanes
 from tests.provider import FakeUpstream
@@ -159,6 +160,7 @@ class House:
         journal: Journal | None = None,
         copies: bool = False,
         leases: Leases | None = None,
+        undrained: Undrained | None = None,
     ) -> None:
         """A new process on the same tiers, or on some of them."""
         self.memory = MemoryCache(clock=self.clock, max_bytes=memory_bytes, epochs=self.epochs)
@@ -172,6 +174,7 @@ class House:
             copies=copies,
             epochs=self.epochs,
             on_replaced=self.coherence.replaced,
+            undrained=undrained,
         )
         self.ledger = MemoryLedger()
         self.generator = build_generator(

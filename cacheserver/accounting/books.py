@@ -190,6 +190,10 @@ class CounterBooks:
         """A load is paid for though another replica may pay for the same."""
         self._metrics.unleased.inc()
 
+    def lost(self) -> None:
+        """A replica that is gone had yet to bring an image to the last tier, and left no copy in Redis."""
+        self._metrics.lost.inc()
+
     def purges_unseen(self) -> None:
         """One look found nobody who could say what was purged since the last."""
         self._metrics.purges_unseen.inc()
@@ -296,6 +300,7 @@ class _Metrics:
         self.hedged = counter("hedged_reads", "Late reads of a tier beside which the next was read", "tier", "result")
         self.corrupt = counter("corrupt", "Damaged entries found", "tier")
         self.unleased = counter("unleased", "Loads paid for though another replica may have paid for the same")
+        self.lost = counter("lost", "Images that a dead replica had yet to bring to the last tier, their copies gone")
         self.purges_unseen = counter(
             "purges_unseen", "Looks at which neither Redis nor the last tier told what was purged"
         )

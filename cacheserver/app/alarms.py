@@ -105,7 +105,7 @@ def build_alarms(core: Core, *, undo: AsyncExitStack) -> Alarms:
         ),
         books=books,
         clock=clock,
-        replica=miss_path.replica_id,
+        replica=miss_path.replicas.id,
         host=platform.node(),
         shared=AllReplicas(miss_path.figures) if core.lower.control and miss_path.figures else None,
         notices=webhook,

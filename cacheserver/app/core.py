@@ -21,6 +21,7 @@ from cacheserver.coherence import LOOK_S, TRIM_S, Coherence
 from cacheserver.control.leases import NoLeases, RedisLeases
 from cacheserver.control.replays import LocalReplays, RedisReplays
 from cacheserver.control.tombstones import RedisTombstones
+from cacheserver.control.undrained import RedisMarks
 from cacheserver.embedded.lock import DirectoryLock
 from cacheserver.epochs import Epochs
 from cacheserver.identity import QUALITIES, identify
@@ -29,6 +30,8 @@ from cacheserver.journal import Journal
 from cacheserver.keep import Keeper
 from cacheserver.machine import Machine, Room
 from cacheserver.model import CachedImage, GeneratedImage, TierName
+from cacheserver.orphans import LOOK_S as LOOK_FOR_ORPHANS_S
+from cacheserver.orphans import Orphans
 from cacheserver.paying import UnknownPolicy
 from cacheserver.renditions.renderer import ThreadRenderer
 from cacheserver.renditions.renditions import Renditions
@@ -94,7 +97,9 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
         copies=settings.durability == "journal+redis",
         epochs=lower.epochs,
         on_replaced=coherence.replaced,
+        undrained=lower.undrained,
     )
+    undo.push_async_callback(lower.undrained.aclose, CONTROL_TIMEOUT_S)
     undo.push_async_callback(lambda: keeper.aclose(patience.for_writes_s()))
     miss_path = await build_miss_path(settings, lower=lower, books=books, clock=clock, undo=undo)
     undo.push_async_callback(lambda: miss_path.generator.aclose(patience.for_calls_s()))
@@ -143,7 +148,10 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
         ttl_s=settings.delivery.derived_ttl_s,
     )
     undo.push_async_callback(renditions.aclose)
+    orphans = _orphans(settings, lower, miss_path, keeper, books=books, clock=clock)
     keeper.restore()
+    if orphans is not None:
+        keep_doing(orphans.sweep, LOOK_FOR_ORPHANS_S, clock=clock, name="look for orphans", undo=undo)
     keep_doing(coherence.look, LOOK_S, clock=clock, name="look for purges", undo=undo)
     keep_doing(coherence.trim, TRIM_S, clock=clock, name="forget old purges", undo=undo)
     cache.reclaim()
@@ -232,7 +240,7 @@ async def _leases(  # noqa: PLR0913 - what it is made of
     leases = RedisLeases(
         client=client,
         prefix=settings.redis.prefix,
-        replica_id=miss_path.replica_id,
+        replica_id=miss_path.replicas.id,
         clock=clock,
         books=books,
         timeout_s=CONTROL_TIMEOUT_S,
@@ -240,6 +248,31 @@ async def _leases(  # noqa: PLR0913 - what it is made of
     leases.start()
     undo.push_async_callback(leases.aclose)
     return leases
+
+
+def _orphans(  # noqa: PLR0913 - what it is made of
+    settings: Settings, lower: Lower, miss_path: MissPath, keeper: Keeper, *, books: Books, clock: Clock
+) -> Orphans | None:
+    """What sees to the images of dead replicas, told of ours from now on; None where no tier lies behind Redis."""
+    client = lower.control
+    if client is None or lower.tiers[-1].name is TierName.REDIS:
+        return None
+    marks = RedisMarks(
+        client=client,
+        prefix=settings.redis.prefix,
+        replica_id=miss_path.replicas.id,
+        live_name=miss_path.replicas.name_in_redis,
+    )
+    lower.undrained.share(marks)
+    return Orphans(
+        marks=marks,
+        undrained=lower.undrained,
+        keeper=keeper,
+        tiers=lower.tiers,
+        epochs=lower.epochs,
+        books=books,
+        clock=clock,
+    )
 
 
 def _told_apart(settings: Settings) -> ToldApart | None:

@@ -55,7 +55,7 @@ class MissPath:
     ledger: Ledger
     groups: tuple[str, ...]
     figures: SharedFigures | None
-    replica_id: str
+    replicas: Replicas
 
 
 async def build_miss_path(
@@ -121,7 +121,7 @@ async def build_miss_path(
         figures=figures,
     )
     groups = tuple(settings.group_limits)
-    return MissPath(generator, pool, limits, budgets, ledger, groups, figures, replicas.id)
+    return MissPath(generator, pool, limits, budgets, ledger, groups, figures, replicas)
 
 
 def build_upstream(written: UpstreamSettings, settings: Settings, *, prices: PriceTable, clock: Clock) -> Upstream:

@@ -22,6 +22,7 @@ from cacheserver.tiers.guard import Breaker, Deadlines, GuardedObjectTier, Guard
 from cacheserver.tiers.objects import Objects
 from cacheserver.tiers.redis import Client, RedisTier, connect, disconnect
 from cacheserver.tiers.s3 import S3Tier
+from cacheserver.undrained import Undrained
 
 _log = structlog.get_logger(__name__)
 
@@ -37,7 +38,8 @@ class Lower:
 
     `client` is that of the Redis among them; `control` another one of the same Redis, for control state: a tier that
     is busy with images must not keep a budget waiting. `files` are those of object storage, if that is among them,
-    and `disk` is the disk tier itself, which knows its size. By `epochs` the tiers know what was purged.
+    and `disk` is the disk tier itself, which knows its size. By `epochs` the tiers know what was purged,
+    by `undrained` Redis which of its copies nobody else has.
     """
 
     objects: Objects
@@ -49,6 +51,7 @@ class Lower:
     disk: DiskTier | None = None
     copier: CopyingTier | None = None
     epochs: Epochs = field(default_factory=Epochs)
+    undrained: Undrained = field(kw_only=True)
 
 
 async def lock_disk(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -> None:
@@ -66,7 +69,7 @@ async def build_tiers(settings: Settings, *, books: Books, clock: Clock, undo: A
         ConfigError: a server of our own cannot start, or an address cannot be one.
     """
     access = await _s3_access(settings, clock=clock, undo=undo)
-    lower = Lower(objects=_objects(settings, access, clock=clock))
+    lower = Lower(objects=_objects(settings, access, clock=clock), undrained=Undrained(clock=clock))
     undo.push_async_callback(lower.objects.aclose)
     for name in settings.tier_names:
         match name:
@@ -80,7 +83,7 @@ async def build_tiers(settings: Settings, *, books: Books, clock: Clock, undo: A
                 # A stale connection is replaced and the command sent once more: twice the timeout of one.
                 timeout_s = settings.redis.timeout_s
                 tier: GuardedTier = _guarded(
-                    _redis_tier(settings, lower.client, epochs=lower.epochs, clock=clock),
+                    _redis_tier(settings, lower.client, lower, clock=clock),
                     Deadlines(read_s=2 * timeout_s, write_s=4 * timeout_s),
                     books,
                     clock,
@@ -126,7 +129,7 @@ def _connect(url: str, timeout_s: float) -> Client:
         raise ConfigError(f"redis.url: {error}") from error
 
 
-def _redis_tier(settings: Settings, client: Client, *, epochs: Epochs, clock: Clock) -> RedisTier:
+def _redis_tier(settings: Settings, client: Client, lower: Lower, *, clock: Clock) -> RedisTier:
     redis = settings.redis
     return RedisTier(
         client,
@@ -136,8 +139,9 @@ def _redis_tier(settings: Settings, client: Client, *, epochs: Epochs, clock: Cl
         ttl_s=redis.ttl_s,
         ttl_jitter=redis.ttl_jitter,
         max_entry_bytes=redis.max_entry_bytes,
-        epochs=epochs,
+        epochs=lower.epochs,
         write_version=settings.codec.write_version,
+        is_alone=lower.undrained.lies_in,
     )
 
 

@@ -61,6 +61,10 @@ _FIND_BY_PIPELINE_BATCH = 25
 """And in one pipeline, of which each costs redis-py as much as ten in a script."""
 
 _PUT_ATTEMPTS = 4
+
+_ALONE_S = 30 * 86_400.0
+"""For which a copy stays, unless Redis is full, that the last tier has yet to take: longer than any outage."""
+
 _MAX_LISTED = 1_000
 """Renditions listed of one fingerprint at most."""
 
@@ -178,6 +182,7 @@ class RedisTier:
         max_concurrency: most calls at a time; more wait. At most the client's max_connections.
         epochs: say what was purged.
         write_version: the codec version that entries are written in.
+        is_alone: whether the last tier has yet to take what lies in the slot of this name; it stays for longer.
     """
 
     name = TierName.REDIS
@@ -195,9 +200,11 @@ class RedisTier:
         max_concurrency: int = 64,
         epochs: Epochs | None = None,
         write_version: int = codec.WRITE_VERSION,
+        is_alone: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self._write_version = write_version
         self._epochs = epochs or Epochs()
+        self._is_alone = is_alone
         self._client = client
         self._clock = clock
         self._rng = rng
@@ -238,7 +245,7 @@ class RedisTier:
             if await self._is_later(key, entry):
                 return False
             async with self._turn("put"):
-                await self._client.set(name, stored, px=self._ttl_ms(entry))
+                await self._client.set(name, stored, px=self._ttl_ms(key, entry))
             return True
         return await self._put_if_free(key, entry, stored)
 
@@ -332,7 +339,7 @@ class RedisTier:
     async def _put_if_free(self, key: CacheKey, entry: CachedImage, stored: bytes) -> bool:
         for _ in range(_PUT_ATTEMPTS):
             async with self._turn("put"):
-                if await self._client.set(self._name(key), stored, px=self._ttl_ms(entry), nx=True):
+                if await self._client.set(self._name(key), stored, px=self._ttl_ms(key, entry), nx=True):
                     return True
             seen: ImageBytes = b""
             with suppress(CorruptEntryError):  # what is damaged may be overwritten
@@ -347,7 +354,14 @@ class RedisTier:
         seen_digest = hashlib.sha1(seen, usedforsecurity=False).hexdigest()
         async with self._turn("put"):
             replaced = await self._client.execute_command(
-                "EVAL", _REPLACE_UNFIT, 1, self._name(key), self._read_end, seen_digest, stored, self._ttl_ms(entry)
+                "EVAL",
+                _REPLACE_UNFIT,
+                1,
+                self._name(key),
+                self._read_end,
+                seen_digest,
+                stored,
+                self._ttl_ms(key, entry),
             )
         return bool(replaced)
 
@@ -396,8 +410,10 @@ class RedisTier:
         entry = codec.decode(stored)
         return entry if codec.answers(entry, key, self._clock.now_s(), self._epochs) else None
 
-    def _ttl_ms(self, entry: CachedImage) -> int:
+    def _ttl_ms(self, key: CacheKey, entry: CachedImage) -> int:
         ttl_s = self._ttl_s * self._rng.uniform(1 - self._ttl_jitter, 1 + self._ttl_jitter)
+        if self._is_alone(key.name):
+            ttl_s = max(ttl_s, _ALONE_S)
         if entry.expire_time_s is not None:
             ttl_s = min(ttl_s, entry.expire_time_s - self._clock.now_s())
         return max(1, int(ttl_s * 1000))
