@@ -550,15 +550,18 @@ class Keeper:
         held.record = self._write_down(held)
         self._take_place(held)
         self._undrained.note(mark)
-        if await self._is_written_down(held) and self._is_held(held):
+        if await self._is_written_down(held):
             _let_go_of_bytes(held)
-        if self._is_held(held):
-            self._wait_for_last(held)
+        else:
+            self._count(held, is_saved=True)
+        if not self._is_held(held):
+            return False  # it was purged meanwhile, or there is no room for it in memory either
+        self._wait_for_last(held)
         return True
 
     def _has_room(self, entry: CachedImage) -> bool:
         if self._journal is not None:
-            return self._journal.share < _ROOM
+            return self._journal.size_bytes + entry.size_bytes <= _ROOM * self._journal.max_bytes
         return self._held_bytes() + entry.size_bytes <= self._max_held_bytes
 
     def _held_bytes(self) -> int:
