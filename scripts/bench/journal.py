@@ -64,10 +64,7 @@ class Stand:
 
     async def metric(self, name: str) -> float:
         """What the service says of itself."""
-        async with httpx.AsyncClient(trust_env=False, timeout=30) as http:
-            text = (await http.get(f"http://{self.service.http_address}/metrics")).text
-        samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
-        return sum(each.value for each in samples if each.name == name)
+        return await metric(self.service, name)
 
     async def home(self, within_s: float) -> float:
         """Wait until the journal is empty; how long that took, infinity if it did not come in time."""
@@ -111,6 +108,14 @@ class Result:
 
     figures: dict[str, Any] = field(default_factory=dict)
     shortfalls: list[str] = field(default_factory=list)
+
+
+async def metric(service: ServiceProcess, name: str) -> float:
+    """What a service says of itself, summed over what it tells apart."""
+    async with httpx.AsyncClient(trust_env=False, timeout=30) as http:
+        text = (await http.get(f"http://{service.http_address}/metrics")).text
+    samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
+    return sum(each.value for each in samples if each.name == name)
 
 
 def spec(prompt: str) -> pb.ImageSpec:

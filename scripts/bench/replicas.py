@@ -12,6 +12,11 @@ Replicas, S3, Redis and the emulated provider are processes of their own; what w
                   answers with the same prompt are the same bytes, unless that was paid for twice
                   no more is paid for than once for each prompt, and once more for each call that a killed replica had
                   out: those are the unknown ones in its ledger
+    lost      S3 hangs, callers of three replicas are answered from their journals and Redis, one replica is killed and
+              its disk with it, and S3 comes back:
+                  every picture that a caller was given is in S3, the same bytes, and none was paid for twice
+              and once more with the journal alone, Redis hanging too for the second half of the pictures:
+                  no more are lost than the dead replica's journal had
 """
 
 from __future__ import annotations
@@ -19,11 +24,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
+import shutil
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,12 +37,12 @@ from typing import Annotated, Any
 import grpc
 import typer
 
-from cacheserver.client import AsyncClient, CacheError, ImageSpec, TryAgainError
+from cacheserver.client import AsyncClient, CacheError, CachePolicy, ImageSpec, TryAgainError
 from cacheserver.model import AttemptOutcome, CacheKey
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.tiers.redis import Client, connect, disconnect
 from scripts.bench.figures import percentile, print_table, print_verdict, write_json
-from scripts.bench.journal import Beneath, Result, beneath, spec
+from scripts.bench.journal import Beneath, Result, beneath, metric, spec
 from scripts.bench.load import callers
 from scripts.bench.provider import Latency
 from scripts.bench.provider_ledger import Call
@@ -52,6 +58,10 @@ _A_WAVE = 10
 
 _LEADS_S = 30.0
 _POLL_S = 0.02
+_HOME_S = 240.0
+"""In which what a dead replica left has to be in S3: it is taken for dead after some two minutes."""
+
+_AT_ONCE = 16
 _LAST_CALLS_S = 30.0
 """For calls that nobody waits for any more: the provider bills them as they end."""
 
@@ -90,6 +100,17 @@ class Stand:
         calls: Sequence[Call] = await self.under.provider.calls()
         return Counter(call.prompt_sha256 for call in calls if call.billed_microusd)
 
+    async def home(self, replicas: Sequence[ServiceProcess], within_s: float) -> bool:
+        """Wait until S3 has what these replicas, and those that are gone, had yet to bring; whether it came in time."""
+        until_s = time.monotonic() + within_s
+        while time.monotonic() < until_s:
+            entries = sum([await metric(each, "cacheserver_journal_entries") for each in replicas])
+            names = [name async for name in self.redis.scan_iter(match="cacheserver:{undrained}:*", count=1_000)]
+            if not entries and all(name.endswith(b":replicas") for name in names):
+                return True
+            await asyncio.sleep(0.5)
+        return False
+
     async def outcomes(self) -> Counter[AttemptOutcome | None]:
         """The calls in all replicas' ledgers, by how far they came."""
         rows: Counter[AttemptOutcome | None] = Counter()
@@ -100,11 +121,14 @@ class Stand:
 
 
 @asynccontextmanager
-async def standing(*, replicas: int, latency: Latency, picture_bytes: int, seed: int) -> AsyncIterator[Stand]:
+async def standing(
+    *, replicas: int, latency: Latency, picture_bytes: int, seed: int, config: str = ""
+) -> AsyncIterator[Stand]:
     """All of it, for as long as it is entered."""
     async with AsyncExitStack() as stack:
         under = await stack.enter_async_context(beneath(latency=latency, picture_bytes=picture_bytes, seed=seed))
-        services = [ServiceProcess(under.directory / f"replica-{number}", under.config) for number in range(replicas)]
+        config = f"{config}\n{under.config}"
+        services = [ServiceProcess(under.directory / f"replica-{number}", config) for number in range(replicas)]
         for service in services:
             await stack.enter_async_context(service)
         redis = connect(under.valkey.url, timeout_s=5.0, connect_timeout_s=5.0)
@@ -246,6 +270,106 @@ async def killed(*, prompts: int, requests: int, latency_s: float, seed: int, re
     return Result(figures, [*_what_failed(asking.failed), *_shortfalls_of_killed(figures, waves)])
 
 
+async def lost(*, prompts: int, latency_s: float, seed: int, replicas: int = 3) -> Result:
+    """Lose a replica and its disk while S3 is away, with copies in Redis and without."""
+    result = Result()
+    for durability in ("journal+redis", "journal"):
+        figures = await _lost(prompts, durability, latency_s=latency_s, seed=seed, replicas=replicas)
+        result.figures |= {f"{durability}: {name}": value for name, value in figures.items()}
+        result.shortfalls += [f"{durability}: {text}" for text in _shortfalls_of_lost(figures, durability)]
+    return result
+
+
+async def _lost(prompts: int, durability: str, *, latency_s: float, seed: int, replicas: int) -> dict[str, Any]:
+    # Nobody can confirm a miss while S3 is away: what may be paid for all the same is for the operator to say.
+    config = f'durability = "{durability}"\n[generation]\nunknown_budget_microusd_per_hour = 1_000_000_000_000'
+    latency = Latency(spread="uniform", mean_s=latency_s)
+    names = [f"picture {number}" for number in range(prompts)]
+    async with (
+        standing(replicas=replicas, latency=latency, picture_bytes=100_000, seed=seed, config=config) as stand,
+        AsyncExitStack() as opened,
+    ):
+        clients = [await opened.enter_async_context(AsyncClient(each.address)) for each in stand.replicas]
+        asking = Callers(clients)
+        stand.under.s3_proxy.hang()
+        half = prompts // 2
+        await _ask_for(asking, names[:half], replicas)
+        if durability == "journal":
+            stand.under.valkey.stop()
+        await _ask_for(asking, names[half:], replicas)
+        dead, *living = stand.replicas
+        undrained = await metric(dead, "cacheserver_journal_entries")
+        await dead.kill()
+        await asyncio.to_thread(shutil.rmtree, dead.directory)
+        stand.under.valkey.cont()
+        stand.under.s3_proxy.resume()
+        began_s = time.monotonic()
+        is_home = await stand.home(living, _HOME_S)
+        home_s = time.monotonic() - began_s
+        counted = sum([await metric(each, "cacheserver_lost_total") for each in living])
+        billed = await stand.billed()
+        stand.under.valkey.execute("FLUSHALL")
+        for each in living:
+            await each.kill()
+            await each.start()
+        found = await _found(clients[1], names)
+    given = asking.pictures
+    return {
+        "answered": len(asking.took_s),
+        "failed": asking.failed.total(),
+        "in the journal of the dead": int(undrained),
+        "given and not in S3": sum(name not in found for name in given),
+        "given and other bytes in S3": sum(found[name] not in given[name] for name in given if name in found),
+        "counted as lost": int(counted),
+        "paid for": billed.total(),
+        "paid for twice": sum(count - 1 for count in billed.values()),
+        "all in S3 after, s": home_s if is_home else float("inf"),
+    }
+
+
+async def _ask_for(asking: Callers, names: Sequence[str], replicas: int) -> None:
+    places = asyncio.Semaphore(_AT_ONCE)
+
+    async def ask(number: int, name: str) -> None:
+        async with places:
+            await asking.ask(name, number % replicas)
+
+    await asyncio.gather(*(ask(number, name) for number, name in enumerate(names)))
+
+
+async def _found(client: AsyncClient, names: Sequence[str]) -> dict[str, str]:
+    """The SHA-256 of what is stored of each; one of which nothing is, is left out."""
+    found: dict[str, str] = {}
+    places = asyncio.Semaphore(_AT_ONCE)
+
+    async def look(name: str) -> None:
+        async with places:
+            with suppress(CacheError):
+                picture = await client.get_image(image_of(name), cache_policy=CachePolicy.ONLY_IF_CACHED)
+                found[name] = hashlib.sha256(picture.data).hexdigest()
+
+    await asyncio.gather(*map(look, names))
+    return found
+
+
+def _shortfalls_of_lost(figures: dict[str, Any], durability: str) -> list[str]:
+    allowed = 0 if durability == "journal+redis" else figures["in the journal of the dead"]
+    shortfalls = []
+    if figures["failed"]:
+        shortfalls.append(f"{figures['failed']} requests failed")
+    if figures["given and not in S3"] > allowed:
+        shortfalls.append(f"{figures['given and not in S3']} pictures are lost, not {allowed} at most")
+    if figures["given and other bytes in S3"]:
+        shortfalls.append(f"of {figures['given and other bytes in S3']} pictures S3 has others")
+    if figures["paid for twice"]:
+        shortfalls.append(f"{figures['paid for twice']} pictures were paid for twice")
+    if figures["all in S3 after, s"] == float("inf"):
+        shortfalls.append(f"not everything was in S3 after {_HOME_S:g} s")
+    if not figures["in the journal of the dead"]:
+        shortfalls.append("the dead replica had brought all to S3: it says nothing")
+    return shortfalls
+
+
 def _what_failed(failed: Counter[str]) -> list[str]:
     return [f"{count} requests failed: {text}" for text, count in failed.items()]
 
@@ -266,10 +390,10 @@ def _shortfalls_of_killed(figures: dict[str, Any], waves: int) -> list[str]:
 
 
 def main(  # noqa: PLR0913, PLR0917 - options
-    scenario: Annotated[str, typer.Argument(help="one or killed.")],
-    requests: Annotated[int | None, typer.Option(help="How many; 10,000 for one, 2,000 for killed.")] = None,
-    prompts: Annotated[int, typer.Option(help="killed: how many, tens of them.")] = 500,
-    latency: Annotated[float | None, typer.Option(help="Seconds a generation takes; 30 for one, 1 for killed.")] = None,
+    scenario: Annotated[str, typer.Argument(help="one, killed or lost.")],
+    requests: Annotated[int | None, typer.Option(help="one, killed: how many; 10,000 or 2,000.")] = None,
+    prompts: Annotated[int | None, typer.Option(help="killed, lost: how many; 500 (tens of them) or 300.")] = None,
+    latency: Annotated[float | None, typer.Option(help="Seconds a generation takes; 30 for one, else 1.")] = None,
     seed: Annotated[int, typer.Option(help="Of prompts, moments and latencies.")] = 1,
     json: Annotated[Path | None, typer.Option(help="File for the figures.")] = None,
 ) -> None:
@@ -277,10 +401,12 @@ def main(  # noqa: PLR0913, PLR0917 - options
     if scenario == "one":
         result = asyncio.run(one(requests=requests or 10_000, latency_s=latency or 30.0, seed=seed))
     elif scenario == "killed":
-        running = killed(prompts=prompts, requests=requests or 2_000, latency_s=latency or 1.0, seed=seed)
+        running = killed(prompts=prompts or 500, requests=requests or 2_000, latency_s=latency or 1.0, seed=seed)
         result = asyncio.run(running)
+    elif scenario == "lost":
+        result = asyncio.run(lost(prompts=prompts or 300, latency_s=latency or 1.0, seed=seed))
     else:
-        raise typer.BadParameter("one or killed", param_hint="scenario")
+        raise typer.BadParameter("one, killed or lost", param_hint="scenario")
     rows = [
         (name, f"{value:,.1f}" if isinstance(value, float) else f"{value:,}") for name, value in result.figures.items()
     ]
