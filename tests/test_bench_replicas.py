@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scripts.bench.replicas import killed, lost, one
+from scripts.bench.replicas import killed, one
 
 
 async def test_what_all_replicas_are_asked_for_at_once_is_paid_for_once() -> None:
@@ -15,8 +15,3 @@ async def test_a_replica_that_is_killed_leaves_nobody_without_an_answer() -> Non
     result = await killed(prompts=20, requests=60, latency_s=0.5, seed=3, replicas=2)
     assert result.shortfalls == []
     assert result.figures["answered"] == 60
-
-
-async def test_a_replica_that_is_lost_with_its_disk_takes_no_picture_with_it() -> None:
-    result = await lost(prompts=12, latency_s=0.2, seed=3)
-    assert result.shortfalls == []

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import shutil
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,8 @@ from random import Random
 
 import pytest
 
+from cacheserver import orphans as orphans_module
+from cacheserver.app import core
 from cacheserver.control.replicas import Replicas
 from cacheserver.control.undrained import RedisMarks
 from cacheserver.epochs import Epochs, Tombstone
@@ -29,6 +31,8 @@ from cacheserver.tiers.s3 import S3Tier
 from cacheserver.undrained import Mark, Undrained
 from tests.fakes import FakeClock
 from tests.house import FaultyTier, House
+from tests.provider import OpenAIStandIn
+from tests.running import ask, calling, environment, running
 from tests.servers import S3Server, ValkeyServer
 from tests.tier_contract import make_entry, make_key
 from tests.waiting import until
@@ -597,6 +601,41 @@ class TestInRedis:
         with pytest.raises(TierError):
             await self.of(marks)
         await disconnect(client)
+
+
+class TestServices:
+    async def test_what_one_answered_with_another_brings_to_s3(
+        self,
+        provider: OpenAIStandIn,
+        own_valkey: Callable[[], ValkeyServer],
+        own_s3: Callable[[], S3Server],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(orphans_module, "_DEAD_S", 0.0)
+        monkeypatch.setattr(core, "LOOK_FOR_ORPHANS_S", 0.05)
+        valkey, s3 = own_valkey(), own_s3()
+        homes = [tmp_path / name for name in ("one", "other")]
+        common = {"durability": "journal+redis", "redis__prefix": "shared:", "s3_prefix": "shared/"}
+        common |= {"server__drain_timeout_s": "0.5", "generation__unknown_budget_microusd_per_hour": "1000000000"}
+        for home in homes:
+            home.mkdir()
+        one, other = (environment(home, provider=provider, redis=valkey, s3=s3, **common) for home in homes)
+        s3.kill()
+        async with running(one) as service, calling(service) as stub:
+            response = await stub.GetImage(ask())
+        await asyncio.to_thread(shutil.rmtree, homes[0])
+        s3.start()
+        async with running(other) as service, calling(service) as stub:
+
+            def is_there() -> bool:
+                listed = s3.client.list_objects_v2(Bucket=s3.bucket, Prefix="shared/").get("Contents", [])
+                return any(each["Size"] >= len(response.images[0].data) for each in listed)
+
+            await until(is_there)
+            again = await stub.GetImage(ask())
+        assert again.images[0].data == response.images[0].data
+        assert provider.calls == 1
 
 
 def test_a_slot_of_which_nothing_is_held_is_nobodys() -> None:
