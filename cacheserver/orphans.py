@@ -34,7 +34,7 @@ _DEAD_S = 60.0
 _CLAIMED = 200
 """Marks taken over at a time; who takes over more than it can bring home leaves others nothing to do."""
 
-_AT_ONCE = 8
+_AT_ONCE = 4
 """Copies read at a time."""
 
 
@@ -86,15 +86,14 @@ class Orphans:
 
     async def _see_to_ours(self) -> bool:
         """See to our marks of which nothing is held here; whether there was room for all of them."""
-        untold, unheld = set(self._undrained.texts()), set[str]()
+        held, told, unheld = set(self._undrained.texts()), set[str](), set[str]()
         self._waiting = 0
         async for text in self._marks.ours():
-            untold.discard(text)
-            mark = _parsed(text)
-            if mark is not None and not self._undrained.knows(mark, text):
+            told.add(text)
+            if text not in held and (mark := _parsed(text)) is not None and not self._undrained.knows(mark, text):
                 unheld.add(text)
         # Redis could not be told of these, or has lost them.
-        if untold := untold.intersection(self._undrained.texts()):
+        if untold := (held - told).intersection(self._undrained.texts()):
             await self._marks.add(sorted(untold))
         has_room = True
         async for some in in_turns(sorted(unheld), _AT_ONCE):
@@ -116,7 +115,7 @@ class Orphans:
                     return False
                 if not self._undrained.knows(mark, text):
                     await self._marks.remove(text)
-            elif _is_superseded(mark, entry) or await self._is_in_last(mark):
+            elif _is_superseded(mark, entry) or await self._is_in_last(mark) or self._is_unwanted(mark):
                 await self._marks.remove(text)
             elif await self._marks.remove(text):
                 self._books.lost()

@@ -69,9 +69,11 @@ class RedisMarks:
 
     async def ours(self) -> AsyncIterator[str]:
         """See `SharedMarks.ours`."""
-        texts = self._client.sscan_iter(self._ours, count=_A_STEP)
-        while (text := await self._answer(anext(texts, None))) is not None:
-            yield text.decode()
+        cursor = None
+        while cursor != 0:
+            cursor, texts = await self._answer(self._client.sscan(self._ours, cursor or 0, count=_A_STEP))
+            for text in texts:
+                yield text.decode()
 
     async def dead(self) -> list[str]:
         """See `SharedMarks.dead`."""
