@@ -802,22 +802,23 @@ class Keeper:
         mark = held.mark = held.mark or _mark_of(held)
         text = self._undrained.note(mark)
 
-        async def marked_put(tier: Tier) -> bool:
+        async def marked(put: Callable[[], Awaitable[bool]]) -> bool:
             if not held.is_marked:
                 held.is_marked = await self._undrained.tell(text)
-            return await tier.put(held.slot, held.entry, replace=replace)
+            return await put()
 
         def copied(write: asyncio.Task[bool]) -> None:
             held.has_copy = held.has_copy or _is_written(write)
             if held.has_copy and held.is_marked:
                 self._forget_outdone_marks(held)
 
-        writes = [
-            self._write(tier, held.slot, held.entry, replace=replace, put=partial(marked_put, tier))
-            for tier in self._tiers[:-1]
-        ]
-        for write in writes:
+        writes = []
+        for tier in self._tiers[:-1]:
+            # The entry as it is now: its picture may be left to the journal before it is written.
+            put = partial(tier.put, held.slot, held.entry, replace=replace)
+            write = self._write(tier, held.slot, held.entry, replace=replace, put=partial(marked, put))
             write.add_done_callback(copied)
+            writes.append(write)
         return writes
 
     def _count(self, held: _Held, *, is_saved: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import shutil
 import uuid
@@ -215,7 +216,7 @@ async def service(client: Client, s3_server: S3Server, tmp_path: Path) -> AsyncI
 async def stored(replica: Replica, key: CacheKey) -> str | None:
     """Which picture S3 has under a key."""
     entry = await replica.house.s3.get(key)
-    return None if entry is None else entry.image.sha256
+    return None if entry is None else hashlib.sha256(entry.image.data).hexdigest()
 
 
 async def entry_of(replica: Replica, prompt: str, data: bytes = b"\x89PNG another") -> CachedImage:
