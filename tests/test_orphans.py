@@ -458,6 +458,25 @@ class TestMarks:
         await kept
         assert order == ["marked", "copied"]
 
+    async def test_a_copy_made_behind_the_answer_has_its_picture_though_the_journal_has_it_meanwhile(
+        self, service: Service, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one = await service.begin(durability="journal")
+        marking, told = asyncio.Event(), one.undrained.tell
+
+        async def slow(text: str) -> bool:
+            await marking.wait()
+            return await told(text)
+
+        monkeypatch.setattr(one.undrained, "tell", slow)
+        one.is_s3_away = True
+        entry = await entry_of(one, "a red fox")
+        await one.house.keeper.keep_stand_in(entry)
+        await until(lambda: not any(held.has_bytes for held in one.house.keeper._held.values()))
+        marking.set()
+        await one.house.settle()
+        assert await one.house.redis.get(entry.key.stand_in) == entry
+
     async def test_a_copy_that_could_not_be_marked_does_not_count_and_is_marked_later(
         self, service: Service, monkeypatch: pytest.MonkeyPatch
     ) -> None:
