@@ -527,7 +527,7 @@ class Keeper:
         slot = entry.key
         other = self._held.get(slot.name) if mark.replace else self._twin(slot, entry)
         if other is not None and (not mark.replace or other.handed_over_s >= mark.handed_over_s):
-            return True
+            return other.is_answered  # else it is not safe yet, and may be lost with us
         if self._closing or not self._has_room(entry):
             return False
         while not mark.replace and slot.name in self._held:
