@@ -541,7 +541,7 @@ class Keeper:
             mark.handed_over_s,
             entry.size_bytes,
             kept=None,
-            is_restored=True,
+            is_restored=mark.slot.is_stand_in,
             has_copy=True,
             lies_there=mark.slot.name == slot.name,
             mark=mark,
@@ -765,13 +765,15 @@ class Keeper:
         if held.replace:
             self._changes += 1
         for tier in self._tiers[:-1]:
-            write = self._write(tier, kept.key, kept, replace=held.replace)
+            # Over its own copy too, which was to stay for longer.
+            replace = held.replace or (held.lies_there and held.slot == kept.key)
+            write = self._write(tier, kept.key, kept, replace=replace)
             if held.replace:
                 self._outdate(tier, kept.key, write)
         if held.replace:
             self._on_replaced(kept)
         slots = {held.slot} if held.lies_there else set()
-        if held.is_restored:
+        if held.is_restored and not held.replace:  # what takes another's place never stood in for it
             slots.add(held.entry.key.stand_in)
         for slot in slots - {kept.key}:
             self._memory.delete(slot)

@@ -126,7 +126,7 @@ class Orphans:
 
     def _is_unwanted(self, mark: Mark) -> bool:
         is_expired = mark.expire_time_s is not None and mark.expire_time_s <= self._clock.now_s()
-        return is_expired or self._epochs.is_purged(mark.slot, mark.labels)
+        return is_expired or self._epochs.is_gone(mark.slot, mark.labels)
 
     async def _copy(self, mark: Mark) -> CachedImage | None:
         try:
@@ -148,7 +148,7 @@ class Orphans:
 
 def _is_superseded(mark: Mark, other: CachedImage | None) -> bool:
     """Whether what was to replace another picture was itself replaced since."""
-    return other is not None and mark.replace and other.create_time_s > mark.handed_over_s
+    return other is not None and mark.replace and other.epoch > mark.labels.epoch
 
 
 def _parsed(text: str) -> Mark | None:

@@ -31,8 +31,8 @@ from cacheserver.tiers.redis import Client, RedisTier, connect, disconnect
 from cacheserver.tiers.s3 import S3Tier
 from cacheserver.undrained import Mark, Undrained
 from tests.fakes import FakeClock
-from tests.house import FaultyTier, House
-from tests.provider import OpenAIStandIn
+from tests.house import MODEL, FaultyTier, House
+from tests.provider import FakeUpstream, OpenAIStandIn
 from tests.running import ask, calling, environment, running
 from tests.servers import S3Server, ValkeyServer
 from tests.tier_contract import make_entry, make_key
@@ -72,6 +72,16 @@ class Replica:
         await self.house.settle()
         return served
 
+    async def answer_while_s3_goes_away(self) -> Served:
+        """It has said that it has no such picture, and takes none."""
+        calls = self.house.upstream.calls
+        self.house.upstream.hold()
+        asking = asyncio.create_task(self.house.get())
+        await self.house.upstream.arrived(calls + 1)
+        self.is_s3_away = True
+        self.house.upstream.release()
+        return await asking
+
     async def end(self) -> None:
         """The process is gone, whatever it had in hand."""
         keeper = self.house.keeper
@@ -88,6 +98,7 @@ class Service:
         self.clock = FakeClock()
         self.prefix = next(PREFIXES)
         self.client = client
+        self.upstream = FakeUpstream("fake", [MODEL])
         self._s3_server = s3_server
         self._folder = f"test-{uuid.uuid4().hex}/"
         self._directory = directory
@@ -116,6 +127,7 @@ class Service:
             s3=FaultyTier(self._s3(epochs), TierName.S3),
             epochs=epochs,
         )
+        house.upstream = self.upstream
         journal = None
         if durability != "write-through":
             journal = await Journal.open(home / "journal", clock=self.clock, max_bytes=10_000_000)
@@ -241,16 +253,11 @@ class TestLost:
         assert (other.lost, await service.marks()) == (0, set())
         again = [await other.house.get(prompt) for prompt in prompts]
         assert [each.entry for each in again] == [each.entry for each in served]
-        assert other.house.upstream.calls == 0
+        assert other.house.upstream.calls == len(prompts)
 
     async def test_what_the_last_tier_had_not_when_it_went_away_too(self, service: Service) -> None:
         one, other = await service.begin(), await service.begin()
-        one.house.upstream.hold()
-        asking = asyncio.create_task(one.house.get())
-        await one.house.upstream.arrived(1)
-        one.is_s3_away = True
-        one.house.upstream.release()
-        served = await asking
+        served = await one.answer_while_s3_goes_away()
         await service.lose(one)
         await service.sweep(other)
         assert await stored(other, served.entry.key) == served.entry.image.sha256
@@ -326,6 +333,20 @@ class TestLost:
         await service.sweep(other)
         assert await stored(other, before.entry.key) == newest.entry.image.sha256
         assert (other.lost, await service.marks()) == (0, set())
+
+    async def test_another_picture_that_comes_home_late_does_not_take_the_only_copy_with_it(
+        self, service: Service
+    ) -> None:
+        one, other, third = [await service.begin() for _ in range(3)]
+        (older,) = await one.answer_while_s3_is_away("a red fox")
+        service.clock.advance(1)
+        (newer,) = await other.answer_while_s3_is_away("a red fox", cache_policy=CachePolicy.REFRESH)
+        await service.lose(other)
+        one.is_s3_away = False
+        await service.home(one)
+        assert await stored(third, older.entry.key) == older.entry.image.sha256
+        await service.sweep(third)
+        assert await stored(third, older.entry.key) == newer.entry.image.sha256
 
     async def test_with_the_journal_alone_what_has_no_copy_yet_is_lost_and_counted(self, service: Service) -> None:
         one, other = await service.begin(durability="journal"), await service.begin(durability="journal")
@@ -523,17 +544,20 @@ class TestMarks:
     async def test_a_copy_that_nobody_else_has_stays_for_long_and_then_as_long_as_others(
         self, service: Service
     ) -> None:
-        one = await service.begin()
-        (served,) = await one.answer_while_s3_is_away("a red fox")
-        key = served.entry.key
+        one, other = await service.begin(), await service.begin()
+        key = (await one.answer_while_s3_is_away("a blue fox"))[0].entry.key
+        numbered = (await other.answer_while_s3_goes_away()).entry.key
 
         def name(key: CacheKey) -> str:
             return f"{service.prefix}{{{key.identity_name}}}.{key.variant}"
 
-        assert await service.client.ttl(name(key.stand_in)) > 7 * 86_400
-        one.is_s3_away = False
+        for slot in (key.stand_in, numbered):
+            assert await service.client.ttl(name(slot)) > 7 * 86_400
+        one.is_s3_away = other.is_s3_away = False
         await service.home(one)
-        assert 0 < await service.client.ttl(name(key)) <= TTL_S
+        await service.home(other)
+        for slot in (key, numbered):
+            assert 0 < await service.client.ttl(name(slot)) <= TTL_S
         assert not await service.client.exists(name(key.stand_in))
 
     async def test_what_a_refresh_outdid_is_marked_until_the_new_one_is(self, service: Service) -> None:
@@ -621,6 +645,64 @@ class TestInRedis:
         with pytest.raises(TierError):
             await self.of(marks)
         await disconnect(client)
+
+
+class TestAnySchedule:
+    """Machines are lost, restarted and served by, S3 comes and goes."""
+
+    @pytest.mark.parametrize("seed", range(12))
+    async def test_nothing_given_is_lost_whichever_machines_are(  # noqa: C901 - a branch for all that happens
+        self, service: Service, seed: int
+    ) -> None:
+        chance = Random(seed)  # noqa: S311 - chooses what happens
+        replicas = [await service.begin() for _ in range(3)]
+        given: dict[str, dict[str, CacheKey]] = {}
+        is_s3_away = False
+        for _ in range(30):
+            service.clock.advance(1)
+            place = chance.randrange(3)
+            one = replicas[place]
+            match chance.choice(["ask", "ask", "ask", "refresh", "s3", "lose", "restart", "sweep", "home"]):
+                case "ask":
+                    await self._ask(one, f"fox {chance.randrange(6)}", given)
+                case "refresh":
+                    await self._refresh(one, f"fox {chance.randrange(6)}", given)
+                case "s3":
+                    is_s3_away = not is_s3_away
+                case "lose":
+                    await service.lose(one)
+                    replicas[place] = await service.begin()
+                case "restart":
+                    await one.end()
+                    replicas[place] = await service.begin(after=one)
+                case "sweep":
+                    await one.orphans.sweep()
+                    service.clock.advance(DEAD_S)
+                case _ if not is_s3_away:
+                    await service.home(one)
+            for each in replicas:
+                each.is_s3_away = is_s3_away
+        for each in replicas:
+            each.is_s3_away = False
+        await service.sweep(*replicas)
+        await service.sweep(*replicas)
+        for sha256, key in [item for pictures in given.values() for item in pictures.items()]:
+            assert sha256 in [await stored(replicas[0], key.with_variant(variant)) for variant in range(8)]
+        assert await service.marks() == set()
+        assert sum(each.lost for each in replicas) == 0
+
+    @staticmethod
+    async def _ask(replica: Replica, prompt: str, given: dict[str, dict[str, CacheKey]]) -> None:
+        served = await replica.house.get(prompt)
+        await replica.house.settle()
+        if served.tier is TierName.UPSTREAM:
+            given.setdefault(prompt, {})[served.entry.image.sha256] = served.entry.key
+
+    @staticmethod
+    async def _refresh(replica: Replica, prompt: str, given: dict[str, dict[str, CacheKey]]) -> None:
+        served = await replica.house.get(prompt, cache_policy=CachePolicy.REFRESH)
+        await replica.house.settle()
+        given[prompt] = {served.entry.image.sha256: served.entry.key}  # it takes the place of what was there
 
 
 class TestServices:
