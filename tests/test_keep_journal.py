@@ -750,4 +750,4 @@ class TestShutdown:
         house.redis.is_down = house.s3.is_down = False
         await house.keeper.aclose(5)
         assert [await house.s3.get(one.entry.key) for one in served] == [one.entry for one in served]
-        assert lives.journal.entries == 0
+        await until(lambda: lives.journal.entries == 0)
