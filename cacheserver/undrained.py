@@ -42,7 +42,7 @@ class Mark:
     @staticmethod
     def of(slot: CacheKey, entry: CachedImage, *, replace: bool, handed_over_s: float) -> Mark:
         """The mark of an entry that lies in `slot`."""
-        labels = Labels(entry.namespace, entry.tags, entry.derived_from, entry.epoch)
+        labels = Labels(entry.namespace, entry.tags, entry.derived_from, entry.epoch, entry.carried_from)
         # As it is read back: of its identity a key's name tells a part.
         slot = CacheKey.parse(slot.name)
         return Mark(slot, entry.image.sha256, replace, handed_over_s, entry.expire_time_s, labels)
@@ -52,14 +52,17 @@ class Mark:
         """The mark as it is told."""
         labels = self.labels
         facts = (self.slot.name, self.sha256, self.replace, self.handed_over_s, self.expire_time_s)
-        return json.dumps([*facts, labels.namespace, labels.tags, labels.derived_from, labels.epoch])
+        purged_by = (labels.namespace, labels.tags, labels.derived_from, labels.epoch, labels.carried_from)
+        return json.dumps([*facts, *purged_by])
 
     @staticmethod
     def parse(text: str) -> Mark:
         """The mark that `text` tells. Raises ValueError if it tells none."""
         try:
-            slot, sha256, replace, handed_over_s, expire_time_s, namespace, tags, derived_from, epoch = json.loads(text)
-            labels = Labels(str(namespace), tuple(map(str, tags)), str(derived_from), int(epoch))
+            slot, sha256, replace, handed_over_s, expire_time_s, *purged_by = json.loads(text)
+            namespace, tags, derived_from, epoch, carried_from = purged_by
+            tags, carried_from = tuple(map(str, tags)), tuple(map(str, carried_from))
+            labels = Labels(str(namespace), tags, str(derived_from), int(epoch), carried_from)
             expires_s = None if expire_time_s is None else float(expire_time_s)
             return Mark(CacheKey.parse(slot), str(sha256), bool(replace), float(handed_over_s), expires_s, labels)
         except TypeError as error:

@@ -574,10 +574,11 @@ class TestMarks:
 
     def test_it_is_read_as_it_was_told(self) -> None:
         entry = replace(make_entry(tags=("spring", 'a "quoted" 猫')), epoch=7, expire_time_s=1_900_000_000.125)
+        entry = replace(entry, derived_from="v1.a.b", carried_from=("v1.a.c", "v1.a.d"))
         mark = Mark.of(entry.key.stand_in, entry, replace=True, handed_over_s=1_800_000_000.1)
         assert Mark.parse(mark.text) == mark
 
-    @pytest.mark.parametrize("text", ["", "[]", "{}", '["v2.a.b.c.0"]', "7", "null", '["x",1,2,3,4,5,6,7,8]'])
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '["v2.a.b.c.0"]', "7", "null", '["x",1,2,3,4,5,6,7,8,9]'])
     def test_what_is_none_is_not_read(self, text: str) -> None:
         with pytest.raises(ValueError, match=r"not a mark|not a cache key|unpack|Expecting"):
             Mark.parse(text)
