@@ -34,6 +34,8 @@ from cacheserver.embedded.seaweed import PORTS, identities, weed_binary, weed_co
 _START_TIMEOUT_S = 30.0
 SLOTS = 16_384
 """Of a Redis Cluster."""
+NODE_TIMEOUT_MS = 1_000
+"""After which a silent master that has a replica is taken for dead."""
 _ENVOY_CONFIG = Path(__file__).parent.parent / "scripts" / "deploy" / "envoy.yaml"
 
 
@@ -56,6 +58,10 @@ class Server(ABC):
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None
 
     def start(self) -> None:
         """Run it and return when it works."""
@@ -132,7 +138,7 @@ class ValkeyServer(Server):
 
 
 class ClusterServer(ValkeyServer):
-    """A node of a Redis Cluster, with these slots: alone, with all of them."""
+    """A node of a Redis Cluster, with these slots: alone, with all of them; with none, a replica to be."""
 
     def __init__(self, directory: Path, slots: range = range(SLOTS)) -> None:
         super().__init__(directory)
@@ -147,33 +153,74 @@ class ClusterServer(ValkeyServer):
         return [*super().command(), "--cluster-enabled", "yes", "--cluster-port", str(self.bus_port)]
 
     def is_ready(self) -> bool:
+        if not self.slots:
+            return super().is_ready()
         self.execute(f"CLUSTER ADDSLOTSRANGE {self.slots[0]} {self.slots[-1]}")
         state = b"cluster_state:ok" if len(self.slots) == SLOTS else b"cluster_slots_assigned"
         return state in self.execute("CLUSTER INFO")
 
+    @property
+    def name(self) -> bytes:
+        """By which the nodes know it."""
+        return self.execute("CLUSTER MYID").split(b"\r\n")[1]
+
+    def follow(self, master: ClusterServer) -> None:
+        """Be its replica; waits until it is known here."""
+        command = f"CLUSTER REPLICATE {master.name.decode()}"
+        _wait_until(lambda: self.execute(command) == b"+OK\r\n")
+
 
 class Cluster:
-    """A Redis Cluster of three masters."""
+    """A Redis Cluster of three masters, each with a replica if wanted."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, has_replicas: bool = False) -> None:
         third = SLOTS // 3 + 1
-        self.nodes: list[ClusterServer] = []
+        self.masters: list[ClusterServer] = []
+        self.replicas: list[ClusterServer] = []
         for number in range(3):
-            home = directory / f"node-{number}"
-            home.mkdir(parents=True)
-            self.nodes.append(ClusterServer(home, range(SLOTS)[number * third : (number + 1) * third]))
+            slots = range(SLOTS)[number * third : (number + 1) * third]
+            self.masters.append(self._node(directory / f"node-{number}", slots))
+            if has_replicas:
+                self.replicas.append(self._node(directory / f"replica-{number}", range(0)))
+
+    @staticmethod
+    def _node(home: Path, slots: range) -> ClusterServer:
+        home.mkdir(parents=True)
+        return ClusterServer(home, slots)
+
+    @property
+    def nodes(self) -> list[ClusterServer]:
+        return [*self.masters, *self.replicas]
 
     @property
     def url(self) -> str:
-        return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
+        return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.masters)
 
     def start(self) -> None:
-        """Run it and return when each node knows who has which slots."""
+        """Run it and return when each node knows who has which slots, and each replica all that its master has."""
         for node in self.nodes:
             node.start()
         for one, other in itertools.permutations(self.nodes, 2):
             one.execute(f"CLUSTER MEET 127.0.0.1 {other.port} {other.bus_port}")
         _wait_until(lambda: all(b"cluster_state:ok" in node.execute("CLUSTER INFO") for node in self.nodes))
+        if self.replicas:
+            for master, replica in zip(self.masters, self.replicas, strict=True):
+                master.execute("CONFIG SET repl-diskless-sync-delay 0")
+                replica.follow(master)
+            links = [b"master_link_status:up", b"master_sync_in_progress:0"]
+            _wait_until(
+                lambda: all(each in node.execute("INFO replication") for node in self.replicas for each in links)
+            )
+            for node in self.nodes:
+                node.execute(f"CONFIG SET cluster-node-timeout {NODE_TIMEOUT_MS}")
+
+    def has_taken_over(self, replica: ClusterServer) -> bool:
+        """Whether it is a master now, for every node that lives."""
+        living = [node for node in self.nodes if node.is_running]
+        if not all(b"cluster_state:ok" in node.execute("CLUSTER INFO") for node in living):
+            return False
+        seen = [line for node in living for line in node.execute("CLUSTER NODES").split(b"\n")]
+        return sum(line.startswith(replica.name) and b"master" in line for line in seen) == len(living)
 
     def kill(self) -> None:
         """SIGKILL to every node, and wait until they are gone."""
@@ -182,12 +229,13 @@ class Cluster:
 
 
 class SentinelServer(ValkeyServer):
-    """A Sentinel that watches one server as `main`."""
+    """A Sentinel that watches one server as `main`, and alone decides that it is gone: once silent for `down_ms`."""
 
-    def __init__(self, directory: Path, watched: ValkeyServer) -> None:
+    def __init__(self, directory: Path, watched: ValkeyServer, *, down_ms: int = 30_000) -> None:
         super().__init__(directory)
         (directory / "sentinel.conf").write_text(
             f"port {self.port}\nbind 127.0.0.1\nsentinel monitor main 127.0.0.1 {watched.port} 1\n"
+            f"sentinel down-after-milliseconds main {down_ms}\nsentinel failover-timeout main 2000\n"
         )
 
     @property
@@ -197,6 +245,41 @@ class SentinelServer(ValkeyServer):
 
     def command(self) -> list[str]:
         return [super().command()[0], str(self.directory / "sentinel.conf"), "--sentinel"]
+
+
+class SentinelSet:
+    """A master, a replica of it and a Sentinel that puts the replica in its place."""
+
+    def __init__(self, directory: Path) -> None:
+        for name in ("master", "replica", "sentinel"):
+            (directory / name).mkdir(parents=True)
+        self.master = ValkeyServer(directory / "master")
+        self.replica = ValkeyServer(directory / "replica")
+        self.sentinel = SentinelServer(directory / "sentinel", self.master, down_ms=300)
+
+    @property
+    def url(self) -> str:
+        return self.sentinel.url
+
+    def start(self) -> None:
+        """Run them and return when the Sentinel knows a replica that has all the master has."""
+        self.master.start()
+        self.master.execute("CONFIG SET repl-diskless-sync-delay 0")
+        self.replica.start()
+        self.replica.execute(f"REPLICAOF 127.0.0.1 {self.master.port}")
+        _wait_until(lambda: b"master_link_status:up" in self.replica.execute("INFO replication"))
+        self.sentinel.start()
+        _wait_until(lambda: b"slaves=1" in self.sentinel.execute("INFO sentinel"))
+
+    def has_taken_over(self) -> bool:
+        """Whether the replica is the master now, for the Sentinel too."""
+        is_told = str(self.replica.port).encode() in self.sentinel.execute("SENTINEL get-master-addr-by-name main")
+        return is_told and b"role:master" in self.replica.execute("INFO replication")
+
+    def kill(self) -> None:
+        """SIGKILL to all, and wait until they are gone."""
+        for server in (self.sentinel, self.replica, self.master):
+            server.kill()
 
 
 def _wait_until(is_so: Callable[[], bool]) -> None:

@@ -7,14 +7,15 @@ import hashlib
 import heapq
 import random
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from redis.asyncio import ConnectionPool, Redis, RedisCluster, Sentinel
 from redis.asyncio.client import PubSub
-from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.cluster import ClusterNode, ClusterPipeline
 from redis.asyncio.connection import AbstractConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import MasterNotFoundError, SentinelConnectionPool
@@ -106,7 +107,7 @@ def connect(url: str, *, timeout_s: float = 0.25, connect_timeout_s: float = 0.2
         url: the address. Its user and password are the data nodes'.
         timeout_s: how long sending a command, or reading its answer, may take.
         connect_timeout_s: how long connecting may take.
-        max_connections: most connections to one node; whoever asks for one more gets an error.
+        max_connections: most connections to one node; whoever asks for one more gets an error, in a Cluster waits.
 
     Raises:
         ValueError: the URL cannot be used. The message does not show it: it may hold a password.
@@ -133,6 +134,10 @@ def connect(url: str, *, timeout_s: float = 0.25, connect_timeout_s: float = 0.2
 async def disconnect(client: Client) -> None:
     """Close every connection of a client made by `connect`."""
     await client.aclose()
+    if isinstance(client, RedisCluster):
+        # It has closed nothing if it was about to ask for the nodes again.
+        await client.nodes_manager.aclose()
+        await client.nodes_manager.aclose("startup_nodes")
     if isinstance(client, Redis) and isinstance(client.connection_pool, SentinelConnectionPool):
         for sentinel in client.connection_pool.sentinel_manager.sentinels:
             await sentinel.aclose()
@@ -519,10 +524,96 @@ class _AlertConnection(AbstractConnection):
         return self._inlet is not None and self._inlet.is_owing
 
 
+class _NodeConnection(_AlertConnection):
+    """A connection to a Cluster's node, which is closed under no call but by that call itself.
+
+    When one call fails, or the Cluster has changed, redis-py closes what other calls may have been lent by then, or are
+    about to be; they would be lost, and take others with them. Such a connection is closed when it is given back.
+    """
+
+    _user: asyncio.Task[Any] | None = None
+    """Who connects, sends or reads now. Between these nobody else has a turn of the loop."""
+
+    async def send_packed_command(self, *args: Any, **kwargs: Any) -> None:
+        is_new_call = self._user is None
+        with self._used():
+            if is_new_call and self.is_connected and await self.can_read():
+                await self.disconnect()  # lost while idle; nothing is sent yet, so it may connect anew
+            await super().send_packed_command(*args, **kwargs)
+
+    async def read_response(self, *args: Any, **kwargs: Any) -> Any:
+        with self._used():
+            return await super().read_response(*args, **kwargs)
+
+    async def disconnect(self, nowait: bool = False, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002, FBT001, FBT002 - redis-py's
+        if self._user in {None, asyncio.current_task()}:
+            # Without a wait, after which redis-py would take for closed what has been connected anew meanwhile.
+            await super().disconnect(True, *args, **kwargs)  # noqa: FBT003 - redis-py's
+        else:
+            self.mark_for_reconnect()
+
+    @contextmanager
+    def _used(self) -> Iterator[None]:
+        before, self._user = self._user, asyncio.current_task()
+        try:
+            yield
+        finally:
+            self._user = before
+
+
+class _Cluster(RedisCluster):
+    """A Cluster's client under many calls at once, and under failures. Make it with `reinitialize_steps=0`.
+
+    It knows the nodes before the first call is sent: redis-py would send it to any node. Whoever would need one
+    connection too many of a node waits. What redis-py raises unawares, being asked much at once, is a lost connection.
+    """
+
+    # What timed out may have been done.
+    ERRORS_ALLOW_RETRY = tuple(e for e in RedisCluster.ERRORS_ALLOW_RETRY if e is not RedisTimeoutError)
+
+    def __init__(self, *, max_connections: int, **options: Any) -> None:
+        # A slot that has moved brings its calls to a node beyond the turns taken there.
+        super().__init__(max_connections=2**31, **options)
+        self._turns: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(max_connections))
+        """By the node's name."""
+
+    async def execute_command(self, *args: Any, **kwargs: Any) -> Any:
+        with self.guarded():
+            if self.nodes_manager.default_node is None:
+                await self.initialize()
+            return await super().execute_command(*args, **kwargs)
+
+    async def _execute_command(self, target_node: ClusterNode, *args: Any, **kwargs: Any) -> Any:
+        async with self._turns[target_node.name]:
+            return await super()._execute_command(target_node, *args, **kwargs)
+
+    def pipeline(self, transaction: Any = None, shard_hint: Any = None) -> ClusterPipeline:
+        if shard_hint:
+            raise RedisClusterException("shard_hint is deprecated in cluster mode")
+        return _ClusterPipeline(self, transaction)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Raises nothing that talking to Redis may not raise."""
+        try:
+            yield
+        except (RedisError, RedisClusterException, OSError):
+            raise
+        except Exception as exc:
+            self._initialize = True  # what it knows of the nodes may be why
+            raise RedisConnectionError(f"redis-py failed: {type(exc).__name__}") from exc
+
+
+class _ClusterPipeline(ClusterPipeline):
+    async def execute(self, *args: Any, **kwargs: Any) -> list[Any]:
+        with self.cluster_client.guarded():
+            return await super().execute(*args, **kwargs)
+
+
 def _with_alert_connections(client: Client) -> Client:
     """`client`, which has no connection yet and will make none that is not alert."""
     if isinstance(client, RedisCluster):
-        kind = _alert(client.connection_kwargs["connection_class"])
+        kind = _alert(client.connection_kwargs["connection_class"], _NodeConnection)
         client.connection_kwargs["connection_class"] = kind  # for the nodes it will find
         for node in client.startup_nodes:
             node.connection_class = kind
@@ -535,8 +626,8 @@ def _with_alert_connections(client: Client) -> Client:
     return client
 
 
-def _alert(kind: type[_ConnectionT]) -> type[_ConnectionT]:
-    return type(kind.__name__, (_AlertConnection, kind), {})
+def _alert(kind: type[_ConnectionT], how: type[_AlertConnection] = _AlertConnection) -> type[_ConnectionT]:
+    return type(kind.__name__, (how, kind), {})
 
 
 def _client(url: str, limits: dict[str, Any], max_connections: int) -> Client:
@@ -555,7 +646,7 @@ def _client(url: str, limits: dict[str, Any], max_connections: int) -> Client:
     if scheme in {"redis+cluster", "rediss+cluster"} and parts.path in {"", "/"}:
         # After some answers that a slot has moved redis-py would close every connection, whoever waits for an answer.
         options["reinitialize_steps"] = 0
-        return RedisCluster(startup_nodes=[ClusterNode(*address) for address in _addresses(hosts, 6_379)], **options)
+        return _Cluster(startup_nodes=[ClusterNode(*address) for address in _addresses(hosts, 6_379)], **options)
     raise ValueError("no such scheme")
 
 
