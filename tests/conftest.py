@@ -26,6 +26,7 @@ from tests.servers import (  # noqa: E402 - as above
     own_valkey,
     redis_url,
     s3_server,
+    sentinel_set,
     valkey_server,
 )
 
@@ -33,7 +34,7 @@ from tests.servers import (  # noqa: E402 - as above
 _PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 child._PORTS = child._PORTS[_PROCESS :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
 
-__all__ = ["cluster", "own_s3", "own_valkey", "redis_url", "s3_server", "valkey_server"]
+__all__ = ["cluster", "own_s3", "own_valkey", "redis_url", "s3_server", "sentinel_set", "valkey_server"]
 
 settings.register_profile("same", derandomize=True, database=None, deadline=None)
 settings.register_profile("deep", derandomize=False, database=None, deadline=None, print_blob=True)

@@ -255,7 +255,7 @@ class SentinelSet:
             (directory / name).mkdir(parents=True)
         self.master = ValkeyServer(directory / "master")
         self.replica = ValkeyServer(directory / "replica")
-        self.sentinel = SentinelServer(directory / "sentinel", self.master, down_ms=300)
+        self.sentinel = SentinelServer(directory / "sentinel", self.master, down_ms=1_000)
 
     @property
     def url(self) -> str:
@@ -272,9 +272,14 @@ class SentinelSet:
         _wait_until(lambda: b"slaves=1" in self.sentinel.execute("INFO sentinel"))
 
     def has_taken_over(self) -> bool:
-        """Whether the replica is the master now, for the Sentinel too."""
-        is_told = str(self.replica.port).encode() in self.sentinel.execute("SENTINEL get-master-addr-by-name main")
-        return is_told and b"role:master" in self.replica.execute("INFO replication")
+        """Whether the replica is the master now, and the Sentinel finds nothing wrong with it."""
+        fields = self.sentinel.execute("SENTINEL MASTERS").split(b"\r\n")
+        told = {name: value for name, value in zip(fields, fields[2:], strict=False) if name in {b"port", b"flags"}}
+        return told == {b"port": str(self.replica.port).encode(), b"flags": b"master"}
+
+    def change_master(self) -> None:
+        """Have the Sentinel put the replica in the place of the master, which lives on as a replica."""
+        _wait_until(lambda: self.sentinel.execute("SENTINEL FAILOVER main") == b"+OK\r\n")
 
     def kill(self) -> None:
         """SIGKILL to all, and wait until they are gone."""
@@ -485,6 +490,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     cluster.start()
     yield cluster
     cluster.kill()
+
+
+@pytest.fixture
+def sentinel_set(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SentinelSet]:
+    """A master, its replica and a Sentinel, of the test's own."""
+    servers = SentinelSet(tmp_path_factory.mktemp("sentinels"))
+    servers.start()
+    yield servers
+    servers.kill()
 
 
 @pytest.fixture(scope="session", params=["single", "cluster"])

@@ -11,6 +11,7 @@ import ssl
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ from cacheserver.tiers import codec
 from cacheserver.tiers.guard import GuardedTier
 from cacheserver.tiers.redis import Client, RedisTier, connect, disconnect
 from tests.fakes import FakeClock
-from tests.servers import Cluster, ClusterServer, SentinelServer, TcpProxy, ValkeyServer
+from tests.servers import Cluster, ClusterServer, SentinelServer, SentinelSet, TcpProxy, ValkeyServer
 from tests.tier_contract import (
     MAX_ENTRY_BYTES,
     TierContract,
@@ -372,6 +373,36 @@ class TestSentinelTier(TierContract):
         async with open_tier(f"redis+sentinel://127.0.0.1:{sentinel_server.port}/other", clock) as tier:
             with pytest.raises(TierError, match="cannot be reached"):
                 await tier.ping()
+
+
+class TestFailoverBehindSentinel:
+    async def test_the_replica_that_takes_a_dead_masters_place_is_found(
+        self, sentinel_set: SentinelSet, clock: FakeClock
+    ) -> None:
+        async with open_tier(sentinel_set.url, clock) as tier:
+            keys = [make_key(f"fox {number}") for number in range(30)]
+            for key in keys:
+                await tier.put(key, make_entry(key), replace=True)
+            await tier._client.wait(1, 5_000)
+            sentinel_set.master.kill()
+            with pytest.raises(TierError):
+                await tier.ping()
+            await until(partial(asyncio.to_thread, sentinel_set.has_taken_over))
+            assert await asyncio.gather(*map(tier.get, keys)) == [make_entry(key) for key in keys]
+            await tier.ping()
+
+    async def test_calls_that_come_as_the_master_is_changed_fail_at_most(
+        self, sentinel_set: SentinelSet, clock: FakeClock
+    ) -> None:
+        async with open_tier(sentinel_set.url, clock) as tier:
+            await asyncio.gather(*(tier.ping() for _ in range(30)))
+            await asyncio.to_thread(sentinel_set.change_master)
+            has_changed = asyncio.create_task(until(partial(asyncio.to_thread, sentinel_set.has_taken_over)))
+            while not has_changed.done():
+                for outcome in await asyncio.gather(*(tier.ping() for _ in range(30)), return_exceptions=True):
+                    assert outcome is None or isinstance(outcome, TierError)
+            await has_changed
+            await asyncio.gather(*(tier.ping() for _ in range(30)))
 
 
 class UnixServer(ValkeyServer):

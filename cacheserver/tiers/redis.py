@@ -548,7 +548,7 @@ class _NodeConnection(_AlertConnection):
     async def disconnect(self, nowait: bool = False, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002, FBT001, FBT002 - redis-py's
         if self._user in {None, asyncio.current_task()}:
             # Without a wait, after which redis-py would take for closed what has been connected anew meanwhile.
-            await super().disconnect(True, *args, **kwargs)  # noqa: FBT003 - redis-py's
+            await super().disconnect(True, *args, **kwargs)
         else:
             self.mark_for_reconnect()
 
