@@ -14,7 +14,7 @@ from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.pb import promptcache_pb2_grpc as pb_grpc
 from cacheserver.settings import load_settings
 from tests.provider import API_KEY, OpenAIStandIn
-from tests.servers import S3Server, ValkeyServer
+from tests.servers import Cluster, S3Server, SentinelSet, ValkeyServer
 
 Stub = Any
 """The generated client: its calls have types of grpc.aio only at run time."""
@@ -24,7 +24,7 @@ def environment(
     data_dir: Path,
     *,
     provider: OpenAIStandIn | None = None,
-    redis: ValkeyServer | None = None,
+    redis: ValkeyServer | Cluster | SentinelSet | None = None,
     s3: S3Server | None = None,
     **more: object,
 ) -> dict[str, str]:

@@ -140,10 +140,10 @@ class ValkeyServer(Server):
 class ClusterServer(ValkeyServer):
     """A node of a Redis Cluster, with these slots: alone, with all of them; with none, a replica to be."""
 
-    def __init__(self, directory: Path, slots: range = range(SLOTS)) -> None:
+    def __init__(self, directory: Path, slots: range = range(SLOTS), ports: Sequence[int] | None = None) -> None:
         super().__init__(directory)
         self.slots = slots
-        (self.bus_port,) = free_ports(1)
+        self.port, self.bus_port = ports or free_ports(2)
 
     @property
     def url(self) -> str:
@@ -175,22 +175,15 @@ class Cluster:
 
     def __init__(self, directory: Path, *, has_replicas: bool = False) -> None:
         third = SLOTS // 3 + 1
-        self.masters: list[ClusterServer] = []
-        self.replicas: list[ClusterServer] = []
-        for number in range(3):
-            slots = range(SLOTS)[number * third : (number + 1) * third]
-            self.masters.append(self._node(directory / f"node-{number}", slots))
-            if has_replicas:
-                self.replicas.append(self._node(directory / f"replica-{number}", range(0)))
-
-    @staticmethod
-    def _node(home: Path, slots: range) -> ClusterServer:
-        home.mkdir(parents=True)
-        return ClusterServer(home, slots)
-
-    @property
-    def nodes(self) -> list[ClusterServer]:
-        return [*self.masters, *self.replicas]
+        thirds = [range(SLOTS)[number * third : (number + 1) * third] for number in range(3)]
+        shares = [*thirds, *[range(0)] * 3] if has_replicas else thirds
+        ports = free_ports(2 * len(shares))
+        self.nodes: list[ClusterServer] = []
+        for number, slots in enumerate(shares):
+            home = directory / f"node-{number}"
+            home.mkdir(parents=True)
+            self.nodes.append(ClusterServer(home, slots, ports[2 * number : 2 * number + 2]))
+        self.masters, self.replicas = self.nodes[:3], self.nodes[3:]
 
     @property
     def url(self) -> str:

@@ -50,6 +50,26 @@ async def test_the_same_bytes_come_from_upstream_memory_redis_and_s3_and_are_pai
     assert provider.calls == 1
 
 
+@pytest.mark.parametrize("redis", ["cluster", "sentinel_set"])
+async def test_with_a_cluster_or_behind_sentinel_two_replicas_pay_once_for_what_both_are_asked_at_once(
+    request: pytest.FixtureRequest, tmp_path: Path, provider: OpenAIStandIn, s3_server: S3Server, redis: str
+) -> None:
+    env = environment(tmp_path, provider=provider, redis=request.getfixturevalue(redis), s3=s3_server)
+    other = tmp_path / "other"
+    other.mkdir()
+    prompts = [f"fox {number}" for number in range(10)]
+    provider.hold()
+    async with running(env) as one, running(env | {"CACHESERVER_DATA_DIR": str(other)}) as two:
+        async with calling(one) as first, calling(two) as second:
+            answers = [asyncio.ensure_future(stub.GetImage(ask(p))) for p in prompts for stub in (first, second)]
+            await provider.arrived(len(prompts))
+            provider.release()
+            assert all(answer.images for answer in await asyncio.gather(*answers))
+    async with running(env) as service, calling(service) as stub:
+        assert {(await stub.GetImage(ask(prompt))).status.tier for prompt in prompts} == {pb.TIER_REDIS}
+    assert provider.calls == len(prompts)
+
+
 async def test_with_no_configuration_it_comes_from_our_own_valkey_and_from_disk(
     tmp_path: Path, provider: OpenAIStandIn
 ) -> None:
