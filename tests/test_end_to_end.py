@@ -59,12 +59,16 @@ async def test_with_a_cluster_or_behind_sentinel_two_replicas_pay_once_for_what_
     other.mkdir()
     prompts = [f"fox {number}" for number in range(10)]
     provider.hold()
-    async with running(env) as one, running(env | {"CACHESERVER_DATA_DIR": str(other)}) as two:
-        async with calling(one) as first, calling(two) as second:
-            answers = [asyncio.ensure_future(stub.GetImage(ask(p))) for p in prompts for stub in (first, second)]
-            await provider.arrived(len(prompts))
-            provider.release()
-            assert all(answer.images for answer in await asyncio.gather(*answers))
+    async with (
+        running(env) as one,
+        running(env | {"CACHESERVER_DATA_DIR": str(other)}) as two,
+        calling(one) as first,
+        calling(two) as second,
+    ):
+        answers = [asyncio.ensure_future(stub.GetImage(ask(p))) for p in prompts for stub in (first, second)]
+        await provider.arrived(len(prompts))
+        provider.release()
+        assert all(answer.images for answer in await asyncio.gather(*answers))
     async with running(env) as service, calling(service) as stub:
         assert {(await stub.GetImage(ask(prompt))).status.tier for prompt in prompts} == {pb.TIER_REDIS}
     assert provider.calls == len(prompts)

@@ -116,13 +116,17 @@ async def test_what_redis_py_raises_unawares_counts_as_a_failure_of_redis(
         assert await tier.find([make_key()]) == [False]
 
 
-async def test_a_call_that_is_cancelled_ends_as_cancelled_and_alone(cluster: Cluster) -> None:
+async def test_calls_that_are_cancelled_end_as_cancelled_and_break_no_other(cluster: Cluster) -> None:
     async with client_of(cluster) as client:
-        calls = burst(client)
-        await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
-        cancelled = [call for call in calls if call.cancel()][::2]
-        await asyncio.gather(*calls, return_exceptions=True)
-        assert all(call.cancelled() for call in cancelled)
+        for _ in range(5):
+            calls = burst(client)
+            await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+            for call in calls[::2]:
+                call.cancel()
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+            assert outcomes[1::2] == [True] * (MANY // 2)
+            # Before Python 3.12 asyncio.wait_for, by which redis-py sends, may swallow one.
+            assert all(outcome is True or isinstance(outcome, asyncio.CancelledError) for outcome in outcomes[::2])
 
 
 async def test_a_tier_loses_nothing_in_a_burst(cluster: Cluster, clock: FakeClock) -> None:

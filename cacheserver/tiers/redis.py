@@ -8,8 +8,8 @@ import heapq
 import random
 import re
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -535,30 +535,29 @@ class _NodeConnection(_AlertConnection):
     """Who connects, sends or reads now. Between these nobody else has a turn of the loop."""
 
     async def send_packed_command(self, *args: Any, **kwargs: Any) -> None:
-        is_new_call = self._user is None
-        with self._used():
-            if is_new_call and self.is_connected and await self.can_read():
+        """Connect if need be, and send."""
+        before, self._user = self._user, asyncio.current_task()
+        try:
+            if before is None and self.is_connected and await self.can_read():
                 await self.disconnect()  # lost while idle; nothing is sent yet, so it may connect anew
             await super().send_packed_command(*args, **kwargs)
+        finally:
+            self._user = before
 
     async def read_response(self, *args: Any, **kwargs: Any) -> Any:
-        with self._used():
+        """What the server answers next."""
+        before, self._user = self._user, asyncio.current_task()
+        try:
             return await super().read_response(*args, **kwargs)
+        finally:
+            self._user = before
 
     async def disconnect(self, nowait: bool = False, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002, FBT001, FBT002 - redis-py's
         if self._user in {None, asyncio.current_task()}:
             # Without a wait, after which redis-py would take for closed what has been connected anew meanwhile.
             await super().disconnect(True, *args, **kwargs)
         else:
-            self.mark_for_reconnect()
-
-    @contextmanager
-    def _used(self) -> Iterator[None]:
-        before, self._user = self._user, asyncio.current_task()
-        try:
-            yield
-        finally:
-            self._user = before
+            self.mark_for_reconnect()  # type: ignore[no-untyped-call]  # theirs
 
 
 class _Cluster(RedisCluster):
@@ -569,7 +568,7 @@ class _Cluster(RedisCluster):
     """
 
     # What timed out may have been done.
-    ERRORS_ALLOW_RETRY = tuple(e for e in RedisCluster.ERRORS_ALLOW_RETRY if e is not RedisTimeoutError)
+    ERRORS_ALLOW_RETRY = tuple(e for e in RedisCluster.ERRORS_ALLOW_RETRY if e is not RedisTimeoutError)  # type: ignore[assignment]  # one fewer
 
     def __init__(self, *, max_connections: int, **options: Any) -> None:
         # A slot that has moved brings its calls to a node beyond the turns taken there.
@@ -578,10 +577,15 @@ class _Cluster(RedisCluster):
         """By the node's name."""
 
     async def execute_command(self, *args: Any, **kwargs: Any) -> Any:
-        with self.guarded():
+        """Raises nothing that talking to Redis may not raise."""
+        try:
             if self.nodes_manager.default_node is None:
                 await self.initialize()
             return await super().execute_command(*args, **kwargs)
+        except _FORESEEN:
+            raise
+        except Exception as exc:
+            raise _lost(self, exc) from exc
 
     async def _execute_command(self, target_node: ClusterNode, *args: Any, **kwargs: Any) -> Any:
         async with self._turns[target_node.name]:
@@ -590,24 +594,27 @@ class _Cluster(RedisCluster):
     def pipeline(self, transaction: Any = None, shard_hint: Any = None) -> ClusterPipeline:
         if shard_hint:
             raise RedisClusterException("shard_hint is deprecated in cluster mode")
-        return _ClusterPipeline(self, transaction)
-
-    @contextmanager
-    def guarded(self) -> Iterator[None]:
-        """Raises nothing that talking to Redis may not raise."""
-        try:
-            yield
-        except (RedisError, RedisClusterException, OSError):
-            raise
-        except Exception as exc:
-            self._initialize = True  # what it knows of the nodes may be why
-            raise RedisConnectionError(f"redis-py failed: {type(exc).__name__}") from exc
+        return _ClusterPipeline(self, transaction)  # type: ignore[abstract]  # as redis-py's own is to mypy
 
 
 class _ClusterPipeline(ClusterPipeline):
     async def execute(self, *args: Any, **kwargs: Any) -> list[Any]:
-        with self.cluster_client.guarded():
+        """Raises nothing that talking to Redis may not raise."""
+        try:
             return await super().execute(*args, **kwargs)
+        except _FORESEEN:
+            raise
+        except Exception as exc:
+            raise _lost(self.cluster_client, exc) from exc
+
+
+_FORESEEN = (RedisError, RedisClusterException, OSError)
+
+
+def _lost(client: RedisCluster, exc: Exception) -> RedisConnectionError:
+    """What a call failed of that redis-py did not expect; the client asks for the nodes again, which may be why."""
+    client._initialize = True  # noqa: SLF001 - as redis-py does when a connection is lost
+    return RedisConnectionError(f"redis-py failed: {type(exc).__name__}")
 
 
 def _with_alert_connections(client: Client) -> Client:
@@ -626,7 +633,7 @@ def _with_alert_connections(client: Client) -> Client:
     return client
 
 
-def _alert(kind: type[_ConnectionT], how: type[_AlertConnection] = _AlertConnection) -> type[_ConnectionT]:
+def _alert(kind: type[_ConnectionT], how: type[Any] = _AlertConnection) -> type[_ConnectionT]:
     return type(kind.__name__, (how, kind), {})
 
 
