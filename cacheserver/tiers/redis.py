@@ -534,6 +534,14 @@ class _NodeConnection(_AlertConnection):
     _user: asyncio.Task[Any] | None = None
     """Who connects, sends or reads now. Between these nobody else has a turn of the loop."""
 
+    async def connect_check_health(self, *args: Any, **kwargs: Any) -> None:
+        """Connect and greet the server."""
+        before, self._user = self._user, asyncio.current_task()
+        try:
+            await super().connect_check_health(*args, **kwargs)
+        finally:
+            self._user = before
+
     async def send_packed_command(self, *args: Any, **kwargs: Any) -> None:
         """Connect if need be, and send."""
         before, self._user = self._user, asyncio.current_task()
