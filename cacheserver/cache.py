@@ -83,6 +83,7 @@ from cacheserver.errors import (
     VariantsExhaustedError,
 )
 from cacheserver.flight import Flight, Flights, Loaded, Waiter
+from cacheserver.freshness import Renewals, late_after_s, takes_stale
 from cacheserver.interfaces import Books, Clock, Generation, Leases, Renderer, Replays, SigningTier, Tier
 from cacheserver.keep import Keeper
 from cacheserver.model import (
@@ -102,17 +103,19 @@ from cacheserver.model import (
     Priority,
     Reply,
     Served,
+    Stale,
     Terms,
     TierName,
     VariantPolicy,
 )
-from cacheserver.paying import Paying, UnknownPolicy, lacks_inputs, who_bears
+from cacheserver.paying import Paying, UnknownPolicy, lacks_inputs, may_generate, who_bears
 from cacheserver.purge import Purger, PurgeResult, PurgeSelector
 from cacheserver.remakes import Remakes
 from cacheserver.resent import Promise, Resent, replay_id
 from cacheserver.reviews import Reviews
 from cacheserver.rungs import Identify, Rungs
 from cacheserver.tasks import OwnedTasks, in_turns
+from cacheserver.tending import Tending
 from cacheserver.tiers.hedge import Hedge, in_turn
 from cacheserver.tiers.memory import MemoryCache
 from cacheserver.variants import AnotherOne, random_ones, sticky_ones
@@ -167,7 +170,8 @@ class PromptCache:
         self._signer = signer
         self._url_expires_s = url_expires_s
         self._rng = rng or random.Random()  # noqa: S311 - picks pictures, not secrets
-        self._flights = Flights(self._load, monotonic_s=clock.monotonic_s)
+        is_purged = coherence.epochs.hides
+        self._flights = Flights(self._load, monotonic_s=clock.monotonic_s, is_purged=is_purged)
         self._another_one = AnotherOne(monotonic_s=clock.monotonic_s)
         self._tasks = OwnedTasks()
         self._resent = Resent(replays=replays, tasks=self._tasks, name=lasting_name)
@@ -197,6 +201,8 @@ class PromptCache:
         """Whether memory answers a key with this very entry, which it did before."""
         self._rungs = Rungs(get=self._get_as_asked, generation=generation, identify=identify)
         self.remakes = Remakes(make=self._remake, clock=clock)
+        self.renewals = Renewals(books=books, clock=clock)
+        self.tending = Tending(keeper=keeper, clock=clock)
         self._purger = Purger(memory=memory, tiers=tiers, keeper=keeper, coherence=coherence)
 
     @property
@@ -443,6 +449,8 @@ class PromptCache:
         try:
             await self._purger.aclose()
             await self.remakes.aclose()
+            await self.renewals.aclose()
+            await self.tending.aclose()
             await self._flights.aclose(grace_s)
         except asyncio.CancelledError:
             until_s = 0.0  # whoever closes us is in a hurry now
@@ -458,7 +466,7 @@ class PromptCache:
         flight = promise.flight if promise is not None else None
         if flight is not None:
             flight.join(waiter)
-        elif (hits := self._in_memory(waiter)) is not None:
+        elif (hits := self._in_memory(waiter) or self._stale_in_memory(waiter)) is not None:
             waiter.answer.set_result(hits)
         else:
             flight = self._flights.board(waiter)
@@ -472,8 +480,8 @@ class PromptCache:
         is_held = False
         keys = tuple(waiter.key.with_variant(variant) for variant in waiter.variants)
         try:
-            if await self._answered(waiter):
-                return self._with_spares([self._served(loaded, waiter) for loaded in waiter.answer.result()], waiter)
+            if await self._answered(waiter, flight):
+                return self._with_spares(self._serve(waiter), waiter)
             # PENDING is an answer: this caller will come back with the key, so its part in the flight stays.
             is_held = True
             waiter.answer.add_done_callback(partial(self._remember_failure, waiter.caller.name, keys))
@@ -493,8 +501,16 @@ class PromptCache:
             for key in keys:
                 self._failures[caller, key.name] = kept
 
-    async def _answered(self, waiter: Waiter) -> bool:
+    async def _answered(self, waiter: Waiter, flight: Flight | None) -> bool:
         max_wait_s = waiter.terms.max_wait_s
+        late_s = late_after_s(waiter.terms)
+        if flight is None or waiter.error_from_s is None or late_s is None:
+            return await self._answered_within(max_wait_s, waiter)
+        if await self._answered_within(late_s, waiter) or flight.answer_late(waiter):
+            return True
+        return await self._answered_within(None if max_wait_s is None else max_wait_s - late_s, waiter)
+
+    async def _answered_within(self, max_wait_s: float | None, waiter: Waiter) -> bool:
         if waiter.answer.done():
             return True
         if max_wait_s is None:
@@ -518,6 +534,53 @@ class PromptCache:
         waiter.first = True
         return hits
 
+    def _stale_in_memory(self, waiter: Waiter) -> list[Loaded] | None:
+        """All that memory has for it, some past its end, if that will do; whoever goes to the tiers is asked again."""
+        if waiter.stale_from_s is None:
+            return None
+        found = []
+        for key in map(waiter.key.with_variant, waiter.variants):
+            if (entry := self._here(key)) is not None:
+                loaded = Loaded(entry, TierName.MEMORY)
+            elif (entry := self._memory.stale(key, waiter.namespace.stale_while_revalidate_s)) is not None:
+                loaded = Loaded(entry, TierName.MEMORY, stale=Stale.RENEWED)
+            else:
+                return None
+            if not waiter.accepts(loaded):
+                return None
+            found.append(loaded)
+        waiter.first = True
+        return found
+
+    def _serve(self, waiter: Waiter) -> list[Served]:
+        answer = waiter.answer.result()
+        if waiter.error_from_s is not None:
+            self._see_to_stale(waiter, answer)
+        return [self._served(loaded, waiter) for loaded in answer]
+
+    def _see_to_stale(self, waiter: Waiter, answer: Sequence[Loaded]) -> None:
+        """Count what is answered in place of an error; what else is stale is renewed, if the caller may pay."""
+        variants = tuple(v for v, loaded in zip(waiter.variants, answer, strict=True) if loaded.stale)
+        if not variants:
+            return
+        if any(loaded.stale is Stale.AFTER_ERROR for loaded in answer):
+            self._books.stale_after_error(waiter.namespace.name)
+            return
+        is_read_only = waiter.terms.cache_policy is CachePolicy.ONLY_IF_CACHED or waiter.refusal is not None
+        if waiter.asked is None or is_read_only or may_generate(waiter) is not None:
+            return
+        renew = partial(self._renew, waiter, variants)
+        self.renewals.begin(waiter.key.identity_name, renew, namespace=waiter.namespace.name)
+
+    async def _renew(self, served: Waiter, variants: tuple[int, ...]) -> bool:
+        """Have made anew what was served stale, inside the budget and after everybody else; whether it was made."""
+        asked = served.terms
+        terms = Terms(n=len(variants), priority=Priority.WARM_UP, tags=asked.tags, ttl_s=asked.ttl_s)
+        waiter = self._waiter(served.key, variants, served.namespace, served.caller, terms)
+        waiter.asked, waiter.renews = served.asked, True
+        answer = await self._get(waiter)
+        return not isinstance(answer, Pending) and any(each.tier is TierName.UPSTREAM for each in answer)
+
     def _here(self, key: CacheKey) -> CachedImage | None:
         return self._memory.get(key) or self._keeper.held(key)
 
@@ -537,7 +600,7 @@ class PromptCache:
         not_before_s = None if terms.max_age_s is None else self._clock.now_s() - terms.max_age_s
         refresh = terms.cache_policy is CachePolicy.REFRESH
         until_s = None if terms.deadline_s is None else self._clock.monotonic_s() + terms.deadline_s
-        return Waiter(
+        waiter = Waiter(
             key,
             variants,
             namespace,
@@ -548,9 +611,16 @@ class PromptCache:
             refresh=refresh,
             epoch=self._epochs.newest,
         )
+        if (namespace.stale_while_revalidate_s or namespace.stale_if_error_s) and takes_stale(terms):
+            now_s = self._clock.now_s()
+            waiter.stale_from_s = now_s - namespace.stale_while_revalidate_s
+            waiter.error_from_s = now_s - namespace.stale_if_error_s
+        return waiter
 
     def _served(self, loaded: Loaded, waiter: Waiter) -> Served:
         pays = loaded.payer is waiter.ticket
+        if loaded.payer is None and not loaded.stale:
+            self.tending.hit(loaded.entry)
         return Served(
             entry=loaded.entry,
             tier=loaded.tier,
@@ -559,6 +629,7 @@ class PromptCache:
             cost_microusd=loaded.entry.image.paid_microusd if pays else 0,
             saved_microusd=0 if pays else self._saved_microusd(loaded.entry, waiter),
             derived=loaded.derived,
+            stale=loaded.stale,
         )
 
     def _saved_microusd(self, entry: CachedImage, waiter: Waiter) -> int:
@@ -613,6 +684,7 @@ class PromptCache:
                     look.unknown.add(variant)
                 if found is not None:
                     flight.land(variant, found)
+            flight.land_stale()
             if not flight.waiters:
                 return  # a tier had what they want: all that follows is about who still waits
             look.unknown |= await self._carrying.land(flight, [v for v in todo if v not in flight.loaded])
@@ -654,14 +726,20 @@ class PromptCache:
 
     async def _walk_for(self, flight: Flight, variants: Sequence[int]) -> Sequence[_Walked]:
         """What the tiers have of these variants, all looked for at a time."""
-        walks = [self._walk(flight.key.with_variant(v), partial(flight.suits, v)) for v in variants]
+        for key in map(flight.key.with_variant, variants) if flight.stale_s else ():
+            if (expired := self._memory.stale(key, flight.stale_s)) is not None:
+                flight.find_stale(key.variant, Loaded(expired, TierName.MEMORY, stale=Stale.RENEWED))
+        walks = [self._walk(flight.key.with_variant(v), partial(flight.suits, v), flight) for v in variants]
         return [await walks[0]] if len(walks) == 1 else await asyncio.gather(*walks)  # most are alone: a task less
 
-    async def _walk(self, key: CacheKey, suits: Callable[[Loaded], bool] = lambda _: True) -> _Walked:
+    async def _walk(
+        self, key: CacheKey, suits: Callable[[Loaded], bool] = lambda _: True, flight: Flight | None = None
+    ) -> _Walked:
         """Ask memory and the lower tiers, fastest first, then the stand-in slot; promote what is found.
 
-        An entry that does not suit is passed over, since a slower tier may have its successor. Raises EntryNewerError
-        where there is none that suits but one that only a newer release can read.
+        An entry that does not suit is passed over, since a slower tier may have its successor. The `flight` is told of
+        those that expired. Raises EntryNewerError where there is none that suits but one that only a newer release can
+        read.
         """
         changes = self._keeper.changes
         entry = self._here(key)
@@ -672,7 +750,8 @@ class PromptCache:
             return _Walked(passed_over)
         missed: list[Tier] = []
         is_unknown = is_newer = False
-        async with aclosing(self._read_tiers(self._tiers, lambda tier: self._read(tier, key))) as answers:
+        read = partial(self._read, key=key, flight=flight)
+        async with aclosing(self._read_tiers(self._tiers, read)) as answers:
             async for tier, outcome in answers:
                 if outcome is None or isinstance(outcome, CorruptEntryError):
                     missed.append(tier)
@@ -717,10 +796,22 @@ class PromptCache:
         self._keeper.promote(key, entry, (), changes=changes)
         return Loaded(entry, TierName.JOURNAL)
 
-    async def _read(self, tier: Tier, key: CacheKey) -> CachedImage | None:
+    async def _read(self, tier: Tier, key: CacheKey, flight: Flight | None = None) -> CachedImage | None:
+        """What the tier has that is fresh. What expired goes into memory, if it is of use to the flight."""
         if self._epochs.hides_all:
             raise TierError("nobody can say what was purged")
-        return None if self._keeper.is_outdated(tier, key) else await tier.get(key)
+        if self._keeper.is_outdated(tier, key):
+            return None
+        if flight is None or not flight.stale_s:
+            return await tier.get(key)
+        changes = self._keeper.changes
+        entry = await tier.get(key, stale_s=flight.stale_s)
+        if entry is None or entry.is_fresh(self._clock.now_s()):
+            return entry
+        flight.find_stale(key.variant, Loaded(entry, tier.name, stale=Stale.RENEWED))
+        if self._here(key) is None:
+            self._keeper.promote(key, entry, (), changes=changes)
+        return None
 
     async def _generate(self, flight: Flight, lead: Waiter, making: list[int], unknown: set[int]) -> None:
         while making:
@@ -836,6 +927,7 @@ class PromptCache:
             expire_time_s=None if lifetime_s is None else now_s + lifetime_s,
             tags=tags,
             epoch=epoch,
+            sliding_s=lifetime_s if namespace.is_sliding and lifetime_s is not None else 0.0,
         )
 
     # ── which variants, and calls sent twice ────────────────────────────────────────────────────────────────

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 
 from cacheserver.errors import CacheServerError, ShuttingDownError
+from cacheserver.freshness import is_of_upstream
 from cacheserver.model import (
     AnswerFrom,
     CachedImage,
@@ -29,6 +30,7 @@ from cacheserver.model import (
     Order,
     PartialImage,
     Priority,
+    Stale,
     Terms,
     TierName,
 )
@@ -41,13 +43,14 @@ _log = structlog.get_logger(__name__)
 class Loaded:
     """One picture a flight brought in. `payer` is the `ticket` of the waiter told its cost, None if a tier had it.
 
-    `derived`: the tier had another one, which this flight made it from.
+    `derived`: the tier had another one, which this flight made it from. `stale`: it is past its end.
     """
 
     entry: CachedImage
     tier: TierName
     payer: object | None = None
     derived: bool = False
+    stale: Stale = Stale.NO
 
 
 @dataclass(eq=False, slots=True)
@@ -60,7 +63,9 @@ class Waiter:
     `spare_microusd` is what pictures cost that were paid for it beyond those it asked for. `asked` is None for a
     call by key. `listens` until its call is over; it has `heard` so many partial pictures. `ticket` stands for it in
     its own answer, which would otherwise keep it, and its request's images, until someone collects garbage. `epoch` is
-    that of the last purge that was known when it came, or when its call was about to be paid for.
+    that of the last purge that was known when it came, or when its call was about to be paid for. What expired after
+    `stale_from_s` (wall clock) it takes at once, after `error_from_s` in place of an upstream's error; None: never.
+    `renews`: it has a new picture made of what others were answered with.
     """
 
     key: CacheKey
@@ -78,6 +83,9 @@ class Waiter:
     epoch: int = 0
     listens: bool = True
     heard: int = 0
+    stale_from_s: float | None = None
+    error_from_s: float | None = None
+    renews: bool = False
     ticket: object = field(default_factory=object)
     answer: asyncio.Future[list[Loaded]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -110,6 +118,12 @@ class Waiter:
         if self.refresh or not loaded.entry.derived_by <= self.answers_from:
             return False
         return self.not_before_s is None or loaded.entry.create_time_s >= self.not_before_s
+
+    def accepts_stale(self, loaded: Loaded, from_s: float | None) -> bool:
+        """Whether it takes this picture, which expired, if what expired after `from_s` will do."""
+        entry = loaded.entry
+        is_late = from_s is None or entry.expire_time_s is None or entry.expire_time_s <= from_s
+        return not is_late and self.accepts(loaded)
 
     @property
     def partial_images(self) -> int:
@@ -150,12 +164,20 @@ class Waiter:
 class Flight:
     """One load in progress. Changed only from the event loop; nothing here awaits."""
 
-    def __init__(self, key: CacheKey, *, started_s: float) -> None:
-        """`key` names the identity (its variant means nothing); `started_s` is monotonic."""
+    def __init__(
+        self, key: CacheKey, *, started_s: float, is_purged: Callable[[CachedImage], bool] = lambda _: False
+    ) -> None:
+        """`key` names the identity (its variant means nothing); `started_s` is monotonic.
+
+        `is_purged` is asked about what it has held for a while.
+        """
         self.key = key
         self.started_s = started_s
+        self._is_purged = is_purged
         self.waiters: list[Waiter] = []
         self.loaded: dict[int, Loaded] = {}
+        self.stale: dict[int, Loaded] = {}
+        """What the tiers have of variants that expired, for those who take such."""
         self.making: frozenset[int] = frozenset()
         self.missed: frozenset[int] = frozenset()
         """Variants that no tier had when it was judged who may pay."""
@@ -172,6 +194,12 @@ class Flight:
     def brings(self) -> set[int]:
         """All variants it has brought or was asked for by who may pay; a call by key alone brings nothing."""
         return {v for waiter in self.payers for v in waiter.variants} | self.loaded.keys()
+
+    @property
+    def stale_s(self) -> float:
+        """How long ago what is of use to some waiter may have expired, or to who joins those that renew it."""
+        taking = (waiter for waiter in self.waiters if waiter.renews or waiter.error_from_s is not None)
+        return max((waiter.namespace.stale_s for waiter in taking), default=0.0)
 
     @property
     def lacking(self) -> list[int]:
@@ -237,10 +265,12 @@ class Flight:
     def join(self, waiter: Waiter) -> None:
         """Take the waiter on; answered at once if all it wants is here already."""
         waiter.first = not self.waiters and not self.loaded
-        if waiter.lacks(self.loaded):
-            self.waiters.append(waiter)
-        else:
+        if not waiter.lacks(self.loaded):
             self._answer(waiter)
+        elif (stale := self._stale_for(waiter, waiter.stale_from_s)) is not None:
+            _answer_with(waiter, stale)
+        else:
+            self.waiters.append(waiter)
 
     def leave(self, waiter: Waiter) -> None:
         """The caller hung up. A load nobody waits for, or is left to pay for, is dropped while it has cost nothing.
@@ -282,15 +312,53 @@ class Flight:
         for waiter in ready:
             self._answer(waiter)
 
+    def find_stale(self, variant: int, loaded: Loaded) -> None:
+        """A tier has a picture that expired: of several the one that was good for longest counts."""
+        had = self.stale.get(variant)
+        if had is None or (had.entry.expire_time_s or 0.0) < (loaded.entry.expire_time_s or 0.0):
+            self.stale[variant] = loaded
+
+    def land_stale(self) -> None:
+        """Answer every waiter that takes what the tiers have of what it lacks, though it expired."""
+        for waiter in list(self.waiters):
+            if (stale := self._stale_for(waiter, waiter.stale_from_s)) is not None:
+                self.waiters.remove(waiter)
+                _answer_with(waiter, stale)
+
     def fail(self, error: BaseException) -> None:
-        """End everyone's wait with the upstream's (or our own) failure."""
+        """End everyone's wait with the upstream's (or our own) failure, or with what expired where that will do."""
         waiters, self.waiters = self.waiters, []
         for waiter in waiters:
-            _fail(waiter, error)
+            if not (is_of_upstream(error) and self.answer_late(waiter)):
+                _fail(waiter, error)
+
+    def answer_late(self, waiter: Waiter) -> bool:
+        """Answer one that can wait no longer with what expired, if that will do; whether it did."""
+        stale = self._stale_for(waiter, waiter.error_from_s)
+        if stale is None:
+            return False
+        _answer_with(waiter, [replace(it, stale=Stale.AFTER_ERROR) if it.stale else it for it in stale])
+        return True
+
+    def _stale_for(self, waiter: Waiter, from_s: float | None) -> list[Loaded] | None:
+        """All it wants, of what it lacks what expired after `from_s`; None if that is not all."""
+        if not self.stale or from_s is None:
+            return None
+        lacking = waiter.lacks(self.loaded)
+        if not all(v in self.stale and self._gives_stale(self.stale[v], waiter, from_s) for v in lacking):
+            return None
+        return [self.stale[v] if v in lacking else self.loaded[v] for v in waiter.variants]
+
+    def _gives_stale(self, loaded: Loaded, waiter: Waiter, from_s: float) -> bool:
+        return waiter.accepts_stale(loaded, from_s) and not self._is_purged(loaded.entry)
 
     def _answer(self, waiter: Waiter) -> None:
-        if not waiter.answer.done():
-            waiter.answer.set_result([self.loaded[v] for v in waiter.variants])
+        _answer_with(waiter, [self.loaded[v] for v in waiter.variants])
+
+
+def _answer_with(waiter: Waiter, pictures: list[Loaded]) -> None:
+    if not waiter.answer.done():
+        waiter.answer.set_result(pictures)
 
 
 def _fail(waiter: Waiter, error: BaseException) -> None:
@@ -303,8 +371,15 @@ def _fail(waiter: Waiter, error: BaseException) -> None:
 class Flights:
     """All flights of this process."""
 
-    def __init__(self, load: Callable[[Flight], Awaitable[None]], *, monotonic_s: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        load: Callable[[Flight], Awaitable[None]],
+        *,
+        monotonic_s: Callable[[], float],
+        is_purged: Callable[[CachedImage], bool] = lambda _: False,
+    ) -> None:
         """`load` does a flight's work: it lands pictures, refuses waiters, or raises what fails them all."""
+        self._is_purged = is_purged
         self._load = load
         self._monotonic_s = monotonic_s
         self._flights: dict[str, list[Flight]] = {}
@@ -331,7 +406,7 @@ class Flights:
             if flight.admits(waiter):
                 flight.join(waiter)
                 return flight
-        flight = Flight(waiter.key, started_s=self._monotonic_s())
+        flight = Flight(waiter.key, started_s=self._monotonic_s(), is_purged=self._is_purged)
         # All of them: one that was dropped while it waited for its own turn ends before the one it waited for.
         before = [earlier.task for earlier in row if earlier.task is not None]
         row.append(flight)

@@ -194,6 +194,7 @@ class Imports:
             expire_time_s=None if lifetime_s is None else now_s + lifetime_s,
             tags=item.tags,
             epoch=self._epochs.newest,
+            sliding_s=lifetime_s if item.namespace.is_sliding and lifetime_s is not None else 0.0,
         )
 
     async def _place(

@@ -34,6 +34,8 @@ from cacheserver.model import (
     Slot,
     SourceObject,
     TierName,
+    Touch,
+    Touched,
     UpstreamHealth,
 )
 
@@ -71,9 +73,10 @@ class Tier(Protocol):
         """Which tier this is."""
         ...
 
-    async def get(self, key: CacheKey) -> CachedImage | None:
+    async def get(self, key: CacheKey, *, stale_s: float = 0.0) -> CachedImage | None:
         """The intact, fresh entry stored under `key`; None if there is none, it expired or is another identity's.
 
+        One that expired less than `stale_s` ago is answered with, too: whoever asks for it looks at its end himself.
         The entry's own key may name another variant: a stand-in keeps the key it was made for.
         """
         ...
@@ -94,6 +97,14 @@ class Tier(Protocol):
         With `replace` whatever is there is overwritten, except that False still means another writer was
         faster, or, where replicas share the tier, that what is there has a later epoch. An entry above the tier's
         size limit raises TierError.
+        """
+        ...
+
+    async def touch(self, key: CacheKey, entry: CachedImage) -> Touched:
+        """See to it that the entry under `key`, which is asked for, stays as long as it should and has `entry`'s end.
+
+        Its end is told where it moved far enough (see `CachedImage.outlasts`). A tier that drops what lies there long
+        enough keeps it for as long as a new copy if it would soon drop it. Another picture is left alone.
         """
         ...
 
@@ -593,6 +604,18 @@ class Books(Protocol):
 
     def spent_unknown(self, namespace: str, microusd: int) -> None:
         """A call may have been paid for and nobody knows: booked at the most it can have cost."""
+        ...
+
+    def stale_after_error(self, namespace: str) -> None:
+        """A call was answered with stale pictures in place of the error that kept new ones from being made."""
+        ...
+
+    def touched(self, tier: TierName, result: Touch) -> None:
+        """A tier was told that an entry is asked for."""
+        ...
+
+    def renewal(self, namespace: str, result: str) -> None:
+        """What became of a stale entry's renewal: "generated", "found" in a tier, "refused" or "failed"."""
         ...
 
     def tier_seconds(self, tier: TierName, op: str, seconds: float) -> None:

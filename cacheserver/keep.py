@@ -19,6 +19,7 @@ last is what lies there in the end.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -33,7 +34,7 @@ from cacheserver.epochs import Epochs
 from cacheserver.errors import CorruptEntryError, EntryTooLargeError, JournalFullError, TierError
 from cacheserver.interfaces import Books, Clock, Tier
 from cacheserver.journal import Journal, Record, outline
-from cacheserver.model import MAX_VARIANT, CachedImage, CacheKey, TierName
+from cacheserver.model import MAX_VARIANT, CachedImage, CacheKey, TierName, Touch, Touched
 from cacheserver.tasks import end
 from cacheserver.tiers.memory import MemoryCache
 from cacheserver.undrained import Mark, Undrained
@@ -298,6 +299,46 @@ class Keeper:
         if not self.is_current(changes):
             return False
         return await asyncio.shield(self._write(tier, key, entry, replace=False))
+
+    async def touch(self, entry: CachedImage) -> float | None:
+        """See to it that an entry that is asked for stays in all tiers, with the end it has now (see `Tier.touch`).
+
+        For how many seconds there is nothing more to do; None if it is left alone, as what the last tier has yet to
+        take, or has no more. Raises TierError.
+        """
+        changes, lasts_s = self._changes, math.inf
+        for tier in reversed(self._tiers):
+            if entry.key.name in self._held or not self.is_current(changes) or self.is_outdated(tier, entry.key):
+                return None
+            touched = await self._touch(tier, entry)
+            self._books.touched(tier.name, touched.result)
+            if tier is self._tiers[-1]:
+                if touched.result in (Touch.ABSENT, Touch.GONE):
+                    return None
+                self._memory.move_end(entry)
+            if touched.result is Touch.ABSENT:
+                await self._copy_anew(tier, entry, changes=changes)
+            lasts_s = min(lasts_s, touched.lasts_s)
+        if not self._tiers:
+            self._memory.move_end(entry)
+        return lasts_s
+
+    async def _touch(self, tier: Tier, entry: CachedImage) -> Touched:
+        touched: list[Touched] = []
+
+        async def touch() -> bool:
+            touched.append(await tier.touch(entry.key, entry))
+            return True
+
+        await asyncio.shield(self._write(tier, entry.key, entry, replace=False, put=touch))
+        return touched[0]
+
+    async def _copy_anew(self, tier: Tier, entry: CachedImage, *, changes: int) -> None:
+        """Give a faster tier back what it dropped, if the last has that picture: others may have replaced it."""
+        holder = await self._holder(entry.key)
+        is_there = holder is not None and holder.image.sha256 == entry.image.sha256
+        if is_there and await self.copy(tier, entry.key, entry, changes=changes):
+            self._books.touched(tier.name, Touch.COPIED)
 
     async def shared(self, keys: Collection[CacheKey]) -> None:
         """Wait, for some seconds at most, until every one of what was just kept under these is in a tier."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 from types import MappingProxyType
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
 
@@ -679,6 +680,10 @@ class Reply:
         return matched is self.matched and saved_microusd == self.saved_microusd
 
 
+_SLIDING_STEP = 0.1
+"""By so much of what it lives on from a hit an entry's end moves at the least."""
+
+
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class CachedImage:
     """An entry: a stored picture with its metadata. Times are wall-clock seconds since 1970: entries outlive us.
@@ -689,7 +694,8 @@ class CachedImage:
     is another than its key asks for, by the words of AnswerFrom; a newer release may know more. It is empty for a
     rendition, whose own key asks for nothing else. `epoch` is that of the last purge that was known when the
     flight it came from began, see epochs.py. `carried_from` are the names of the keys that the same picture has
-    under other versions of the identity, from where it was carried on, see carrying.py.
+    under other versions of the identity, from where it was carried on, see carrying.py. `sliding_s` is how long it
+    lives on from a hit; 0: its end stays.
     """
 
     key: CacheKey
@@ -703,6 +709,7 @@ class CachedImage:
     derived_by: frozenset[str] = frozenset()
     epoch: int = 0
     carried_from: tuple[str, ...] = ()
+    sliding_s: float = 0.0
     reply: Reply | None = field(default=None, init=False, repr=False, compare=False)
     """What the entry is told as while it lies in memory. A copy of the entry has none: it may say other things."""
 
@@ -723,6 +730,57 @@ class CachedImage:
         if self.expire_time_s is not None and now_s >= self.expire_time_s:
             return False
         return max_age_s is None or now_s - self.create_time_s <= max_age_s
+
+    def living_on(self, now_s: float) -> CachedImage | None:
+        """The same entry with its end moved on by a hit; None if it stays, has come, or moves by too little to tell."""
+        if now_s < self.slides_at_s or not self.is_fresh(now_s):
+            return None
+        return replace(self, expire_time_s=now_s + self.sliding_s)
+
+    @property
+    def slides_at_s(self) -> float:
+        """From when on a hit moves its end on."""
+        if not self.sliding_s or self.expire_time_s is None:
+            return math.inf
+        return self.expire_time_s - (1 - _SLIDING_STEP) * self.sliding_s
+
+    def outlasts(self, other: CachedImage) -> bool:
+        """Whether its end is so much later than the other's that whoever has that one is to be told."""
+        if not self.sliding_s or self.expire_time_s is None or other.expire_time_s is None:
+            return False
+        return self.expire_time_s - other.expire_time_s >= 0.999 * _SLIDING_STEP * self.sliding_s
+
+
+class Touch(StrEnum):
+    """What became of an entry in a tier that was told that it is asked for; the value of the `result` label.
+
+    GONE: another picture lies there, or the last tier has none. ABSENT: a faster one has none.
+    """
+
+    CURRENT = "current"
+    MOVED = "moved"
+    PROLONGED = "prolonged"
+    ABSENT = "absent"
+    COPIED = "copied"
+    GONE = "gone"
+
+
+class Touched(NamedTuple):
+    """The same, and for how many seconds nothing more is to be done for it there."""
+
+    result: Touch
+    lasts_s: float = math.inf
+
+
+class Stale(IntEnum):
+    """Why a picture past its end is the answer, if it is one."""
+
+    NO = 0
+    RENEWED = 1
+    """A new one is made behind the answer, where its caller may have one made."""
+
+    AFTER_ERROR = 2
+    """No new one could be made."""
 
 
 class AnswerFrom(StrEnum):
@@ -750,7 +808,8 @@ class Namespace:
     `serve_percent` (0 to 100) is the share of keys that are served from the cache; the others are only observed.
     `answer_from` is what its requests may be answered from before a picture is paid for. `public_images`: whoever has a
     picture's key may fetch it over HTTP; otherwise a signed URL or a token is needed. `identity_version`: by which
-    its requests are keyed.
+    its requests are keyed. So long after its end an entry is answered with still: `stale_while_revalidate_s` while a
+    new one is made; `stale_if_error_s` where none can be. `is_sliding`: a lifetime begins anew with each hit.
     """
 
     name: str
@@ -771,6 +830,14 @@ class Namespace:
     answer_from: frozenset[AnswerFrom] = frozenset()
     public_images: bool = False
     identity_version: int = 1
+    stale_while_revalidate_s: float = 0.0
+    stale_if_error_s: float = 0.0
+    is_sliding: bool = False
+
+    @property
+    def stale_s(self) -> float:
+        """For how long after its end an entry may be of use."""
+        return max(self.stale_while_revalidate_s, self.stale_if_error_s)
 
     def lifetime_s(self, ttl_s: float | None) -> float | None:
         """How long a new picture is good for where its caller asks for `ttl_s`; None is for ever."""
@@ -855,14 +922,14 @@ class Served:
 
     `would_hit`: made for this caller alone, though this tier would have answered; UPSTREAM: though it would have
     joined a load. None: the cache was used as it is. `derived`: made now from the picture of another request, which
-    `tier` had.
+    `tier` had. `stale`: it is past its end.
     """
 
     entry: CachedImage
     tier: TierName
     matched: MatchLevel
     collapsed: bool = False
-    stale: bool = False
+    stale: Stale = Stale.NO
     degraded: bool = False
     cost_microusd: int = 0
     saved_microusd: int = 0

@@ -107,7 +107,7 @@ class Paying:
             return refusal
         if is_new and (full := self._backpressure.refusal()) is not None:
             return full
-        if is_unknown and not self._unknown.pay:
+        if is_unknown and (waiter.renews or not self._unknown.pay):
             return _cannot_say()
         return self._too_slow(waiter)
 

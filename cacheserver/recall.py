@@ -134,7 +134,7 @@ class ToldImages:
                 each.tier,
                 each.matched,
                 each.collapsed,
-                each.stale,
+                bool(each.stale),
                 each.degraded,
                 each.entry.expire_time_s,
                 each.cost_microusd,

@@ -17,6 +17,7 @@ from cacheserver.control.leases import NoLeases
 from cacheserver.control.replays import LocalReplays
 from cacheserver.epochs import Epochs
 from cacheserver.errors import TierError
+from cacheserver.freshness import stale_windows
 from cacheserver.identity import identify
 from cacheserver.interfaces import Leases, Renderer, Replays, Tier, no_step
 from cacheserver.journal import Journal
@@ -37,6 +38,7 @@ from cacheserver.model import (
     Served,
     Terms,
     TierName,
+    Touched,
 )
 from cacheserver.paying import UnknownPolicy
 from cacheserver.reviews import Reviews
@@ -72,10 +74,10 @@ class FaultyTier:
         if self.is_down:
             raise TierError("down for a test")
 
-    async def get(self, key: CacheKey) -> CachedImage | None:
+    async def get(self, key: CacheKey, *, stale_s: float = 0.0) -> CachedImage | None:
         self.gets.append(key.name)
         await self._pass()
-        return await self._tier.get(key)
+        return await self._tier.get(key, stale_s=stale_s)
 
     async def find(self, keys: Sequence[CacheKey], *, on_step: Callable[[], None] = no_step) -> list[bool]:
         await self._pass()
@@ -84,6 +86,10 @@ class FaultyTier:
     async def put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:
         await self._pass()
         return await self._tier.put(key, entry, replace=replace)
+
+    async def touch(self, key: CacheKey, entry: CachedImage) -> Touched:
+        await self._pass()
+        return await self._tier.touch(key, entry)
 
     async def delete(self, key: CacheKey) -> bool:
         await self._pass()
@@ -163,7 +169,8 @@ class House:
         undrained: Undrained | None = None,
     ) -> None:
         """A new process on the same tiers, or on some of them."""
-        self.memory = MemoryCache(clock=self.clock, max_bytes=memory_bytes, epochs=self.epochs)
+        windows = stale_windows([self.namespace])
+        self.memory = MemoryCache(clock=self.clock, max_bytes=memory_bytes, epochs=self.epochs, stale_s=windows)
         tiers = [self.redis, self.s3] if tiers is None else tiers
         self.keeper = Keeper(
             memory=self.memory,

@@ -29,7 +29,7 @@ from cacheserver.tiers.redis import connect, disconnect
 from tests.house import House
 from tests.provider import OpenAIStandIn
 from tests.running import ask, calling, environment, running
-from tests.servers import ValkeyServer
+from tests.servers import S3Server, ValkeyServer
 from tests.waiting import until
 
 CONFIG = """
@@ -83,6 +83,23 @@ async def test_a_bug_in_the_background_is_said_and_not_the_end_of_it(
         finally:
             await service.stop()
     assert [event["task"] for event in events if event["event"] == "round_failed"] == [loop]
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_a_bucket_is_given_its_lifecycle_rule_if_it_can_be(
+    tmp_path: Path, s3_server: S3Server, *, is_there: bool
+) -> None:
+    file, bucket = tmp_path / "cacheserver.toml", s3_server.new_bucket()
+    file.write_text("[s3]\nlifecycle_rule = true\n[namespaces.default]\nmax_ttl_s = 864_000\nstale_if_error_s = 1\n")
+    async with OpenAIStandIn() as provider:
+        env = environment(tmp_path, provider=provider, s3=s3_server)
+        env |= {"CACHESERVER_S3_BUCKET": bucket if is_there else "no-such-bucket", "CACHESERVER_S3_PREFIX": ""}
+        with structlog.testing.capture_logs() as events:
+            await (await start(load_settings(file, env), clock=HastyClock())).stop()
+    assert any(event["event"] == "lifecycle_rule_not_set" for event in events) is not is_there
+    if is_there:
+        [rule] = s3_server.client.get_bucket_lifecycle_configuration(Bucket=bucket)["Rules"]
+        assert (rule["ID"], rule["Expiration"]) == ("cacheserver v1/", {"Days": 12})
 
 
 async def test_memory_is_a_share_of_the_container_and_gives_way_where_that_is_full(

@@ -33,7 +33,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "accounting": VALUES,
     "alarms": VALUES,
     "embedded": VALUES,
-    "flight": VALUES,
+    "freshness": VALUES,
+    "tending": VALUES | {"keep"},
+    "flight": VALUES | {"freshness"},
     "variants": VALUES,
     "control": VALUES | {"tiers"},
     "journal": VALUES | {"tiers"},
@@ -58,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "deriving": VALUES | {"carrying", "identity", "flight", "keep", "renditions"},
     "cache": VALUES
     | {"tiers", "flight", "keep", "purge", "paying", "resent", "alone", "variants", "reviews", "remakes", "rungs"}
-    | {"carrying", "deriving", "backpressure", "coherence"},
+    | {"carrying", "deriving", "backpressure", "coherence", "freshness", "tending"},
     "settings": VALUES | {"identity", "machine", "tiers"},
     "calls": VALUES | {"cache", "identity", "precheck", "recall"},
     "http": VALUES | {"cache", "calls", "identity", "generation", "renditions"},

@@ -19,7 +19,7 @@ from cacheserver.errors import (
     TierTimeoutError,
 )
 from cacheserver.interfaces import Books, no_step
-from cacheserver.model import CachedImage, CacheKey, Head, Labels, SourceObject, TierName
+from cacheserver.model import CachedImage, CacheKey, Head, Labels, SourceObject, TierName, Touch, Touched
 from cacheserver.tiers.disk import DiskTier
 from cacheserver.tiers.guard import Breaker, Deadlines, GuardedObjectTier, GuardedTier
 from tests.fakes import FakeClock
@@ -77,7 +77,7 @@ class FaultyTier:
         self.calls.append(call)
         await self.fault()
 
-    async def get(self, key: CacheKey) -> CachedImage | None:
+    async def get(self, key: CacheKey, *, stale_s: float = 0.0) -> CachedImage | None:  # noqa: ARG002 - the contract's
         await self._do("get")
         return make_entry(key)
 
@@ -90,6 +90,10 @@ class FaultyTier:
     async def put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:  # noqa: ARG002 - the contract's
         await self._do("put")
         return replace
+
+    async def touch(self, key: CacheKey, entry: CachedImage) -> Touched:  # noqa: ARG002 - the contract's
+        await self._do("touch")
+        return Touched(Touch.CURRENT)
 
     async def delete(self, key: CacheKey) -> bool:  # noqa: ARG002 - the contract's
         await self._do("delete")

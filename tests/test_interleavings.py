@@ -34,6 +34,8 @@ from cacheserver.model import (
     Served,
     Terms,
     TierName,
+    Touch,
+    Touched,
     VariantPolicy,
 )
 from cacheserver.tiers import codec
@@ -62,9 +64,9 @@ class DictTier:
         self._max_entry_bytes = max_entry_bytes
         self.entries: dict[str, CachedImage] = {}
 
-    async def get(self, key: CacheKey) -> CachedImage | None:
+    async def get(self, key: CacheKey, *, stale_s: float = 0.0) -> CachedImage | None:
         await asyncio.sleep(0)
-        return self._servable(key)
+        return self._servable(key, stale_s)
 
     async def find(self, keys: Sequence[CacheKey], *, on_step: Callable[[], None] = no_step) -> list[bool]:
         await asyncio.sleep(0)
@@ -80,6 +82,16 @@ class DictTier:
             return held.image.sha256 == entry.image.sha256
         self.entries[key.name] = entry
         return True
+
+    async def touch(self, key: CacheKey, entry: CachedImage) -> Touched:
+        await asyncio.sleep(0)
+        holder = self.entries.get(key.name)
+        if holder is None or holder.image.sha256 != entry.image.sha256:
+            return Touched(Touch.GONE)
+        if not entry.outlasts(holder):
+            return Touched(Touch.CURRENT)
+        self.entries[key.name] = entry
+        return Touched(Touch.MOVED)
 
     async def delete(self, key: CacheKey) -> bool:
         await asyncio.sleep(0)
@@ -124,9 +136,10 @@ class DictTier:
     async def aclose(self) -> None:
         """There is nothing to let go of."""
 
-    def _servable(self, key: CacheKey) -> CachedImage | None:
-        entry = self.entries.get(key.name)
-        return entry if entry is not None and codec.answers(entry, key, self._clock.now_s(), self._epochs) else None
+    def _servable(self, key: CacheKey, stale_s: float = 0.0) -> CachedImage | None:
+        entry, now_s = self.entries.get(key.name), self._clock.now_s()
+        is_there = entry is not None and codec.answers(entry, key, now_s, self._epochs, stale_s=stale_s)
+        return entry if is_there else None
 
 
 class TestDictTier(TierContract):

@@ -153,6 +153,20 @@ def test_an_expired_entry_gives_its_bytes_back(memory_for: MemoryFor, clock: Fak
     assert (len(memory), memory.size_bytes) == (0, 0)
 
 
+def test_an_expired_entry_is_kept_while_somebody_may_be_answered_with_it(clock: FakeClock) -> None:
+    entry = make_entry(expire_time_s=clock.now_s() + 1)
+    memory = MemoryCache(clock=clock, stale_s={entry.key.partition: 10.0})
+    memory.put(entry.key, entry)
+    assert memory.stale(entry.key, 10) is None
+    clock.advance(6)
+    assert memory.get(entry.key) is None
+    assert (memory.stale(entry.key, 10), memory.stale(entry.key, 5)) == (entry, None)
+    clock.advance(5)
+    assert memory.stale(entry.key, 10) is None
+    assert memory.get(entry.key) is None
+    assert len(memory) == 0
+
+
 def test_memory_of_no_bytes_keeps_nothing(memory_for: MemoryFor) -> None:
     memory = memory_for(0)
     put(memory, "a", b"")

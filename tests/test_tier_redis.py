@@ -9,10 +9,11 @@ import itertools
 import random
 import ssl
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import pytest_asyncio
@@ -51,7 +52,12 @@ DAY_MS = 86_400_000
 
 @asynccontextmanager
 async def open_tier(
-    url: str, clock: FakeClock, *, timeout_s: float = 5.0, max_concurrency: int = 64
+    url: str,
+    clock: FakeClock,
+    *,
+    timeout_s: float = 5.0,
+    max_concurrency: int = 64,
+    stale_s: Mapping[str, float] = MappingProxyType({}),
 ) -> AsyncIterator[RedisTier]:
     """A tier with names of its own. Patient by default: a busy machine is no failure."""
     client = connect(url, timeout_s=timeout_s, connect_timeout_s=timeout_s, max_connections=max_concurrency)
@@ -60,6 +66,7 @@ async def open_tier(
         clock=clock,
         rng=random.Random(7),  # noqa: S311 - no secret
         prefix=f"test-{uuid.uuid4().hex}:",
+        stale_s=stale_s,
         max_entry_bytes=MAX_ENTRY_BYTES,
         max_concurrency=max_concurrency,
     )
@@ -123,6 +130,15 @@ async def test_no_entry_stays_longer_than_it_is_fresh(
     entry = make_entry(expire_time_s=clock.now_s() + 60)
     await tier.put(entry.key, entry, replace=replace)
     assert 1_000 < await raw.pttl(name_of(tier, entry.key)) <= 60_000
+
+
+async def test_an_entry_stays_longer_where_it_is_of_use_past_its_end(
+    valkey_server: ValkeyServer, raw: Redis, clock: FakeClock
+) -> None:
+    entry = make_entry(expire_time_s=clock.now_s() + 60)
+    async with open_tier(valkey_server.url, clock, stale_s={entry.key.partition: 30.0}) as tier:
+        await tier.put(entry.key, entry, replace=False)
+        assert 61_000 < await raw.pttl(name_of(tier, entry.key)) <= 90_000
 
 
 @pytest.mark.parametrize("damage", [lambda v: v[:-1], lambda v: v[:300], lambda v: v[:3], lambda v: v[:-1] + b"!"])

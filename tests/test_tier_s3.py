@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, suppress
 from random import Random
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import httpx
 import pytest
@@ -26,6 +26,7 @@ from cacheserver.tiers import codec
 from cacheserver.tiers.guard import GuardedTier
 from cacheserver.tiers.s3 import S3Tier
 from cacheserver.tiers.s3_client import new_session
+from cacheserver.tiers.s3_lifecycle import with_ours
 from tests.fakes import FakeClock
 from tests.servers import S3Server, TcpProxy
 from tests.tier_contract import (
@@ -719,3 +720,47 @@ def test_dates_are_understood_in_each_form_that_s3_knows(spelled: str | int) -> 
     core = new_session("key", "secret")._session
     read = core.get_component("response_parser_factory").create_parser("rest-xml")._timestamp_parser
     assert read(spelled) == dt.datetime(2009, 10, 12, 17, 50, tzinfo=dt.UTC)
+
+
+class TestLifecycleRule:
+    THEIRS: ClassVar[dict[str, Any]] = {
+        "ID": "theirs",
+        "Status": "Enabled",
+        "Filter": {"Prefix": "logs/"},
+        "Expiration": {"Days": 7},
+    }
+
+    def rules(self, s3_server: S3Server, bucket: str) -> list[Any]:
+        return list(s3_server.client.get_bucket_lifecycle_configuration(Bucket=bucket)["Rules"])
+
+    async def test_the_bucket_gets_it_for_our_prefix(self, s3_server: S3Server, clock: FakeClock) -> None:
+        bucket = s3_server.new_bucket()
+        async with open_tier(s3_server, clock, bucket=bucket, prefix="shop/") as tier:
+            await tier.expire_after(30)
+        [rule] = self.rules(s3_server, bucket)
+        assert (rule["ID"], rule["Status"]) == ("cacheserver shop/v1/", "Enabled")
+        assert (rule["Filter"], rule["Expiration"]) == ({"Prefix": "shop/v1/"}, {"Days": 30})
+
+    async def test_others_stay_and_ours_is_there_once(self, s3_server: S3Server, clock: FakeClock) -> None:
+        bucket = s3_server.new_bucket()
+        s3_server.client.put_bucket_lifecycle_configuration(
+            Bucket=bucket, LifecycleConfiguration={"Rules": [cast("Any", self.THEIRS)]}
+        )
+        for prefix, days in (("a/", 30), ("b/", 40), ("a/", 30), ("a/", 50)):
+            async with open_tier(s3_server, clock, bucket=bucket, prefix=prefix) as tier:
+                await tier.expire_after(days)
+        found = {rule["ID"]: rule["Expiration"]["Days"] for rule in self.rules(s3_server, bucket)}
+        assert found == {"theirs": 7, "cacheserver a/v1/": 50, "cacheserver b/v1/": 40}
+
+    async def test_a_bucket_that_cannot_be_told_is_an_error_of_the_tier(
+        self, s3_server: S3Server, clock: FakeClock
+    ) -> None:
+        async with open_tier(s3_server, clock, bucket="no-such-bucket") as tier:
+            with pytest.raises(TierError):
+                await tier.expire_after(30)
+
+    def test_a_rule_that_is_there_already_is_not_set_again(self) -> None:
+        rules = with_ours([self.THEIRS], prefix="a/", days=3)
+        assert rules is not None
+        assert rules[0] == self.THEIRS
+        assert with_ours(rules, prefix="a/", days=3) is None

@@ -12,7 +12,7 @@ import pytest
 
 from cacheserver.errors import EntryTooLargeError
 from cacheserver.interfaces import Books, Tier
-from cacheserver.model import CachedImage, CacheKey, GeneratedImage, Head, Labels, TierName, Usage
+from cacheserver.model import CachedImage, CacheKey, GeneratedImage, Head, Labels, TierName, Touch, Usage
 from cacheserver.tiers.guard import Breaker, Deadlines, GuardedTier
 from tests.fakes import FakeClock
 
@@ -75,6 +75,11 @@ def make_entry(
     )
 
 
+def _long_text() -> str:
+    """More than the headers of an object hold, however it is compressed."""
+    return "".join(chr(0x4E00 + (n * n) % 20_000) for n in range(5_000))
+
+
 def with_data(entry: CachedImage, data: bytes) -> CachedImage:
     return replace(entry, image=replace(entry.image, data=data, sha256=hashlib.sha256(data).hexdigest()))
 
@@ -113,7 +118,7 @@ async def keys_of(tier: Store, partition: str) -> set[str]:
 class Store(Protocol):
     """What memory has in common with the tiers."""
 
-    async def get(self, key: CacheKey) -> CachedImage | None: ...
+    async def get(self, key: CacheKey, *, stale_s: float = 0.0) -> CachedImage | None: ...
     async def find(self, keys: Sequence[CacheKey]) -> list[bool]: ...
     async def put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool: ...
     async def delete(self, key: CacheKey) -> bool: ...
@@ -285,6 +290,48 @@ class TierContract(StoreContract):
         won = await asyncio.gather(*(tier.put(entry.key, entry, replace=False) for entry in entries))
         assert won.count(True) == 1
         assert await tier.get(make_key()) == entries[won.index(True)]
+
+    async def test_an_expired_entry_is_got_by_who_takes_such(self, tier: Tier, clock: FakeClock) -> None:
+        entry = make_entry(expire_time_s=clock.now_s() + 60)
+        await tier.put(entry.key, entry, replace=False)
+        clock.advance(69.9)
+        assert await tier.get(entry.key, stale_s=10) == entry
+        assert await tier.get(entry.key) is None
+        clock.advance(0.1)
+        assert await tier.get(entry.key, stale_s=10) is None
+
+    async def test_the_end_of_an_entry_moves_on_by_a_touch_once_a_tenth_of_its_life_has_passed(
+        self, tier: Tier, clock: FakeClock
+    ) -> None:
+        entry = replace(make_entry(expire_time_s=clock.now_s() + 100), sliding_s=100.0)
+        await tier.put(entry.key, entry, replace=False)
+        sooner, moved = (replace(entry, expire_time_s=clock.now_s() + end_s) for end_s in (109.0, 110.0))
+        assert (await tier.touch(entry.key, sooner)).result is Touch.CURRENT
+        assert (await tier.touch(entry.key, moved)).result is Touch.MOVED
+        assert (await tier.touch(entry.key, moved)).result is Touch.CURRENT
+        clock.advance(109.9)
+        assert await tier.get(entry.key) == moved
+
+    async def test_an_entry_with_more_metadata_than_usual_moves_on_too(self, tier: Tier, clock: FakeClock) -> None:
+        entry = make_entry(expire_time_s=clock.now_s() + 100, revised_prompt=_long_text())
+        entry = replace(entry, sliding_s=100.0)
+        await tier.put(entry.key, entry, replace=False)
+        moved = replace(entry, expire_time_s=clock.now_s() + 150)
+        assert (await tier.touch(entry.key, moved)).result is Touch.MOVED
+        assert await tier.get(entry.key) == moved
+
+    async def test_a_touch_leaves_another_picture_alone(self, tier: Tier, clock: FakeClock) -> None:
+        entry = replace(make_entry(expire_time_s=clock.now_s() + 100), sliding_s=100.0)
+        other = with_data(entry, b"other")
+        await tier.put(entry.key, other, replace=False)
+        moved = replace(entry, expire_time_s=clock.now_s() + 150)
+        assert (await tier.touch(entry.key, moved)).result is Touch.GONE
+        assert await tier.get(entry.key) == other
+
+    async def test_a_touch_brings_nothing_back(self, tier: Tier, clock: FakeClock) -> None:
+        entry = replace(make_entry(expire_time_s=clock.now_s() + 100), sliding_s=100.0)
+        assert (await tier.touch(entry.key, entry)).result in (Touch.GONE, Touch.ABSENT)
+        assert await tier.get(entry.key) is None
 
     async def test_an_expired_entry_is_overwritten(self, tier: Tier, clock: FakeClock) -> None:
         old = make_entry(expire_time_s=clock.now_s() + 60)

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from cacheserver.accounting.answered import AnsweredMetrics
 from cacheserver.figures import BY_DEFAULT, LATENCY_BOUNDS_S, OTHER, Figures, HitRow, Key, Row, Sums, total_of
 from cacheserver.interfaces import Clock
-from cacheserver.model import AttemptOutcome, Outcome, StatsField, TierName, UpstreamHealth
+from cacheserver.model import AttemptOutcome, Outcome, StatsField, TierName, Touch, UpstreamHealth
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +126,18 @@ class CounterBooks:
         """A call may have been paid for and nobody knows."""
         self._paid(namespace).count_calls(1, AttemptOutcome.UNKNOWN, cost_microusd=microusd, estimate_microusd=0)
         self._metrics.spent_unknown.inc(microusd)
+
+    def stale_after_error(self, namespace: str) -> None:
+        """A call was answered with stale pictures in place of an error."""
+        self._metrics.stale_after_error.labels(namespace).inc()
+
+    def touched(self, tier: TierName, result: Touch) -> None:
+        """A tier was told that an entry is asked for."""
+        self._metrics.touches.labels(tier, result).inc()
+
+    def renewal(self, namespace: str, result: str) -> None:
+        """What became of a stale entry's renewal."""
+        self._metrics.renewals.labels(namespace, result).inc()
 
     def tier_seconds(self, tier: TierName, op: str, seconds: float) -> None:
         """A tier took this long for `op`."""
@@ -299,6 +311,11 @@ class _Metrics:
         self.breaker_open = gauge("breaker_open", "1 while a tier or upstream is not asked", "tier")
         self.hedged = counter("hedged_reads", "Late reads of a tier beside which the next was read", "tier", "result")
         self.corrupt = counter("corrupt", "Damaged entries found", "tier")
+        self.stale_after_error = counter(
+            "stale_after_error", "Calls answered with stale pictures in place of an upstream's error", "namespace"
+        )
+        self.touches = counter("touches", "Entries that are asked for, as their tiers were told", "tier", "result")
+        self.renewals = counter("renewals", "Renewals of entries served stale", "namespace", "result")
         self.unleased = counter("unleased", "Loads paid for though another replica may have paid for the same")
         self.lost = counter("lost", "Images that a dead replica had yet to bring to the last tier, their copies gone")
         self.purges_unseen = counter(

@@ -13,7 +13,7 @@ from cacheserver.accounting.books import CounterBooks, ToldApart
 from cacheserver.app.background import keep_doing
 from cacheserver.app.miss_path import MissPath, build_miss_path
 from cacheserver.app.patience import Patience
-from cacheserver.app.tiers import CONTROL_TIMEOUT_S, Lower, build_tiers, lock_disk, look_at_tiers
+from cacheserver.app.tiers import CONTROL_TIMEOUT_S, Lower, build_tiers, lock_disk, look_at_tiers, set_lifecycle_rule
 from cacheserver.backpressure import Backpressure
 from cacheserver.cache import PromptCache
 from cacheserver.calls.downloads import DownloadMemory
@@ -24,6 +24,7 @@ from cacheserver.control.tombstones import RedisTombstones
 from cacheserver.control.undrained import RedisMarks
 from cacheserver.embedded.lock import DirectoryLock
 from cacheserver.epochs import Epochs
+from cacheserver.freshness import stale_windows
 from cacheserver.identity import QUALITIES, identify
 from cacheserver.interfaces import Books, Clock, Leases, Replays
 from cacheserver.journal import Journal
@@ -78,6 +79,7 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
     for tier in lower.tiers:
         books.breaker(tier.name, is_open=False)  # a series that alerts can find before anything happens
     await look_at_tiers(lower, settings)
+    await set_lifecycle_rule(lower, settings)
     coherence = _coherence(settings, lower, books=books, clock=clock)
     await coherence.load()
     undo.push_async_callback(coherence.aclose)
@@ -190,6 +192,7 @@ def _memory(
         # From a level below every picture comes back at about the same cost, whatever was paid for it.
         cost=microusd if settings.tier_names == (TierName.MEMORY,) else lambda _: 1,
         epochs=epochs,
+        stale_s=stale_windows(settings.namespaces.values()),
     )
 
 

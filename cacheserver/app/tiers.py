@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ from cacheserver.control.redis import refuse_eviction_of_control_state
 from cacheserver.embedded.lock import DirectoryLock
 from cacheserver.epochs import Epochs
 from cacheserver.errors import ConfigError, TierError
+from cacheserver.freshness import stale_windows, useful_for_s
 from cacheserver.interfaces import Books, Clock, CopyingTier, Files, SigningTier, Tier
 from cacheserver.machine import Room
 from cacheserver.model import TierName
@@ -29,6 +32,8 @@ _log = structlog.get_logger(__name__)
 CONTROL_TIMEOUT_S = 2.0
 """For control state: longer than a tier's, since no hit waits for it, and a busy moment of ours is no lost Redis."""
 
+_DAY_S = 86_400
+_LIFECYCLE_S = 30.0
 _DISK_DEADLINES = Deadlines(read_s=5.0, write_s=30.0)
 
 
@@ -38,8 +43,8 @@ class Lower:
 
     `client` is that of the Redis among them; `control` another one of the same Redis, for control state: a tier that
     is busy with images must not keep a budget waiting. `files` are those of object storage, if that is among them,
-    and `disk` is the disk tier itself, which knows its size. By `epochs` the tiers know what was purged,
-    by `undrained` Redis which of its copies nobody else has.
+    `s3` is that tier itself, and `disk` the disk tier, which knows its size. By `epochs` they know what was purged, by
+    `undrained` Redis which of its copies nobody else has.
     """
 
     objects: Objects
@@ -48,6 +53,7 @@ class Lower:
     control: Client | None = None
     signer: SigningTier | None = None
     files: Files | None = None
+    s3: S3Tier | None = None
     disk: DiskTier | None = None
     copier: CopyingTier | None = None
     epochs: Epochs = field(default_factory=Epochs)
@@ -94,7 +100,7 @@ async def build_tiers(settings: Settings, *, books: Books, clock: Clock, undo: A
                 tier = _guarded(lower.disk, _DISK_DEADLINES, books, clock)
             case TierName.S3:
                 s3 = _s3_tier(settings, access, epochs=lower.epochs, clock=clock)
-                lower.files = s3
+                lower.files = lower.s3 = s3
                 times = Deadlines(read_s=settings.s3.read_timeout_s, write_s=settings.s3.write_timeout_s)
                 breaker = Breaker(tier=s3.name, probe=s3.ping, clock=clock, books=books)
                 tier = lower.signer = lower.copier = GuardedObjectTier(
@@ -138,6 +144,7 @@ def _redis_tier(settings: Settings, client: Client, lower: Lower, *, clock: Cloc
         prefix=redis.prefix,
         ttl_s=redis.ttl_s,
         ttl_jitter=redis.ttl_jitter,
+        stale_s=stale_windows(settings.namespaces.values()),
         max_entry_bytes=redis.max_entry_bytes,
         epochs=lower.epochs,
         write_version=settings.codec.write_version,
@@ -246,6 +253,19 @@ async def look_at_tiers(lower: Lower, settings: Settings) -> None:
             _log.warning("tier_unreachable", tier=tier.name, text=f"starting without it: {error}")
     if lower.client is not None and settings.redis.url is not None:
         await refuse_eviction_of_control_state(lower.client)
+
+
+async def set_lifecycle_rule(lower: Lower, settings: Settings) -> None:
+    """Have the bucket remove what is of no use any more, where that is wanted. Whether it can is no reason to stop."""
+    if lower.s3 is None or not settings.s3.lifecycle_rule:
+        return
+    useful_s = useful_for_s(settings.namespaces.values())
+    try:
+        async with asyncio.timeout(_LIFECYCLE_S):
+            await lower.s3.expire_after(math.ceil(useful_s / _DAY_S) + 1)
+    except (TierError, TimeoutError) as error:
+        text = "s3.lifecycle_rule: the bucket's rules could not be set; what ended stays there until they are"
+        _log.warning("lifecycle_rule_not_set", error=str(error), text=text)
 
 
 def tier_states(tiers: Sequence[GuardedTier]) -> dict[TierName, bool]:

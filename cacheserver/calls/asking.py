@@ -255,6 +255,10 @@ class Asking:
         seconds = self._clock.monotonic_s() - started_s
         self._books.hit_again(again.row, seconds, entry.size_bytes, again.saved_microusd)
 
+    def tend(self, entry: CachedImage) -> None:
+        """An entry is told again: see to it that it stays. To be called now and then, a hit in a second or so."""
+        self._cache.tending.hit(entry)
+
     async def answer(self, asked: Asked, call: Call) -> list[Served] | Pending:
         """What the cache answers to a screened call."""
         if isinstance(asked.what, CacheKey):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cacheserver.model import CachedImage, CachePolicy, Served, TierName
+from cacheserver.model import CachedImage, CachePolicy, Served, Stale, TierName
 
 _MAX_DELTA_S = 2**31
 """RFC 9111 section 1.2.2: what a larger number of seconds counts as."""
@@ -61,8 +62,8 @@ def slowest(answer: Sequence[Served]) -> Served:
 def cache_status(served: Served, policy: CachePolicy, now_s: float) -> str:
     """The `cache-status` of an answer by its slowest picture.
 
-    `ttl` is what is left of its freshness, absent when that never ends. Two parameters are our own: `derived` where
-    the picture was made from another request's, and `age`, seconds since the picture was made.
+    `ttl` is what is left of its freshness, absent when that never ends, below 0 of a stale one. Two parameters are our
+    own: `derived` where the picture was made from another request's, and `age`, seconds since the picture was made.
     """
     return _status(served.entry, _way(served, policy), served.tier, now_s)
 
@@ -77,7 +78,7 @@ def _status(entry: CachedImage, way: list[str], detail: str, now_s: float) -> st
     if entry.derived_from:
         members.append("derived")
     if entry.expire_time_s is not None:
-        members.append(f"ttl={int(entry.expire_time_s - now_s)}")
+        members.append(f"ttl={math.floor(entry.expire_time_s - now_s)}")
     members.append(f"age={max(0, int(now_s - entry.create_time_s))}")
     return "; ".join(members)
 
@@ -98,6 +99,8 @@ def pending_status() -> str:
 def _way(served: Served, policy: CachePolicy) -> list[str]:
     if policy is CachePolicy.NO_STORE or served.would_hit is not None:
         return ["fwd=bypass"]
+    if served.stale:
+        return ["hit"] if served.stale is Stale.RENEWED else ["fwd=stale"]
     if served.collapsed:
         return ["fwd=uri-miss", "collapsed"]
     if served.tier is not TierName.UPSTREAM:

@@ -54,6 +54,6 @@ def kind_of_failure(error: Exception) -> PromptKind | None:
 
 
 def _expires_soon(entry: CachedImage, now_s: float) -> bool:
-    if entry.expire_time_s is None:
+    if entry.expire_time_s is None or entry.sliding_s:  # what is asked for lives on
         return False
     return entry.expire_time_s - now_s < _SOON * (entry.expire_time_s - entry.create_time_s)

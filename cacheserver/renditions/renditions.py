@@ -156,8 +156,9 @@ class Renditions:
             derived_from=key.name,
             derived_by=frozenset(),  # the URL asked for this key's picture, whatever that was made from
             expire_time_s=min(at_s for at_s in lifetimes_s if at_s is not None),
+            sliding_s=0.0,
         )
-        if await self._has_room(place):
+        if not master.stale and await self._has_room(place):
             self._keeper.promote(place, entry, self._tiers, changes=changes)
         return Rendered(entry, None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from sys import getsizeof
 
@@ -25,10 +26,12 @@ _Name = tuple[bytes, str]
 class Known:
     """A call that was answered from memory.
 
-    `status` is the cache-status that it is told from `from_s` until `until_s` (since 1970).
+    `status` is the cache-status that it is told from `from_s` until `until_s` (since 1970). `tend` is told of the entry
+    that it is told again, once in each such while: not every hit has to.
     """
 
     again: HitAgain
+    tend: Callable[[CachedImage], None]
     status: str = ""
     from_s: float = 0.0
     until_s: float = 0.0
@@ -38,6 +41,7 @@ class Known:
         if not self.from_s <= now_s < self.until_s:
             self.status = stored_status(entry, TierName.MEMORY, now_s)
             self.from_s, self.until_s = now_s, status_lasts_until_s(entry, now_s)
+            self.tend(entry)
         return self.status
 
 

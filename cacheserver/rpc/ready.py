@@ -110,7 +110,7 @@ class ReadyImages:
         if isinstance(had, Latest) and had.is_of(template, prompt, started_s):
             known, latest = had.known, None
         else:
-            known = Known(self._asking.of_template(template, prompt, named, entry))
+            known = Known(self._asking.of_template(template, prompt, named, entry), self._asking.tend)
             latest = Latest(template.number, prompt, known)
         self._known.keep(known, raw)
         return known, entry, latest
@@ -135,7 +135,7 @@ class ReadyImages:
             return replies.finished(served).raw
         reply, entry = self._finished(served)
         if (again := self._asking.again(served, entry, asked, call)) is not None:
-            self._known.keep(Known(again), raw)
+            self._known.keep(Known(again, self._asking.tend), raw)
         return reply
 
     def _reply(self, known: Known, entry: CachedImage, latest: Latest | None) -> bytes:

@@ -100,7 +100,7 @@ def _status(facts: Served | Told, tier: pb.Tier, expire_time_s: float | None, de
         matched=_MATCH_LEVELS[facts.matched],
         derived_from=derived_from,
         collapsed=facts.collapsed,
-        stale=facts.stale,
+        stale=bool(facts.stale),
         degraded=facts.degraded,
         expire_time=None if expire_time_s is None else timestamp(expire_time_s),
         cost_microusd=facts.cost_microusd,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cacheserver.errors import ConfigError
 from cacheserver.identity import QUALITIES
-from cacheserver.model import PARTITION_PATTERN, REVIEW_PREFIX, TierName
+from cacheserver.model import PARTITION_PATTERN, REVIEW_PREFIX, Namespace, TierName
 from cacheserver.settings.schema import PAINTER, STORING_TIERS, Settings, is_loopback
 
 _USUAL_LATENCY_S = 20
@@ -42,6 +42,7 @@ def warnings(settings: Settings) -> list[str]:
         )
     if settings.redis.url is None and settings.redis.embedded and not settings.serves_loopback_only:
         lines.append("redis.url: not set, and our own Valkey runs only on loopback: no Redis level")
+    lines += filter(None, (_never_stale(namespace) for namespace in settings.namespaces.values()))
     lines += filter(None, (_few_places(settings, name) for name in settings.limit_groups))
     return lines
 
@@ -52,6 +53,14 @@ def _in_the_clear(settings: Settings, setting: str, host: str, wanted: str, cert
         return []
     what = "callers' tokens travel" if settings.callers else "everything travels"
     return [f"server.{setting}: without {wanted} {what} in the clear; fine only behind a proxy that does TLS"]
+
+
+def _never_stale(namespace: Namespace) -> str | None:
+    """What is to be said of a namespace that serves what is past its end, where most has none."""
+    if not namespace.stale_s or namespace.lifetime_s(None) is not None:
+        return None
+    setting = "stale_while_revalidate_s" if namespace.stale_while_revalidate_s else "stale_if_error_s"
+    return f"namespaces.{namespace.name}.{setting}: without ttl_s an image has no end unless its caller says ttl"
 
 
 def _few_places(settings: Settings, name: str) -> str | None:
@@ -112,6 +121,15 @@ def _partitions_leave_room_for_review(settings: Settings) -> None:
             raise ConfigError(
                 f"namespaces.{name}.min_score: needs a partition of at most {63 - len(REVIEW_PREFIX)} characters; "
                 "shorten it"
+            )
+
+
+def _what_the_bucket_removes_has_an_end(settings: Settings) -> None:
+    for name, each in settings.namespaces.items() if settings.s3.lifecycle_rule else ():
+        if each.max_ttl_s is None:
+            raise ConfigError(
+                f"namespaces.{name}.max_ttl_s: not set, so its images may have no end, and s3.lifecycle_rule "
+                "would remove them; set it, or lifecycle_rule = false"
             )
 
 
@@ -241,6 +259,7 @@ _RULES = (
     _limit_groups_are_used,
     _default_models_are_served,
     _partitions_leave_room_for_review,
+    _what_the_bucket_removes_has_an_end,
     _ladder_can_be_walked,
     _uses_have_qualities,
     _tls_files_are_there,

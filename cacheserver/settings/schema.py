@@ -116,6 +116,9 @@ def _names_to_themselves(models: Any) -> Any:
 
 Port = Annotated[int, Field(ge=0, le=65_535)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Window = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""Seconds after something; 0 is none."""
+
 Bytes = Annotated[int, Field(gt=0)]
 Name = Annotated[str, AfterValidator(_partition_name)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
@@ -315,6 +318,13 @@ class S3Settings(_Section):
     write_timeout_s: Seconds = Field(default=30.0, description="Seconds a write may take.")
     max_entry_bytes: Bytes = Field(default=64 * _MIB, description="Largest image stored, in bytes.")
     url_expires_s: int = Field(default=3600, ge=1, le=604_800, description="Seconds a signed URL is good for.")
+    lifecycle_rule: bool = Field(
+        default=False,
+        description=(
+            "Give the bucket a rule that removes images that are of no use any more; its other rules stay. Needs "
+            "max_ttl_s in every namespace."
+        ),
+    )
     local: bool = Field(
         default=False, description="Run an S3 server of our own, to try the whole stack; the same as --local-s3."
     )
@@ -742,6 +752,27 @@ class NamespaceSettings(_Section):
     max_ttl_s: Seconds | None = Field(
         default=None, description="Longest ttl a caller may ask for, in seconds. Unset: any."
     )
+    expiry: Literal["absolute", "sliding"] = Field(
+        default="absolute",
+        description=(
+            "absolute or sliding: whether an image ends after its ttl, or its ttl begins anew with a hit once a tenth "
+            "of it has passed."
+        ),
+    )
+    stale_while_revalidate_s: Window = Field(
+        default=0.0,
+        description=(
+            "For so many seconds after its end an image is answered with still, marked stale, while a new one is "
+            "generated behind the answer. 0: never, since each new image is paid for."
+        ),
+    )
+    stale_if_error_s: Window = Field(
+        default=0.0,
+        description=(
+            "For so many seconds after its end an image is answered with, marked stale, where no new one can be "
+            "generated because its upstream is down, limited or late. 0: never."
+        ),
+    )
     per_day_microusd: Microusd | None = Field(
         default=None, description="Most micro-dollars a day spent for it. Unset: no limit of its own."
     )
@@ -806,6 +837,20 @@ class NamespaceSettings(_Section):
     def _lifetimes_agree(self) -> Self:
         if self.ttl_s and self.max_ttl_s and self.ttl_s > self.max_ttl_s:
             raise ValueError("ttl_s should not be above max_ttl_s")
+        return self
+
+    @check(mode="after")
+    def _stale_ones_are_served(self) -> Self:
+        if self.mode == "observe" and (self.stale_while_revalidate_s or self.stale_if_error_s):
+            raise ValueError("stale_while_revalidate_s and stale_if_error_s need mode serve: nothing is served here")
+        return self
+
+    @check(mode="after")
+    def _what_slides_has_an_end(self) -> Self:
+        if self.expiry == "sliding" and self.ttl_s is None and self.max_ttl_s is None:
+            raise ValueError('expiry = "sliding" needs ttl_s or max_ttl_s: an image without an end has none to move')
+        if self.expiry == "sliding" and self.mode == "observe":
+            raise ValueError('expiry = "sliding" needs mode serve: nothing is served here')
         return self
 
 
@@ -1100,6 +1145,9 @@ def _namespace(name: str, written: NamespaceSettings, settings: Settings) -> Nam
         max_variants=written.max_variants,
         ttl_s=written.ttl_s,
         max_ttl_s=written.max_ttl_s,
+        stale_while_revalidate_s=written.stale_while_revalidate_s,
+        stale_if_error_s=written.stale_if_error_s,
+        is_sliding=written.expiry == "sliding",
         quality_by_use=MappingProxyType(written.quality_by_use),
         max_candidates=settings.generation.max_candidates,
         min_score=written.min_score,

@@ -169,10 +169,13 @@ def check_version(version: int) -> None:
         raise CorruptEntryError("the stored entry has codec version 0, which never was")
 
 
-def answers(entry: CachedImage, key: CacheKey, now_s: float, epochs: Epochs) -> bool:
-    """Whether a stored entry may be served for `key`: of its partition and identity, fresh, and not gone."""
+def answers(entry: CachedImage, key: CacheKey, now_s: float, epochs: Epochs, *, stale_s: float = 0.0) -> bool:
+    """Whether a stored entry may be served for `key`: of its partition and identity, fresh, and not gone.
+
+    With `stale_s` also one that expired less than so long ago.
+    """
     is_of_key = entry.key.partition == key.partition and key.matches(entry.key.digest)
-    return is_of_key and entry.is_fresh(now_s) and not epochs.is_gone(entry.key, entry)
+    return is_of_key and entry.is_fresh(now_s - stale_s) and not epochs.is_gone(entry.key, entry)
 
 
 def pack_metadata(entry: CachedImage, version: int = WRITE_VERSION) -> bytes:
@@ -223,6 +226,8 @@ def _packed(entry: CachedImage) -> bytes:
         "epoch": entry.epoch,
         "carried_from": [*entry.carried_from],
     }
+    if entry.sliding_s:
+        fields["sliding_s"] = entry.sliding_s
     text = json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # A provider's JSON may hold half a surrogate pair; such a revised prompt must not cost us the picture.
     return text.encode("utf-8", "surrogatepass")
@@ -295,6 +300,7 @@ def _entry(fields: dict[str, JsonValue], data: ImageBytes) -> CachedImage:
         derived_by=frozenset(_text(each) for each in _list(fields.get("derived_by", []))),
         epoch=_whole(fields.get("epoch", 0), 0, _MAX_INT64),  # older entries are from before the first purge
         carried_from=tuple(_text(name) for name in _list(fields.get("carried_from", []))),
+        sliding_s=_seconds(fields.get("sliding_s", 0)),  # most have none
     )
 
 

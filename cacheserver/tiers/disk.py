@@ -17,7 +17,7 @@ from typing import ParamSpec, TypeVar
 from cacheserver.epochs import Epochs
 from cacheserver.errors import ConfigError, CorruptEntryError, EntryTooLargeError, TierError
 from cacheserver.interfaces import Clock, no_step
-from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Head, Labels, TierName
+from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Head, Labels, TierName, Touch, Touched
 from cacheserver.tiers import codec
 from cacheserver.tiers.workers import Workers
 
@@ -123,11 +123,11 @@ class DiskTier:
         """How much the files take now, with those being written."""
         return self._total_bytes
 
-    async def get(self, key: CacheKey) -> CachedImage | None:
+    async def get(self, key: CacheKey, *, stale_s: float = 0.0) -> CachedImage | None:
         """See `Tier.get`."""
         if key.name not in self._sizes:
             return None  # most of what is asked for is not here: that needs no thread to be seen
-        return await self._run("get", self._get, key)
+        return await self._run("get", self._get, key, stale_s)
 
     async def find(self, keys: Sequence[CacheKey], *, on_step: Callable[[], None] = no_step) -> list[bool]:
         """See `Tier.find`."""
@@ -140,6 +140,10 @@ class DiskTier:
     async def put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:
         """See `Tier.put`."""
         return await self._run("put", self._put, key, entry, replace=replace)
+
+    async def touch(self, key: CacheKey, entry: CachedImage) -> Touched:
+        """See `Tier.touch`."""
+        return await self._run("touch", self._touch, key, entry)
 
     async def delete(self, key: CacheKey) -> bool:
         """See `Tier.delete`."""
@@ -232,8 +236,8 @@ class DiskTier:
         with tempfile.TemporaryFile(dir=self._temporary) as file:
             file.write(b"probe")
 
-    def _get(self, key: CacheKey) -> CachedImage | None:
-        entry = self._servable(key)
+    def _get(self, key: CacheKey, stale_s: float) -> CachedImage | None:
+        entry = self._servable(key, stale_s)
         if entry is None:
             return None
         with suppress(FileNotFoundError):  # evicted since
@@ -246,7 +250,7 @@ class DiskTier:
     def _find(self, keys: Sequence[CacheKey]) -> list[bool]:
         return [key.name in self._sizes and self._path(key.name).exists() for key in keys]
 
-    def _servable(self, key: CacheKey) -> CachedImage | None:
+    def _servable(self, key: CacheKey, stale_s: float = 0.0) -> CachedImage | None:
         try:
             with self._path(key.name).open("rb", buffering=0) as file:
                 metadata, head_bytes = _read_head(file)
@@ -255,7 +259,7 @@ class DiskTier:
                 entry = metadata.entry(file.read(metadata.size_bytes))
         except FileNotFoundError:
             return None
-        return entry if codec.answers(entry, key, self._clock.now_s(), self._epochs) else None
+        return entry if codec.answers(entry, key, self._clock.now_s(), self._epochs, stale_s=stale_s) else None
 
     def _put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:
         if entry.size_bytes > self._max_entry_bytes:
@@ -281,6 +285,17 @@ class DiskTier:
         if self._sync:
             flush(self._path(key.name).parent)
         return True
+
+    def _touch(self, key: CacheKey, entry: CachedImage) -> Touched:
+        if not entry.sliding_s:
+            return Touched(Touch.CURRENT)
+        holder = self._holder(key)
+        if holder is None or holder.image.sha256 != entry.image.sha256:
+            return Touched(Touch.GONE)
+        if not entry.outlasts(holder):
+            return Touched(Touch.CURRENT)
+        self._put(key, entry, replace=True)
+        return Touched(Touch.MOVED)
 
     def _holder(self, key: CacheKey) -> CachedImage | None:
         if key.name not in self._sizes:

@@ -17,7 +17,7 @@ from cacheserver.errors import (
     TierTimeoutError,
 )
 from cacheserver.interfaces import Books, Clock, CopyingTier, SigningTier, Tier, no_step
-from cacheserver.model import CachedImage, CacheKey, Head, Labels, SourceObject, TierName
+from cacheserver.model import CachedImage, CacheKey, Head, Labels, SourceObject, TierName, Touched
 
 
 class Breaker:
@@ -170,10 +170,10 @@ class GuardedTier:
         """Open the breaker: the tier is known not to answer."""
         self._breaker.open()
 
-    async def get(self, key: CacheKey) -> CachedImage | None:
+    async def get(self, key: CacheKey, *, stale_s: float = 0.0) -> CachedImage | None:
         """See `Tier.get`."""
         async with self._guarded("get", self._deadlines.read_s):
-            return await self._tier.get(key)
+            return await self._tier.get(key, stale_s=stale_s)
 
     async def find(self, keys: Sequence[CacheKey], *, on_step: Callable[[], None] = no_step) -> list[bool]:
         """See `Tier.find`."""
@@ -190,6 +190,11 @@ class GuardedTier:
         """See `Tier.put`."""
         async with self._guarded("put", self._deadlines.write_s):
             return await self._tier.put(key, entry, replace=replace)
+
+    async def touch(self, key: CacheKey, entry: CachedImage) -> Touched:
+        """See `Tier.touch`."""
+        async with self._guarded("touch", self._deadlines.write_s):
+            return await self._tier.touch(key, entry)
 
     async def delete(self, key: CacheKey) -> bool:
         """See `Tier.delete`."""

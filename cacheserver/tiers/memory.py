@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Literal
 
 from cachetools import Cache, LRUCache
@@ -40,6 +42,7 @@ class MemoryCache:
         policy: which entry goes first: the least recently used, or the one that is worth least (value_cache.py).
         cost: what it costs to get an entry again, in any one unit, above 0; only the policy "value" asks.
         epochs: say what was purged; it is not answered with from then on, though it may still lie here.
+        stale_s: for how long after its end an entry may be of use, by partition; it lies here until then.
     """
 
     def __init__(  # noqa: PLR0913 - settings, each with its default
@@ -51,8 +54,10 @@ class MemoryCache:
         policy: EvictionPolicy = "lru",
         cost: Callable[[CachedImage], float] = lambda _: 1,
         epochs: Epochs | None = None,
+        stale_s: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self._clock = clock
+        self._stale_s = stale_s
         self._epochs = epochs or Epochs()
         self._max_entry_bytes = min(max_entry_bytes, max_bytes)
         self._entries: Cache[str, CachedImage] = (
@@ -77,9 +82,18 @@ class MemoryCache:
         if not entry.key.digest.startswith(digest):
             return None
         if entry.expire_time_s is not None and not entry.is_fresh(self._clock.now_s()):
-            del self._entries[name]
+            if self._is_of_no_use(entry):
+                del self._entries[name]
             return None
         return None if self._is_hidden(entry) else entry
+
+    def stale(self, key: CacheKey, stale_s: float) -> CachedImage | None:
+        """The entry stored under `key` that expired less than `stale_s` ago; it counts as used."""
+        if (entry := self._entries.get(key.name)) is None or entry.expire_time_s is None:
+            return None
+        now_s = self._clock.now_s()
+        is_stale = not entry.is_fresh(now_s) and entry.is_fresh(now_s - stale_s)
+        return entry if is_stale and key.matches(entry.key.digest) and not self._is_hidden(entry) else None
 
     def holds(self, name: str, entry: CachedImage) -> bool:
         """Whether `get` of the key of this name would answer with this very entry, which it did before."""
@@ -99,6 +113,12 @@ class MemoryCache:
             return
         self._entries[key.name] = entry
         self._drop_what_is_above()
+
+    def move_end(self, entry: CachedImage) -> None:
+        """Keep `entry` in place of the same picture with an earlier end, if that lies under its own key."""
+        had = self.lying(entry.key)
+        if had is not None and entry.outlasts(had) and had.image.sha256 == entry.image.sha256:
+            self.put(entry.key, replace(had, expire_time_s=entry.expire_time_s))
 
     def shed(self, to_bytes: int) -> None:
         """Take at most `to_bytes` from now on, or `max_bytes` if that is less; what is above goes, least worth first.
@@ -203,6 +223,10 @@ class MemoryCache:
         to_bytes = max(0, self._room_bytes - self._beside_bytes)
         while self._entries.currsize > to_bytes:
             self._entries.popitem()
+
+    def _is_of_no_use(self, entry: CachedImage) -> bool:
+        """Whether an entry expired so long ago that nobody may be answered with it."""
+        return not entry.is_fresh(self._clock.now_s() - self._stale_s.get(entry.key.partition, 0.0))
 
     def _is_hidden(self, entry: CachedImage) -> bool:
         epochs = self._epochs

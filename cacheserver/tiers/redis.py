@@ -8,8 +8,9 @@ import heapq
 import random
 import re
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from types import MappingProxyType
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -38,7 +39,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from cacheserver.epochs import Epochs
 from cacheserver.errors import CorruptEntryError, EntryTooLargeError, TierError, TierTimeoutError
 from cacheserver.interfaces import Clock, no_step
-from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Head, ImageBytes, Labels, TierName
+from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Head, ImageBytes, Labels, TierName, Touch, Touched
 from cacheserver.tiers import codec
 from cacheserver.tiers.redis_values import ValueInlet
 
@@ -60,6 +61,12 @@ _FIND_BATCH = 100
 
 _FIND_BY_PIPELINE_BATCH = 25
 """And in one pipeline, of which each costs redis-py as much as ten in a script."""
+
+_SOON = 0.1
+"""A copy that stays for less than this share of the time a new one would is prolonged."""
+
+_NEARLY = 0.8
+"""Nor is one prolonged that stays for this share of the time that it is of use."""
 
 _PUT_ATTEMPTS = 4
 
@@ -89,7 +96,13 @@ redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[4])
 return 1
 """
 
-# Only what was seen: another picture may have taken its place.
+# Only what was seen, in both: another picture may have taken its place.
+_REPLACE_SEEN = """
+if redis.sha1hex(redis.call('GETRANGE', KEYS[1], 0, ARGV[1])) ~= ARGV[2] then return 0 end
+redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[4])
+return 1
+"""
+
 _REMOVE_IF_SEEN = """
 if redis.sha1hex(redis.call('GETRANGE', KEYS[1], 0, ARGV[1])) ~= ARGV[2] then return 0 end
 return redis.call('DEL', KEYS[1])
@@ -170,7 +183,7 @@ class RedisTier:
 
     An entry lies under `<prefix>{<identity>}.<variant>`: the braces are Redis Cluster's hash tag, so that all
     variants of an identity share a slot. It stays for `ttl_s`, give or take `ttl_jitter` of it, lest what was
-    written together expires together; never longer than it is fresh.
+    written together expires together; never longer than it is fresh, or else of use: see `stale_s`.
 
     Renditions lie under `<prefix>{<fingerprint>}.<rest of the key>`, and the set `<prefix>{<fingerprint>}.renditions`
     lists them: to find them without it would be to look at everything there is. Redis may evict the list before what it
@@ -183,6 +196,7 @@ class RedisTier:
         prefix: begins every name.
         ttl_s: how long an entry stays, in seconds.
         ttl_jitter: share of `ttl_s`, 0 to 1, by which it varies.
+        stale_s: for how long after its end an entry may be of use, by partition.
         max_entry_bytes: a larger image is refused with EntryTooLargeError; a larger value is not read.
         max_concurrency: most calls at a time; more wait. At most the client's max_connections.
         epochs: say what was purged.
@@ -201,6 +215,7 @@ class RedisTier:
         prefix: str = "promptcache:",
         ttl_s: float = 86_400.0,
         ttl_jitter: float = 0.1,
+        stale_s: Mapping[str, float] = MappingProxyType({}),
         max_entry_bytes: int = 16 * 1024 * 1024,
         max_concurrency: int = 64,
         epochs: Epochs | None = None,
@@ -216,6 +231,7 @@ class RedisTier:
         self._prefix = prefix
         self._ttl_s = ttl_s
         self._ttl_jitter = ttl_jitter
+        self._stale_s = stale_s
         self._max_entry_bytes = max_entry_bytes
         # One byte more than an entry can have, so that a larger value shows.
         self._read_end = codec.MAX_HEAD_BYTES + max_entry_bytes
@@ -224,10 +240,10 @@ class RedisTier:
         """Of many keys: in a cluster the keys of one script have to be in one slot."""
         self._turns = asyncio.Semaphore(max_concurrency)
 
-    async def get(self, key: CacheKey) -> CachedImage | None:
+    async def get(self, key: CacheKey, *, stale_s: float = 0.0) -> CachedImage | None:
         """See `Tier.get`."""
         stored = await self._read(key)
-        return self._servable(key, stored) if stored else None
+        return self._servable(key, stored, stale_s) if stored else None
 
     async def find(self, keys: Sequence[CacheKey], *, on_step: Callable[[], None] = no_step) -> list[bool]:
         """See `Tier.find`."""
@@ -253,6 +269,33 @@ class RedisTier:
                 await self._client.set(name, stored, px=self._ttl_ms(key, entry))
             return True
         return await self._put_if_free(key, entry, stored)
+
+    async def touch(self, key: CacheKey, entry: CachedImage) -> Touched:
+        """See `Tier.touch`."""
+        if entry.size_bytes > self._max_entry_bytes:
+            return Touched(Touch.CURRENT)  # it is none of ours
+        head = await self._read_head(key)
+        if not head:
+            return Touched(Touch.ABSENT, self._untouched_s)
+        holder = codec.decode_head(head).head.bare
+        if holder.image.sha256 != entry.image.sha256:
+            return Touched(Touch.GONE)
+        if entry.outlasts(holder):
+            is_moved = await self._replace_seen(key, head, entry)
+            return Touched(Touch.MOVED if is_moved else Touch.GONE, self._untouched_s)
+        return await self._prolong(key, entry)
+
+    async def _prolong(self, key: CacheKey, entry: CachedImage) -> Touched:
+        """Keep a copy that would soon be dropped for as long as a new one."""
+        name = self._name(key)
+        async with self._turn("touch"):
+            left_s, longest_ms = await self._client.pttl(name) / 1000, self._ttl_ms(key, entry)
+            if left_s > self._ttl_s * _SOON:
+                return Touched(Touch.CURRENT, left_s - self._ttl_s * _SOON)
+            if left_s >= _NEARLY * longest_ms / 1000:
+                return Touched(Touch.CURRENT)  # it ends itself then
+            await self._client.pexpire(name, longest_ms)
+        return Touched(Touch.PROLONGED, self._untouched_s)
 
     async def delete(self, key: CacheKey) -> bool:
         """See `Tier.delete`."""
@@ -370,6 +413,21 @@ class RedisTier:
             )
         return bool(replaced)
 
+    async def _replace_seen(self, key: CacheKey, seen: ImageBytes, entry: CachedImage) -> bool:
+        """Write an entry over the one whose head was seen, if that still lies there; whether it did."""
+        digest = hashlib.sha1(seen, usedforsecurity=False).hexdigest()
+        stored, ttl_ms = codec.encode(entry, self._write_version), self._ttl_ms(key, entry)
+        async with self._turn("touch"):
+            is_replaced = await self._client.execute_command(
+                "EVAL", _REPLACE_SEEN, 1, self._name(key), len(seen) - 1, digest, stored, ttl_ms
+            )
+        return bool(is_replaced)
+
+    @property
+    def _untouched_s(self) -> float:
+        """For how long a new copy needs not be looked at: it may stay shorter than most."""
+        return self._ttl_s * (1 - self._ttl_jitter - _SOON)
+
     async def _read(self, key: CacheKey, end: int | None = None) -> ImageBytes:
         """The value up to byte `end`, or to the most an entry can have; empty if there is none."""
         last = self._read_end if end is None else end
@@ -411,16 +469,17 @@ class RedisTier:
             start = await self._read(key, end=length - 1)
         return start[:length]
 
-    def _servable(self, key: CacheKey, stored: ImageBytes) -> CachedImage | None:
+    def _servable(self, key: CacheKey, stored: ImageBytes, stale_s: float = 0.0) -> CachedImage | None:
         entry = codec.decode(stored)
-        return entry if codec.answers(entry, key, self._clock.now_s(), self._epochs) else None
+        return entry if codec.answers(entry, key, self._clock.now_s(), self._epochs, stale_s=stale_s) else None
 
     def _ttl_ms(self, key: CacheKey, entry: CachedImage) -> int:
         ttl_s = self._ttl_s * self._rng.uniform(1 - self._ttl_jitter, 1 + self._ttl_jitter)
         if self._is_alone(key.name):
             ttl_s = max(ttl_s, _ALONE_S)
         if entry.expire_time_s is not None:
-            ttl_s = min(ttl_s, entry.expire_time_s - self._clock.now_s())
+            stale_s = self._stale_s.get(entry.key.partition, 0.0)
+            ttl_s = min(ttl_s, entry.expire_time_s + stale_s - self._clock.now_s())
         return max(1, int(ttl_s * 1000))
 
     def _name(self, key: CacheKey) -> str:

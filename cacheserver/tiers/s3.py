@@ -18,7 +18,7 @@ from xxhash import xxh3_128_hexdigest
 from cacheserver.epochs import Epochs
 from cacheserver.errors import CorruptEntryError, EntryTooLargeError, TierError, TierTimeoutError
 from cacheserver.interfaces import Clock, no_step
-from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Head, Labels, SourceObject, TierName
+from cacheserver.model import KEY_VERSION, CachedImage, CacheKey, Head, Labels, SourceObject, TierName, Touch, Touched
 from cacheserver.tiers import codec
 from cacheserver.tiers.presence import Page, Presence
 from cacheserver.tiers.s3_client import (
@@ -31,6 +31,7 @@ from cacheserver.tiers.s3_client import (
     tier_error,
     unreadable,
 )
+from cacheserver.tiers.s3_lifecycle import with_ours
 from cacheserver.tiers.s3_requests import S3Requests
 from cacheserver.tiers.workers import Workers
 
@@ -47,6 +48,7 @@ _MAX_INLINE_METADATA = 1_900
 _PUT_ATTEMPTS = 4
 _CONFLICT_ATTEMPTS = 3
 _CLOSE_S = 10.0
+_LEAST_SIZE = "TransitionDefaultMinimumObjectSize"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +148,9 @@ class S3Tier:
         self._lock = threading.Lock()
         self._made_clients: _Clients | None = None
 
-    async def get(self, key: CacheKey) -> CachedImage | None:
+    async def get(self, key: CacheKey, *, stale_s: float = 0.0) -> CachedImage | None:
         """See `Tier.get`."""
-        return await self._run("get", self._get, key)
+        return await self._run("get", self._get, key, stale_s)
 
     async def find(self, keys: Sequence[CacheKey], *, on_step: Callable[[], None] = no_step) -> list[bool]:
         """See `Tier.find`."""
@@ -174,6 +176,11 @@ class S3Tier:
     async def copy(self, key: CacheKey, entry: CachedImage, source: SourceObject) -> bool:
         """See `CopyingTier.copy`."""
         return await self._run("copy", self._put, key, entry, replace=False, source=source)
+
+    async def touch(self, key: CacheKey, entry: CachedImage) -> Touched:
+        """See `Tier.touch`."""
+        # Of most there is nothing to tell: no request is made, nor a thread asked.
+        return await self._run("touch", self._touch, key, entry) if entry.sliding_s else Touched(Touch.CURRENT)
 
     async def delete(self, key: CacheKey) -> bool:
         """See `Tier.delete`."""
@@ -240,6 +247,13 @@ class S3Tier:
         """See `Files.delete_file`."""
         await self._run("delete", self._delete_file, self._prefix + name)
 
+    async def expire_after(self, days: int) -> None:
+        """Have the bucket remove entries so many days after they were written, its other rules left as they are.
+
+        Needs s3:GetLifecycleConfiguration and s3:PutLifecycleConfiguration. Raises TierError.
+        """
+        await self._run("lifecycle", self._expire_after, days)
+
     async def ping(self) -> None:
         """See `Tier.ping`. The error says which permission is missing, as far as S3 does."""
         await self._run("ping", self._probe)
@@ -267,17 +281,17 @@ class S3Tier:
 
     # What follows runs in threads.
 
-    def _get(self, key: CacheKey) -> CachedImage | None:
+    def _get(self, key: CacheKey, stale_s: float) -> CachedImage | None:
         name = self._object(key)
         stored = self._read(name, self._max_entry_bytes)
-        return None if stored is None else self._servable(key, name, stored)
+        return None if stored is None else self._servable(key, name, stored, stale_s)
 
-    def _servable(self, key: CacheKey, name: str, stored: _Stored) -> CachedImage | None:
+    def _servable(self, key: CacheKey, name: str, stored: _Stored, stale_s: float = 0.0) -> CachedImage | None:
         version, packed = self._packed(name, stored.headers)
         if stored.data is None:
             raise CorruptEntryError(f"the object has {stored.size_bytes} bytes, more than an entry can")
         entry = codec.unpack_entry(packed, stored.data, version)
-        return entry if codec.answers(entry, key, self._clock.now_s(), self._epochs) else None
+        return entry if codec.answers(entry, key, self._clock.now_s(), self._epochs, stale_s=stale_s) else None
 
     def _names(self, keys: Sequence[CacheKey]) -> tuple[list[str], dict[str, list[str]]]:
         """The name of each key's object, and for each partition's folder those in it, each once and in order."""
@@ -347,6 +361,23 @@ class S3Tier:
             else:
                 return True
         raise TierError("other writers of the same object keep S3 from deciding")
+
+    def _touch(self, key: CacheKey, entry: CachedImage) -> Touched:
+        """Write the object anew with its new end: no copy onto itself, which not every server makes conditional."""
+        name = self._object(key)
+        seen = self._head(name)
+        if seen is None or not _is_of(entry, seen):
+            return Touched(Touch.GONE)
+        if not entry.outlasts(self._metadata_in(name, seen.headers).head.bare):
+            return Touched(Touch.CURRENT)
+        headers, sidecar = _headers(entry, self._write_version)
+        if sidecar is not None:
+            self._ask(self._clients.writing.put_object, Key=_sidecar(name, headers), Body=sidecar)
+        is_written = self._write(name, entry, headers, seen)
+        there = self._head(name) if sidecar is not None and not is_written else None
+        obsolete, kept = (seen.headers, headers) if is_written else (headers, there.headers if there else {})
+        self._drop_sidecar(name, obsolete, unless=kept)
+        return Touched(Touch.MOVED if is_written else Touch.GONE)
 
     def _is_copied(self, name: str, entry: CachedImage, headers: dict[str, str], source: SourceObject) -> bool:
         """Copy the object if it is still what was read and nothing lies where it goes; False: it has to be sent.
@@ -446,6 +477,20 @@ class S3Tier:
         self._ask(self._clients.reading.put_object, Key=f"{self._prefix}ping", Body=b"")
         # Whoever may not list is told 403 here, and would be on every miss.
         self._read(f"{self._prefix}ping.absent", 0)
+
+    def _expire_after(self, days: int) -> None:
+        client = self._clients.writing
+        try:
+            answer: Mapping[str, Any] = self._ask(client.get_bucket_lifecycle_configuration)
+        except ClientError as exc:
+            if code_of(exc) != "NoSuchLifecycleConfiguration":
+                raise
+            answer = {}
+        rules = with_ours(answer.get("Rules", ()), prefix=f"{self._prefix}{KEY_VERSION}/", days=days)
+        if rules is not None:
+            # What else the bucket's rules have in common is told again, or S3 would take its own default.
+            common = {name: answer[name] for name in (_LEAST_SIZE,) if name in answer}
+            self._ask(client.put_bucket_lifecycle_configuration, LifecycleConfiguration={"Rules": rules}, **common)
 
     def _head(self, name: str) -> _Stored | None:
         try:

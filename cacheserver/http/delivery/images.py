@@ -122,6 +122,8 @@ class ImageDelivery:
             found = _Found(entry, TierName.MEMORY, fetched.is_version)
             headers = self._headers(found, fetched.asked, access) | _body_headers(entry, fetched.asked)
             fetched.second, fetched.lines = second, head_lines(headers)
+            if not entry.key.is_rendition:  # what is made from another one ends with that, and is soon made again
+                self._cache.tending.hit(entry)
         self._told_by(call, entry, access)
         self._count(call, fetched.asked, HTTPStatus.OK, len(entry.image.data))
         return ReadyAnswer(fetched.lines, entry.image.data)

@@ -35,18 +35,18 @@ class Told:
     """The finished body of an answer with one picture, and its headers. Keeps no picture in memory."""
 
     def __init__(self, served: Served, body: bytes, policy: CachePolicy, again: HitAgain) -> None:
-        """`again` is what it takes to tell it to the next call."""
+        """`again` is what it takes to tell it to the next call; `until_s` until when its headers are what they are."""
         self.body = body
         self.again = again
         self._policy = policy
         self._lasting = head_lines(lasting_headers([served]))
         self._head = b""
-        self._from_s = self._until_s = 0.0
+        self._from_s = self.until_s = 0.0
 
     def head(self, entry: CachedImage, now_s: float) -> bytes:
         """The lines of its headers with that picture."""
-        if not self._from_s <= now_s < self._until_s:
-            self._from_s, self._until_s = now_s, status_lasts_until_s(entry, now_s)
+        if not self._from_s <= now_s < self.until_s:
+            self._from_s, self.until_s = now_s, status_lasts_until_s(entry, now_s)
             self._head = self._lasting + head_lines(passing_headers([self.again.served(entry)], self._policy, now_s))
         return self._head
 

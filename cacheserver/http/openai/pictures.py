@@ -94,7 +94,10 @@ class Pictures:
         self._asking.book_again(told.again, entry, call.started_s)
         call.again = told.again
         milliseconds = self._milliseconds(call).encode("ascii")
-        head = b"%sopenai-processing-ms: %s\r\n" % (told.head(entry, self._clock.now_s()), milliseconds)
+        now_s = self._clock.now_s()
+        if now_s >= told.until_s:  # once a second at most
+            self._asking.tend(entry)
+        head = b"%sopenai-processing-ms: %s\r\n" % (told.head(entry, now_s), milliseconds)
         return ReadyAnswer(head, told.body)
 
     async def answer(
