@@ -667,6 +667,7 @@ class PromptCache:
             try:
                 if lease.look_again:
                     look = _Look()
+                flight.succeeds = lease.succeeds
                 await self._look(flight, look)  # also for who came meanwhile
                 await self._pay(flight, look.unknown)
             finally:
@@ -828,9 +829,10 @@ class PromptCache:
     ) -> int:
         """Have the first of these variants made, as many as come; how many. All is kept on return, and so `safe`."""
         await self._backpressure.slow_down()
-        # What is paid for from here on no purge until now was about; and what takes another's place is above that.
+        # What is paid for from here on no purge until now was about. What takes another's place is above that, and so
+        # is what a replica that was only slow must not take the place of.
         replaces = any(waiter.refresh for waiter in flight.waiters) or not flight.loaded.keys().isdisjoint(making)
-        lead.epoch = await (self._coherence.next() if replaces else self._coherence.newest())
+        lead.epoch = await (self._coherence.next() if replaces or flight.succeeds else self._coherence.newest())
         order = lead.order(
             len(making),
             priority=flight.priority,

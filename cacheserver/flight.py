@@ -181,6 +181,8 @@ class Flight:
         self.making: frozenset[int] = frozenset()
         self.missed: frozenset[int] = frozenset()
         """Variants that no tier had when it was judged who may pay."""
+        self.succeeds = False
+        """Whether another replica began to make the same, and may come late with it."""
         self.sealed = False
         self.spending = False
         self.dropped = False

@@ -297,12 +297,13 @@ class Lease:
     """The right to pay for a request's pictures. `is_shared`: all replicas know of it; else each is on its own.
 
     `look_again`: another replica may have paid since this one looked into the tiers. `is_lost`: we were too slow, and
-    another replica may be paying too.
+    another replica may be paying too. `succeeds`: another holder did not give it back, and may live.
     """
 
     look_again: bool = False
     is_shared: bool = True
     is_lost: bool = False
+    succeeds: bool = False
 
 
 class Leases(Protocol):

@@ -472,8 +472,8 @@ class Keeper:
             is_busy = held.record is not None and (self._is_refused() or self._offers >= _AT_ONCE)
             if not held.slot.is_stand_in and not is_busy and await self._offer(held):
                 return
-            entry = held.entry
             await self._save(held)
+            entry = held.entry
             if self._is_held(held):
                 self._wait_for_last(held)
             _answer(held, entry)
@@ -736,7 +736,7 @@ class Keeper:
         if held.record is not None and not has_copy and self._is_held(held):
             await self._set_aside(held)
         self._release(held)
-        _answer(held, entry)
+        _answer(held, held.entry)
 
     async def _set_aside(self, held: _Held) -> None:
         """Hold it no more, and put its record where a person may look for it."""
@@ -831,14 +831,49 @@ class Keeper:
         if not self._is_held(held):
             return False
         held.lies_there = True
+        takes_the_place = held.replace or held.slot.is_stand_in
+        if not takes_the_place:
+            await self._copy_where_free(held)
+            if not self._is_held(held):
+                return False
         self._memory.put(held.slot, held.entry)
         if held.replace:
             self._changes += 1
-        writes = self._copy(held, replace=True)
-        if copies or self._copies or not is_safe:
-            await _ended(writes)
+        if takes_the_place:
+            writes = self._copy(held, replace=True)
+            if copies or self._copies or not is_safe:
+                await _ended(writes)
         self._count(held, is_saved=(held.has_copy and held.is_marked) or (is_safe and not self._copies))
         return held.has_copy
+
+    async def _copy_where_free(self, held: _Held) -> None:
+        """Write it to the faster tiers under the first number that is nobody's there, and hold it under that.
+
+        Another replica may have made the same meanwhile. One that was late, and is answered, keeps the number it has.
+        """
+        while True:
+            writes = self._copy(held, replace=False)
+            await _ended(writes)
+            holder = self._memory.get(held.slot)
+            is_here = holder is not None and holder.image.sha256 != held.entry.image.sha256
+            is_taken = is_here or any(_is_written(write) and not write.result() for write in writes)
+            if not is_taken or held.is_answered or not self._is_held(held) or held.slot.variant >= MAX_VARIANT:
+                return
+            for tier, write in zip(self._tiers[:-1], writes, strict=True):
+                if not _is_written(write) or write.result():
+                    self._outdate(tier, held.slot)
+            self._hold_under_next_number(held)
+
+    def _hold_under_next_number(self, held: _Held) -> None:
+        del self._held[held.slot.name]
+        while True:
+            held.slot = held.slot.with_variant(held.slot.variant + 1)
+            if held.slot.name not in self._held:
+                break
+        held.entry = with_fields(held.entry, key=held.slot)
+        self._held[held.slot.name] = held
+        held.outdone_marks += filter(None, [held.mark])
+        held.mark, held.is_marked = None, False
 
     def _copy(self, held: _Held, *, replace: bool) -> list[asyncio.Task[bool]]:
         """Write it to the faster tiers, under the slot it lies in."""
@@ -851,7 +886,7 @@ class Keeper:
             return await put()
 
         def copied(write: asyncio.Task[bool]) -> None:
-            held.has_copy = held.has_copy or _is_written(write)
+            held.has_copy = held.has_copy or (_is_written(write) and write.result())
             if held.has_copy and held.is_marked:
                 self._forget_outdone_marks(held)
 

@@ -350,6 +350,19 @@ class TestLasting:
             assert not await client.exists(replicas.key)
             assert await client.exists(f"{replicas.prefix}lease:{{living}}")
 
+    async def test_a_prefix_that_reads_like_a_pattern_is_swept_and_no_other(
+        self, replicas: Replicas, client: Client
+    ) -> None:
+        start = replicas.prefix
+        keys = []
+        for end in ("b:", "[ab]:"):
+            replicas.prefix = start + end
+            keys.append(replicas.key)
+            await replicas.new()._acquire(replicas.key, Lease(), 0.0)
+            await client.hincrby(replicas.key, "deadline_ms", -700_000)
+        await replicas.new().sweep()
+        assert [await client.exists(key) for key in keys] == [1, 0]
+
 
 class TestReplicasOfAService:
     @pytest.fixture

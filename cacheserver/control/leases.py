@@ -56,13 +56,13 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local lease = redis.call('HMGET', KEYS[1], 'holder', 'deadline_ms', 'released_ms')
 local is_held = lease[1] and lease[1] ~= ''
 if is_held and lease[1] ~= ARGV[1] and tonumber(lease[2]) > now then
-  return {0, tonumber(lease[2]) - now, 0}
+  return {0, tonumber(lease[2]) - now, 0, 0}
 end
 local fence = redis.call('HINCRBY', KEYS[1], 'fence', 1)
 redis.call('HSET', KEYS[1], 'holder', ARGV[1], 'deadline_ms', now + tonumber(ARGV[2]))
 redis.call('PERSIST', KEYS[1])
 local was_released = lease[3] and now - tonumber(lease[3]) <= tonumber(ARGV[3])
-return {1, fence, (is_held or was_released) and 1 or 0}
+return {1, fence, (is_held or was_released) and 1 or 0, is_held and 1 or 0}
 """
 
 _BEAT = """
@@ -223,9 +223,10 @@ class RedisLeases:
                 # Of what was released while we asked for it nobody can say whether we had looked before.
                 looked_s = self._clock.monotonic_s() - looking_s + self._timeout_s
                 args = (holder, int(1000 * self._lease_s), int(1000 * looked_s))
-                is_ours, fence_or_ms, is_news = await self._run(_ACQUIRE, name, *args)
+                is_ours, fence_or_ms, is_news, succeeds = await self._run(_ACQUIRE, name, *args)
                 if is_ours:
                     lease.look_again = lease.look_again or bool(is_news)
+                    lease.succeeds = bool(succeeds)
                     return int(fence_or_ms)
                 lease.look_again = True
                 await self._released_or_after(min(poll_s, fence_or_ms / 1000 + 0.001), is_released)

@@ -86,8 +86,8 @@ for i, name in ipairs(KEYS) do counts[i] = redis.call('EXISTS', name) end
 return counts
 """
 
-# Overwrites a value only if it is still the one the caller found unfit: another writer may have been faster.
-_REPLACE_UNFIT = """
+# Overwrites a value only if it still begins as the caller saw it: another writer may have been faster.
+_REPLACE_IF_SEEN = """
 if redis.call('TYPE', KEYS[1]).ok == 'string' then
   local start = redis.call('GETRANGE', KEYS[1], 0, ARGV[1])
   if redis.sha1hex(start) ~= ARGV[2] then return 0 end
@@ -259,15 +259,11 @@ class RedisTier:
         """See `Tier.put`."""
         if entry.size_bytes > self._max_entry_bytes:
             raise EntryTooLargeError(f"the image has {entry.size_bytes} bytes; Redis takes {self._max_entry_bytes}")
-        stored, name = codec.encode(entry, self._write_version), self._name(key)
+        stored = codec.encode(entry, self._write_version)
         if key.is_rendition:
             await self._list(key)
         if replace:
-            if await self._is_later(key, entry):
-                return False
-            async with self._turn("put"):
-                await self._client.set(name, stored, px=self._ttl_ms(key, entry))
-            return True
+            return await self._put_unless_later(key, entry, stored)
         return await self._put_if_free(key, entry, stored)
 
     async def touch(self, key: CacheKey, entry: CachedImage) -> Touched:
@@ -386,30 +382,46 @@ class RedisTier:
 
     async def _put_if_free(self, key: CacheKey, entry: CachedImage, stored: bytes) -> bool:
         for _ in range(_PUT_ATTEMPTS):
-            async with self._turn("put"):
-                if await self._client.set(self._name(key), stored, px=self._ttl_ms(key, entry), nx=True):
-                    return True
+            if await self._set(key, entry, stored, nx=True):
+                return True
             seen: ImageBytes = b""
             with suppress(CorruptEntryError):  # what is damaged may be overwritten
                 seen = await self._read(key)
                 if seen and (holder := self._servable(key, seen)) is not None:
                     return holder.image.sha256 == entry.image.sha256
-            if await self._replace_unfit(key, seen, entry, stored):
+            if await self._replace_if_seen(key, seen, self._read_end, entry, stored):
                 return True
         raise TierError("the entry in Redis changed each time it was to be replaced")
 
-    async def _replace_unfit(self, key: CacheKey, seen: ImageBytes, entry: CachedImage, stored: bytes) -> bool:
+    async def _put_unless_later(self, key: CacheKey, entry: CachedImage, stored: bytes) -> bool:
+        """Take the place of what is stored, but of nothing that took it after `entry` was to: we may come late."""
+        for _ in range(_PUT_ATTEMPTS):
+            try:
+                seen = await self._read_head(key)
+                if seen and codec.decode_head(seen).labels.epoch > entry.epoch:
+                    return False
+            except CorruptEntryError:
+                return await self._set(key, entry, stored)
+            if not seen:
+                is_put = await self._set(key, entry, stored, nx=True)
+            else:
+                is_put = await self._replace_if_seen(key, seen, len(seen) - 1, entry, stored)
+            if is_put:
+                return True
+        raise TierError("the entry in Redis changed each time it was to be replaced")
+
+    async def _set(self, key: CacheKey, entry: CachedImage, stored: bytes, *, nx: bool = False) -> bool:
+        async with self._turn("put"):
+            return bool(await self._client.set(self._name(key), stored, px=self._ttl_ms(key, entry), nx=nx))
+
+    async def _replace_if_seen(
+        self, key: CacheKey, seen: ImageBytes, last: int, entry: CachedImage, stored: bytes
+    ) -> bool:
+        """`seen` is what the value was up to byte `last`; whether it was replaced."""
         seen_digest = hashlib.sha1(seen, usedforsecurity=False).hexdigest()
         async with self._turn("put"):
             replaced = await self._client.execute_command(
-                "EVAL",
-                _REPLACE_UNFIT,
-                1,
-                self._name(key),
-                self._read_end,
-                seen_digest,
-                stored,
-                self._ttl_ms(key, entry),
+                "EVAL", _REPLACE_IF_SEEN, 1, self._name(key), last, seen_digest, stored, self._ttl_ms(key, entry)
             )
         return bool(replaced)
 
@@ -436,11 +448,6 @@ class RedisTier:
                 return b""
             stored: ImageBytes = await self._client.execute_command("GETRANGE", self._name(key), 0, last)
             return stored
-
-    async def _is_later(self, key: CacheKey, entry: CachedImage) -> bool:
-        """Whether what is stored took this place after `entry` was to: of a writer that comes late."""
-        stored = await self._metadata(key)
-        return stored is not None and stored.labels.epoch > entry.epoch
 
     async def _list(self, key: CacheKey) -> None:
         """List a rendition before it is written: what is never listed would outlive a purge."""
