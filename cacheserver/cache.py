@@ -663,7 +663,10 @@ class PromptCache:
             self._paying.settle(flight)  # nothing is set aside for as long as another replica may take
             flight.missed = frozenset(look.walked)
             looked_s_ago = self._clock.monotonic_s() - looked_s
-            lease = await self._leases.take(lasting_name(lead), looked_s_ago=looked_s_ago)
+            lease = await self._leases.take(
+                lasting_name(lead), looked_s_ago=looked_s_ago, priority=lambda: flight.priority
+            )
+            lease.urge = partial(self._urge, flight)
             try:
                 if lease.look_again:
                     look = _Look()
@@ -675,6 +678,11 @@ class PromptCache:
                 self._leases.let_go(lease, after=partial(self._keeper.shared, made))
         finally:
             self._paying.settle(flight)
+
+    def _urge(self, flight: Flight, priority: Priority) -> None:
+        flight.urged = max(flight.urged, priority)
+        for order in flight.orders:
+            self._generation.hasten(order, priority=priority, deadline_s=None)
 
     async def _look(self, flight: Flight, look: _Look) -> None:
         """Land what the tiers have of what the flight lacks, as far as it was not looked for; tell who has to wait."""

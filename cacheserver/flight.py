@@ -183,6 +183,8 @@ class Flight:
         """Variants that no tier had when it was judged who may pay."""
         self.succeeds = False
         """Whether another replica began to make the same, and may come late with it."""
+        self.urged = Priority.WARM_UP
+        """The highest priority of who waits for the same at other replicas."""
         self.sealed = False
         self.spending = False
         self.dropped = False
@@ -225,8 +227,8 @@ class Flight:
 
     @property
     def priority(self) -> Priority:
-        """The highest of its waiters'."""
-        return max(waiter.terms.priority for waiter in self.waiters)
+        """The highest of its waiters', here and at other replicas."""
+        return max([self.urged, *(waiter.terms.priority for waiter in self.waiters)])
 
     @property
     def until_s(self) -> float | None:

@@ -298,19 +298,21 @@ class Lease:
 
     `look_again`: another replica may have paid since this one looked into the tiers. `is_lost`: we were too slow, and
     another replica may be paying too. `succeeds`: another holder did not give it back, and may live.
+    `urge` is called with the priority of who waits at another replica, whenever that is higher than it was.
     """
 
     look_again: bool = False
     is_shared: bool = True
     is_lost: bool = False
     succeeds: bool = False
+    urge: Callable[[Priority], None] = lambda _: None
 
 
 class Leases(Protocol):
     """Single-flight across replicas, before money is spent. Control state: it must survive Redis eviction."""
 
-    async def take(self, identity_name: str, *, looked_s_ago: float) -> Lease:
-        """The lease of a request; waits for as long as another replica has it.
+    async def take(self, identity_name: str, *, looked_s_ago: float, priority: Callable[[], Priority]) -> Lease:
+        """The lease of a request; waits for as long as another replica has it, and tells that one how urgent it is.
 
         `looked_s_ago` is when the tiers were asked. Never raises: where Redis does not answer, it is not shared.
         """

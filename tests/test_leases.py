@@ -17,7 +17,7 @@ from cacheserver.clock import SystemClock
 from cacheserver.control.leases import RedisLeases
 from cacheserver.errors import NotCachedError, UpstreamDownError
 from cacheserver.interfaces import Clock, Lease
-from cacheserver.model import CachePolicy, Served, TierName
+from cacheserver.model import CachePolicy, Priority, Served, TierName
 from cacheserver.tiers.redis import Client, connect, disconnect
 from tests.fakes import FakeClock
 from tests.house import House, open_tier
@@ -85,10 +85,14 @@ async def nothing() -> None:
     pass
 
 
+def standard() -> Priority:
+    return Priority.STANDARD
+
+
 @asynccontextmanager
 async def holding(leases: RedisLeases, name: str = NAME, *, looked_s_ago: float = 0.0) -> AsyncIterator[Lease]:
     """The lease, for as long as it is entered; it is given back for good on return."""
-    lease = await leases.take(name, looked_s_ago=looked_s_ago)
+    lease = await leases.take(name, looked_s_ago=looked_s_ago, priority=standard)
     try:
         yield lease
     finally:
@@ -165,7 +169,7 @@ class TestTaking:
             await is_copied.wait()
 
         leases = replicas.new()
-        leases.let_go(await leases.take(NAME, looked_s_ago=0), after=copied)
+        leases.let_go(await leases.take(NAME, looked_s_ago=0, priority=standard), after=copied)
         async with AsyncExitStack() as second:
             patient = replicas.new()
             waiting = asyncio.create_task(held(patient, second))
@@ -179,7 +183,7 @@ class TestTaking:
     ) -> None:
         leases = replicas.new(clock=clock)
         for _ in range(3):
-            leases.let_go(await leases.take(NAME, looked_s_ago=0), after=nothing)
+            leases.let_go(await leases.take(NAME, looked_s_ago=0, priority=standard), after=nothing)
         await leases.aclose()
 
 
@@ -238,7 +242,7 @@ async def until_heard(client: Client, channel: str) -> None:
 class TestDying:
     async def test_a_dead_holder_is_succeeded_when_its_time_is_over(self, replicas: Replicas, client: Client) -> None:
         dead = replicas.new(lease_s=SOON_S)
-        assert await dead._acquire(replicas.key, Lease(), 0.0) is not None  # and it shows no sign of life
+        assert await dead._acquire(replicas.key, Lease(), 0.0, standard) is not None  # and it shows no sign of life
         async with asyncio.timeout(5), holding(replicas.new()) as lease:
             assert lease.look_again
             assert int(await client.hget(replicas.key, "fence") or 0) == 2
@@ -304,11 +308,11 @@ class TestDying:
         client = connect(valkey.url, timeout_s=1.0, connect_timeout_s=1.0)
         leases = replicas.new(client=client, clock=clock)
         valkey.kill()
-        assert not (await leases.take(NAME, looked_s_ago=0)).is_shared
+        assert not (await leases.take(NAME, looked_s_ago=0, priority=standard)).is_shared
         valkey.start()
-        assert not (await leases.take(NAME, looked_s_ago=0)).is_shared
+        assert not (await leases.take(NAME, looked_s_ago=0, priority=standard)).is_shared
         clock.advance(5)
-        assert (await leases.take(NAME, looked_s_ago=0)).is_shared
+        assert (await leases.take(NAME, looked_s_ago=0, priority=standard)).is_shared
         await leases.aclose()
         await disconnect(client)
 
@@ -325,7 +329,7 @@ class TestDying:
         with monkeypatch.context() as patch:
             patch.setattr(leases, "_run", cut_short)
             with pytest.raises(asyncio.CancelledError):
-                await leases.take(NAME, looked_s_ago=0)
+                await leases.take(NAME, looked_s_ago=0, priority=standard)
         async with asyncio.timeout(2), holding(replicas.new()):
             pass
 
@@ -342,7 +346,7 @@ class TestLasting:
     async def test_what_the_long_dead_held_is_swept_and_nothing_else(self, replicas: Replicas, client: Client) -> None:
         leases = replicas.new()
         async with holding(leases, "living"):
-            await leases._acquire(replicas.key, Lease(), 0.0)
+            await leases._acquire(replicas.key, Lease(), 0.0, standard)
             await leases.sweep()
             assert await client.exists(replicas.key)
             await client.hincrby(replicas.key, "deadline_ms", -700_000)
@@ -355,10 +359,10 @@ class TestLasting:
     ) -> None:
         start = replicas.prefix
         keys = []
-        for end in ("b:", "[ab]:"):
-            replicas.prefix = start + end
+        for rest in ("b:", "[ab]:"):
+            replicas.prefix = start + rest
             keys.append(replicas.key)
-            await replicas.new()._acquire(replicas.key, Lease(), 0.0)
+            await replicas.new()._acquire(replicas.key, Lease(), 0.0, standard)
             await client.hincrby(replicas.key, "deadline_ms", -700_000)
         await replicas.new().sweep()
         assert [await client.exists(key) for key in keys] == [1, 0]
@@ -408,6 +412,26 @@ class TestReplicasOfAService:
         await asyncio.wait({failing, waiting})
         assert isinstance(failing.exception(), UpstreamDownError)
         assert (waiting.result().tier, second.upstream.calls) == (TierName.UPSTREAM, 1)
+
+    async def test_a_call_that_waits_for_its_turn_goes_by_the_priority_of_who_waits_at_another_replica(
+        self, houses: list[House], replicas: Replicas
+    ) -> None:
+        first, second = houses[:2]
+        first.restart(leases=replicas.new(lease_s=SOON_S), max_concurrent=1)
+        first.upstream.hold()
+        busy = asyncio.create_task(first.get("another fox"))
+        await first.upstream.arrived(1)
+        warming = asyncio.create_task(first.get(priority=Priority.WARM_UP))
+
+        def queued() -> list[Priority]:
+            return [job.priority for job in first.generator._scheduler._queue._jobs]
+
+        await until(lambda: queued() == [Priority.WARM_UP])
+        urgent = asyncio.create_task(second.get(priority=Priority.INTERACTIVE))
+        await until(lambda: queued() == [Priority.INTERACTIVE])
+        first.upstream.release()
+        await asyncio.gather(busy, warming, urgent)
+        assert second.upstream.calls == 0
 
     async def test_a_refresh_is_not_answered_with_what_another_replica_just_made(self, houses: list[House]) -> None:
         await houses[0].get()

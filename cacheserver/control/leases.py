@@ -2,7 +2,7 @@
 
 A lease is a hash in Redis, judged by the server's clock:
 
-    lease:{<identity>}     holder, deadline_ms, fence, released_ms
+    lease:{<identity>}     holder, deadline_ms, fence, released_ms, urgency: the priority of who waits
 
 Its holder shows every quarter of its span that it lives; a deadline that passes makes the next who asks its successor,
 under a higher fence, in the same script. A lease that is held has no TTL: a full Redis would evict it. Once released it
@@ -27,6 +27,7 @@ import structlog
 from cacheserver.control.redis import UNREACHABLE
 from cacheserver.control.scripts import answer_within, run_script
 from cacheserver.interfaces import Books, Clock, Lease
+from cacheserver.model import Priority
 from cacheserver.tasks import OwnedTasks, end, every
 from cacheserver.tiers.redis import Client, literally, subscribed
 
@@ -53,26 +54,28 @@ _AWAY_S = 5.0
 _ACQUIRE = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local lease = redis.call('HMGET', KEYS[1], 'holder', 'deadline_ms', 'released_ms')
+local lease = redis.call('HMGET', KEYS[1], 'holder', 'deadline_ms', 'released_ms', 'urgency')
 local is_held = lease[1] and lease[1] ~= ''
 if is_held and lease[1] ~= ARGV[1] and tonumber(lease[2]) > now then
+  if tonumber(ARGV[4]) > tonumber(lease[4] or '0') then redis.call('HSET', KEYS[1], 'urgency', ARGV[4]) end
   return {0, tonumber(lease[2]) - now, 0, 0}
 end
 local fence = redis.call('HINCRBY', KEYS[1], 'fence', 1)
 redis.call('HSET', KEYS[1], 'holder', ARGV[1], 'deadline_ms', now + tonumber(ARGV[2]))
 redis.call('PERSIST', KEYS[1])
+redis.call('HDEL', KEYS[1], 'urgency')
 local was_released = lease[3] and now - tonumber(lease[3]) <= tonumber(ARGV[3])
 return {1, fence, (is_held or was_released) and 1 or 0, is_held and 1 or 0}
 """
 
 _BEAT = """
-local lease = redis.call('HMGET', KEYS[1], 'holder', 'fence')
-if lease[1] and (lease[1] ~= ARGV[1] or lease[2] ~= ARGV[2]) then return 0 end
+local lease = redis.call('HMGET', KEYS[1], 'holder', 'fence', 'urgency')
+if lease[1] and (lease[1] ~= ARGV[1] or lease[2] ~= ARGV[2]) then return {0, 0} end
 local time = redis.call('TIME')
 local deadline = time[1] * 1000 + math.floor(time[2] / 1000) + tonumber(ARGV[3])
 -- Whole, should this Redis have lost it: a failover makes nobody pay twice who still lives.
 redis.call('HSET', KEYS[1], 'holder', ARGV[1], 'fence', ARGV[2], 'deadline_ms', deadline)
-return 1
+return {1, tonumber(lease[3] or '0')}
 """
 
 _RELEASE = """
@@ -99,7 +102,7 @@ return 0
 class NoLeases:
     """`Leases` of a service without Redis: nobody else could pay for the same."""
 
-    async def take(self, identity_name: str, *, looked_s_ago: float) -> Lease:  # noqa: ARG002 - as promised
+    async def take(self, *_: object, **__: object) -> Lease:
         """See `Leases.take`."""
         return Lease(is_shared=False)
 
@@ -161,14 +164,14 @@ class RedisLeases:
         await end(self._background)
         await self._tasks.aclose(self._timeout_s)
 
-    async def take(self, identity_name: str, *, looked_s_ago: float) -> Lease:
+    async def take(self, identity_name: str, *, looked_s_ago: float, priority: Callable[[], Priority]) -> Lease:
         """See `Leases.take`."""
         name = f"{self._prefix}lease:{{{identity_name}}}"
         looking_s = self._clock.monotonic_s() - looked_s_ago
         if (letting_go := self._letting_go.get(name)) is not None:
             await asyncio.wait({letting_go})  # a load of our own before: no need to ask Redis again and again
         lease = Lease()
-        held = await self._acquire(name, lease, looking_s)
+        held = await self._acquire(name, lease, looking_s, priority)
         if held is None:
             lease.is_shared = False
             return lease
@@ -193,14 +196,16 @@ class RedisLeases:
             while (name := await answer_within(self._timeout_s, anext(names, None))) is not None:
                 await self._run(_SWEEP, name.decode(), _DEAD_S * 1000)
 
-    async def _acquire(self, name: str, lease: Lease, looking_s: float) -> _Held | None:
+    async def _acquire(
+        self, name: str, lease: Lease, looking_s: float, priority: Callable[[], Priority]
+    ) -> _Held | None:
         """The lease in Redis, once nobody else has it; None if Redis does not answer.
 
         `looking_s` (monotonic) is when the tiers were asked.
         """
         holder = f"{self._replica_id}:{secrets.token_hex(8)}"
         try:
-            fence = await self._turn(name, holder, lease, looking_s)
+            fence = await self._turn(name, holder, lease, looking_s, priority)
         except BaseException as error:
             # It may be ours all the same, and nobody would know: others would wait for its time to pass.
             self._tasks.own(self._give_back(name, holder), "release lease")
@@ -214,7 +219,9 @@ class RedisLeases:
             return None
         return _Held(name, holder, fence)
 
-    async def _turn(self, name: str, holder: str, lease: Lease, looking_s: float) -> int | None:
+    async def _turn(
+        self, name: str, holder: str, lease: Lease, looking_s: float, priority: Callable[[], Priority]
+    ) -> int | None:
         """The fence of a lease that is ours from now on; None while Redis is known to be away."""
         poll_s = _FIRST_POLL_S
         with self._waits_for(name) as is_released:
@@ -222,7 +229,7 @@ class RedisLeases:
                 is_released.clear()
                 # Of what was released while we asked for it nobody can say whether we had looked before.
                 looked_s = self._clock.monotonic_s() - looking_s + self._timeout_s
-                args = (holder, int(1000 * self._lease_s), int(1000 * looked_s))
+                args = (holder, int(1000 * self._lease_s), int(1000 * looked_s), int(priority()))
                 is_ours, fence_or_ms, is_news, succeeds = await self._run(_ACQUIRE, name, *args)
                 if is_ours:
                     lease.look_again = lease.look_again or bool(is_news)
@@ -276,15 +283,20 @@ class RedisLeases:
         """Show that the holder lives, until it is taken from it."""
         beat_s, span_ms = self._lease_s / _BEATS, int(1000 * self._lease_s)
         await self._clock.sleep(beat_s)
+        urged = 0
         while True:
+            urgency = 0
             try:
-                is_ours = await self._run(_BEAT, held.name, held.holder, held.fence, span_ms, timeout_s=beat_s)
+                is_ours, urgency = await self._run(_BEAT, held.name, held.holder, held.fence, span_ms, timeout_s=beat_s)
             except TimeoutError:
                 continue  # at once: its time passes
             except UNREACHABLE:
                 is_ours = True  # as far as we know
             if not is_ours:
                 break
+            if urgency > urged:
+                urged = urgency
+                lease.urge(Priority(urgency))
             await self._clock.sleep(beat_s)
         lease.is_lost = True
         _log.warning("lease_lost")
