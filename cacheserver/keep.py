@@ -834,6 +834,7 @@ class Keeper:
         takes_the_place = held.replace or held.slot.is_stand_in
         if not takes_the_place:
             await self._copy_where_free(held)
+            is_safe = await self._is_written_down(held)  # under the number it has now
             if not self._is_held(held):
                 return False
         self._memory.put(held.slot, held.entry)
@@ -874,6 +875,9 @@ class Keeper:
         self._held[held.slot.name] = held
         held.outdone_marks += filter(None, [held.mark])
         held.mark, held.is_marked = None, False
+        if held.record is not None and (record := self._write_down(held)) is not None:
+            held.outdone.append(held.record)
+            held.record = record
 
     def _copy(self, held: _Held, *, replace: bool) -> list[asyncio.Task[bool]]:
         """Write it to the faster tiers, under the slot it lies in."""

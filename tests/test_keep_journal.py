@@ -751,3 +751,23 @@ class TestShutdown:
         await house.keeper.aclose(5)
         assert [await house.s3.get(one.entry.key) for one in served] == [one.entry for one in served]
         await until(lambda: lives.journal.entries == 0)
+
+
+class TestNumbers:
+    async def test_a_picture_that_took_the_next_number_has_that_in_a_later_life_too(self, lives: Lives) -> None:
+        house = lives.house
+        made = (await house.get()).entry
+        other = replace(made, image=replace(made.image, data=b"another replica's", sha256="e" * 64))
+        house.memory.delete(made.key)
+        await house.redis.put(made.key, other, replace=True)
+        await house.s3.delete(made.key)
+        house.s3.is_down = True
+        late = await house.keeper.keep(made)
+        await lives.journal.removed()
+        house = await lives.begin()
+        assert late.key.variant == 1
+        assert not house.keeper.is_held(made.key)
+        restored = await house.keeper.read_held(late.key)
+        assert restored is not None
+        assert restored.image.sha256 == made.image.sha256
+        assert lives.journal.entries == 1
