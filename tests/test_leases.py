@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
+from redis.asyncio import RedisCluster
 
 from cacheserver.accounting.books import CounterBooks
 from cacheserver.clock import SystemClock
@@ -229,10 +230,12 @@ class TestHearing:
 
 
 async def until_heard(client: Client, channel: str) -> None:
-    """Wait until somebody listens."""
+    """Wait until somebody listens, be it at one node of many."""
+    servers = client.get_nodes() if isinstance(client, RedisCluster) else [client]
 
     async def is_heard() -> bool:
-        return any(count for _, count in await client.pubsub_numsub(channel))
+        replies = [await server.execute_command("PUBSUB", "NUMSUB", channel) for server in servers]
+        return any(listeners for _, listeners in replies)
 
     async with asyncio.timeout(5):
         while not await is_heard():
