@@ -149,6 +149,7 @@ class _Draft:
     billed_microusd: int = 0
     limited: bool = False
     headers: dict[str, str] = field(default_factory=dict)
+    pictures_sha256: list[str] = field(default_factory=list)
 
     def ended(self, *, status: int, now_s: float, hung_up: bool) -> Call:
         asked = self.asked
@@ -169,6 +170,7 @@ class _Draft:
             started_s=self.started_s,
             ended_s=now_s,
             hung_up=hung_up,
+            pictures_sha256=self.pictures_sha256,
         )
 
 
@@ -492,16 +494,16 @@ class Provider:
                 raise fault_error(fault, "")
             case fault:
                 draft.images = asked.n
-                data = [await self._picture(asked, fault) for _ in range(asked.n)]
+                data = [await self._picture(asked, fault, draft) for _ in range(asked.n)]
                 created_s = _CREATED_S + int(self.now_s)
                 end = End.MID_BODY if fault is Fault.RESET_MID_BODY else End.WHOLE
                 if asked.streams:
-                    coarse = [await self._picture(asked, None) for _ in range(asked.partials)]
+                    coarse = [await self._picture(asked, None, draft) for _ in range(asked.partials)]
                     body = streamed_result(asked, price, coarse, data[0], created_s)
                     return Reply(body=body, content_type="text/event-stream", end=end)
                 return Reply(body=generation_result(asked, price, data, created_s), end=end)
 
-    async def _picture(self, asked: Asked, fault: Fault | None) -> dict[str, str]:
+    async def _picture(self, asked: Asked, fault: Fault | None, draft: _Draft) -> dict[str, str]:
         """One item of the answer's data."""
         look = Look(
             "gif" if fault is Fault.WRONG_TYPE else asked.output_format,
@@ -512,6 +514,7 @@ class Provider:
         picture = await self._pictures.make(look)
         if fault is Fault.TRUNCATED_IMAGE:
             picture = cut(picture)
+        draft.pictures_sha256.append(hashlib.sha256(picture).hexdigest())
         if fault is Fault.URL_RESULTS:
             return {"url": self._file(picture, look.format)}
         return {

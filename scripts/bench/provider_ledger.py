@@ -16,7 +16,8 @@ class Call:
 
     `key` is empty if it is none of ours. `status` is 0 where no whole answer was sent. `limited`: it was answered
     429 for a rate limit, a true one or a fault. `images` are the pictures of a good answer. `started_s` is when it
-    was admitted, None if it was not. `hung_up`: its caller had gone before the answer.
+    was admitted, None if it was not. `hung_up`: its caller had gone before the answer. `pictures_sha256` are the
+    pictures made for it, whether or not they arrived.
     """
 
     request_id: str
@@ -35,6 +36,7 @@ class Call:
     started_s: float | None
     ended_s: float
     hung_up: bool
+    pictures_sha256: Sequence[str] = ()
 
 
 @dataclass(slots=True)

@@ -1,0 +1,18 @@
+"""A short form of `scripts/chaos`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.chaos.run import chaos
+from tests.chaos.schedule import schedule
+
+
+async def test_callers_lose_nothing_and_pay_once_while_everything_breaks(tmp_path: Path) -> None:
+    result = await chaos(seconds=15.0, seed=3, directory=tmp_path)
+    assert result.shortfalls == []
+
+
+def test_a_seed_tells_which_faults_strike_and_when() -> None:
+    assert schedule(7, 60.0) == schedule(7, 60.0)
+    assert schedule(7, 60.0) != schedule(8, 60.0)
