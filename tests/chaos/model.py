@@ -64,20 +64,31 @@ class Purge:
 
     span: Span
     took: frozenset[str]
+    replica: int
     is_answered: bool = False
 
 
 @dataclass(slots=True)
 class Asked:
-    """What happened to one prompt. `given` says when the call began that a picture was first the answer to."""
+    """What happened to one prompt. `given` says when the call began that a picture was first the answer to, `by` who answered."""
 
     namespace: str
     given: dict[str, float] = field(default_factory=dict)
+    by: dict[str, int] = field(default_factory=dict)
     put: set[str] = field(default_factory=set)
     purges: list[Purge] = field(default_factory=list)
     calls: list[Span] = field(default_factory=list)
     excuses: Counter[str] = field(default_factory=Counter)
     corrupted: bool = False
+
+    def story(self, since_s: float) -> str:
+        """When what happened to it, in seconds since then."""
+        events = [
+            *((began_s, f"{digest[:12]} given by replica {self.by[digest]}") for digest, began_s in self.given.items()),
+            *((each.span.from_s, f"purge begun at replica {each.replica}") for each in self.purges),
+            *((each.span.to_s, "answered" if each.is_answered else "failed") for each in self.purges),
+        ]
+        return ", ".join(f"{at_s - since_s:.2f} {what}" for at_s, what in sorted(events))
 
     def is_hit(self, now_s: float) -> bool:
         """Whether it is answered from what is stored: whatever was given was not purged, or given again since."""
@@ -89,6 +100,7 @@ class Asked:
 class Model:
     """All prompts, and all faults as far as they excuse anything."""
 
+    began_s: float
     prompts: dict[str, Asked] = field(default_factory=dict)
     silent_redis: list[Span] = field(default_factory=list)
     silent_s3: list[Span] = field(default_factory=list)
@@ -119,6 +131,7 @@ class Model:
             if purge.is_answered and digest in purge.took and began_s > purge.span.to_s:
                 self._served_after(purge, replica, began_s, now_s)
         asked.given.setdefault(digest, began_s)
+        asked.by.setdefault(digest, replica)
 
     def _served_after(self, purge: Purge, replica: int, began_s: float, now_s: float) -> None:
         purged_s = purge.span.to_s
@@ -141,14 +154,16 @@ class Model:
         if was_blind:
             self.counts["purged and served, blind"] += 1
         else:
-            self.breaches.append(f"replica {replica}, {how}, served what was purged {late_s:.2f} s before, at {now_s:.2f}")
+            self.breaches.append(
+                f"replica {replica}, {how}, served what was purged {late_s:.2f} s before, at {now_s:.2f}"
+            )
 
-    def purging(self, prompts: Iterable[str], now_s: float) -> list[Purge]:
+    def purging(self, prompts: Iterable[str], replica: int, now_s: float) -> list[Purge]:
         """A purge of these begins."""
         purges = []
         for prompt in prompts:
             if (asked := self.prompts.get(prompt)) is not None:
-                asked.purges.append(Purge(Span(now_s), frozenset(asked.given)))
+                asked.purges.append(Purge(Span(now_s), frozenset(asked.given), replica))
                 asked.excuses["purges"] += 1
                 self.terms["purges"] += 1
                 purges.append(asked.purges[-1])
@@ -156,7 +171,9 @@ class Model:
 
     def out(self, now_s: float) -> list[str]:
         """The prompts that are being asked for now."""
-        return [prompt for prompt, asked in self.prompts.items() if any(span.to_s >= now_s for span in asked.calls[-64:])]
+        return [
+            prompt for prompt, asked in self.prompts.items() if any(span.to_s >= now_s for span in asked.calls[-64:])
+        ]
 
     def excuse(self, term: str, prompts: Iterable[str], times: int = 1) -> None:
         """A fault struck these while they were asked for."""
@@ -202,7 +219,7 @@ class Model:
                     self.counts["answered and corrupted by us"] += 1
                 else:
                     self.counts["answered and lost"] += 1
-                    self.breaches.append(f"answered and lost: {prompt!r} {digest[:12]}, asked at {began_s:.2f}")
+                    self.breaches.append(f"answered and lost: {prompt!r} {digest[:12]}; {asked.story(self.began_s)}")
 
     def check_paid(self, billed: Counter[str]) -> None:
         """Compare what was billed, by the SHA-256 of its prompt, with the bound; `terms` must be complete."""

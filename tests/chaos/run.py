@@ -24,7 +24,15 @@ from typing import Annotated, Any
 import httpx
 import typer
 
-from cacheserver.client import AsyncClient, CacheError, CachePolicy, DeadlineError, ImageSpec, NotCachedError, TryAgainError
+from cacheserver.client import (
+    AsyncClient,
+    CacheError,
+    CachePolicy,
+    DeadlineError,
+    ImageSpec,
+    NotCachedError,
+    TryAgainError,
+)
 from cacheserver.model import AttemptOutcome
 from scripts.bench.figures import print_table, print_verdict, write_json
 from scripts.bench.journal import Result
@@ -128,8 +136,9 @@ class Callers:
         span = self._model.asked(prompt, "default", now_s)
         self._model.prompts[prompt].put.add(sha256(data))
 
-        async def put(client: AsyncClient, replica: int) -> None:  # noqa: ARG001 - as all of them
+        async def put(client: AsyncClient, replica: int) -> None:
             await client.put(data, spec(prompt), timeout_s=_TRY_S)
+            self._model.prompts[prompt].by[sha256(data)] = replica
 
         failed = await self._at_any(put)
         span.to_s = time.monotonic()
@@ -141,7 +150,7 @@ class Callers:
 
     async def _purge(self, prompts: list[str], namespace: str, **what: Any) -> None:
         replica = self._chance.randrange(REPLICAS)
-        purges = self._model.purging(prompts, time.monotonic())
+        purges = self._model.purging(prompts, replica, time.monotonic())
         try:
             await self._stand.replicas[replica].client.purge(namespace=namespace, timeout_s=_TRY_S, **what)
         except CacheError as error:
@@ -180,7 +189,7 @@ async def chaos(*, seconds: float, seed: int, directory: Path) -> Result:
         await callers.fill()
         watching = [asyncio.create_task(_count(stand)), asyncio.create_task(_watch_lag(stand))]
         asking = [asyncio.create_task(callers.go_on()) for _ in range(_CALLERS)]
-        began_s = time.monotonic()
+        stand.model.began_s = began_s = time.monotonic()
         async with asyncio.TaskGroup() as faults:
             for fault in schedule(seed, seconds):
                 await asyncio.sleep(max(0.0, began_s + fault.at_s - time.monotonic()))
@@ -238,7 +247,9 @@ async def _read_all(stand: Stand) -> None:
             except NotCachedError:
                 stand.model.absent(prompt, replica, began_s)
             except CacheError as error:
-                stand.model.breaches.append(f"not to be read in the end: {prompt!r}, {type(error).__name__} {error.reason}")
+                stand.model.breaches.append(
+                    f"not to be read in the end: {prompt!r}, {type(error).__name__} {error.reason}"
+                )
             else:
                 stand.model.answered(prompt, replica, sha256(picture.data), began_s, time.monotonic())
 

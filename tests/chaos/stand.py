@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -88,7 +89,7 @@ class Stand:
     async def strike(self, fault: Fault) -> None:
         """Let it happen, and end."""
         async with self.subjects[fault.subject]:
-            print(fault, file=sys.stderr, flush=True)
+            print(f"{datetime.now(UTC):%H:%M:%S.%f}  {fault}", file=sys.stderr, flush=True)
             now_s = time.monotonic()
             span = Span(now_s)
             model, kind = self.model, fault.kind
@@ -302,6 +303,6 @@ async def standing(directory: Path, seed: int) -> AsyncIterator[Stand]:
             s3_proxy,
             provider,
             provider_proxy,
-            Model(),
+            Model(time.monotonic()),
             random.Random(seed),
         )
