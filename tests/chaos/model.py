@@ -70,7 +70,10 @@ class Purge:
 
 @dataclass(slots=True)
 class Asked:
-    """What happened to one prompt. `given` says when the call began that a picture was first the answer to, `by` who answered."""
+    """What happened to one prompt.
+
+    `given` says when the call began that a picture was first the answer to, `by` which replica answered.
+    """
 
     namespace: str
     given: dict[str, float] = field(default_factory=dict)

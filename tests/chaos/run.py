@@ -73,7 +73,7 @@ class Callers:
     def __init__(self, stand: Stand, seed: int) -> None:
         self._stand = stand
         self._model = stand.model
-        self._chance = random.Random(seed + 1)
+        self._chance = random.Random(seed + 1)  # noqa: S311 - chooses what is asked for
         self._numbers = count()
         self._weights = list(accumulate(1 / rank**_ZIPF for rank in range(1, _POPULAR + 1)))
         self._pictures = Pictures(min_bytes=20_000)
@@ -294,8 +294,8 @@ def main(
     json: Annotated[Path | None, typer.Option(help="File for the figures.")] = None,
 ) -> None:
     """Chaos for so long; ends with 1 where anything is breached."""
-    seed = random.randrange(1_000_000) if seed is None else seed
-    print(f"seed {seed}", file=sys.stderr, flush=True)
+    seed = random.randrange(1_000_000) if seed is None else seed  # noqa: S311 - no secret
+    print(f"seed {seed}", file=sys.stderr, flush=True)  # noqa: T201 - a command's output
     if keep is not None:
         keep.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
