@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 CONNECTED_S = 1.0
@@ -209,8 +209,8 @@ class Model:
         self.counts["wrong bytes"] = wrong.total()
         self.breaches += [f"{count} answers with wrong bytes: {prompt!r}" for prompt, count in wrong.items()]
 
-    def check_stored(self, stored: set[str]) -> None:
-        """Compare what was answered with what S3 has."""
+    def check_stored(self, stored: Mapping[str, str]) -> None:
+        """Compare what was answered with what S3 has, which is told by the names of its objects."""
         for prompt, asked in self.prompts.items():
             purged_s = max((purge.span.to_s for purge in asked.purges), default=0.0)
             for digest, began_s in asked.given.items():
@@ -222,7 +222,10 @@ class Model:
                     self.counts["answered and corrupted by us"] += 1
                 else:
                     self.counts["answered and lost"] += 1
-                    self.breaches.append(f"answered and lost: {prompt!r} {digest[:12]}; {asked.story(self.began_s)}")
+                    others = {other[:12]: stored[other] for other in asked.given if other in stored}
+                    self.breaches.append(
+                        f"answered and lost: {prompt!r} {digest[:12]}; {asked.story(self.began_s)}; in S3: {others}"
+                    )
 
     def check_paid(self, billed: Counter[str]) -> None:
         """Compare what was billed, by the SHA-256 of its prompt, with the bound; `terms` must be complete."""

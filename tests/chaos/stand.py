@@ -215,19 +215,13 @@ class Stand:
         pages = self.s3.client.get_paginator("list_objects_v2").paginate(Bucket=self.s3.bucket, Prefix="v1/")
         return [each["Key"] for page in pages for each in page.get("Contents", [])]
 
-    async def stored(self) -> set[str]:
-        """The SHA-256 of all that S3 has."""
+    async def stored(self) -> dict[str, str]:
+        """All that S3 has: the names of its objects by the SHA-256 of what they hold."""
 
         def read(name: str) -> str:
-            try:
-                return sha256(self.s3.client.get_object(Bucket=self.s3.bucket, Key=name)["Body"].read())
-            except ClientError:
-                return ""
+            return sha256(self.s3.client.get_object(Bucket=self.s3.bucket, Key=name)["Body"].read())
 
-        def read_all() -> set[str]:
-            return {read(name) for name in self._objects()}
-
-        return await asyncio.to_thread(read_all)
+        return await asyncio.to_thread(lambda: {read(name): name for name in self._objects()})
 
 
 def _bulk(reply: bytes) -> str:
