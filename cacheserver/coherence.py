@@ -144,8 +144,9 @@ class Coherence:
 
     async def newest(self) -> int:
         """The newest epoch of all replicas: what is made from now on carries it, and no purge until now takes it."""
-        if not self._is_redis_away:
-            await self._look_into_redis()
+        is_known = not self._is_redis_away and await self._look_into_redis()
+        if not is_known and self._shared is not None:
+            await self._look_into_files()  # what Redis did not hear of is there: it must not take what is made after it
         return self.epochs.newest
 
     async def next(self) -> int:

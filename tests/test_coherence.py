@@ -377,6 +377,17 @@ class TestBeingCutOff:
         await other.coherence.look()
         assert not await has(other, served.entry.key.name)
 
+    async def test_what_is_made_after_a_purge_that_redis_did_not_hear_stays(self, service: Service) -> None:
+        one, other = await service.begin(), await service.begin()
+        one.wire.has_redis = other.wire.has_redis = False
+        with pytest.raises(TierUnreachableError):
+            await one.house.cache.purge(one.house.namespace, dry_run=False)
+        made = await other.house.get()
+        await other.house.settle()
+        service.clock.advance(5)
+        await other.coherence.look()
+        assert await has(other, made.entry.key.name)
+
     async def test_it_is_given_to_redis_though_others_have_purged_since(self, service: Service) -> None:
         one, other = await service.begin(), await service.begin()
         served = await one.house.get()
