@@ -37,7 +37,7 @@ from cacheserver.model import AttemptOutcome
 from scripts.bench.figures import print_table, print_verdict, write_json
 from scripts.bench.journal import Result
 from scripts.bench.provider_pictures import Look, Pictures
-from tests.chaos.model import Span, sha256
+from tests.chaos.model import CHECK_S, Span, sha256
 from tests.chaos.schedule import REPLICAS, schedule
 from tests.chaos.stand import FLOCK, Stand, standing
 
@@ -52,6 +52,8 @@ _TRY_S = 8.0
 _CALL_S = 60.0
 """Longer than all faults last that strike together."""
 
+_READ_PURGED_S = CHECK_S + 3.0
+_READ_S = 0.25
 _AGAIN_S = 0.1
 _PAUSE_S = 0.1
 _HOME_S = 90.0
@@ -70,9 +72,10 @@ def spec(prompt: str) -> ImageSpec:
 class Callers:
     """What callers do, and what they are told, as the model hears it."""
 
-    def __init__(self, stand: Stand, seed: int) -> None:
+    def __init__(self, stand: Stand, seed: int, reading: asyncio.TaskGroup) -> None:
         self._stand = stand
         self._model = stand.model
+        self._reading = reading
         self._chance = random.Random(seed + 1)  # noqa: S311 - chooses what is asked for
         self._numbers = count()
         self._weights = list(accumulate(1 / rank**_ZIPF for rank in range(1, _POPULAR + 1)))
@@ -95,11 +98,11 @@ class Callers:
         elif dice < 0.85:
             prompt = f"new {next(self._numbers)}"
             await asyncio.gather(*(self.ask(prompt, "default") for _ in range(_HERD)))
-        elif dice < 0.92:
+        elif dice < 0.91:
             await self.ask(f"flock {popular % _FLOCK}", FLOCK)
-        elif dice < 0.96:
+        elif dice < 0.95:
             await self._put(f"put {next(self._numbers)}")
-        elif dice < 0.995:
+        elif dice < 0.997:
             prompt = f"popular {popular}"
             await self._purge([prompt], "default", prompt=spec(prompt))
         else:
@@ -159,9 +162,28 @@ class Callers:
             self._model.counts["purges answered"] += 1
             for purge in purges:
                 purge.is_answered = True
+            if len(prompts) == 1:
+                self._reading.create_task(self._read_purged(prompts[0], namespace))
         for purge in purges:
             # One that failed may take what it took a good while later.
             purge.span.to_s = time.monotonic()
+
+    async def _read_purged(self, prompt: str, namespace: str) -> None:
+        """Read what was purged at every replica, for longer than any may still serve it."""
+        until_s = time.monotonic() + _READ_PURGED_S
+        while time.monotonic() < until_s:
+            for number, replica in enumerate(self._stand.replicas):
+                began_s = time.monotonic()
+                try:
+                    picture = await replica.client.get_image(
+                        spec(prompt), namespace=namespace, cache_policy=CachePolicy.ONLY_IF_CACHED, timeout_s=1.0
+                    )
+                except CacheError:
+                    self._model.counts["reads of what was purged: nothing"] += 1
+                else:
+                    self._model.answered(prompt, number, sha256(picture.data), began_s, time.monotonic())
+                    self._model.counts["reads of what was purged: a picture, old or new"] += 1
+            await asyncio.sleep(_READ_S)
 
     async def _at_any(self, call: Callable[[AsyncClient, int], Awaitable[None]]) -> str:
         """Make this call at one replica after another; what the last one said if none answers, else nothing."""
@@ -185,18 +207,19 @@ class Callers:
 async def chaos(*, seconds: float, seed: int, directory: Path) -> Result:
     """Break everything for so long, let it end, and look at what is left."""
     async with standing(directory, seed) as stand:
-        callers = Callers(stand, seed)
-        await callers.fill()
         watching = [asyncio.create_task(_count(stand)), asyncio.create_task(_watch_lag(stand))]
-        asking = [asyncio.create_task(callers.go_on()) for _ in range(_CALLERS)]
-        stand.model.began_s = began_s = time.monotonic()
-        async with asyncio.TaskGroup() as faults:
-            for fault in schedule(seed, seconds):
-                await asyncio.sleep(max(0.0, began_s + fault.at_s - time.monotonic()))
-                faults.create_task(stand.strike(fault))
-        await asyncio.sleep(max(0.0, began_s + seconds - time.monotonic()))
-        callers.is_over = True
-        await asyncio.gather(*asking)
+        async with asyncio.TaskGroup() as calls:
+            callers = Callers(stand, seed, calls)
+            await callers.fill()
+            for _ in range(_CALLERS):
+                calls.create_task(callers.go_on())
+            stand.model.began_s = began_s = time.monotonic()
+            async with asyncio.TaskGroup() as faults:
+                for fault in schedule(seed, seconds):
+                    await asyncio.sleep(max(0.0, began_s + fault.at_s - time.monotonic()))
+                    faults.create_task(stand.strike(fault))
+            await asyncio.sleep(max(0.0, began_s + seconds - time.monotonic()))
+            callers.is_over = True
         await _settle(stand)
         for task in watching:
             task.cancel()
