@@ -236,6 +236,7 @@ class Model:
             self.breaches.append(f"paid {paid} times for {prompts} prompts, and {self.terms.total()} more are allowed")
         for prompt, asked in self.prompts.items():
             again = billed[sha256(prompt.encode())] - 1
+            self.counts["paid for again, not for a purge"] += max(0, again - asked.excuses["purges"])
             struck = [
                 name
                 for name, fault in self.faults
