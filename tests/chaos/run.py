@@ -261,7 +261,8 @@ async def _read_all(stand: Stand) -> None:
     places = asyncio.Semaphore(16)
 
     async def read(prompt: str, namespace: str, replica: int) -> None:
-        async with places:
+        until_s = time.monotonic() + _CALL_S
+        while True:
             began_s = time.monotonic()
             try:
                 picture = await stand.replicas[replica].client.get_image(
@@ -270,14 +271,22 @@ async def _read_all(stand: Stand) -> None:
             except NotCachedError:
                 stand.model.absent(prompt, replica, began_s)
             except CacheError as error:
-                stand.model.breaches.append(
-                    f"not to be read in the end: {prompt!r}, {type(error).__name__} {error.reason}"
-                )
+                # One that was just started is not connected to at once.
+                if isinstance(error, TryAgainError) and time.monotonic() < until_s:
+                    await asyncio.sleep(_AGAIN_S)
+                    continue
+                what = f"{type(error).__name__} {error.reason}"
+                stand.model.breaches.append(f"not to be read in the end at replica {replica}: {prompt!r}, {what}")
             else:
                 stand.model.answered(prompt, replica, sha256(picture.data), began_s, time.monotonic())
+            return
+
+    async def read_in_turn(prompt: str, namespace: str, replica: int) -> None:
+        async with places:
+            await read(prompt, namespace, replica)
 
     prompts = [(prompt, asked.namespace) for prompt, asked in stand.model.prompts.items() if asked.given]
-    await asyncio.gather(*(read(*each, replica) for each in prompts for replica in range(REPLICAS)))
+    await asyncio.gather(*(read_in_turn(*each, replica) for each in prompts for replica in range(REPLICAS)))
 
 
 async def _result(stand: Stand) -> Result:
