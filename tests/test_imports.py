@@ -239,8 +239,8 @@ async def test_no_more_is_taken_than_outcomes_are_read(house: House, stub: Any) 
 
     call = stub.ImportImages(endless())
     await until(lambda: len(house.s3.gets) == _WINDOW)
-    # What lies in the transport's own buffers is bounded by it: some 60 kB each way and message.
-    assert sent < _WINDOW + 50
+    # What lies in the transport's own buffers is bounded by it, and by the kernel's, which take 6 MB each way at most.
+    assert sent < _WINDOW + 200
     house.s3.gate.set()
     for _ in range(3):
         assert (await call.read()).created

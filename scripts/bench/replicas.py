@@ -112,12 +112,16 @@ class Stand:
         return False
 
     async def outcomes(self) -> Counter[AttemptOutcome | None]:
-        """The calls in all replicas' ledgers, by how far they came."""
-        rows: Counter[AttemptOutcome | None] = Counter()
-        for replica in self.replicas:
-            async with AsyncClient(replica.address) as client:
-                rows.update([row.outcome async for row in client.admin.list_ledger()])
-        return rows
+        """The calls in all replicas' ledgers, by how far they came, once those that the provider ended are written."""
+        until_s = time.monotonic() + _LAST_CALLS_S
+        while True:
+            rows: Counter[AttemptOutcome | None] = Counter()
+            for replica in self.replicas:
+                async with AsyncClient(replica.address) as client:
+                    rows.update([row.outcome async for row in client.admin.list_ledger()])
+            if not rows[AttemptOutcome.SENT] or time.monotonic() > until_s:
+                return rows
+            await asyncio.sleep(_POLL_S)
 
 
 @asynccontextmanager
