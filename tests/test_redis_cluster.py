@@ -19,6 +19,7 @@ from cacheserver.clock import SystemClock
 from cacheserver.control.leases import RedisLeases
 from cacheserver.control.redis import UNREACHABLE
 from cacheserver.errors import TierError
+from cacheserver.model import Priority
 from cacheserver.tiers.redis import RedisTier, connect, disconnect
 from tests.fakes import FakeClock
 from tests.servers import Cluster
@@ -145,7 +146,10 @@ async def test_leases_of_a_burst_are_all_taken_and_given_back(cluster: Cluster) 
     books = CounterBooks(clock=clock, registry=registry)
     async with client_of(cluster) as client:
         leases = RedisLeases(client=client, prefix="burst:", replica_id="0" * 16, clock=clock, books=books)
-        taken = await asyncio.gather(*(leases.take(f"v1.default.{n}", looked_s_ago=0.0) for n in range(MANY)))
+        taking = (
+            leases.take(f"v1.default.{n}", looked_s_ago=0.0, priority=lambda: Priority.INTERACTIVE) for n in range(MANY)
+        )
+        taken = await asyncio.gather(*taking)
         assert all(lease.is_shared for lease in taken)
         for lease in taken:
             leases.let_go(lease, after=nothing)

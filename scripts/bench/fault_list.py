@@ -210,7 +210,7 @@ FAULTS = (
         "who was succeeded goes on as the holder",
         "lease",
         _LEASES,
-        "if lease[1] and (lease[1] ~= ARGV[1] or lease[2] ~= ARGV[2]) then return 0 end",
+        "if lease[1] and (lease[1] ~= ARGV[1] or lease[2] ~= ARGV[2]) then return {0, 0} end",
         "",
     ),
     Fault(
