@@ -25,7 +25,7 @@ from cacheserver.machine import Machine, Room
 from cacheserver.model import CachePolicy
 from cacheserver.precheck import DenyList
 from cacheserver.settings import load_settings
-from cacheserver.tiers.redis import connect, disconnect
+from cacheserver.tiers.redis_client import connect, disconnect
 from tests.house import House
 from tests.provider import OpenAIStandIn
 from tests.running import ask, calling, environment, running

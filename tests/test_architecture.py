@@ -80,7 +80,7 @@ LIBRARIES: dict[str, set[str]] = {
     "grpc_health": {"rpc"},
     "grpc_reflection": {"rpc"},
     "google": {"rpc", "client", "pb"},
-    "redis": {"tiers/redis.py", "control"},
+    "redis": {"tiers/redis.py", "tiers/redis_client.py", "control"},
     "boto3": {"tiers/s3_client.py"},
     "botocore": {"tiers/s3.py", "tiers/s3_client.py", "tiers/s3_requests.py", "tiers/objects.py"},
     "orjson": {"log"},

@@ -24,7 +24,7 @@ from cacheserver.control.replicas import Replicas
 from cacheserver.errors import CannotAffordError, LedgerUnavailableError, UnknownUpstreamError
 from cacheserver.interfaces import Books, Budgets
 from cacheserver.model import Budget, BudgetPeriod, BudgetScope
-from cacheserver.tiers.redis import Client, connect, disconnect
+from cacheserver.tiers.redis_client import Client, connect, disconnect
 from tests.fakes import FakeClock
 from tests.servers import TcpProxy, ValkeyServer
 from tests.waiting import until

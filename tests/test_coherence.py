@@ -21,7 +21,8 @@ from cacheserver.errors import KeyGoneError, TierError, TierUnreachableError
 from cacheserver.identity import VERSIONS
 from cacheserver.model import CachePolicy, Found, Namespace, Terms, TierName
 from cacheserver.tiers.disk import DiskTier
-from cacheserver.tiers.redis import Client, RedisTier, connect, disconnect
+from cacheserver.tiers.redis import RedisTier
+from cacheserver.tiers.redis_client import Client, connect, disconnect
 from cacheserver.tiers.s3 import S3Tier
 from tests.fakes import FakeClock
 from tests.house import EVERYTHING, FaultyTier, House

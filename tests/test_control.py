@@ -11,7 +11,7 @@ from redis.exceptions import RedisClusterException
 from cacheserver.control.redis import refuse_eviction_of_control_state
 from cacheserver.control.replays import LocalReplays, RedisReplays
 from cacheserver.model import Replay
-from cacheserver.tiers.redis import Client
+from cacheserver.tiers.redis_client import Client
 from tests.fakes import FakeClock
 
 GIVEN = Replay("v1.default.identity", (0, 3))

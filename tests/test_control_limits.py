@@ -12,7 +12,7 @@ import pytest
 from cacheserver.control.limits import RedisLimits
 from cacheserver.generation.limits import Group, GroupState, LocalLimits
 from cacheserver.model import Amounts, CallReport, GroupLimits, RateLimit, RateLimits, Slot
-from cacheserver.tiers.redis import Client, connect, disconnect
+from cacheserver.tiers.redis_client import Client, connect, disconnect
 from tests.fakes import FakeClock
 from tests.servers import TcpProxy, ValkeyServer
 from tests.waiting import until

@@ -46,7 +46,8 @@ from cacheserver.model import (
 from cacheserver.paying import UnknownPolicy
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.renditions.renderer import ThreadRenderer
-from cacheserver.tiers.redis import RedisTier, connect
+from cacheserver.tiers.redis import RedisTier
+from cacheserver.tiers.redis_client import connect
 from cacheserver.tiers.s3 import S3Tier
 from tests.fakes import FakeClock
 from tests.house import EVERYTHING, FaultyTier, House

@@ -42,7 +42,8 @@ from cacheserver.model import (
     Terms,
     TierName,
 )
-from cacheserver.tiers.redis import RedisTier, connect, disconnect
+from cacheserver.tiers.redis import RedisTier
+from cacheserver.tiers.redis_client import connect, disconnect
 from cacheserver.tiers.s3 import S3Tier
 from tests.fakes import FakeClock
 from tests.house import EVERYTHING, FaultyTier, House

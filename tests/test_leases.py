@@ -19,7 +19,7 @@ from cacheserver.control.leases import RedisLeases
 from cacheserver.errors import NotCachedError, UpstreamDownError
 from cacheserver.interfaces import Clock, Lease
 from cacheserver.model import CachePolicy, Priority, Served, TierName
-from cacheserver.tiers.redis import Client, connect, disconnect
+from cacheserver.tiers.redis_client import Client, connect, disconnect
 from tests.fakes import FakeClock
 from tests.house import House, open_tier
 from tests.servers import ValkeyServer

@@ -21,7 +21,8 @@ from cacheserver.control.tombstones import RedisTombstones
 from cacheserver.epochs import Epochs
 from cacheserver.interfaces import Clock
 from cacheserver.model import CachedImage, CacheKey, CachePolicy, Served, TierName
-from cacheserver.tiers.redis import Client, RedisTier, connect, disconnect
+from cacheserver.tiers.redis import RedisTier
+from cacheserver.tiers.redis_client import Client, connect, disconnect
 from cacheserver.tiers.s3 import S3Tier
 from tests.fakes import FakeClock
 from tests.house import FaultyTier, House

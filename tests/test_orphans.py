@@ -27,7 +27,8 @@ from cacheserver.model import CachedImage, CacheKey, CachePolicy, Served, TierNa
 from cacheserver.orphans import Orphans
 from cacheserver.paying import UnknownPolicy
 from cacheserver.tasks import end
-from cacheserver.tiers.redis import Client, RedisTier, connect, disconnect
+from cacheserver.tiers.redis import RedisTier
+from cacheserver.tiers.redis_client import Client, connect, disconnect
 from cacheserver.tiers.s3 import S3Tier
 from cacheserver.undrained import Mark, Undrained
 from tests.fakes import FakeClock

@@ -23,7 +23,7 @@ from cacheserver.interfaces import Prompts
 from cacheserver.model import ImageRequest, Namespace, PromptKind, RecordedPrompt
 from cacheserver.pb import admin_pb2 as admin_pb
 from cacheserver.pb import promptcache_pb2 as pb
-from cacheserver.tiers.redis import connect, disconnect
+from cacheserver.tiers.redis_client import connect, disconnect
 from tests.admin_front import Sources, admin_service
 from tests.admin_front import calling as calling_admin
 from tests.admin_front import serving as serving_admin

@@ -20,7 +20,8 @@ from cacheserver.control.leases import RedisLeases
 from cacheserver.control.redis import UNREACHABLE
 from cacheserver.errors import TierError
 from cacheserver.model import Priority
-from cacheserver.tiers.redis import RedisTier, connect, disconnect
+from cacheserver.tiers.redis import RedisTier
+from cacheserver.tiers.redis_client import connect, disconnect
 from tests.fakes import FakeClock
 from tests.servers import Cluster
 from tests.tier_contract import make_entry, make_key

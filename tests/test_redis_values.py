@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from cacheserver.tiers.redis import Client, connect, disconnect
+from cacheserver.tiers.redis_client import Client, connect, disconnect
 from cacheserver.tiers.redis_values import ValueInlet
 from tests.servers import TcpProxy, ValkeyServer
 

@@ -40,7 +40,8 @@ from cacheserver.renditions.renderer import ThreadRenderer
 from cacheserver.renditions.renditions import MOST_KEPT, Rendered, Renditions, key_of
 from cacheserver.tiers.disk import DiskTier
 from cacheserver.tiers.memory import MemoryCache
-from cacheserver.tiers.redis import RedisTier, connect
+from cacheserver.tiers.redis import RedisTier
+from cacheserver.tiers.redis_client import connect
 from cacheserver.tiers.s3 import S3Tier
 from tests.fakes import FakeClock
 from tests.house import EVERYTHING, House, alone_with

@@ -14,7 +14,7 @@ import pytest
 from cacheserver.control.replicas import Replicas
 from cacheserver.control.scripts import run_script
 from cacheserver.errors import ConfigError
-from cacheserver.tiers.redis import Client, connect, disconnect
+from cacheserver.tiers.redis_client import Client, connect, disconnect
 from tests.fakes import FakeClock
 from tests.servers import ValkeyServer
 from tests.waiting import until

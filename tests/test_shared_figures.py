@@ -24,7 +24,7 @@ from cacheserver.errors import AccountsUnavailableError, InvalidRequestError
 from cacheserver.figures import DAY_S, HOUR_S, MINUTE_S, Bucket, Figures, Row, cell_name, total_of
 from cacheserver.interfaces import FigureStore
 from cacheserver.model import Attempt, AttemptOutcome, Outcome, StatsField, StatsSpan, TierName
-from cacheserver.tiers.redis import Client, connect, disconnect
+from cacheserver.tiers.redis_client import Client, connect, disconnect
 from tests.fakes import FakeClock
 from tests.servers import Cluster, TcpProxy, ValkeyServer
 from tests.test_figures import HIT

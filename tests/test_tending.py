@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import pytest
 
 from cacheserver.model import CachePolicy, Namespace, Served, TierName
-from cacheserver.tiers.redis import Client, RedisTier, connect, disconnect
+from cacheserver.tiers.redis import RedisTier
+from cacheserver.tiers.redis_client import Client, connect, disconnect
 from cacheserver.tiers.s3 import S3Tier
 from tests.delivery_front import open_delivery
 from tests.fakes import FakeClock

@@ -32,7 +32,8 @@ from cacheserver.errors import CorruptEntryError, NewerEntryError, TierError, Ti
 from cacheserver.model import CacheKey, TierName
 from cacheserver.tiers import codec
 from cacheserver.tiers.guard import GuardedTier
-from cacheserver.tiers.redis import Client, RedisTier, connect, disconnect
+from cacheserver.tiers.redis import RedisTier
+from cacheserver.tiers.redis_client import Client, connect, disconnect
 from tests.fakes import FakeClock
 from tests.servers import Cluster, ClusterServer, SentinelServer, SentinelSet, TcpProxy, ValkeyServer
 from tests.tier_contract import (

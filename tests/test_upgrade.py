@@ -21,7 +21,7 @@ from cacheserver.model import AnswerFrom, CachePolicy, MatchLevel, Served, Terms
 from cacheserver.renditions.renderer import ThreadRenderer
 from cacheserver.settings import load_settings
 from cacheserver.tiers import codec
-from cacheserver.tiers.redis import connect, disconnect
+from cacheserver.tiers.redis_client import connect, disconnect
 from tests.emulated import ServiceProcess, in_its_own_process
 from tests.fakes import FakeClock
 from tests.house import EVERYTHING, House, open_tier

@@ -40,7 +40,7 @@ from cacheserver.reviews import Reviews
 from cacheserver.settings import Settings
 from cacheserver.tiers.hedge import Hedge
 from cacheserver.tiers.memory import MemoryCache
-from cacheserver.tiers.redis import Client
+from cacheserver.tiers.redis_client import Client
 
 _FOR_NOTHING_MICROUSD = 1
 """What a picture counts as that is made again for nothing: among these it still decides what is asked for most."""

@@ -36,7 +36,7 @@ from cacheserver.generation.scoring import HttpScorer, Scorer, TechnicalScorer
 from cacheserver.generation.worth import Worth
 from cacheserver.interfaces import Books, Budgets, Clock, Ledger, Limits, Upstream
 from cacheserver.settings import Settings, UpstreamSettings
-from cacheserver.tiers.redis import Client
+from cacheserver.tiers.redis_client import Client
 
 _SCORER_TIMEOUT_S = 10.0
 _LEASE_BEYOND_TIMEOUT_S = 60.0

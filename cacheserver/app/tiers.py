@@ -23,7 +23,8 @@ from cacheserver.settings import Settings
 from cacheserver.tiers.disk import DiskTier
 from cacheserver.tiers.guard import Breaker, Deadlines, GuardedObjectTier, GuardedTier
 from cacheserver.tiers.objects import Objects
-from cacheserver.tiers.redis import Client, RedisTier, connect, disconnect
+from cacheserver.tiers.redis import RedisTier
+from cacheserver.tiers.redis_client import Client, connect, disconnect
 from cacheserver.tiers.s3 import S3Tier
 from cacheserver.undrained import Undrained
 

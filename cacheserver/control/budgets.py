@@ -22,7 +22,7 @@ from cacheserver.errors import CannotAffordError, LedgerUnavailableError, Unknow
 from cacheserver.interfaces import Books, Clock
 from cacheserver.model import Budget, BudgetPeriod, BudgetState
 from cacheserver.tasks import OwnedTasks, every
-from cacheserver.tiers.redis import Client
+from cacheserver.tiers.redis_client import Client
 
 _log = structlog.get_logger(__name__)
 

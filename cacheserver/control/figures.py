@@ -19,7 +19,7 @@ from cacheserver.control.redis import UNREACHABLE
 from cacheserver.control.scripts import answer_within, run_script
 from cacheserver.errors import AccountsUnavailableError
 from cacheserver.figures import HOUR_S, MINUTE_S, Bucket, cell_prefix
-from cacheserver.tiers.redis import Client
+from cacheserver.tiers.redis_client import Client
 
 _CELLS_AT_ONCE = 500
 """Fields that one script writes: what a script may unpack, and Redis serves nobody else meanwhile."""

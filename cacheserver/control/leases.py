@@ -29,7 +29,7 @@ from cacheserver.control.scripts import answer_within, run_script
 from cacheserver.interfaces import Books, Clock, Lease
 from cacheserver.model import Priority
 from cacheserver.tasks import OwnedTasks, end, every
-from cacheserver.tiers.redis import Client, literally, subscribed
+from cacheserver.tiers.redis_client import Client, literally, subscribed
 
 _log = structlog.get_logger(__name__)
 

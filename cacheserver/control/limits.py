@@ -14,7 +14,7 @@ from cacheserver.control.redis import UNREACHABLE
 from cacheserver.control.scripts import run_script
 from cacheserver.interfaces import Limits
 from cacheserver.model import Amounts, CallReport, GroupLimits, RateLimit, Slot
-from cacheserver.tiers.redis import Client
+from cacheserver.tiers.redis_client import Client
 
 _log = structlog.get_logger(__name__)
 

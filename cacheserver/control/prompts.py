@@ -23,7 +23,7 @@ from cacheserver.errors import AccountsUnavailableError
 from cacheserver.interfaces import Clock
 from cacheserver.model import CacheKey, Identity, ImageRequest, PromptKind, RecordedPrompt
 from cacheserver.tasks import end, every
-from cacheserver.tiers.redis import Client
+from cacheserver.tiers.redis_client import Client
 
 _log = structlog.get_logger(__name__)
 

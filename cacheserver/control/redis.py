@@ -8,7 +8,7 @@ from typing import Any
 from redis.exceptions import RedisClusterException, RedisError
 
 from cacheserver.errors import ConfigError
-from cacheserver.tiers.redis import Client
+from cacheserver.tiers.redis_client import Client
 
 UNREACHABLE = (RedisError, RedisClusterException, OSError, TimeoutError)
 """What talking to Redis may raise; a Cluster's own exception is no RedisError."""

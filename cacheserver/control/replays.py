@@ -11,7 +11,7 @@ from cachetools import TTLCache
 from cacheserver.control.redis import UNREACHABLE
 from cacheserver.control.scripts import run_script
 from cacheserver.model import Replay
-from cacheserver.tiers.redis import Client
+from cacheserver.tiers.redis_client import Client
 
 _log = structlog.get_logger(__name__)
 

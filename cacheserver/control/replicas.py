@@ -15,7 +15,7 @@ from cacheserver.control.scripts import run_script
 from cacheserver.errors import ConfigError
 from cacheserver.interfaces import Clock
 from cacheserver.tasks import OwnedTasks, every
-from cacheserver.tiers.redis import Client
+from cacheserver.tiers.redis_client import Client
 
 _log = structlog.get_logger(__name__)
 

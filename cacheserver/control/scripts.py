@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from redis.exceptions import NoScriptError
 
-from cacheserver.tiers.redis import Client
+from cacheserver.tiers.redis_client import Client
 
 _T = TypeVar("_T")
 

@@ -19,7 +19,7 @@ from cacheserver.control.redis import UNREACHABLE
 from cacheserver.control.scripts import run_script
 from cacheserver.epochs import Arrivals, Tombstone
 from cacheserver.errors import TierError
-from cacheserver.tiers.redis import Client
+from cacheserver.tiers.redis_client import Client
 
 _log = structlog.get_logger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 from cacheserver.control.redis import UNREACHABLE
 from cacheserver.control.scripts import answer_within, run_script
 from cacheserver.errors import TierError
-from cacheserver.tiers.redis import Client
+from cacheserver.tiers.redis_client import Client
 
 _CALLS_AT_ONCE = 16
 """Of ours to Redis: one beyond the client's connections would look like a Redis that is gone."""

@@ -29,7 +29,8 @@ import typer
 from cacheserver.clock import SystemClock
 from cacheserver.model import CachedImage, CacheKey, GeneratedImage
 from cacheserver.pb import promptcache_pb2 as pb
-from cacheserver.tiers.redis import RedisTier, connect, disconnect
+from cacheserver.tiers.redis import RedisTier
+from cacheserver.tiers.redis_client import connect, disconnect
 from scripts.bench.figures import print_table, print_verdict, write_json
 from scripts.bench.journal import Result, beneath, spec
 from scripts.bench.load import Stub, callers

@@ -31,7 +31,7 @@ import typer
 
 from cacheserver.client import AsyncClient
 from cacheserver.pb import promptcache_pb2 as pb
-from cacheserver.tiers.redis import Client, connect, disconnect
+from cacheserver.tiers.redis_client import Client, connect, disconnect
 from scripts.bench.figures import print_table, print_verdict, write_json
 from scripts.bench.journal import Beneath, Result, beneath, spec
 from scripts.bench.load import Stub, callers

@@ -40,7 +40,7 @@ import typer
 from cacheserver.client import AsyncClient, CacheError, CachePolicy, ImageSpec, TryAgainError
 from cacheserver.model import AttemptOutcome, CacheKey
 from cacheserver.pb import promptcache_pb2 as pb
-from cacheserver.tiers.redis import Client, connect, disconnect
+from cacheserver.tiers.redis_client import Client, connect, disconnect
 from scripts.bench.figures import percentile, print_table, print_verdict, write_json
 from scripts.bench.journal import Beneath, Result, beneath, metric, spec
 from scripts.bench.load import callers
