@@ -34,6 +34,9 @@ KEY = {"OPENAI_API_KEY": "sk-very-secret"}
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
+_TESTED = {name: value for name, value in os.environ.items() if name == "PYTHONPATH"}
+"""Where the code under test is, if that is not the one that is installed."""
+
 _REFUSED_WITHIN_S = 30.0
 _STARTED_WITHIN_S = 30.0
 _ENDED_WITHIN_S = 30.0
@@ -91,7 +94,7 @@ async def serving(env: dict[str, str], *arguments: str) -> AsyncIterator[Process
         "serve",
         *arguments,
         # The fault handler: should native code crash, the log says where.
-        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", "PYTHONFAULTHANDLER": "1", **env},
+        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", "PYTHONFAULTHANDLER": "1", **_TESTED, **env},
         cwd="/",
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,

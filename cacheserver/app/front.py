@@ -47,8 +47,8 @@ class Front:
     routes: list[BaseRoute]
 
 
-async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack) -> Front:
-    """The two transports over one cache. Raises ConfigError."""
+async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack, is_shared: bool = False) -> Front:
+    """The two transports over one cache, on ports that other processes may share. Raises ConfigError."""
     settings, clock, books, lower = core.settings, core.clock, core.books, core.lower
     generation, server = settings.generation, settings.server
     prompts = _prompts(core, undo=undo)
@@ -120,6 +120,7 @@ async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack) -> Fr
         unix_socket=server.grpc_unix_socket,
         tls_cert_file=server.tls_cert_file,
         tls_key_file=server.tls_key_file,
+        is_shared=is_shared,
     )
     rpc = RpcServer(
         service,

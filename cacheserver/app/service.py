@@ -9,6 +9,7 @@ import asyncio
 import functools
 import gc
 import signal
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 import structlog
@@ -19,16 +20,18 @@ from cacheserver.app.alarms import build_alarms
 from cacheserver.app.core import build_core
 from cacheserver.app.front import build_front
 from cacheserver.app.patience import Patience
+from cacheserver.app.shared_ports import spread_connections
+from cacheserver.app.state import ProcessState, RemoteState, answer
 from cacheserver.app.tiers import describe_tiers, tier_states
 from cacheserver.app.watching import watch
 from cacheserver.clock import SystemClock
 from cacheserver.http.application import Application
-from cacheserver.http.operations import operations
+from cacheserver.http.operations import State, operations
 from cacheserver.http.server import HttpServer
 from cacheserver.interfaces import Clock
 from cacheserver.log import set_up_logging
 from cacheserver.rpc.server import RpcServer
-from cacheserver.settings import Settings, warnings
+from cacheserver.settings import Settings, WorkerPlace, warnings
 from cacheserver.tasks import end
 
 _log = structlog.get_logger(__name__)
@@ -68,8 +71,8 @@ class Service:
         self._patience.lose()
 
 
-async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
-    """Build everything and serve.
+async def start(settings: Settings, *, clock: Clock | None = None, place: WorkerPlace | None = None) -> Service:
+    """Build everything and serve; as one of several workers if it has a `place` among them.
 
     Raises:
         ConfigError: one line saying which setting keeps the service from starting.
@@ -79,12 +82,15 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
     async with AsyncExitStack() as undo:
         core = await build_core(settings, patience=patience, clock=clock, undo=undo)
         alarms = build_alarms(core, undo=undo)
-        front = await build_front(core, alarms=alarms, undo=undo)
+        front = await build_front(core, alarms=alarms, undo=undo, is_shared=place is not None)
         rpc = front.rpc
         ready = asyncio.Event()
         tiers = functools.partial(tier_states, core.lower.tiers)
-        routes = operations(registry=core.registry, is_ready=ready.is_set, tiers=tiers)
-        application = Application(front.routes, routes)
+        state: State = ProcessState(registry=core.registry, is_ready=ready.is_set, tiers=tiers)
+        if place is not None:
+            undo.push_async_callback(await answer(place.socket, state))
+            state = RemoteState(place.supervisor_socket)
+        application = Application(front.routes, operations(state))
         http = HttpServer(
             application,
             find_questions=application.questions,
@@ -93,12 +99,15 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
             port=settings.server.http_port,
             tls_cert_file=settings.server.http_tls_cert_file,
             tls_key_file=settings.server.http_tls_key_file,
+            is_shared=place is not None,
         )
         await http.start()
         undo.push_async_callback(http.stop)
         await rpc.start()
         undo.push_async_callback(lambda: rpc.drain(patience.for_calls_s()))
         undo.callback(ready.clear)
+        if place is not None:
+            await asyncio.to_thread(spread_connections, {http.port, rpc.port}, processes=place.count)
         loop_first.others_give_way()  # before the memory guard's is there: it does not
         watch(core, rpc=rpc, alarms=alarms, undo=undo)
         ready.set()
@@ -110,19 +119,45 @@ async def start(settings: Settings, *, clock: Clock | None = None) -> Service:
         tiers=describe_tiers(core.lower, settings, memory_bytes=core.memory.max_bytes, room=core.room),
         upstreams=", ".join(upstream.name for upstream in settings.upstreams),
     )
-    for line in warnings(settings):
-        _log.warning("setting_to_look_at", text=line)
+    if place is None:  # else the supervisor has said it once for all
+        warn_of(settings)
     return service
 
 
-def run(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT; a second signal ends at once. Raises ConfigError."""
+def warn_of(settings: Settings) -> None:
+    """Log what works and may not be meant."""
+    for line in warnings(settings):
+        _log.warning("setting_to_look_at", text=line)
+
+
+def run(
+    settings: Settings,
+    *,
+    place: WorkerPlace | None = None,
+    serving: Callable[[], None] = lambda: None,
+    outlived: Callable[[Callable[[], None]], None] = lambda _: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT; a second signal ends at once. Raises ConfigError.
+
+    Args:
+        settings: all of them.
+        place: that of a worker among several.
+        serving: called once it serves.
+        outlived: called in the event loop with what ends the service as SIGTERM does.
+    """
     allocator.set_up()
     set_up_logging(level=settings.log.level, form=settings.log.format)
-    uvloop.run(_serve(settings))  # a miss costs a third less than on asyncio's own loop
+    # A miss costs a third less than on asyncio's own loop.
+    uvloop.run(_serve(settings, place=place, serving=serving, outlived=outlived))
 
 
-async def _serve(settings: Settings) -> None:
+async def _serve(
+    settings: Settings,
+    *,
+    place: WorkerPlace | None,
+    serving: Callable[[], None],
+    outlived: Callable[[Callable[[], None]], None],
+) -> None:
     loop = asyncio.get_running_loop()
     loop.set_default_executor(loop_first.pool(None, "worker"))
     asked = asyncio.Event()
@@ -133,13 +168,15 @@ async def _serve(settings: Settings) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    starting = asyncio.create_task(start(settings), name="start")
+    outlived(asked.set)
+    starting = asyncio.create_task(start(settings, place=place), name="start")
     stop_asked = asyncio.create_task(asked.wait())
     await asyncio.wait({starting, stop_asked}, return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
         await end([starting])
         return
     service = starting.result()
+    serving()
     # What exists now stays: a full collection that walks it again stops the service for about 100 ms. One that walks
     # two thousand calls takes 500 ms, and frees some 20 kB for each that ended: libraries' cycles, never a picture.
     gc.freeze()

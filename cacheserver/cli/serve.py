@@ -24,12 +24,13 @@ processor time for each (grpcio 1.85, calls of 100 KB).
 """
 
 
-def serve(
+def serve(  # noqa: PLR0913 - options
     *,
     config: Config = None,
     grpc_port: Annotated[int | None, typer.Option(min=0, max=65_535, help="Port of gRPC; 0 is any free one.")] = None,
     http_port: Annotated[int | None, typer.Option(min=0, max=65_535, help="Port of HTTP; 0 is any free one.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Directory for all that is kept on this machine.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that serve the same ports.")] = None,
     local_s3: Annotated[
         bool, typer.Option("--local-s3", help="Run an S3 server of our own, to try the whole stack.")
     ] = False,
@@ -46,6 +47,7 @@ def serve(
             "CACHESERVER_GRPC_PORT": grpc_port,
             "CACHESERVER_HTTP_PORT": http_port,
             "CACHESERVER_DATA_DIR": data_dir,
+            "CACHESERVER_SERVER__WORKERS": workers,
         }
         given = {name: str(value) for name, value in flags.items() if value is not None}
         serving.serve(config, {**os.environ, **given}, local_s3=local_s3)

@@ -9,13 +9,21 @@ import typer
 
 from cacheserver import app
 from cacheserver.errors import ConfigError
-from cacheserver.settings import load_settings
+from cacheserver.settings import left_over, load_settings
 
 
 def serve(config: Path | None, env: Mapping[str, str], *, local_s3: bool) -> None:
     """Run the service; what keeps it from starting is printed in one line and ends the command."""
     try:
-        app.run(load_settings(config, env, local_s3=local_s3))
+        settings = load_settings(config, env, local_s3=local_s3)
+        left = left_over(settings)
+        if settings.server.workers == 1 and not left:
+            app.run(settings)
+            return
+        from cacheserver.app import supervisor  # noqa: PLC0415 - for those who have several processes
+
+        source = supervisor.Source(config, env, local_s3)
+        supervisor.run(settings, source=source, leftovers=left)
     except ConfigError as error:
         from cacheserver.cli.output import FAILED, Output  # noqa: PLC0415 - with it comes the client, for this one line
 

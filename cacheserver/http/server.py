@@ -38,10 +38,15 @@ class HttpServer:
         bounds: Bounds | None = None,
         find_questions: FindQuestions | None = None,
         downloads: DownloadMemory | None = None,
+        is_shared: bool = False,
     ) -> None:
-        """`find_questions` finds those whose answers the application may have ready; they count into `downloads`."""
+        """`find_questions` finds those whose answers the application may have ready; they count into `downloads`.
+
+        A port that `is_shared` may be listened on by other processes too, each of which has a share of the connections.
+        """
         self._host = host
         self._wanted_port = port
+        self._is_shared = is_shared
         self._tls_files = tls_cert_file, tls_key_file
         bounds = bounds or Bounds()
         downloads = downloads or DownloadMemory(sys.maxsize)
@@ -105,6 +110,8 @@ class HttpServer:
         listening = socket.socket(family, socket.SOCK_STREAM)
         try:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if self._is_shared:
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             listening.bind((self._host, self._wanted_port))
             listening.listen(_BACKLOG)  # who connects from now on is served once the loop comes to it
         except OSError as error:

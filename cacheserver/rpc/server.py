@@ -25,8 +25,6 @@ MAX_RECEIVE_BYTES = 24 * 1024 * 1024
 
 SERVER_OPTIONS = (
     ("grpc.max_send_message_length", -1),
-    # A second process on the port is an error we want to hear of, not a share of the calls.
-    ("grpc.so_reuseport", 0),
     # Callers may ping every 20 s, also between calls; the bound is half of it because clocks and networks jitter.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -47,13 +45,18 @@ _FOR_EVER_S = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Listen:
-    """Where to listen: a TCP address, a unix socket, or both. Port 0 is any free one."""
+    """Where to listen: a TCP address, a unix socket, or both. Port 0 is any free one.
+
+    A second process on the port is an error we want to hear of, unless the port `is_shared`: then it has a share of the
+    connections.
+    """
 
     host: str = "127.0.0.1"
     port: int | None = 50051
     unix_socket: Path | None = None
     tls_cert_file: Path | None = None
     tls_key_file: Path | None = None
+    is_shared: bool = False
 
 
 class RpcService(Protocol):
@@ -110,7 +113,8 @@ class RpcServer:
         """
         credentials = await asyncio.to_thread(_credentials, self._listen)
         await asyncio.to_thread(_try_address, self._listen)
-        options = [*SERVER_OPTIONS, ("grpc.max_receive_message_length", self._max_receive_bytes)]
+        received = ("grpc.max_receive_message_length", self._max_receive_bytes)
+        options = [*SERVER_OPTIONS, ("grpc.so_reuseport", int(self._listen.is_shared)), received]
         if self._max_connection_age_s is not None:
             # Without a grace of its own grpc lets calls that run on an aged connection end, however long they take: a
             # generation takes minutes, a warm-up hours.
@@ -215,7 +219,7 @@ def _try_address(listen: Listen) -> None:
     try:
         family, kind, _, _, address = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT if listen.is_shared else socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
         is_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL

@@ -17,6 +17,7 @@ from cacheserver.settings.schema import (
     UpstreamSettings,
     is_loopback,
 )
+from cacheserver.settings.workers import S3Place, WorkerPlace, for_worker, left_over, note_drained
 
 __all__ = [
     "CallerSettings",
@@ -26,13 +27,18 @@ __all__ = [
     "MemorySettings",
     "NamespaceSettings",
     "RedisSettings",
+    "S3Place",
     "S3Settings",
     "ServerSettings",
     "Settings",
     "UpstreamSettings",
+    "WorkerPlace",
     "environment_names",
+    "for_worker",
     "is_loopback",
+    "left_over",
     "load_settings",
+    "note_drained",
     "setting_names",
     "warnings",
 ]

@@ -240,6 +240,15 @@ def _tiers_can_be_had(settings: Settings) -> None:
         )
 
 
+def _workers_share_what_lies_below(settings: Settings) -> None:
+    names = settings.tier_names
+    if settings.server.workers > 1 and (TierName.REDIS not in names or names[-1] is not TierName.S3):
+        raise ConfigError(
+            "server.workers: several share budgets and leases through Redis and pictures through S3, and a directory "
+            "has one owner; set redis.url (or leave it to our own Valkey) and s3.bucket (or --local-s3), or workers = 1"
+        )
+
+
 def _tls_files_are_there(settings: Settings) -> None:
     for name in ("tls_cert_file", "tls_key_file", "http_tls_cert_file", "http_tls_key_file"):
         file = getattr(settings.server, name)
@@ -254,6 +263,7 @@ _RULES = (
     _callers_namespaces_exist,
     _tiers_are_in_order,
     _tiers_can_be_had,
+    _workers_share_what_lies_below,
     _painter_is_harmless,
     _upstreams_are_distinct,
     _limit_groups_are_used,

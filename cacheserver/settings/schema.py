@@ -209,6 +209,12 @@ class ServerSettings(_Section):
         ge=0,
         description="GetImage hits known by the bytes of their requests, 3 kB each, long ones count more; 0: none.",
     )
+    workers: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Processes on the same ports, each with its share of memory.max_bytes; several need Redis and S3.",
+    )
 
     def download_bytes(self, memory_bytes: int) -> int:
         """How many bytes of images being sent are held; `memory_bytes` is what L1 takes."""
