@@ -73,9 +73,9 @@ def _merged(families: Iterable[Metric]) -> dict[str, Metric]:
         merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
         known = samples.setdefault(family.name, {})
         for sample in family.samples:
-            name = (sample.name, frozenset(sample.labels.items()))
-            before = known.get(name)
-            known[name] = sample if before is None else sample._replace(value=before.value + sample.value)
+            labels = (sample.name, frozenset(sample.labels.items()))
+            before = known.get(labels)
+            known[labels] = sample if before is None else sample._replace(value=before.value + sample.value)
     for name, family in merged.items():
         family.samples = list(samples[name].values())
     return merged

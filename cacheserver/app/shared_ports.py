@@ -1,9 +1,10 @@
 """Ports that several processes listen on, and how connections are spread over them.
 
 Linux hands a connection to the process that a hash of its addresses names, as a coin would: of 64 connections one of
-two processes gets 39 or more every tenth time. A socket filter (SO_ATTACH_REUSEPORT_CBPF, see socket(7)) may choose
-instead. Ours takes the port the caller comes from, which a machine gives out in steps of two: the connections that one
-client opens go to each process in turn. Where the callers are many it is as good as the hash.
+two processes gets more than 38 every tenth time. A socket filter (SO_ATTACH_REUSEPORT_CBPF, see socket(7)) may choose
+instead. Ours goes by the port the caller comes from. Linux gives those out in ascending order, in random steps of 2 to
+16: so each stretch of 16 ports goes to one process, the next one to the next, and what one machine opens in a row is
+split so unevenly once in a hundred times. Where the callers are many machines it is as good as the hash.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ _JUMP, _JUMP_IF_EQUAL, _RETURN_IT = 0x05, 0x15, 0x16
 _V4_BYTES, _V6_BYTES = 20, 40
 """Of the IP headers; behind them is the port the caller comes from. One with options is read wrong, and no worse."""
 
+_STRETCH_BITS = 4
+
 _FDS = Path("/proc/self/fd")
 
 
@@ -61,7 +64,7 @@ def reserve(host: str, port: int, *, setting: str) -> socket.socket:
 
 
 def spread_connections(ports: set[int], *, processes: int) -> None:
-    """Have the connections to these ports, on which this process listens, go to each of so many processes in turn."""
+    """Have connections to these ports, on which this process listens, spread over so many processes."""
     if sys.platform != "linux":
         return
     program = b"".join(struct.pack("HBBI", *each) for each in _program(processes))
@@ -82,7 +85,7 @@ def _program(processes: int) -> list[tuple[int, int, int, int]]:
         (_LOAD_HALF, 0, 0, _NETWORK_HEADER + _V6_BYTES),
         (_JUMP, 0, 0, 1),
         (_LOAD_HALF, 0, 0, _NETWORK_HEADER + _V4_BYTES),
-        (_SHIFT_RIGHT, 0, 0, 1),
+        (_SHIFT_RIGHT, 0, 0, _STRETCH_BITS),
         (_MODULO, 0, 0, processes),
         (_RETURN_IT, 0, 0, 0),
     ]

@@ -11,6 +11,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, generate_latest
 
 from cacheserver.http.operations import Readiness, State
+from cacheserver.model import TierName
 
 Questions = Mapping[bytes, Callable[[], Awaitable[bytes]]]
 
@@ -23,7 +24,7 @@ class ProcessState:
     """The `State` of this process."""
 
     def __init__(
-        self, *, registry: CollectorRegistry, is_ready: Callable[[], bool], tiers: Callable[[], Mapping[str, bool]]
+        self, *, registry: CollectorRegistry, is_ready: Callable[[], bool], tiers: Callable[[], Mapping[TierName, bool]]
     ) -> None:
         self._registry = registry
         self._is_ready = is_ready
@@ -31,7 +32,7 @@ class ProcessState:
 
     async def readiness(self) -> Readiness:
         """See `State.readiness`."""
-        return Readiness(self._is_ready(), self._tiers())
+        return Readiness(self._is_ready(), {name.value: is_well for name, is_well in self._tiers().items()})
 
     async def metrics(self) -> bytes:
         """See `State.metrics`."""

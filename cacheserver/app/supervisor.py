@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import shutil
 import signal
 import sys
-import tempfile
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
@@ -30,6 +28,7 @@ from cacheserver.app.service import warn_of
 from cacheserver.app.shared_ports import reserve
 from cacheserver.app.state import WORKER_TIMEOUT_S, RemoteState, answer
 from cacheserver.clock import SystemClock
+from cacheserver.embedded.child import SocketDirectory
 from cacheserver.errors import ConfigError
 from cacheserver.http.delivery.secret import own_secrets
 from cacheserver.http.operations import Readiness
@@ -168,6 +167,15 @@ class Worker:
             await self.ended()
 
 
+def _sockets(directory: Path) -> SocketDirectory:
+    """Where supervisor and workers talk: this directory, which only we can open. Raises ConfigError."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"data_dir: cannot make {directory}: {error.strerror}; mend its permissions") from error
+    return SocketDirectory(directory, "all.sock")
+
+
 def _pipe(end: _Pipe | None) -> _Pipe:
     if end is None:
         raise RuntimeError("the worker was started without this pipe")
@@ -261,15 +269,14 @@ class Supervisor:
         redis_url, s3 = await self._own_servers(undo)
         if settings.delivery.url_secret is None is settings.delivery.url_secret_file:
             await asyncio.to_thread(own_secrets, settings.data_dir)
-        # A short path of our own: data_dir may be too long for the name of a socket.
-        sockets = await asyncio.to_thread(tempfile.mkdtemp, prefix="cacheserver-")
-        undo.callback(shutil.rmtree, sockets, ignore_errors=True)
+        sockets = await asyncio.to_thread(_sockets, settings.data_dir.absolute() / "workers")
+        undo.callback(sockets.remove)
         place = WorkerPlace(
             index=0,
             count=server.workers,
             grpc_port=grpc.getsockname()[1],
             http_port=http.getsockname()[1],
-            sockets=sockets,
+            sockets=str(sockets.path),
             config=None if self._source.config is None else str(self._source.config),
             local_s3=self._source.local_s3,
             redis_url=redis_url,

@@ -1,4 +1,4 @@
-"""What one of several worker processes is told, and the settings it has: directories of its own, a share of all sizes."""
+"""What one of several workers is told, and the settings it has: directories of its own, and its share of all sizes."""
 
 from __future__ import annotations
 
