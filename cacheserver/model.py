@@ -487,7 +487,8 @@ class Budget:
     scope: BudgetScope
     subject: str
     period: BudgetPeriod
-    limit_microusd: int
+    limit_microusd: int = field(compare=False)
+    """It may change: what is spent of a budget stays spent."""
 
     @property
     def name(self) -> str:

@@ -42,6 +42,10 @@ class Reviews:
         self._memory = memory
         self._tiers = tiers
         self._keeper = keeper
+        self.replace(namespaces)
+
+    def replace(self, namespaces: Iterable[Namespace]) -> None:
+        """From now on these are the namespaces."""
         self._partitions = sorted({each.partition for each in namespaces if each.min_score is not None})
 
     def hold(self, entry: CachedImage) -> asyncio.Future[CachedImage]:

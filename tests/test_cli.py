@@ -493,7 +493,7 @@ async def test_every_token_is_another() -> None:
 
 async def test_serve_hands_its_flags_to_the_service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     served: list[Settings] = []
-    monkeypatch.setattr("cacheserver.app.run", served.append)
+    monkeypatch.setattr("cacheserver.app.run", lambda settings, **_: served.append(settings))
     (tmp_path / "c.toml").write_text('[server]\ngrpc_port = 1\nhttp_port = 2\n[log]\nlevel = "debug"\n')
     flags = ["--config", str(tmp_path / "c.toml"), "--grpc-port", "7", "--data-dir", str(tmp_path), "--local-s3"]
     result = await command("serve", *flags)
@@ -510,7 +510,7 @@ async def test_serve_refuses_in_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(result.stderr.splitlines()) == 1
     assert "CACHESERVER_GRPC_PROT" in result.stderr
 
-    def refuse(_: Settings) -> None:
+    def refuse(_: Settings, **__: object) -> None:
         raise ConfigError("redis.url: wrong")
 
     monkeypatch.setattr("cacheserver.app.run", refuse)

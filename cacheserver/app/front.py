@@ -16,7 +16,7 @@ from cacheserver.app.background import keep_doing
 from cacheserver.app.core import Core
 from cacheserver.app.delivery import build_image_urls
 from cacheserver.app.live import live_view
-from cacheserver.app.policies import build_policies
+from cacheserver.app.policies import Policies
 from cacheserver.app.routes import build_routes
 from cacheserver.app.tiers import CONTROL_TIMEOUT_S
 from cacheserver.calls.asking import Asking
@@ -25,6 +25,7 @@ from cacheserver.calls.reception import Reception
 from cacheserver.calls.uploads import UploadMemory
 from cacheserver.control.prompts import LocalPrompts, RedisPrompts
 from cacheserver.generation.images import inspect_in_thread
+from cacheserver.http.delivery.partitions import Partitions
 from cacheserver.imports import Imports, Inspect
 from cacheserver.interfaces import Prompts
 from cacheserver.model import Caller, Permission
@@ -41,10 +42,18 @@ _ANYBODY = Caller("anonymous", frozenset(Permission))
 
 @dataclass(frozen=True, slots=True)
 class Front:
-    """What callers reach: the server of both gRPC APIs, not started yet, and the routes of HTTP."""
+    """What callers reach: the server of both gRPC APIs, not started yet, and the routes of HTTP.
+
+    And what of it changes with callers and namespaces.
+    """
 
     rpc: RpcServer
     routes: list[BaseRoute]
+    authenticator: Authenticator
+    asking: Asking
+    policies: Policies
+    admin_images: AdminImages
+    partitions: Partitions
 
 
 async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack, is_shared: bool = False) -> Front:
@@ -52,7 +61,9 @@ async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack, is_sh
     settings, clock, books, lower = core.settings, core.clock, core.books, core.lower
     generation, server = settings.generation, settings.server
     prompts = _prompts(core, undo=undo)
-    policies = await build_policies(settings, clock=clock, undo=undo)
+    prechecks = Policies(clock=clock, undo=undo)
+    prechecks.replace(await prechecks.build(settings))
+    policies = prechecks.by_namespace
     callers = settings.caller_tokens
     authenticator = Authenticator(callers, anonymous=None if callers else _ANYBODY)
     recall = Recall()
@@ -100,14 +111,15 @@ async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack, is_sh
         live=live_view(core),
         urls=None if urls.public_url is None else urls,
     )
+    admin_images = AdminImages(
+        _imports(core, inspect), namespaces=settings.namespaces.values(), clock=clock, policies=policies
+    )
     admin = AdminService(
         upstreams=core.miss_path.pool,
         budgets=core.miss_path.budgets,
         ledger=core.miss_path.ledger,
         reviews=core.reviews,
-        images=AdminImages(
-            _imports(core, inspect), namespaces=settings.namespaces.values(), clock=clock, policies=policies
-        ),
+        images=admin_images,
         alarms=alarms,
         authenticator=authenticator,
         books=books,
@@ -130,7 +142,15 @@ async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack, is_sh
         max_receive_bytes=server.max_receive_bytes,
         max_connection_age_s=server.max_connection_age_s,
     )
-    return Front(rpc, build_routes(core, asking=asking, reception=reception, urls=urls, uploads=uploads))
+    return Front(
+        rpc,
+        build_routes(core, asking=asking, reception=reception, urls=urls, uploads=uploads),
+        authenticator=authenticator,
+        asking=asking,
+        policies=prechecks,
+        admin_images=admin_images,
+        partitions=urls.partitions,
+    )
 
 
 def _warming(core: Core) -> Warming:

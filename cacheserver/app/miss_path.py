@@ -34,7 +34,7 @@ from cacheserver.generation.refusals import Refusals
 from cacheserver.generation.scheduler import Policy, Scheduler
 from cacheserver.generation.scoring import HttpScorer, Scorer, TechnicalScorer
 from cacheserver.generation.worth import Worth
-from cacheserver.interfaces import Books, Budgets, Clock, Ledger, Limits, Upstream
+from cacheserver.interfaces import Books, Clock, Limits, Upstream
 from cacheserver.settings import Settings, UpstreamSettings
 from cacheserver.tiers.redis_client import Client
 
@@ -51,8 +51,8 @@ class MissPath:
     generator: Generator
     pool: Pool
     limits: Limits
-    budgets: Budgets
-    ledger: Ledger
+    budgets: LocalBudgets | RedisBudgets
+    ledger: SqliteLedger
     groups: tuple[str, ...]
     figures: SharedFigures | None
     replicas: Replicas
@@ -67,12 +67,11 @@ async def build_miss_path(
         ConfigError: another service has the ledger, or a budget has no upper bound.
     """
     client = lower.control
-    table = await asyncio.to_thread(PriceTable.load, settings.generation.prices_file)
-    prices = table.naming(_named(settings))
-    _check_upper_bounds(settings, prices)
+    prices = await load_prices(settings)
+    check_upper_bounds(settings, prices)
     ledger, replicas = await _open_ledger(settings, client=client, clock=clock, undo=undo)
     figures = await _start_figures(settings, ledger, replicas, lower=lower, books=books, clock=clock, undo=undo)
-    spent = await ledger.sums(_last_month_s(clock))
+    spent = await ledger.sums(last_month_s(clock))
     budgets = await _build_budgets(settings, spent, replicas, client=client, books=books, clock=clock, undo=undo)
     limits = _build_limits(settings, replicas, client=client, clock=clock)
     paid = {each.upstream for each in spent if each.microusd}
@@ -124,6 +123,45 @@ async def build_miss_path(
     return MissPath(generator, pool, limits, budgets, ledger, groups, figures, replicas)
 
 
+async def load_prices(settings: Settings) -> PriceTable:
+    """The prices of all models, by our own names of them. Raises ConfigError."""
+    table = await asyncio.to_thread(PriceTable.load, settings.generation.prices_file)
+    return table.naming(_named(settings))
+
+
+def changed_lanes(  # noqa: PLR0913 - what was, what is, and what it takes
+    before: Settings,
+    after: Settings,
+    pool: Pool,
+    *,
+    started: Settings,
+    prices: PriceTable,
+    are_repriced: bool,
+    clock: Clock,
+) -> dict[str, tuple[Terms, Upstream | None]]:
+    """By name, the terms of each lane that `after` has as it is, and what takes the place of an upstream that changed.
+
+    A lane that is new, gone, or of other models or another limit group than before is none of them. Upstreams
+    know the prices: where these `are_repriced`, all are others. Raises ConfigError.
+    """
+    was = {written.name: written for written in before.upstreams}
+    read_timeouts_s = {written.name: written.read_timeout_s for written in started.upstreams}
+    lanes = {lane.name: lane for lane in pool.lanes}
+    changed: dict[str, tuple[Terms, Upstream | None]] = {}
+    for written in after.upstreams:
+        lane, terms = lanes.get(written.name), _terms(written)
+        if lane is None or (terms.models, terms.limit_group) != (lane.terms.models, lane.group):
+            continue
+        old = was.get(written.name)
+        if old is not None and (old.kind, old.models) != (written.kind, written.models):
+            continue
+        is_new = old != written or are_repriced
+        # What is lent to a call at a limit is lent for as long as calls could take when the service started.
+        written = written.model_copy(update={"read_timeout_s": read_timeouts_s[written.name]})  # noqa: PLW2901
+        changed[written.name] = terms, build_upstream(written, after, prices=prices, clock=clock) if is_new else None
+    return changed
+
+
 def build_upstream(written: UpstreamSettings, settings: Settings, *, prices: PriceTable, clock: Clock) -> Upstream:
     """One upstream. Raises ConfigError."""
     if written.kind == "painter":
@@ -169,8 +207,8 @@ def _terms(written: UpstreamSettings) -> Terms:
     )
 
 
-def _check_upper_bounds(settings: Settings, prices: PriceTable) -> None:
-    """A budget holds only if the most a call can cost is known before it is made."""
+def check_upper_bounds(settings: Settings, prices: PriceTable) -> None:
+    """A budget holds only if the most a call can cost is known before it is made. Raises ConfigError."""
     if not settings.budgets:
         return
     for index, written in enumerate(settings.upstreams):
@@ -238,7 +276,7 @@ async def _build_budgets(  # noqa: PLR0913 - the parts they stand on
     books: Books,
     clock: Clock,
     undo: AsyncExitStack,
-) -> Budgets:
+) -> LocalBudgets | RedisBudgets:
     here = LocalBudgets(
         budgets=settings.budgets,
         spent=spent,
@@ -263,7 +301,7 @@ async def _build_budgets(  # noqa: PLR0913 - the parts they stand on
     return shared
 
 
-def _last_month_s(clock: Clock) -> float:
+def last_month_s(clock: Clock) -> float:
     """When last month began, in UTC: a call may have begun in it and end in this one."""
     this = datetime.fromtimestamp(clock.now_s(), UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
     return (this - timedelta(days=1)).replace(day=1).timestamp()

@@ -20,6 +20,7 @@ from cacheserver.app.alarms import build_alarms
 from cacheserver.app.core import build_core
 from cacheserver.app.front import build_front
 from cacheserver.app.patience import Patience
+from cacheserver.app.reload import Reloading
 from cacheserver.app.shared_ports import spread_connections
 from cacheserver.app.state import ProcessState, RemoteState, answer
 from cacheserver.app.tiers import describe_tiers, tier_states
@@ -32,7 +33,7 @@ from cacheserver.interfaces import Clock
 from cacheserver.log import set_up_logging
 from cacheserver.rpc.server import RpcServer
 from cacheserver.settings import Settings, WorkerPlace, warnings
-from cacheserver.tasks import end
+from cacheserver.tasks import OwnedTasks, end
 
 _log = structlog.get_logger(__name__)
 
@@ -43,10 +44,18 @@ _GC_THRESHOLDS = (3_000, 4, 250)
 class Service:
     """A running service."""
 
-    def __init__(
-        self, settings: Settings, *, rpc: RpcServer, http: HttpServer, patience: Patience, undo: AsyncExitStack
+    def __init__(  # noqa: PLR0913 - its parts, by keyword
+        self,
+        settings: Settings,
+        *,
+        rpc: RpcServer,
+        http: HttpServer,
+        reloading: Reloading,
+        patience: Patience,
+        undo: AsyncExitStack,
     ) -> None:
         self._settings = settings
+        self._reloading = reloading
         self._rpc = rpc
         self._http = http
         self._patience = patience
@@ -62,6 +71,10 @@ class Service:
         """Where health and metrics are served, as host:port."""
         return f"{self._settings.server.http_host}:{self._http.port}"
 
+    async def reload(self) -> None:
+        """Bring into force what the configuration says now, as far as that needs no restart. Never raises."""
+        await self._reloading.reload()
+
     async def stop(self) -> None:
         """Drain and end: health first, then calls, then loads, then what is still being written."""
         await self._undo.aclose()
@@ -71,8 +84,16 @@ class Service:
         self._patience.lose()
 
 
-async def start(settings: Settings, *, clock: Clock | None = None, place: WorkerPlace | None = None) -> Service:
+async def start(
+    settings: Settings,
+    *,
+    clock: Clock | None = None,
+    place: WorkerPlace | None = None,
+    load: Callable[[], Settings] | None = None,
+) -> Service:
     """Build everything and serve; as one of several workers if it has a `place` among them.
+
+    `load` reads the settings anew for `Service.reload`; None: they never change.
 
     Raises:
         ConfigError: one line saying which setting keeps the service from starting.
@@ -111,7 +132,8 @@ async def start(settings: Settings, *, clock: Clock | None = None, place: Worker
         loop_first.others_give_way()  # before the memory guard's is there: it does not
         watch(core, rpc=rpc, alarms=alarms, undo=undo)
         ready.set()
-        service = Service(settings, rpc=rpc, http=http, patience=patience, undo=undo.pop_all())
+        reloading = Reloading(load or (lambda: settings), core=core, front=front)
+        service = Service(settings, rpc=rpc, http=http, reloading=reloading, patience=patience, undo=undo.pop_all())
     _log.info(
         "serving",
         grpc=service.grpc_address,
@@ -133,6 +155,7 @@ def warn_of(settings: Settings) -> None:
 def run(
     settings: Settings,
     *,
+    load: Callable[[], Settings],
     place: WorkerPlace | None = None,
     serving: Callable[[], None] = lambda: None,
     outlived: Callable[[Callable[[], None]], None] = lambda _: None,
@@ -141,6 +164,7 @@ def run(
 
     Args:
         settings: all of them.
+        load: reads them anew, for SIGHUP. Called in a thread.
         place: that of a worker among several.
         serving: called once it serves.
         outlived: called in the event loop with what ends the service as SIGTERM does.
@@ -148,12 +172,13 @@ def run(
     allocator.set_up()
     set_up_logging(level=settings.log.level, form=settings.log.format)
     # A miss costs a third less than on asyncio's own loop.
-    uvloop.run(_serve(settings, place=place, serving=serving, outlived=outlived))
+    uvloop.run(_serve(settings, load=load, place=place, serving=serving, outlived=outlived))
 
 
 async def _serve(
     settings: Settings,
     *,
+    load: Callable[[], Settings],
     place: WorkerPlace | None,
     serving: Callable[[], None],
     outlived: Callable[[Callable[[], None]], None],
@@ -168,14 +193,23 @@ async def _serve(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    reloads = OwnedTasks()
+    is_serving = asyncio.Event()
+
+    async def reload() -> None:
+        await is_serving.wait()  # a signal that comes while it starts is not the end of it
+        await service.reload()
+
+    loop.add_signal_handler(signal.SIGHUP, lambda: reloads.own(reload(), "reload"))
     outlived(asked.set)
-    starting = asyncio.create_task(start(settings, place=place), name="start")
+    starting = asyncio.create_task(start(settings, place=place, load=load), name="start")
     stop_asked = asyncio.create_task(asked.wait())
     await asyncio.wait({starting, stop_asked}, return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
         await end([starting])
         return
     service = starting.result()
+    is_serving.set()
     serving()
     # What exists now stays: a full collection that walks it again stops the service for about 100 ms. One that walks
     # two thousand calls takes 500 ms, and frees some 20 kB for each that ended: libraries' cycles, never a picture.
@@ -183,6 +217,7 @@ async def _serve(
     gc.set_threshold(*_GC_THRESHOLDS)
     gc.enable()
     await stop_asked
+    await reloads.aclose(0)
     _log.info("draining", seconds=settings.server.drain_timeout_s)
     stopping = asyncio.create_task(service.stop(), name="stop")
     hurrying = asyncio.create_task(hurried.wait())

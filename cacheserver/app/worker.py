@@ -43,16 +43,20 @@ def main() -> int:
     place = WorkerPlace.load(_first_line())
     gc.disable()  # see `cacheserver.cli.serve`
     try:
-        config = None if place.config is None else Path(place.config)
-        written = load_settings(config, os.environ, local_s3=place.local_s3)
-        settings = for_worker(written, place, room=Machine().room())
+        settings = _load(place)
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         if place.leftover:
             set_up_logging(level=settings.log.level, form=settings.log.format)
             uvloop.run(_drain(settings, place.index))
         else:
             note_drained(settings.data_dir, is_drained=False)
-            run(settings, place=place, serving=lambda: _tell(error=None), outlived=watch_supervisor)
+            run(
+                settings,
+                load=lambda: _load(place),
+                place=place,
+                serving=lambda: _tell(error=None),
+                outlived=watch_supervisor,
+            )
     except ConfigError as error:
         _tell(error=str(error))
         return CANNOT_START
@@ -60,6 +64,13 @@ def main() -> int:
         _tell(error=f"data_dir: {error.filename} cannot be used: {error.strerror}; mend its permissions")
         return CANNOT_START
     return 0
+
+
+def _load(place: WorkerPlace) -> Settings:
+    """The settings of the worker at `place` as they are written now. Raises ConfigError."""
+    config = None if place.config is None else Path(place.config)
+    written = load_settings(config, os.environ, local_s3=place.local_s3)
+    return for_worker(written, place, room=Machine().room())
 
 
 def watch_supervisor(on_end: Callable[[], None]) -> None:

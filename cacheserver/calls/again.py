@@ -25,7 +25,7 @@ from cacheserver.recall import ToldImages
 class HitAgain(NamedTuple):
     """A call that was answered with one picture from memory, and that picture, which this keeps there not a moment.
 
-    `caller` has the right to read in `namespace`, and rights never change while the service runs. `what` it asked for
+    `caller` has the right to read in `namespace`: where rights change, every `Caller` is a new one. `what` it asked for
     is kept where answers are traced. `name` is where memory had the picture. What was `saved_microusd` holds until
     `until_s` (monotonic): prices change. `row` is where such hits are booked, `told` what is remembered of them.
     """

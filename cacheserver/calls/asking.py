@@ -95,17 +95,22 @@ class Asking:
         `gone` is what a transport raises where a caller no longer waits.
         """
         self._cache = cache
-        self._namespaces = {
-            namespace.name: replace(namespace, default_model=namespace.default_model or default_model)
-            for namespace in namespaces
-        }
+        self._default_model = default_model
         self._books = books
         self._clock = clock
         self._policies = policies
+        self.replace(namespaces)
         self._prompts = prompts
         self._trace = trace
         self._gone = gone
         self._template_numbers = count()
+
+    def replace(self, namespaces: Iterable[Namespace]) -> None:
+        """From now on these are the namespaces. Whoever has calls that are known has to be a new `Caller`."""
+        self._namespaces = {
+            namespace.name: replace(namespace, default_model=namespace.default_model or self._default_model)
+            for namespace in namespaces
+        }
 
     def namespace(self, name: str, permission: Permission, call: Call, prefix: str = "") -> Namespace:
         """The namespace a call names. Rights come first, so that nobody learns which others exist.

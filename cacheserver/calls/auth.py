@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,13 @@ class Authenticator:
         self._lately: dict[bytes, Caller] = {}
         """Callers by the keyed BLAKE2s of what they sent: OpenSSL's SHA-256 of it alone is a thirtieth of a hit."""
         self._key = secrets.token_bytes(hashlib.blake2s.MAX_KEY_SIZE)
+
+    def replace(self, callers: Sequence[tuple[bytes, Caller]]) -> None:
+        """From now on these are the callers. Every `Caller` is a new one: what is known of calls is so by theirs."""
+        self._callers = dict(callers)
+        self._lately.clear()
+        if self._anonymous is not None:
+            self._anonymous = dataclasses.replace(self._anonymous)
 
     def known(self, metadata: Mapping[str, str]) -> Caller | None:
         """The caller whose token is in a call's metadata; None if there is none, or one nobody knows."""

@@ -18,7 +18,7 @@ def serve(config: Path | None, env: Mapping[str, str], *, local_s3: bool) -> Non
         settings = load_settings(config, env, local_s3=local_s3)
         left = left_over(settings)
         if settings.server.workers == 1 and not left:
-            app.run(settings)
+            app.run(settings, load=lambda: load_settings(config, env, local_s3=local_s3))
             return
         from cacheserver.app import supervisor  # noqa: PLC0415 - for those who have several processes
 

@@ -111,11 +111,7 @@ class Accounts:
 
     def __init__(self, *, budgets: Sequence[Budget], spent: Iterable[DaySpending]) -> None:
         """`spent` is what the ledger knows of this month and the one before."""
-        # Of two budgets with equally little left, the one that lasts longer is named: it is the one to wait for.
-        self._budgets = sorted(budgets, key=_months_first)
-        self._by_subject: dict[tuple[BudgetScope, str], list[Budget]] = {}
-        for budget in budgets:
-            self._by_subject.setdefault((budget.scope, budget.subject), []).append(budget)
+        self._set(budgets)
         self.version = 0
         """Grows with every change."""
         self.sums: dict[Account, Sum] = {}
@@ -126,6 +122,28 @@ class Accounts:
             for account in self.bounding(each.namespace, each.caller, each.day_start_s):
                 self._change(account, spent=each.microusd)
             self._pay(Period.at(BudgetPeriod.MONTH, each.day_start_s), each.upstream, each.microusd)
+
+    def replace(self, budgets: Sequence[Budget], spent: Sequence[DaySpending]) -> None:
+        """From now on these are the budgets; of a new one, what the ledger knows is `spent`. What is open stays so."""
+        known = set(self._budgets)
+        self._set(budgets)
+        self.version += 1
+        for each in spent:
+            for account in self.bounding(each.namespace, each.caller, each.day_start_s):
+                if account.budget not in known:
+                    # Of one that was removed and has come back, nobody counted what was spent meanwhile.
+                    self.sums.pop(account, None)
+        for each in spent:
+            for account in self.bounding(each.namespace, each.caller, each.day_start_s):
+                if account.budget not in known:
+                    self._change(account, spent=each.microusd)
+
+    def _set(self, budgets: Sequence[Budget]) -> None:
+        # Of two budgets with equally little left, the one that lasts longer is named: it is the one to wait for.
+        self._budgets = sorted(budgets, key=_months_first)
+        self._by_subject: dict[tuple[BudgetScope, str], list[Budget]] = {}
+        for budget in budgets:
+            self._by_subject.setdefault((budget.scope, budget.subject), []).append(budget)
 
     def bounding(self, namespace: str, caller: str, now_s: float) -> tuple[Account, ...]:
         """The accounts that bound what `caller` spends in `namespace` now, months first."""

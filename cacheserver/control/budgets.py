@@ -52,6 +52,12 @@ class LocalBudgets:
         self._clock = clock
         self._books = books
 
+    def replace(self, budgets: Sequence[Budget], spent: Sequence[DaySpending]) -> None:
+        """From now on these are the budgets: see `Accounts.replace`. Limits that were set by hand stand."""
+        self.accounts.replace(budgets, spent)
+        self._budgets = {budget.name: budget for budget in budgets}
+        self.overridden = {name: limit for name, limit in self.overridden.items() if name in self._budgets}
+
     async def reserve(self, attempt_id: str, *, namespace: str, caller: str, microusd: int, degradable: bool) -> None:
         """See `Budgets.reserve`."""
 
@@ -252,6 +258,11 @@ class RedisBudgets:
         await self.look()
         looking = every(self._look_every_s, self.look, clock=self._clock, name="budgets")
         self._tasks.own(looking, "budgets")
+
+    def replace(self, budgets: Sequence[Budget], spent: Sequence[DaySpending]) -> None:
+        """See `LocalBudgets.replace`. Redis is told before anything else is asked of it."""
+        self._here.replace(budgets, spent)
+        self._doubt("the budgets changed")
 
     async def aclose(self) -> None:
         """Look no more."""

@@ -31,7 +31,7 @@ from cacheserver.errors import (
 )
 from cacheserver.generation.inputs import Inputs, size_of_inputs
 from cacheserver.generation.ladder import Ladder
-from cacheserver.generation.pool import Lane, Pool
+from cacheserver.generation.pool import Lane, Pool, Terms
 from cacheserver.generation.prices import PriceTable
 from cacheserver.generation.queue import Job, Turn
 from cacheserver.generation.refusals import Refusals
@@ -39,7 +39,7 @@ from cacheserver.generation.scheduler import Scheduler
 from cacheserver.generation.scoring import Scorer, best_of
 from cacheserver.generation.tries import RetryBudget, Tries
 from cacheserver.generation.worth import Worth
-from cacheserver.interfaces import Books, Budgets, CallFigures, Clock, Ledger
+from cacheserver.interfaces import Books, Budgets, CallFigures, Clock, Ledger, Upstream
 from cacheserver.model import (
     Amounts,
     Attempt,
@@ -249,6 +249,17 @@ class Generator:
     def worth_microusd(self, image: GeneratedImage, model: str) -> int:
         """What this very picture would cost now; what it did cost where no price tells."""
         return self._worth.microusd(image, model)
+
+    @property
+    def prices(self) -> PriceTable:
+        """By our own names of models."""
+        return self._prices
+
+    def replace(self, prices: PriceTable, changed: Mapping[str, tuple[Terms, Upstream | None]]) -> None:
+        """From now on these are the prices, and these lanes have `changed`: see `Pool.replace`."""
+        self._prices = prices
+        self._pool.replace(changed)
+        self._worth.replace(prices)
 
     async def check(self) -> None:
         """Return if every upstream answers and accepts our key; raise the first UpstreamError if not."""

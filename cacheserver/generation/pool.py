@@ -165,11 +165,11 @@ class Pool:
         """`month_spend_microusd` tells what an upstream was paid this month, `images_per_minute` a group's limit."""
         self.lanes = tuple(lanes)
         self._by_name = {lane.name: lane for lane in self.lanes}
-        self._serving: dict[str, list[Lane]] = {}
-        self._priced_apart: dict[str, list[Lane]] = {}
-        for model in self.models:
-            self._serving[model] = [lane for lane in self.lanes if model in lane.models]
-            self._priced_apart[model] = list({_price(lane): lane for lane in self._serving[model]}.values())
+        self._serving = {model: [lane for lane in self.lanes if model in lane.models] for model in self.models}
+        self._priced_apart: dict[str, list[Lane]]
+        self._price_apart()
+        self._former: list[Upstream] = []
+        """Those whose places others took, and whose calls may still be under way."""
         self._clock = clock
         self._books = books
         self._month_spend_microusd = month_spend_microusd
@@ -180,6 +180,29 @@ class Pool:
         """Called when an upstream left the pool or came back."""
         for lane in self.lanes:
             books.upstream_health(lane.name, lane.health)
+
+    def replace(self, changed: Mapping[str, tuple[Terms, Upstream | None]]) -> None:
+        """From now on these lanes have these terms, and upstreams where there are any; models and groups stay.
+
+        What an operator has set of a lane stands where its terms say what they said before.
+        """
+        for name, (terms, upstream) in changed.items():
+            lane = self._by_name[name]
+            if terms.weight != lane.terms.weight:
+                lane.weight = terms.weight
+            if terms.percent != lane.terms.percent:
+                lane.percent = terms.percent
+            lane.terms = terms
+            if upstream is not None:
+                self._former.append(lane.upstream)
+                lane.upstream = upstream
+        self._price_apart()
+        self.on_change()
+
+    def _price_apart(self) -> None:
+        self._priced_apart = {
+            model: list({_price(lane): lane for lane in lanes}.values()) for model, lanes in self._serving.items()
+        }
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -284,8 +307,8 @@ class Pool:
     async def aclose(self) -> None:
         """Probe no more, and let go of the upstreams' connections."""
         await self._tasks.aclose(0)
-        for lane in self.lanes:
-            await lane.upstream.aclose()
+        for upstream in (*(lane.upstream for lane in self.lanes), *self._former):
+            await upstream.aclose()
 
     def _answered(self, lane: Lane) -> None:
         lane.failures = lane.limited = 0

@@ -27,10 +27,15 @@ class Worth:
     def __init__(self, *, pool: Pool, prices: PriceTable, theirs: Mapping[str, str]) -> None:
         """`prices` are by our own names of models too; `theirs` are the providers' names by ours."""
         self._pool = pool
-        self._prices = prices
         self._ours = {_SNAPSHOT_DATE.sub("", name): ours for ours, name in theirs.items()}
-        self._has_steps = any(lane.terms.price_steps for lane in pool.lanes)
         self._known: dict[_Facts, int | None] = {}
+        self.replace(prices)
+
+    def replace(self, prices: PriceTable) -> None:
+        """From now on these are the prices; what the pool's lanes take of them is looked up anew, too."""
+        self._prices = prices
+        self._has_steps = any(lane.terms.price_steps for lane in self._pool.lanes)
+        self._known.clear()
 
     def microusd(self, image: GeneratedImage, model: str) -> int:
         """What the picture would cost now, in micro-dollars; where that cannot be told, what was paid for it."""

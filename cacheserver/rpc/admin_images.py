@@ -59,11 +59,15 @@ class AdminImages:
     ) -> None:
         """`policies` are by namespace: a prompt is keyed as callers' prompts are."""
         self._imports = imports
-        self._namespaces = {namespace.name: namespace for namespace in namespaces}
         self._clock = clock
         self._policies = policies
         self._places = asyncio.Semaphore(_AT_ONCE)
         self._large_places = asyncio.Semaphore(_LARGE_AT_ONCE)
+        self.replace(namespaces)
+
+    def replace(self, namespaces: Iterable[Namespace]) -> None:
+        """From now on these are the namespaces."""
+        self._namespaces = {namespace.name: namespace for namespace in namespaces}
 
     # ── coming in ───────────────────────────────────────────────────────────────────────────────────────────
 

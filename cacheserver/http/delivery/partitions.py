@@ -13,6 +13,10 @@ class Partitions:
     """Partitions as image delivery sees them. One that no namespace has is as private as any other."""
 
     def __init__(self, namespaces: Iterable[Namespace]) -> None:
+        self.replace(namespaces)
+
+    def replace(self, namespaces: Iterable[Namespace]) -> None:
+        """From now on these are the namespaces."""
         self._sharing: dict[str, list[Namespace]] = {}
         self._names: set[str] = set()
         for namespace in namespaces:
