@@ -397,7 +397,7 @@ _REFUSED: list[tuple[str, dict[str, str], str]] = [
     # Callers.
     ("[server]\ngrpc_host = '0.0.0.0'", KEY, r"server\.grpc_host: 0\.0\.0\.0 can be reached .* add \[\[callers\]\]"),
     ("[server]\nhttp_host = '::'", KEY, r"server\.http_host: :: can be reached"),
-    ("[[callers]]\nname = 'a'", KEY, r"callers\[0\]: set one of token_sha256 and token_file"),
+    ("[[callers]]\nname = 'a'", KEY, r"callers\[0\]: set one of token_sha256 and token_file, or certificate"),
     ("[[callers]]\nname = 'a'\ntoken_sha256 = 'very-secret'", KEY, r"callers\[0\]\.token_sha256: .*64 hexadecimal"),
     ("[[callers]]\nname = 'a'\ntoken_file = 'gone'", KEY, r"callers\[0\]\.token_file: gone cannot be read: No such"),
     (_CALLER + _CALLER, KEY, r"callers\[1\]\.name: another caller has this name"),

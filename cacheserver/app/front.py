@@ -64,8 +64,11 @@ async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack, is_sh
     prechecks = Policies(clock=clock, undo=undo)
     prechecks.replace(await prechecks.build(settings))
     policies = prechecks.by_namespace
-    callers = settings.caller_tokens
-    authenticator = Authenticator(callers, anonymous=None if callers else _ANYBODY)
+    authenticator = Authenticator(
+        settings.caller_tokens,
+        anonymous=None if settings.callers else _ANYBODY,
+        certified=settings.caller_certificates,
+    )
     recall = Recall()
     reception = Reception(
         authenticator=authenticator,
@@ -132,6 +135,7 @@ async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack, is_sh
         unix_socket=server.grpc_unix_socket,
         tls_cert_file=server.tls_cert_file,
         tls_key_file=server.tls_key_file,
+        tls_client_ca_file=server.tls_client_ca_file,
         is_shared=is_shared,
     )
     rpc = RpcServer(

@@ -69,7 +69,7 @@ class Reloading:
         prechecks = await front.policies.build(settings)
         # No await from here to the end: no call meets half of it.
         namespaces = settings.namespaces.values()
-        front.authenticator.replace(settings.caller_tokens)
+        front.authenticator.replace(settings.caller_tokens, certified=settings.caller_certificates)
         front.asking.replace(namespaces)
         front.policies.replace(prechecks)
         front.admin_images.replace(namespaces)

@@ -53,6 +53,11 @@ class Reception:
         """Whether one more would be turned away."""
         return self._in_progress >= self._max_in_progress
 
+    @property
+    def knows_certificates(self) -> bool:
+        """Whether there are callers that a certificate names."""
+        return self._authenticator.knows_certificates
+
     async def idle(self) -> None:
         """Let nothing more in, and return when every call that has begun is answered."""
         self.going_down.set()

@@ -16,6 +16,7 @@ import structlog
 from google.protobuf.message import DecodeError, Message
 
 from cacheserver.calls.again import Seen
+from cacheserver.calls.auth import CERTIFIED
 from cacheserver.calls.call import Call
 from cacheserver.calls.reception import OK, Reception
 from cacheserver.errors import MalformedMessageError, OverloadedError, cut_off
@@ -153,8 +154,14 @@ class Calls:
         return self.received(self._begin(rpc, context), context)
 
     def _begin(self, rpc: str, context: Context) -> Call:
-        said = cast("dict[str, str]", dict(context.invocation_metadata() or ()))  # at what is in bytes nobody looks
-        return self.begun(rpc, said, context)
+        return self.begun(rpc, self.said(context.invocation_metadata() or (), context), context)
+
+    def said(self, metadata: Iterable[tuple[str, str | bytes]], context: Context) -> dict[str, str]:
+        """A call's metadata, and whom the certificate of its connection names where that may be somebody."""
+        said = cast("dict[str, str]", dict(metadata))  # at what is in bytes nobody looks
+        if self.reception.knows_certificates and "authorization" not in said:
+            said[CERTIFIED] = "\n".join(_names(context.auth_context()))
+        return said
 
     def begun(self, rpc: str, metadata: Mapping[str, str], context: Context) -> Call:
         """A call that begins, and ends when its answer has gone out: that is later than when its method returns."""
@@ -238,7 +245,7 @@ class _ReadyCall(grpc.RpcMethodHandler):  # type: ignore[type-arg]  # generic in
 
     async def unary_unary(self, raw: bytes, context: Context) -> bytes:  # type: ignore[override]  # that of grpc.aio
         rpc, calls = self._rpc, self._rpc.calls
-        said = cast("dict[str, str]", dict(self._metadata))  # at what is in bytes nobody looks
+        said = calls.said(self._metadata, context)
         try:
             ready = rpc.ready(raw, said)
         except Exception as error:  # noqa: BLE001 - whatever it was, the caller gets a status that fits
@@ -269,6 +276,21 @@ class Service(grpc.ServiceRpcHandler):
         """The handler of a call; None if it is of no rpc of ours."""
         rpc = self._rpcs.get(handler_call_details.method)
         return _ReadyCall(rpc, handler_call_details.invocation_metadata) if isinstance(rpc, ReadyRpc) else rpc
+
+
+def _names(shown: Mapping[str, Iterable[bytes]]) -> list[str]:
+    """The SPIFFE URIs of a certificate; without one, its other URIs and DNS names; without any, its common name.
+
+    grpc has verified it: without, there is no connection.
+    """
+    uris = _texts(shown.get("peer_uri", ()))
+    spiffe = [uri for uri in uris if uri.startswith("spiffe://")]
+    return spiffe or [*uris, *_texts(shown.get("peer_dns", ()))] or _texts(shown.get("x509_common_name", ()))
+
+
+def _texts(names: Iterable[bytes]) -> list[str]:
+    texts = (name.decode(errors="replace") for name in names)
+    return [text for text in texts if text.isprintable()]  # one with an end of line in it would pass for two
 
 
 def _cut_off(error: Exception, _: asyncio.Task[None]) -> None:

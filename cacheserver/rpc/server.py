@@ -56,6 +56,8 @@ class Listen:
     unix_socket: Path | None = None
     tls_cert_file: Path | None = None
     tls_key_file: Path | None = None
+    tls_client_ca_file: Path | None = None
+    """Who signs callers' certificates, without which nobody is let in; None: no caller is asked for one."""
     is_shared: bool = False
 
 
@@ -240,12 +242,24 @@ def _credentials(listen: Listen) -> grpc.ServerCredentials | None:
         # grpc says nothing about a file it cannot use; ssl names what is wrong. Without a password of its own it
         # would ask the terminal for that of an encrypted key, which grpc cannot read anyway.
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key, password=bytes)
-        return grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
+        pair, authorities = (key.read_bytes(), cert.read_bytes()), _client_authorities(listen.tls_client_ca_file)
+        return grpc.ssl_server_credentials([pair], authorities, require_client_auth=authorities is not None)
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(
             f"server.tls_cert_file, server.tls_key_file: {cert} and {key} are no PEM certificate chain and its private "
             f"key without a password: {error}"
         ) from error
+
+
+def _client_authorities(file: Path | None) -> bytes | None:
+    """The certificates in this file, None without. Raises ConfigError for one that has none."""
+    if file is None:
+        return None
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_verify_locations(file)
+        return file.read_bytes()
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"server.tls_client_ca_file: {file} holds no PEM certificates: {error}") from error
 
 
 class _Unregistered:

@@ -176,12 +176,19 @@ def _callers_guard_the_door(settings: Settings) -> None:
 
 
 def _callers_are_distinct(settings: Settings) -> None:
-    for setting in ("name", "token_sha256"):
+    for setting, what in (("name", "name"), ("token_sha256", "token"), ("certificate", "certificate")):
         values = [getattr(each, setting) for each in settings.callers]
         for index, value in enumerate(values):
-            if value in values[:index]:
-                what = "name" if setting == "name" else "token"
+            if value is not None and value in values[:index]:
                 raise ConfigError(f"callers[{index}].{setting}: another caller has this {what}; give each its own")
+
+
+def _certificates_are_asked_for(settings: Settings) -> None:
+    for index, caller in enumerate(settings.callers):
+        if caller.certificate is not None and settings.server.tls_client_ca_file is None:
+            raise ConfigError(
+                f"callers[{index}].certificate: nobody is asked for one; set server.tls_client_ca_file, or a token"
+            )
 
 
 def _callers_namespaces_exist(settings: Settings) -> None:
@@ -250,7 +257,7 @@ def _workers_share_what_lies_below(settings: Settings) -> None:
 
 
 def _tls_files_are_there(settings: Settings) -> None:
-    for name in ("tls_cert_file", "tls_key_file", "http_tls_cert_file", "http_tls_key_file"):
+    for name in ("tls_cert_file", "tls_key_file", "tls_client_ca_file", "http_tls_cert_file", "http_tls_key_file"):
         file = getattr(settings.server, name)
         if file is not None and not os.access(file, os.R_OK):
             raise ConfigError(f"server.{name}: {file} cannot be read; mend the path or its permissions")
@@ -260,6 +267,7 @@ _RULES = (
     _callers_guard_the_door,
     _upstream_is_there,
     _callers_are_distinct,
+    _certificates_are_asked_for,
     _callers_namespaces_exist,
     _tiers_are_in_order,
     _tiers_can_be_had,

@@ -186,6 +186,13 @@ class ServerSettings(_Section):
     )
     tls_cert_file: Path | None = Field(default=None, description="Certificate chain for gRPC, PEM; needs tls_key_file.")
     tls_key_file: Path | None = Field(default=None, description="Private key for gRPC, PEM; needs tls_cert_file.")
+    tls_client_ca_file: Path | None = Field(
+        default=None,
+        description=(
+            "Certificates, PEM, that sign those of gRPC's callers: each has to show one, which names its caller where "
+            "it sends no token. Unset: none is asked for."
+        ),
+    )
     drain_timeout_s: Seconds = Field(
         default=30.0,
         description="Seconds that calls may go on after SIGTERM, and as long again for what is being stored.",
@@ -224,6 +231,8 @@ class ServerSettings(_Section):
     def _tls_is_whole(self) -> Self:
         if (self.tls_cert_file is None) != (self.tls_key_file is None):
             raise ValueError("one of tls_cert_file and tls_key_file is set and the other is not; set both or none")
+        if self.tls_client_ca_file is not None and self.tls_cert_file is None:
+            raise ValueError("tls_client_ca_file is set and tls_cert_file is not; set it and tls_key_file")
         return self
 
     @check(mode="after")
@@ -702,13 +711,21 @@ class UpstreamSettings(_Section):
 
 
 class CallerSettings(_Section):
-    """Who may call, known by a bearer token."""
+    """Who may call, known by a bearer token or a client's certificate."""
 
     name: Name = Field(description="Its name in logs and reports.")
     token_sha256: str | None = Field(
         default=None, pattern="^[0-9a-f]{64}$", description="SHA-256 of the token, 64 hexadecimal digits."
     )
     token_file: Path | None = Field(default=None, description="File that holds the token itself.")
+    certificate: str | None = Field(
+        default=None,
+        min_length=1,
+        description=(
+            "Whom its certificate names: a SPIFFE URI; without one another URI or a DNS name; without any the common "
+            "name. It needs server.tls_client_ca_file. Unset: none."
+        ),
+    )
     namespaces: tuple[str, ...] = Field(
         default=(DEFAULT_NAMESPACE,), min_length=1, description='Namespaces it may use; ["*"] is all of them.'
     )
@@ -729,8 +746,10 @@ class CallerSettings(_Section):
 
     @check(mode="after")
     def _one_token(self) -> Self:
-        if (self.token_sha256 is None) == (self.token_file is None):
-            raise ValueError("set one of token_sha256 and token_file")
+        if self.token_sha256 is not None and self.token_file is not None:
+            raise ValueError("set one of token_sha256 and token_file, not both")
+        if self.token_sha256 is None is self.token_file and self.certificate is None:
+            raise ValueError("set one of token_sha256 and token_file, or certificate")
         return self
 
 
@@ -1111,8 +1130,13 @@ class Settings(BaseSettings):
 
     @property
     def caller_tokens(self) -> list[tuple[bytes, Caller]]:
-        """The SHA-256 of each caller's token (32 bytes) and the caller."""
-        return [(bytes.fromhex(each.token_sha256 or ""), _caller(each)) for each in self.callers]
+        """The SHA-256 of each caller's token (32 bytes) and the caller, of those that have one."""
+        return [(bytes.fromhex(each.token_sha256), _caller(each)) for each in self.callers if each.token_sha256]
+
+    @property
+    def caller_certificates(self) -> dict[str, Caller]:
+        """The callers that have certificates, by whom those name."""
+        return {each.certificate: _caller(each) for each in self.callers if each.certificate}
 
     @property
     def serves_loopback_only(self) -> bool:
