@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -10,12 +11,15 @@ from typing import Any
 
 import grpc
 import pytest
+import typer.testing
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from cacheserver.app import Service, start
+from cacheserver.cli import app
+from cacheserver.client import AsyncClient, ImageSpec, PermissionDeniedError
 from cacheserver.errors import ConfigError
 from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.pb import promptcache_pb2_grpc as pb_grpc
@@ -181,3 +185,26 @@ async def test_an_authority_that_is_none_is_a_start_up_error(tmp_path: Path, pro
     env = environment(tmp_path / "other", provider=provider)
     with pytest.raises(ConfigError, match=r"server\.tls_client_ca_file: .* holds no PEM certificates"):
         await start(load_settings(tmp_path / "cacheserver.toml", env))
+
+
+class TestOurClients:
+    """They show a certificate, too."""
+
+    async def test_the_client_shows_its_certificate(self, service: Service) -> None:
+        shown = (SHOP.pem, SHOP.key_pem)
+        async with AsyncClient(service.grpc_address, root_certificates=AUTHORITY.pem, certificate=shown) as client:
+            assert (await client.get_image(ImageSpec(prompt="a red fox"), namespace="shop")).images
+            with pytest.raises(PermissionDeniedError):
+                await client.get_image(ImageSpec(prompt="a red fox"), namespace="blog")
+
+    async def test_the_command_shows_its_certificate(self, service: Service, tmp_path: Path) -> None:
+        for name, data in (("shop.crt", SHOP.pem), ("shop.key", SHOP.key_pem)):
+            (tmp_path / name).write_bytes(data)
+        link = ["--address", service.grpc_address, "--ca-file", str(tmp_path / "authority.crt")]
+        shown = ["--cert-file", str(tmp_path / "shop.crt"), "--key-file", str(tmp_path / "shop.key")]
+        command = ["get", "a red fox", "--namespace", "shop", "--output", str(tmp_path / "fox.png"), *link]
+        told = await asyncio.to_thread(typer.testing.CliRunner().invoke, app, [*command, *shown])
+        assert told.exit_code == 0, told.output
+        assert (tmp_path / "fox.png").stat().st_size > 0
+        told = await asyncio.to_thread(typer.testing.CliRunner().invoke, app, [*command, *shown[:2]])
+        assert "go together" in told.output

@@ -12,7 +12,7 @@ import typer
 from cacheserver.cli.options import Link
 from cacheserver.cli.output import FAILED, Output
 from cacheserver.cli.serve import Config
-from cacheserver.cli.session import token_of, trusted_by
+from cacheserver.cli.session import shown_by, token_of, trusted_by
 from cacheserver.client import DEFAULT_ADDRESS, AsyncClient
 from cacheserver.errors import ConfigError
 
@@ -52,7 +52,14 @@ async def _examine(settings: Settings, link: Link, show: Callable[[Finding], Non
     address = link.address if is_elsewhere else f"{reachable(server.grpc_host)}:{server.grpc_port}"
     tls = link.tls or (server.tls_cert_file is not None and not is_elsewhere)
     findings = []
-    async with AsyncClient(address, token=token_of(link), tls=tls, root_certificates=trusted_by(link)) as service:
+    client = AsyncClient(
+        address,
+        token=token_of(link),
+        tls=tls,
+        root_certificates=trusted_by(link),
+        certificate=shown_by(link),
+    )
+    async with client as service:
         async for finding in examine(settings, service):
             findings.append(finding)
             show(finding)

@@ -34,6 +34,13 @@ class Link:
         Path | None,
         typer.Option(envvar="CACHESERVER_CA_FILE", help="PEM certificates to trust; connects by TLS."),
     ] = None
+    cert_file: Annotated[
+        Path | None,
+        typer.Option(envvar="CACHESERVER_CERT_FILE", help="PEM certificate to show, with --key-file; connects by TLS."),
+    ] = None
+    key_file: Annotated[
+        Path | None, typer.Option(envvar="CACHESERVER_KEY_FILE", help="PEM key of that certificate.")
+    ] = None
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False
 
 

@@ -38,5 +38,24 @@ def trusted_by(link: Link) -> bytes | None:
     return link.ca_file.read_bytes() if link.ca_file else None
 
 
+def shown_by(link: Link) -> tuple[bytes, bytes] | None:
+    """The certificate to show and its key, if any. Raises OSError where a file cannot be read.
+
+    Raises:
+        typer.BadParameter: only one of the two is given.
+    """
+    if (link.cert_file is None) != (link.key_file is None):
+        raise typer.BadParameter("--cert-file and --key-file go together.")
+    if link.cert_file is None or link.key_file is None:
+        return None
+    return link.cert_file.read_bytes(), link.key_file.read_bytes()
+
+
 def _client(link: Link) -> Client:
-    return Client(link.address, token=token_of(link), tls=link.tls, root_certificates=trusted_by(link))
+    return Client(
+        link.address,
+        token=token_of(link),
+        tls=link.tls,
+        root_certificates=trusted_by(link),
+        certificate=shown_by(link),
+    )

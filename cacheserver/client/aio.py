@@ -80,6 +80,7 @@ class AsyncClient:
         token: str | None = None,
         tls: bool = False,
         root_certificates: bytes | None = None,
+        certificate: tuple[bytes, bytes] | None = None,
         fallback: AsyncFallback | None = None,
         multiplex: bool = False,
     ) -> None:
@@ -88,8 +89,9 @@ class AsyncClient:
         Args:
             address: "host:port" or "unix:/path/to/socket".
             token: The caller's bearer token.
-            tls: Use TLS. Implied by `root_certificates`.
+            tls: Use TLS. Implied by the next two.
             root_certificates: PEM certificates to trust instead of the usual authorities.
+            certificate: The PEM certificate by which the service knows the caller, and its key.
             fallback: Makes a picture without the service: what `get_image` answers with where nobody answers at the
                 address. A call that broke off when it had reached the service may then be paid for twice.
             multiplex: Let calls of `get_image`, `get_by_key` and `generate_many` that run at a time share a stream:
@@ -105,7 +107,7 @@ class AsyncClient:
         self._is_closed = False
         self._metadata = channel.call_metadata(token)
         options = channel.CHANNEL_OPTIONS if fallback is None else channel.IMPATIENT_OPTIONS
-        credentials = channel.credentials(tls=tls, root_certificates=root_certificates)
+        credentials = channel.credentials(tls=tls, root_certificates=root_certificates, certificate=certificate)
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(address, options)
         else:

@@ -75,16 +75,20 @@ IMPATIENT_OPTIONS: Final[Sequence[tuple[str, str | int]]] = (
 """For a client that knows what to do while nobody answers."""
 
 
-def credentials(*, tls: bool, root_certificates: bytes | None) -> grpc.ChannelCredentials | None:
+def credentials(
+    *, tls: bool, root_certificates: bytes | None, certificate: tuple[bytes, bytes] | None
+) -> grpc.ChannelCredentials | None:
     """Credentials for a TLS connection; None for a plain one.
 
     Args:
-        tls: Use TLS. Implied by `root_certificates`.
+        tls: Use TLS. Implied by the others.
         root_certificates: PEM certificates to trust instead of the usual authorities.
+        certificate: The PEM certificate to show, and its key.
     """
-    if not tls and root_certificates is None:
+    if not tls and root_certificates is None and certificate is None:
         return None
-    return grpc.ssl_channel_credentials(root_certificates=root_certificates)
+    shown, key = certificate or (None, None)
+    return grpc.ssl_channel_credentials(root_certificates, key, shown)
 
 
 def call_metadata(token: str | None) -> Sequence[tuple[str, str]]:

@@ -69,13 +69,14 @@ class Client:
     the replica: a hash, the same for equal namespaces and prompts.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one keyword per way to connect
         self,
         address: str = channel.DEFAULT_ADDRESS,
         *,
         token: str | None = None,
         tls: bool = False,
         root_certificates: bytes | None = None,
+        certificate: tuple[bytes, bytes] | None = None,
         fallback: Fallback | None = None,
     ) -> None:
         """Prepare a connection; nothing is sent yet.
@@ -83,8 +84,9 @@ class Client:
         Args:
             address: "host:port" or "unix:/path/to/socket".
             token: The caller's bearer token.
-            tls: Use TLS. Implied by `root_certificates`.
+            tls: Use TLS. Implied by the next two.
             root_certificates: PEM certificates to trust instead of the usual authorities.
+            certificate: The PEM certificate by which the service knows the caller, and its key.
             fallback: Makes a picture without the service: what `get_image` answers with where nobody answers at the
                 address. A call that broke off when it had reached the service may then be paid for twice.
         """
@@ -93,7 +95,7 @@ class Client:
         self._fallbacks = Fallbacks()
         self._metadata = channel.call_metadata(token)
         options = channel.CHANNEL_OPTIONS if fallback is None else channel.IMPATIENT_OPTIONS
-        credentials = channel.credentials(tls=tls, root_certificates=root_certificates)
+        credentials = channel.credentials(tls=tls, root_certificates=root_certificates, certificate=certificate)
         if credentials is None:
             self._channel = grpc.insecure_channel(address, options)
         else:
