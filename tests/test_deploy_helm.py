@@ -18,6 +18,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 from starlette.routing import Route
 
+from cacheserver.app.state import ProcessState
 from cacheserver.http.operations import operations
 from cacheserver.settings import Settings, load_settings
 
@@ -214,7 +215,7 @@ def test_probes_ask_for_paths_that_are_served() -> None:
 
 
 def served_paths() -> set[str]:
-    routes = operations(registry=CollectorRegistry(), is_ready=lambda: True, tiers=dict)
+    routes = operations(ProcessState(registry=CollectorRegistry(), is_ready=lambda: True, tiers=dict))
     return {route.path for route in routes if isinstance(route, Route)}
 
 
