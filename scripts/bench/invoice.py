@@ -42,12 +42,13 @@ import typer
 from cacheserver.client import AsyncClient
 from cacheserver.model import AttemptOutcome
 from cacheserver.pb import promptcache_pb2 as pb
-from cacheserver.tiers.redis_client import Client, connect, disconnect
+from cacheserver.tiers.redis_client import Client
 from scripts.bench.figures import percentile, print_table, print_verdict, write_json
 from scripts.bench.journal import Beneath, Result, beneath
 from scripts.bench.load import Stub, callers
 from scripts.bench.provider import Latency
 from scripts.bench.provider_ledger import Call
+from scripts.bench.replicas import standing
 from scripts.bench.stand import ServiceProcess
 
 _REPLICAS = 3
@@ -276,15 +277,12 @@ class Fleet:
 async def through(day: Sequence[Asked], *, seconds: float, seed: int) -> tuple[Day, list[Call], dict[str, int]]:
     """Ask three replicas; what came of it, what the provider billed, and what the replicas have of it in the end."""
     async with AsyncExitStack() as stack:
-        under = await stack.enter_async_context(beneath(latency=_LATENCY, picture_bytes=_PICTURE_BYTES, seed=seed))
-        config = f"{_CONFIG}\n{under.config}"
-        replicas = [ServiceProcess(under.directory / f"replica-{number}", config) for number in range(_REPLICAS)]
-        for each in replicas:
-            await stack.enter_async_context(each)
-        stubs = [(await stack.enter_async_context(callers(each.address, 1)))[0] for each in replicas]
-        redis = connect(under.valkey.url, timeout_s=30.0, connect_timeout_s=5.0)
-        stack.push_async_callback(disconnect, redis)
-        fleet = Fleet(under, replicas, stubs, redis)
+        stand = await stack.enter_async_context(
+            standing(replicas=_REPLICAS, latency=_LATENCY, picture_bytes=_PICTURE_BYTES, seed=seed, config=_CONFIG)
+        )
+        stubs = [(await stack.enter_async_context(callers(each.address, 1)))[0] for each in stand.replicas]
+        under = stand.under
+        fleet = Fleet(under, stand.replicas, stubs, stand.redis)
         async with asyncio.TaskGroup() as going_on:
             going_on.create_task(fleet.happen(seconds))
             replay = going_on.create_task(_replay(day, fleet.ask, "through"))

@@ -31,12 +31,12 @@ import typer
 
 from cacheserver.client import AsyncClient
 from cacheserver.pb import promptcache_pb2 as pb
-from cacheserver.tiers.redis_client import Client, connect, disconnect
+from cacheserver.tiers.redis_client import Client
 from scripts.bench.figures import print_table, print_verdict, write_json
-from scripts.bench.journal import Beneath, Result, beneath, spec
+from scripts.bench.journal import Result, spec
 from scripts.bench.load import Stub, callers
 from scripts.bench.provider import Latency
-from scripts.bench.stand import ServiceProcess
+from scripts.bench.replicas import Stand, standing
 
 _REPLICAS = 3
 _ASKING = 8
@@ -58,7 +58,6 @@ _RACING = 4
 
 _PRICE_MICROUSD = 52_700
 _DEADLINE_S = 120.0
-_LAST_CALLS_S = 30.0
 
 
 @dataclass(slots=True)
@@ -145,18 +144,16 @@ async def full(*, minutes: float, after_s: float, seed: int) -> Result:
     """Keep Redis full for so long, empty it, and go on."""
     latency = Latency(spread="uniform", mean_s=1.0)
     async with AsyncExitStack() as stack:
-        under = await stack.enter_async_context(beneath(latency=latency, picture_bytes=20_000, seed=seed))
-        under.valkey.execute(f"CONFIG SET maxmemory {_MAX_MB}mb")
         # It lasts until Redis is emptied, and some way beyond.
         waves = minutes * 60 / _WAVE_S
         limit = int(waves * _RACING * 1.05) * _PRICE_MICROUSD
-        config = f"{under.config}\n[namespaces.race]\nper_day_microusd = {limit}\n"
-        replicas = [ServiceProcess(under.directory / f"replica-{n}", config) for n in range(_REPLICAS)]
-        for each in replicas:
-            await stack.enter_async_context(each)
-        stubs = [(await stack.enter_async_context(callers(each.address, 1)))[0] for each in replicas]
-        redis = connect(under.valkey.url, timeout_s=30.0, connect_timeout_s=5.0)
-        stack.push_async_callback(disconnect, redis)
+        config = f"[namespaces.race]\nper_day_microusd = {limit}\n"
+        stand = await stack.enter_async_context(
+            standing(replicas=_REPLICAS, latency=latency, picture_bytes=20_000, seed=seed, config=config)
+        )
+        stand.under.valkey.execute(f"CONFIG SET maxmemory {_MAX_MB}mb")
+        stubs = [(await stack.enter_async_context(callers(each.address, 1)))[0] for each in stand.replicas]
+        redis = stand.redis
         running = Waves(stubs, redis, seed=seed)
         print("Redis is filled", file=sys.stderr, flush=True)
         await running.go_on(minutes * 60)
@@ -164,20 +161,17 @@ async def full(*, minutes: float, after_s: float, seed: int) -> Result:
         print("Redis is emptied", file=sys.stderr, flush=True)
         await redis.flushall()
         await running.go_on(after_s)
-        return await _result(running.race, under, replicas, evicted=evicted, limit=limit)
+        return await _result(running.race, stand, evicted=evicted, limit=limit)
 
 
-async def _result(race: Race, under: Beneath, replicas: list[ServiceProcess], *, evicted: int, limit: int) -> Result:
-    async with asyncio.timeout(_LAST_CALLS_S):
-        while (await under.provider.state())["running"]:  # noqa: ASYNC110 - it runs in another process
-            await asyncio.sleep(0.02)
-    calls = [call for call in await under.provider.calls() if call.billed_microusd]
-    billed = Counter(call.prompt_sha256 for call in calls)
+async def _result(race: Race, stand: Stand, *, evicted: int, limit: int) -> Result:
+    billed = await stand.billed()
+    calls = [call for call in await stand.under.provider.calls() if call.billed_microusd]
     racing = {hashlib.sha256(prompt.encode()).hexdigest() for prompt in race.asked if prompt.startswith("race")}
     paid = sum(call.billed_microusd for call in calls if call.prompt_sha256 in racing)
     booked = 0
     told: set[int] = set()
-    for replica in replicas:
+    for replica in stand.replicas:
         async with AsyncClient(replica.address) as client:
             booked += sum([row.cost_microusd async for row in client.admin.list_ledger() if row.namespace == "race"])
             told |= {each.spent_microusd for each in await client.admin.list_budgets() if each.subject == "race"}
