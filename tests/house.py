@@ -45,10 +45,12 @@ from cacheserver.reviews import Reviews
 from cacheserver.tiers.disk import DiskTier
 from cacheserver.tiers.hedge import Hedge
 from cacheserver.tiers.memory import MemoryCache
+from cacheserver.tiers.s3 import S3Tier
 from cacheserver.undrained import Undrained
 from tests.fakes import FakeClock
 from tests.miss_path import MemoryLedger, build_generator, lanes
 from tests.provider import FakeUpstream
+from tests.servers import S3Server
 
 MODEL = "gpt-image-2"
 EVERYTHING = Caller("tester", frozenset(Permission))
@@ -248,6 +250,29 @@ class House:
 async def open_tier(directory: Path, name: TierName, clock: FakeClock, epochs: Epochs | None = None) -> FaultyTier:
     await asyncio.to_thread(directory.mkdir, parents=True, exist_ok=True)
     return FaultyTier(await DiskTier.open(directory, clock=clock, sync=False, epochs=epochs), name)
+
+
+def open_s3(
+    server: S3Server,
+    *,
+    clock: FakeClock,
+    bucket: str | None = None,
+    prefix: str = "",
+    epochs: Epochs | None = None,
+) -> S3Tier:
+    """A tier on a real S3, in the bucket that tests share unless it names another, patient with a busy machine."""
+    return S3Tier(
+        bucket=bucket or server.bucket,
+        clock=clock,
+        prefix=prefix,
+        region=server.region,
+        endpoint=server.endpoint,
+        access_key=server.access_key,
+        secret_key=server.secret_key,
+        connect_timeout_s=5.0,
+        read_timeout_s=30.0,
+        epochs=epochs,
+    )
 
 
 def alone_with(epochs: Epochs, *, books: CounterBooks, clock: FakeClock) -> Coherence:

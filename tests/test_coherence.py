@@ -25,7 +25,7 @@ from cacheserver.tiers.redis import RedisTier
 from cacheserver.tiers.redis_client import Client, connect, disconnect
 from cacheserver.tiers.s3 import S3Tier
 from tests.fakes import FakeClock
-from tests.house import EVERYTHING, FaultyTier, House
+from tests.house import EVERYTHING, FaultyTier, House, open_s3
 from tests.next_release import IDENTITY
 from tests.servers import S3Server, ValkeyServer
 from tests.tier_contract import make_entry, make_key
@@ -108,17 +108,7 @@ class Service:
         epochs = Epochs()
         rng = Random(1)  # noqa: S311 - spreads expiry
         redis = RedisTier(self.client, clock=self.clock, rng=rng, prefix=self.prefix, epochs=epochs)
-        s3 = S3Tier(
-            bucket=self._bucket.bucket,
-            clock=self.clock,
-            prefix=self._folder,
-            region=self._bucket.region,
-            endpoint=self._bucket.endpoint,
-            access_key=self._bucket.access_key,
-            secret_key=self._bucket.secret_key,
-            read_timeout_s=20.0,
-            epochs=epochs,
-        )
+        s3 = open_s3(self._bucket, clock=self.clock, prefix=self._folder, epochs=epochs)
         self._stack.push_async_callback(s3.aclose)
         wire = Wire(RedisTombstones(client=self.client, prefix=self.prefix, timeout_s=5.0), s3)
         coherence = Coherence(

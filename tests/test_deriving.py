@@ -48,9 +48,8 @@ from cacheserver.pb import promptcache_pb2 as pb
 from cacheserver.renditions.renderer import ThreadRenderer
 from cacheserver.tiers.redis import RedisTier
 from cacheserver.tiers.redis_client import connect
-from cacheserver.tiers.s3 import S3Tier
 from tests.fakes import FakeClock
-from tests.house import EVERYTHING, FaultyTier, House
+from tests.house import EVERYTHING, FaultyTier, House, open_s3
 from tests.provider import FakeUpstream, OpenAIStandIn, small_image
 from tests.rpc_front import ask as request
 from tests.rpc_front import failure, open_front, spec
@@ -620,15 +619,7 @@ async def on_servers(
         rng=random.Random(7),  # noqa: S311 - no secret
         prefix=f"{name}:",
     )
-    s3 = S3Tier(
-        clock=clock,
-        bucket=s3_server.bucket,
-        prefix=f"{name}/",
-        region=s3_server.region,
-        endpoint=s3_server.endpoint,
-        access_key=s3_server.access_key,
-        secret_key=s3_server.secret_key,
-    )
+    s3 = open_s3(s3_server, clock=clock, prefix=f"{name}/")
     house = House(clock=clock, redis=FaultyTier(redis, TierName.REDIS), s3=FaultyTier(s3, TierName.S3))
     studio = Studio(house)
     yield studio

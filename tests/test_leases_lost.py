@@ -23,9 +23,8 @@ from cacheserver.interfaces import Clock
 from cacheserver.model import CachedImage, CacheKey, CachePolicy, Served, TierName
 from cacheserver.tiers.redis import RedisTier
 from cacheserver.tiers.redis_client import Client, connect, disconnect
-from cacheserver.tiers.s3 import S3Tier
 from tests.fakes import FakeClock
-from tests.house import FaultyTier, House
+from tests.house import FaultyTier, House, open_s3
 from tests.servers import S3Server
 from tests.tier_contract import make_entry
 from tests.waiting import until
@@ -53,17 +52,7 @@ class Service:
         rng = Random(1)  # noqa: S311 - spreads expiry
         books = CounterBooks(clock=self.clock, registry=CollectorRegistry())
         redis = RedisTier(self._client, clock=self.clock, rng=rng, prefix=self._prefix, epochs=epochs)
-        s3 = S3Tier(
-            bucket=self._s3_server.bucket,
-            clock=self.clock,
-            prefix=self._folder,
-            region=self._s3_server.region,
-            endpoint=self._s3_server.endpoint,
-            access_key=self._s3_server.access_key,
-            secret_key=self._s3_server.secret_key,
-            read_timeout_s=20.0,
-            epochs=epochs,
-        )
+        s3 = open_s3(self._s3_server, clock=self.clock, prefix=self._folder, epochs=epochs)
         self._stack.push_async_callback(s3.aclose)
         house = House(
             clock=self.clock,

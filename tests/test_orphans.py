@@ -29,10 +29,9 @@ from cacheserver.paying import UnknownPolicy
 from cacheserver.tasks import end
 from cacheserver.tiers.redis import RedisTier
 from cacheserver.tiers.redis_client import Client, connect, disconnect
-from cacheserver.tiers.s3 import S3Tier
 from cacheserver.undrained import Mark, Undrained
 from tests.fakes import FakeClock
-from tests.house import MODEL, FaultyTier, House
+from tests.house import MODEL, FaultyTier, House, open_s3
 from tests.provider import FakeUpstream, OpenAIStandIn
 from tests.running import ask, calling, environment, running
 from tests.servers import S3Server, ValkeyServer
@@ -165,17 +164,7 @@ class Service:
         )
 
     def _s3(self, epochs: Epochs) -> Tier:
-        s3 = S3Tier(
-            bucket=self._s3_server.bucket,
-            clock=self.clock,
-            prefix=self._folder,
-            region=self._s3_server.region,
-            endpoint=self._s3_server.endpoint,
-            access_key=self._s3_server.access_key,
-            secret_key=self._s3_server.secret_key,
-            read_timeout_s=20.0,
-            epochs=epochs,
-        )
+        s3 = open_s3(self._s3_server, clock=self.clock, prefix=self._folder, epochs=epochs)
         self._stack.push_async_callback(s3.aclose)
         return s3
 

@@ -42,9 +42,8 @@ from cacheserver.tiers.disk import DiskTier
 from cacheserver.tiers.memory import MemoryCache
 from cacheserver.tiers.redis import RedisTier
 from cacheserver.tiers.redis_client import connect
-from cacheserver.tiers.s3 import S3Tier
 from tests.fakes import FakeClock
-from tests.house import EVERYTHING, House, alone_with
+from tests.house import EVERYTHING, House, alone_with, open_s3
 from tests.renditions_pictures import decoded, encoded, generated, scene
 from tests.servers import S3Server, ValkeyServer
 from tests.tier_contract import as_public, make_entry, make_key
@@ -313,17 +312,7 @@ async def tiers(
         prefix=f"test-{uuid.uuid4().hex}:",
     )
     disk = await DiskTier.open(tmp_path / "disk", clock=clock, sync=False)
-    s3 = S3Tier(
-        bucket=s3_server.bucket,
-        prefix=f"test-{uuid.uuid4().hex}/",
-        region=s3_server.region,
-        endpoint=s3_server.endpoint,
-        access_key=s3_server.access_key,
-        secret_key=s3_server.secret_key,
-        clock=clock,
-        connect_timeout_s=5.0,
-        read_timeout_s=20.0,
-    )
+    s3 = open_s3(s3_server, clock=clock, prefix=f"test-{uuid.uuid4().hex}/")
     yield (redis, disk, s3)
     for tier in (redis, disk, s3):
         await tier.aclose()

@@ -16,7 +16,7 @@ from cacheserver.tiers.redis_client import Client, connect, disconnect
 from cacheserver.tiers.s3 import S3Tier
 from tests.delivery_front import open_delivery
 from tests.fakes import FakeClock
-from tests.house import FaultyTier, House
+from tests.house import FaultyTier, House, open_s3
 from tests.http_front import open_http_front
 from tests.rpc_front import ask
 from tests.rpc_front import open_front as rpc_front
@@ -84,15 +84,7 @@ async def tended(clock: FakeClock, redis_url: str, s3_server: S3Server) -> Async
             prefix=next(PREFIXES),
             ttl_s=REDIS_TTL_S,
         )
-        s3 = S3Tier(
-            bucket=s3_server.new_bucket(),
-            clock=clock,
-            endpoint=s3_server.endpoint,
-            region=s3_server.region,
-            access_key=s3_server.access_key,
-            secret_key=s3_server.secret_key,
-            read_timeout_s=30,
-        )
+        s3 = open_s3(s3_server, clock=clock, bucket=s3_server.new_bucket())
         house = House(clock=clock, redis=FaultyTier(redis, TierName.REDIS), s3=FaultyTier(s3, TierName.S3))
         undo.push_async_callback(disconnect, clients[1])
         for closing in (redis.aclose, s3.aclose, house.aclose):

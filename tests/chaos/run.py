@@ -40,6 +40,7 @@ from scripts.bench.provider_pictures import Look, Pictures
 from tests.chaos.model import CHECK_S, Span, sha256
 from tests.chaos.schedule import REPLICAS, schedule
 from tests.chaos.stand import FLOCK, Stand, standing
+from tests.waiting import until
 
 _CALLERS = 10
 _POPULAR = 300
@@ -244,16 +245,18 @@ async def _watch_lag(stand: Stand) -> None:
 
 async def _settle(stand: Stand) -> None:
     """Wait until nothing is on its way."""
-    until_s = time.monotonic() + _HOME_S
-    while time.monotonic() < until_s:
+
+    async def is_settled() -> bool:
         try:
             entries = [await replica.metric("cacheserver_journal_entries") for replica in stand.replicas]
         except httpx.TransportError:
-            entries = [1.0]
-        if not sum(entries) and not (await stand.provider.state())["running"]:
-            return
-        await asyncio.sleep(0.2)
-    stand.model.breaches.append(f"journals are not empty {_HOME_S:g} s after the last fault: {entries}")
+            return False
+        return not sum(entries) and not (await stand.provider.state())["running"]
+
+    try:
+        await until(is_settled, within_s=_HOME_S)
+    except TimeoutError:
+        stand.model.breaches.append(f"journals are not empty {_HOME_S:g} s after the last fault")
 
 
 async def _read_all(stand: Stand) -> None:
