@@ -180,9 +180,6 @@ class Coherence:
             return
         self.epochs.forget(old)
 
-    def _old(self) -> list[Tombstone]:
-        return self.epochs.settled_before(int(1000 * (self._clock.now_s() - _KEPT_S)))
-
     async def aclose(self) -> None:
         """Tell others what they have not been told yet."""
         if self._unshared:
@@ -221,6 +218,9 @@ class Coherence:
         self._arrival = came.last
         await self._take_note(news)
         return True
+
+    def _old(self) -> list[Tombstone]:
+        return self.epochs.settled_before(int(1000 * (self._clock.now_s() - _KEPT_S)))
 
     def _is_check_due(self) -> bool:
         if self._shared is None and self._files is None:
