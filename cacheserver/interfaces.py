@@ -100,6 +100,13 @@ class Tier(Protocol):
         """
         ...
 
+    async def move(self, slot: CacheKey, key: CacheKey, entry: CachedImage) -> bool:
+        """`put` without `replace`, after which nothing lies in `slot`, another of the same identity's.
+
+        A copy of `entry` that lies there need not be sent again.
+        """
+        ...
+
     async def touch(self, key: CacheKey, entry: CachedImage) -> Touched:
         """See to it that the entry under `key`, which is asked for, stays as long as it should and has `entry`'s end.
 

@@ -73,6 +73,10 @@ _LAST_S = 1.0
 _Place = tuple[TierName, str]
 
 
+async def at_once() -> None:
+    """Nothing has to be waited for."""
+
+
 @dataclass(eq=False, slots=True)
 class _Held:
     """An image the last tier has yet to take, and the slot it lies in meanwhile.
@@ -129,8 +133,9 @@ class Keeper:
         epochs: Epochs | None = None,
         on_replaced: Callable[[CachedImage], None] = lambda _: None,
         undrained: Undrained | None = None,
+        until_last_is_well: Callable[[], Awaitable[object]] = at_once,
     ) -> None:
-        """`tiers` are the lower ones, fastest first.
+        """`tiers` are the lower ones, fastest first; the last is offered nothing again before `until_last_is_well`.
 
         With `copies` nobody is answered from the journal alone: a faster tier has to have the image, too. Of images
         that the journal has not, nothing more is offered again beyond `max_held_bytes`. What `epochs` say was purged is
@@ -146,6 +151,7 @@ class Keeper:
         self._epochs = epochs or Epochs()
         self._on_replaced = on_replaced
         self._undrained = undrained or Undrained(clock=clock)
+        self._until_last_is_well = until_last_is_well
         self._held: dict[str, _Held] = {}
         self._waiting: OrderedDict[_Held, None] = OrderedDict()
         self._offering_again: asyncio.Task[None] | None = None
@@ -619,6 +625,7 @@ class Keeper:
         wait_s = _FIRST_RETRY_S
         while self._waiting:
             await self._clock.sleep(wait_s)
+            await self._until_last_is_well()
             wait_s = _FIRST_RETRY_S if await self._offer_waiting() else min(2 * wait_s, _LAST_PROBE_S)
 
     async def _offer_waiting(self) -> bool:
@@ -805,21 +812,37 @@ class Keeper:
             self._memory.delete(kept.key)
         if held.replace:
             self._changes += 1
+        slots = {held.slot: None} if held.lies_there else {}
+        if held.is_restored and not held.replace:  # what takes another's place never stood in for it
+            slots[held.entry.key.stand_in] = None
+        slots.pop(kept.key, None)
+        for slot in slots:
+            self._memory.delete(slot)
         for tier in self._tiers[:-1]:
+            self._settle_in(tier, held, kept, list(slots))
+        if held.replace:
+            self._on_replaced(kept)
+
+    def _settle_in(self, tier: Tier, held: _Held, kept: CachedImage, slots: Sequence[CacheKey]) -> None:
+        """Have a faster tier hold it under its number, and in none of `slots`."""
+        if slots and not held.replace:
+            first, *slots = slots
+            moving = self._write(tier, kept.key, kept, replace=False, put=partial(self._moved, tier, first, kept))
+            self._outdate(tier, first, moving)
+        else:
             # Over its own copy too, which was to stay for longer.
             replace = held.replace or (held.lies_there and held.slot == kept.key)
             write = self._write(tier, kept.key, kept, replace=replace)
             if held.replace:
                 self._outdate(tier, kept.key, write)
-        if held.replace:
-            self._on_replaced(kept)
-        slots = {held.slot} if held.lies_there else set()
-        if held.is_restored and not held.replace:  # what takes another's place never stood in for it
-            slots.add(held.entry.key.stand_in)
-        for slot in slots - {kept.key}:
-            self._memory.delete(slot)
-            for tier in self._tiers[:-1]:
-                self._outdate(tier, slot)
+        for slot in slots:
+            self._outdate(tier, slot)
+
+    async def _moved(self, tier: Tier, slot: CacheKey, kept: CachedImage) -> bool:
+        """Have it lie under its number, whatever was being written into its makeshift slot."""
+        if (before := self._last_writes.get((tier.name, slot.name))) is not None:
+            await _ended([before])
+        return await tier.move(slot, kept.key, kept)
 
     async def _save(self, held: _Held, *, copies: bool = False) -> bool:
         """Put an image the last tier did not take where else it can be: its caller may be answered then.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -21,7 +21,7 @@ from cacheserver.freshness import stale_windows
 from cacheserver.identity import identify
 from cacheserver.interfaces import Leases, Renderer, Replays, Tier, no_step
 from cacheserver.journal import Journal
-from cacheserver.keep import Keeper
+from cacheserver.keep import Keeper, at_once
 from cacheserver.model import (
     Budget,
     CachedImage,
@@ -88,6 +88,10 @@ class FaultyTier:
     async def put(self, key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:
         await self._pass()
         return await self._tier.put(key, entry, replace=replace)
+
+    async def move(self, slot: CacheKey, key: CacheKey, entry: CachedImage) -> bool:
+        await self._pass()
+        return await self._tier.move(slot, key, entry)
 
     async def touch(self, key: CacheKey, entry: CachedImage) -> Touched:
         await self._pass()
@@ -169,6 +173,7 @@ class House:
         copies: bool = False,
         leases: Leases | None = None,
         undrained: Undrained | None = None,
+        until_last_is_well: Callable[[], Awaitable[object]] = at_once,
     ) -> None:
         """A new process on the same tiers, or on some of them."""
         windows = stale_windows([self.namespace])
@@ -184,6 +189,7 @@ class House:
             epochs=self.epochs,
             on_replaced=self.coherence.replaced,
             undrained=undrained,
+            until_last_is_well=until_last_is_well,
         )
         self.ledger = MemoryLedger()
         self.generator = build_generator(

@@ -13,6 +13,6 @@ async def test_a_service_that_is_killed_loses_nothing_that_was_paid_for() -> Non
 
 
 async def test_a_service_without_s3_for_a_while_fails_no_call_and_brings_everything_home() -> None:
-    result = await outage(seconds=6, rate=8, before_s=2, allowed_home_s=60, allowed_mb=150, seed=3)
+    result = await outage(seconds=6, rate=8, rate_after=8, before_s=2, allowed_home_s=60, allowed_mb=150, seed=3)
     assert result.shortfalls == []
     assert result.figures["given to callers"] > 0

@@ -83,6 +83,11 @@ class DictTier:
         self.entries[key.name] = entry
         return True
 
+    async def move(self, slot: CacheKey, key: CacheKey, entry: CachedImage) -> bool:
+        is_put = await self.put(key, entry, replace=False)
+        await self.delete(slot)
+        return is_put
+
     async def touch(self, key: CacheKey, entry: CachedImage) -> Touched:
         await asyncio.sleep(0)
         holder = self.entries.get(key.name)

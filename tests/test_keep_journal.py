@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from cacheserver.errors import (
     TierUnreachableError,
 )
 from cacheserver.journal import Journal, Record
+from cacheserver.keep import at_once
 from cacheserver.model import CachedImage, CacheKey, CachePolicy, Pending, Served, Terms, TierName
 from cacheserver.paying import UnknownPolicy
 from tests.fakes import FakeClock
@@ -42,13 +43,26 @@ class Lives:
         self._journals: list[Journal] = []
         self._older = asyncio.all_tasks()
 
-    async def begin(self, *, copies: bool = False, memory_bytes: int = 64 * 1024 * 1024, **options: int) -> House:
+    async def begin(
+        self,
+        *,
+        copies: bool = False,
+        memory_bytes: int = 64 * 1024 * 1024,
+        until_last_is_well: Callable[[], Awaitable[object]] = at_once,
+        **options: int,
+    ) -> House:
         """A new process, after one that was killed if there was one: nothing of it was brought to an end."""
         await self._kill()
         self.journal = await Journal.open(self._directory, clock=self._clock, **options)  # type: ignore[arg-type] # convenience
         self._journals.append(self.journal)
         unknown = UnknownPolicy(budget_microusd_per_hour=1_000_000_000)
-        self.house.restart(journal=self.journal, copies=copies, memory_bytes=memory_bytes, unknown=unknown)
+        self.house.restart(
+            journal=self.journal,
+            copies=copies,
+            memory_bytes=memory_bytes,
+            unknown=unknown,
+            until_last_is_well=until_last_is_well,
+        )
         self.house.keeper.restore()
         return self.house
 
@@ -367,6 +381,31 @@ class TestAnOutage:
         house.s3.is_down = False
         await home(house, lives)
         assert [await house.s3.get(one.entry.key) for one in served] == [one.entry for one in served]
+
+    async def test_it_is_offered_as_soon_as_the_last_tier_is_known_to_be_well_and_not_before(
+        self, lives: Lives, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        well = asyncio.Event()
+        house = await lives.begin(until_last_is_well=well.wait)
+        house.s3.is_down = True
+        served = await house.get()
+        puts: list[CacheKey] = []
+        put = house.s3.put
+
+        async def watched(key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:
+            puts.append(key)
+            return await put(key, entry, replace=replace)
+
+        monkeypatch.setattr(house.s3, "put", watched)
+        await until(lambda: house.clock.sleepers > 0)
+        for _ in range(10):
+            house.clock.advance(60)
+            await asyncio.sleep(0)
+        assert not puts
+        house.s3.is_down = False
+        well.set()
+        await until(lambda: lives.journal.entries == 0)
+        assert await house.s3.get(served.entry.key) == served.entry
 
     async def test_what_goes_home_late_takes_no_place_in_memory(self, lives: Lives) -> None:
         house = await lives.begin(memory_bytes=0)

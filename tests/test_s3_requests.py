@@ -20,7 +20,7 @@ from botocore.credentials import Credentials
 from cacheserver.errors import TierError, TierTimeoutError
 from cacheserver.tiers.s3 import S3Tier
 from cacheserver.tiers.s3_client import new_client, new_session
-from cacheserver.tiers.s3_requests import S3Requests
+from cacheserver.tiers.s3_requests import SENT_UNASKED_BYTES, S3Requests
 from tests.fakes import FakeClock
 from tests.servers import S3Server
 from tests.test_tier_s3 import ABSENT, answering, http, open_tier
@@ -216,7 +216,7 @@ def as_text(headers: Any) -> dict[str, str]:
 
 @pytest.mark.usefixtures("environment")
 @pytest.mark.parametrize("condition", [{"IfNoneMatch": "*"}, {"IfMatch": '"x"'}], ids=["new", "replaced"])
-@pytest.mark.parametrize("body", [b"hello", b""], ids=["bytes", "empty"])
+@pytest.mark.parametrize("body", [b"hello", b"", b"long" * 65_536], ids=["bytes", "empty", "long"])
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
 def test_the_same_is_put_as_by_boto3(endpoint: str | None, body: bytes, condition: dict[str, str]) -> None:
     _, requests, wire = client_without_network(endpoint)
@@ -229,20 +229,34 @@ def test_the_same_is_put_as_by_boto3(endpoint: str | None, body: bytes, conditio
     assert bytes(sent or b"") == body
     headers = as_text(ours.headers)
     assert headers.pop("Host") == ours.url.split("/")[2].removesuffix(":80")
-    assert headers == as_text(of_boto3.headers)
+    expected = as_text(of_boto3.headers)
+    if len(body) < SENT_UNASKED_BYTES:
+        expected.pop("Expect", None)
+    assert headers == expected
     [name] = condition
     assert headers["If-None-Match" if name == "IfNoneMatch" else "If-Match"] == condition[name]
 
 
 @pytest.mark.usefixtures("environment")
 def test_a_put_is_not_made_as_a_read_is() -> None:
+    long = bytes(SENT_UNASKED_BYTES)
     _, requests, wire = client_without_network(None)
     requests.get_object(Bucket="pictures", Key="a")
-    put_picture(requests, b"hello")
+    put_picture(requests, long)
     requests.get_object(Bucket="pictures", Key="a")
-    put_picture(requests, b"hello")
+    put_picture(requests, long)
     assert wire.askers == "bboo"
     assert ["Expect" in request.headers for request in wire.requests] == [False, True, False, True]
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(("size_bytes", "is_asked"), [(SENT_UNASKED_BYTES - 1, False), (SENT_UNASKED_BYTES, True)])
+def test_only_a_long_body_waits_until_it_is_wanted(size_bytes: int, *, is_asked: bool) -> None:
+    _, requests, wire = client_without_network(None)
+    for _ in range(2):
+        put_picture(requests, bytes(size_bytes))
+    assert wire.askers == "bo"
+    assert ("Expect" in wire.requests[1].headers) is is_asked
 
 
 @pytest.mark.usefixtures("environment")

@@ -329,6 +329,36 @@ async def test_wrong_credentials_are_said_without_being_said(
             assert "battery" not in repr(tier)
 
 
+async def test_what_is_moved_is_not_sent_again_and_stays_as_long_as_any_entry(
+    own_valkey: Callable[[], ValkeyServer], clock: FakeClock
+) -> None:
+    server = own_valkey()
+    entry = with_data(make_entry(), bytes(MAX_ENTRY_BYTES))
+
+    async def received_bytes(raw: Redis) -> int:
+        return int((await raw.info("stats"))["total_net_input_bytes"])
+
+    async with open_tier(server.url, clock) as tier, Redis.from_url(server.url) as raw:
+        tier._is_alone = lambda name: name == entry.key.stand_in.name
+        await tier.put(entry.key.stand_in, entry, replace=True)
+        before = await received_bytes(raw)
+        assert await tier.move(entry.key.stand_in, entry.key, entry)
+        assert await received_bytes(raw) - before < MAX_ENTRY_BYTES / 10
+        assert 0.9 * DAY_MS - 60_000 <= await raw.pttl(name_of(tier, entry.key)) <= 1.1 * DAY_MS
+
+
+async def test_where_nothing_may_be_renamed_it_is_sent_again(
+    own_valkey: Callable[[], ValkeyServer], clock: FakeClock
+) -> None:
+    server = own_valkey()
+    server.execute("ACL SETUSER default -renamenx")
+    entry = make_entry()
+    async with open_tier(server.url, clock) as tier:
+        await tier.put(entry.key.stand_in, entry, replace=True)
+        assert await tier.move(entry.key.stand_in, entry.key, entry)
+        assert [await tier.get(entry.key), await tier.get(entry.key.stand_in)] == [entry, None]
+
+
 async def test_a_full_server_is_unknown_to_writes_and_still_read(
     own_valkey: Callable[[], ValkeyServer], clock: FakeClock
 ) -> None:

@@ -227,6 +227,31 @@ class StoreContract:
 class TierContract(StoreContract):
     """What every `Tier` promises. Its fixture's tier takes MAX_ENTRY_BYTES."""
 
+    async def test_what_stands_in_is_moved_to_the_key_it_was_made_for(self, tier: Tier) -> None:
+        entry = make_entry(revised_prompt=LONG_PROMPT)
+        await tier.put(entry.key.stand_in, entry, replace=True)
+        assert await tier.move(entry.key.stand_in, entry.key, entry)
+        assert [await tier.get(entry.key), await tier.get(entry.key.stand_in)] == [entry, None]
+
+    async def test_what_is_not_there_to_be_moved_is_put(self, tier: Tier) -> None:
+        entry = make_entry()
+        assert await tier.move(entry.key.stand_in, entry.key, entry)
+        assert await tier.get(entry.key) == entry
+
+    async def test_another_picture_is_removed_and_not_moved(self, tier: Tier) -> None:
+        entry = make_entry()
+        await tier.put(entry.key.stand_in, with_data(entry, b"another"), replace=True)
+        assert await tier.move(entry.key.stand_in, entry.key, entry)
+        assert [await tier.get(entry.key), await tier.get(entry.key.stand_in)] == [entry, None]
+
+    async def test_nothing_is_moved_onto_another_picture(self, tier: Tier) -> None:
+        entry = make_entry()
+        holder = with_data(entry, b"another")
+        await tier.put(entry.key, holder, replace=False)
+        await tier.put(entry.key.stand_in, entry, replace=True)
+        assert not await tier.move(entry.key.stand_in, entry.key, entry)
+        assert [await tier.get(entry.key), await tier.get(entry.key.stand_in)] == [holder, None]
+
     async def test_pages_are_in_the_order_of_names_and_miss_and_repeat_none(self, tier: Tier) -> None:
         keys = [make_key(f"prompt {n}", variant=variant) for n in range(10) for variant in (0, 2, 10)]
         for key in [*keys, make_key("other", partition="studio-2"), make_key("another", partition="st")]:

@@ -100,6 +100,7 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
         epochs=lower.epochs,
         on_replaced=coherence.replaced,
         undrained=lower.undrained,
+        until_last_is_well=lower.until_last_is_well,
     )
     undo.push_async_callback(lower.undrained.aclose, CONTROL_TIMEOUT_S)
     undo.push_async_callback(lambda: keeper.aclose(patience.for_writes_s()))

@@ -60,6 +60,11 @@ class Lower:
     epochs: Epochs = field(default_factory=Epochs)
     undrained: Undrained = field(kw_only=True)
 
+    async def until_last_is_well(self) -> None:
+        """Return once the last tier may be asked: see `GuardedTier.until_well`."""
+        if self.tiers:
+            await self.tiers[-1].until_well()
+
 
 async def lock_disk(settings: Settings, *, clock: Clock, undo: AsyncExitStack) -> None:
     """See to it that no other service writes the disk tier. Raises ConfigError."""

@@ -141,6 +141,12 @@ class DiskTier:
         """See `Tier.put`."""
         return await self._run("put", self._put, key, entry, replace=replace)
 
+    async def move(self, slot: CacheKey, key: CacheKey, entry: CachedImage) -> bool:
+        """See `Tier.move`."""
+        is_put = await self.put(key, entry, replace=False)
+        await self.delete(slot)
+        return is_put
+
     async def touch(self, key: CacheKey, entry: CachedImage) -> Touched:
         """See `Tier.touch`."""
         return await self._run("touch", self._touch, key, entry)

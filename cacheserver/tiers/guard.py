@@ -46,7 +46,7 @@ class Breaker:
         failures_to_open: int = 5,
         probe_deadline_s: float = 2.0,
         first_probe_s: float = 0.5,
-        slowest_probe_s: float = 10.0,
+        slowest_probe_s: float = 5.0,
     ) -> None:
         self._tier = tier
         self._probe = probe
@@ -76,6 +76,11 @@ class Breaker:
             # It ends by itself only when it has closed the breaker; else it died of a bug, which must be seen.
             self._probing.result()
         raise TierOpenError(f"{self._tier} failed {self._failures_to_open} times in a row and is being probed")
+
+    async def until_closed(self) -> None:
+        """Return once the tier may be asked: at once unless it is spared."""
+        if self._probing is not None:
+            await asyncio.wait({self._probing})
 
     def succeeded(self) -> None:
         """The tier answered."""
@@ -129,7 +134,7 @@ class Deadlines:
     """How long a guarded tier's calls may take, in seconds.
 
     `read_s` holds for a get, head, labels, ping, page, renditions and each step of a scan or find; `write_s` for a put,
-    copy, delete or signing.
+    move, copy, delete or signing.
     """
 
     read_s: float
@@ -166,6 +171,10 @@ class GuardedTier:
         """Whether the breaker spares the tier now: every call but aclose raises TierOpenError at once."""
         return self._breaker.is_open
 
+    async def until_well(self) -> None:
+        """Return once the breaker does not spare the tier: at once if it does not now."""
+        await self._breaker.until_closed()
+
     def spare(self) -> None:
         """Open the breaker: the tier is known not to answer."""
         self._breaker.open()
@@ -190,6 +199,11 @@ class GuardedTier:
         """See `Tier.put`."""
         async with self._guarded("put", self._deadlines.write_s):
             return await self._tier.put(key, entry, replace=replace)
+
+    async def move(self, slot: CacheKey, key: CacheKey, entry: CachedImage) -> bool:
+        """See `Tier.move`."""
+        async with self._guarded("move", self._deadlines.write_s):
+            return await self._tier.move(slot, key, entry)
 
     async def touch(self, key: CacheKey, entry: CachedImage) -> Touched:
         """See `Tier.touch`."""

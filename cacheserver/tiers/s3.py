@@ -177,6 +177,12 @@ class S3Tier:
         """See `CopyingTier.copy`."""
         return await self._run("copy", self._put, key, entry, replace=False, source=source)
 
+    async def move(self, slot: CacheKey, key: CacheKey, entry: CachedImage) -> bool:
+        """See `Tier.move`."""
+        is_put = await self.put(key, entry, replace=False)
+        await self.delete(slot)
+        return is_put
+
     async def touch(self, key: CacheKey, entry: CachedImage) -> Touched:
         """See `Tier.touch`."""
         # Of most there is nothing to tell: no request is made, nor a thread asked.

@@ -27,6 +27,10 @@ _SERVICE = "s3"
 _METADATA = "x-amz-meta-"
 _ABSENT = b"<Code>NoSuchKey</Code>"
 _MAX_ERROR_BYTES = 64 * 1024
+_EXPECT = "Expect"
+SENT_UNASKED_BYTES = 256 * 1024
+"""A smaller body is sent without asking whether it is wanted, which would cost a round trip more; and where it is not,
+servers read on so far, so that their answer arrives: Go's maxPostHandlerReadBytes."""
 
 _HEADERS = {
     "ContentType": "Content-Type",
@@ -164,8 +168,8 @@ class S3Requests:
             # A signer that is not told the host takes the URL apart for it, twice.
             host = S3SigV4Auth(self._credentials, _SERVICE, region).headers_to_sign(request)["host"]
             headers = {"Host": host}
-            if "Expect" in request.headers:
-                headers["Expect"] = request.headers["Expect"]
+            if _EXPECT in request.headers:
+                headers[_EXPECT] = request.headers[_EXPECT]
             self._shown.way = _Way(request.url.removesuffix(key), region, headers, self._credentials)
 
     def _watch_sending(self, *, request: Any, **_: object) -> None:
@@ -177,7 +181,10 @@ class S3Requests:
     def _send(
         self, method: _Method, way: _Way, key: str, *, headers: Mapping[str, str] | None = None, body: ImageBytes = b""
     ) -> AWSResponse:
-        request = _Unsigned(method, url := f"{way.before_key}{_quoted(key)}", {**way.headers, **(headers or {})})
+        every = {**way.headers, **(headers or {})}
+        if len(body) < SENT_UNASKED_BYTES:
+            every.pop(_EXPECT, None)
+        request = _Unsigned(method, url := f"{way.before_key}{_quoted(key)}", every)
         request.body = body
         request.context["client_config"] = self._client.meta.config  # says whether bodies are signed, empty ones too
         S3SigV4Auth(way.credentials.get_frozen_credentials(), _SERVICE, way.region).add_auth(request)

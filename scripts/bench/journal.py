@@ -7,7 +7,8 @@ Service, S3, Redis and the emulated provider are processes of their own.
                   every picture that a caller was given is in S3, the same bytes
                   every picture that was billed is in S3, or its call is an unknown one in the ledger
                   no call is settled whose picture is nowhere, no picture is billed twice but for an unknown call
-    outage    callers ask for new pictures at a steady rate, and S3 hangs for some minutes of it, then comes back:
+    outage    callers ask for new pictures at a steady rate, and S3 hangs for some minutes of it, then comes back, while
+              they go on at the same rate or another:
                   no call fails
                   the journal is empty again within the time that is allowed
                   resident bytes rise by no more than is allowed, and every picture is in S3
@@ -240,7 +241,14 @@ async def killed(*, kills: int, latency_s: float, seed: int) -> Result:
 
 
 async def outage(  # noqa: PLR0913 - how hard, and what is allowed
-    *, seconds: float, rate: float, before_s: float, allowed_home_s: float, allowed_mb: float, seed: int
+    *,
+    seconds: float,
+    rate: float,
+    rate_after: float,
+    before_s: float,
+    allowed_home_s: float,
+    allowed_mb: float,
+    seed: int,
 ) -> Result:
     """Have S3 hang for so long, after some seconds in which it does not."""
     given: dict[str, str] = {}
@@ -256,7 +264,7 @@ async def outage(  # noqa: PLR0913 - how hard, and what is allowed
         except grpc.aio.AioRpcError as error:
             failures[f"{error.code().name}: {error.details()}"] += 1
 
-    async def ask_for(stand: Stand, span_s: float, name: str, asking: set[asyncio.Task[None]]) -> None:
+    async def ask_for(stand: Stand, span_s: float, name: str, asking: set[asyncio.Task[None]], rate: float) -> None:
         began_s = time.monotonic()
         for number in range(int(span_s * rate)):
             await asyncio.sleep(max(0.0, began_s + number / rate - time.monotonic()))
@@ -277,13 +285,13 @@ async def outage(  # noqa: PLR0913 - how hard, and what is allowed
     )
     async with standing(latency_s=1.0, picture_bytes=100_000, config=config, seed=seed) as stand:
         asking: set[asyncio.Task[None]] = set()
-        await ask_for(stand, before_s, "before", asking)
+        await ask_for(stand, before_s, "before", asking, rate)
         before_mb = max(resident)
         stand.s3_proxy.hang()
-        await ask_for(stand, seconds, "away", asking)
+        await ask_for(stand, seconds, "away", asking, rate)
         stand.s3_proxy.resume()
-        going_on = asyncio.create_task(ask_for(stand, allowed_home_s, "after", asking))
-        home_s = await _drained(stand, allowed_home_s, at_most=2 * rate)
+        going_on = asyncio.create_task(ask_for(stand, allowed_home_s, "after", asking, rate_after))
+        home_s = await _drained(stand, allowed_home_s, at_most=2 * rate_after, resident=resident)
         going_on.cancel()
         await asyncio.wait({going_on, *asking})
         await stand.home(_HOME_S)
@@ -291,6 +299,7 @@ async def outage(  # noqa: PLR0913 - how hard, and what is allowed
     result.figures = {
         "S3 away, s": seconds,
         "generations a second": rate,
+        "generations a second after": rate_after,
         "given to callers": len(given),
         "failed": sum(failures.values()),
         "most in the journal": max(entries),
@@ -311,13 +320,17 @@ async def outage(  # noqa: PLR0913 - how hard, and what is allowed
     return result
 
 
-async def _drained(stand: Stand, within_s: float, *, at_most: float) -> float:
-    """Wait until hardly more is in the journal than what is on its way just now; how long that took."""
+async def _drained(stand: Stand, within_s: float, *, at_most: float, resident: list[float]) -> float:
+    """Wait until hardly more is in the journal than what is on its way just now; how long that took.
+
+    What is `resident` is noted meanwhile.
+    """
     began_s = time.monotonic()
     while await stand.metric("cacheserver_journal_entries") > at_most:
         if time.monotonic() - began_s > within_s:
             return float("inf")
-        await asyncio.sleep(0.25)
+        resident.append(_resident_mb(stand.service.pid))
+        await asyncio.sleep(0.5)
     return time.monotonic() - began_s
 
 
@@ -331,6 +344,7 @@ def main(  # noqa: PLR0913, PLR0917 - options
     latency: Annotated[float, typer.Option(help="killed: mean seconds a generation takes.")] = 0.5,
     seconds: Annotated[float, typer.Option(help="outage: how long S3 is away.")] = 600.0,
     rate: Annotated[float, typer.Option(help="outage: generations a second.")] = 50.0,
+    rate_after: Annotated[float | None, typer.Option(help="outage: once S3 is back; as before if not given.")] = None,
     home: Annotated[float, typer.Option(help="outage: seconds in which the journal has to drain.")] = 120.0,
     mb: Annotated[float, typer.Option(help="outage: MB more that may be resident.")] = 150.0,
     seed: Annotated[int, typer.Option(help="Of moments and latencies.")] = 1,
@@ -341,7 +355,15 @@ def main(  # noqa: PLR0913, PLR0917 - options
         result = asyncio.run(killed(kills=kills, latency_s=latency, seed=seed))
     elif scenario == "outage":
         result = asyncio.run(
-            outage(seconds=seconds, rate=rate, before_s=30.0, allowed_home_s=home, allowed_mb=mb, seed=seed)
+            outage(
+                seconds=seconds,
+                rate=rate,
+                rate_after=rate if rate_after is None else rate_after,
+                before_s=30.0,
+                allowed_home_s=home,
+                allowed_mb=mb,
+                seed=seed,
+            )
         )
     else:
         raise typer.BadParameter("killed or outage", param_hint="scenario")
