@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -90,6 +92,13 @@ def standard() -> Priority:
     return Priority.STANDARD
 
 
+class Flight:
+    """What a holder has to be told of."""
+
+    def urge(self, priority: Priority) -> None:
+        """Not heard."""
+
+
 @asynccontextmanager
 async def holding(leases: RedisLeases, name: str = NAME, *, looked_s_ago: float = 0.0) -> AsyncIterator[Lease]:
     """The lease, for as long as it is entered; it is given back for good on return."""
@@ -162,6 +171,22 @@ class TestTaking:
             await asyncio.wait({waiting})
         async with asyncio.timeout(2), holding(replicas.new()):
             pass
+
+    async def test_what_was_given_back_is_let_go_of_without_a_look_for_garbage(self, replicas: Replicas) -> None:
+        clock = FakeClock()
+        leases = replicas.new(clock=clock)
+        gc.disable()
+        try:
+            lease, flight = await leases.take(NAME, looked_s_ago=0, priority=standard), Flight()
+            lease.urge = flight.urge
+            await until(lambda: clock.sleepers > 0)  # it beats
+            leases.let_go(lease, after=nothing)
+            await leases._tasks.idle()
+            kept = weakref.ref(flight)
+            del lease, flight
+            assert kept() is None
+        finally:
+            gc.enable()
 
     async def test_it_is_given_back_when_what_came_of_it_can_be_found(self, replicas: Replicas) -> None:
         is_copied = asyncio.Event()

@@ -383,6 +383,15 @@ async def test_what_is_absent_is_asked_for_once(s3_server: S3Server, clock: Fake
         assert wire.askers == "booo"
 
 
+async def test_that_something_is_absent_shows_how_the_bucket_is_read(s3_server: S3Server, clock: FakeClock) -> None:
+    async with answering(ABSENT, ABSENT, OBJECT) as endpoint, open_tier(s3_server, clock, endpoint=endpoint) as tier:
+        wire = wire_of(tier)
+        for _ in range(2):
+            assert await tier.get(make_key()) is None
+        assert await tier.read_file("a", 5) == b"hello"
+        assert wire.askers == "boo"
+
+
 async def outcome(tier: S3Tier) -> str:
     try:
         return repr(await tier.get(make_key()))

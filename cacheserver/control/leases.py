@@ -307,6 +307,8 @@ class RedisLeases:
             await after()
         finally:
             await end([held.beating] if held.beating is not None else [])
+            # A cancelled task keeps the frames it was cancelled in, and they `held` and the flight: a circle.
+            held.beating = None
         await self._give_back(held.name, held.holder)
 
     async def _give_back(self, name: str, holder: str) -> None:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 _SIGNATURE = "s3v4"
 _SERVICE = "s3"
 _METADATA = "x-amz-meta-"
-_ABSENT = b"<Code>NoSuchKey</Code>"
+_NO_SUCH_KEY = "NoSuchKey"
+_ABSENT = f"<Code>{_NO_SUCH_KEY}</Code>".encode()
 _MAX_ERROR_BYTES = 64 * 1024
 _EXPECT = "Expect"
 SENT_UNASKED_BYTES = 256 * 1024
@@ -148,10 +149,18 @@ class S3Requests:
             # Until boto3 succeeds again: a server that fails is not asked twice each time.
             self._ways.pop(bucket, None)
         self._shown.key, self._shown.way = key, None
-        found = by_boto3(Bucket=bucket, Key=key)
+        try:
+            found = by_boto3(Bucket=bucket, Key=key)
+        except ClientError as exc:
+            if exc.response["Error"].get("Code") == _NO_SUCH_KEY:  # an answer as good: a new bucket has no other
+                self._learn_to_read(bucket)
+            raise
+        self._learn_to_read(bucket)
+        return found
+
+    def _learn_to_read(self, bucket: str) -> None:
         if self._shown.way is not None:
             self._ways[bucket] = self._shown.way
-        return found
 
     def _watch(
         self, *, request: Any, signature_version: object, signing_name: str, region_name: str, **_: object
@@ -228,7 +237,7 @@ def _understood(method: str, response: AWSResponse) -> dict[str, Any] | None:
             if method == "HEAD":
                 raise ClientError({"Error": {"Code": "404"}}, "HeadObject")
             if _ABSENT in body.read(_MAX_ERROR_BYTES):
-                raise ClientError({"Error": {"Code": "NoSuchKey"}}, "GetObject")
+                raise ClientError({"Error": {"Code": _NO_SUCH_KEY}}, "GetObject")
     return None
 
 

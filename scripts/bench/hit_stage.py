@@ -80,15 +80,16 @@ class Cores:
     def __init__(self) -> None:
         first, *rest = sorted(os.sched_getaffinity(0))
         self.server = first
+        self.other = rest[0] if rest else first
         self.are_parted = bool(rest)
         """False: there is one core, and the load generator takes from what it measures."""
         if rest:
             os.sched_setaffinity(0, rest)  # what is started from here on inherits it
 
-    def pin(self, pid: int) -> None:
-        """Give a process the servers' core, with all its threads; those it starts later inherit it."""
+    def pin(self, pid: int, core: int | None = None) -> None:
+        """Give a process the servers' core, or another, with all its threads; those it starts later inherit it."""
         for task in Path(_TASKS.format(pid=pid)).iterdir():
-            os.sched_setaffinity(int(task.name), {self.server})
+            os.sched_setaffinity(int(task.name), {self.server if core is None else core})
 
 
 def exact_png(number: int, size_bytes: int) -> bytes:
