@@ -101,9 +101,10 @@ class Tier(Protocol):
         ...
 
     async def move(self, slot: CacheKey, key: CacheKey, entry: CachedImage) -> bool:
-        """`put` without `replace`, after which nothing lies in `slot`, another of the same identity's.
+        """Have the copy of `entry` that lies in `slot`, another of the same identity's, lie under `key` instead.
 
-        A copy of `entry` that lies there need not be sent again.
+        Whether it does: not if another picture lies in either, nor if the tier cannot do so cheaply. Nothing lies in
+        `slot` afterwards.
         """
         ...
 

@@ -819,16 +819,21 @@ class Keeper:
         for slot in slots:
             self._memory.delete(slot)
         for tier in self._tiers[:-1]:
-            self._settle_in(tier, held, kept, list(slots))
+            self._settle_in(tier, held, kept, list(slots), has_waited=has_waited)
         if held.replace:
             self._on_replaced(kept)
 
-    def _settle_in(self, tier: Tier, held: _Held, kept: CachedImage, slots: Sequence[CacheKey]) -> None:
-        """Have a faster tier hold it under its number, and in none of `slots`."""
+    def _settle_in(
+        self, tier: Tier, held: _Held, kept: CachedImage, slots: Sequence[CacheKey], *, has_waited: bool
+    ) -> None:
+        """Have a faster tier hold it under its number, and in none of `slots`.
+
+        Nor is one that has waited news to that: where its copy is gone, it is not sent again.
+        """
         if slots and not held.replace:
             first, *slots = slots
-            moving = self._write(tier, kept.key, kept, replace=False, put=partial(self._moved, tier, first, kept))
-            self._outdate(tier, first, moving)
+            put = partial(self._moved, tier, first, kept, is_news=not has_waited)
+            self._outdate(tier, first, self._write(tier, kept.key, kept, replace=False, put=put))
         else:
             # Over its own copy too, which was to stay for longer.
             replace = held.replace or (held.lies_there and held.slot == kept.key)
@@ -838,11 +843,12 @@ class Keeper:
         for slot in slots:
             self._outdate(tier, slot)
 
-    async def _moved(self, tier: Tier, slot: CacheKey, kept: CachedImage) -> bool:
+    async def _moved(self, tier: Tier, slot: CacheKey, kept: CachedImage, *, is_news: bool) -> bool:
         """Have it lie under its number, whatever was being written into its makeshift slot."""
         if (before := self._last_writes.get((tier.name, slot.name))) is not None:
             await _ended([before])
-        return await tier.move(slot, kept.key, kept)
+        is_there = await tier.move(slot, kept.key, kept)
+        return await tier.put(kept.key, kept, replace=False) if is_news and not is_there else is_there
 
     async def _save(self, held: _Held, *, copies: bool = False) -> bool:
         """Put an image the last tier did not take where else it can be: its caller may be answered then.

@@ -83,10 +83,9 @@ class DictTier:
         self.entries[key.name] = entry
         return True
 
-    async def move(self, slot: CacheKey, key: CacheKey, entry: CachedImage) -> bool:
-        is_put = await self.put(key, entry, replace=False)
+    async def move(self, slot: CacheKey, key: CacheKey, entry: CachedImage) -> bool:  # noqa: ARG002 - the contract's
         await self.delete(slot)
-        return is_put
+        return False
 
     async def touch(self, key: CacheKey, entry: CachedImage) -> Touched:
         await asyncio.sleep(0)

@@ -269,7 +269,7 @@ class TestKilled:
         assert (again.tier, again.entry) == (TierName.JOURNAL, served.entry)
         house.redis.is_down = house.s3.is_down = False
         await home(house, lives)
-        assert await house.s3.get(served.entry.key) == await house.redis.get(served.entry.key) == served.entry
+        assert await house.s3.get(served.entry.key) == served.entry
         assert house.upstream.calls == 1
 
     async def test_what_was_paid_for_while_nobody_knew_better_becomes_a_variant_of_its_own(self, lives: Lives) -> None:
@@ -381,6 +381,17 @@ class TestAnOutage:
         house.s3.is_down = False
         await home(house, lives)
         assert [await house.s3.get(one.entry.key) for one in served] == [one.entry for one in served]
+
+    async def test_its_copy_is_moved_to_its_number_and_one_that_is_gone_not_sent_again(self, lives: Lives) -> None:
+        house = lives.house
+        house.s3.is_down = True
+        there, gone = [(await house.get(prompt)).entry for prompt in ("there", "gone")]
+        await house.redis.delete(gone.key.stand_in)
+        house.s3.is_down = False
+        await home(house, lives)
+        assert [await house.s3.get(entry.key) for entry in (there, gone)] == [there, gone]
+        assert [await house.redis.get(entry.key) for entry in (there, gone)] == [there, None]
+        assert [await house.redis.get(entry.key.stand_in) for entry in (there, gone)] == [None, None]
 
     async def test_it_is_offered_as_soon_as_the_last_tier_is_known_to_be_well_and_not_before(
         self, lives: Lives, monkeypatch: pytest.MonkeyPatch

@@ -66,6 +66,16 @@ async def test_it_says_which_tier_it_is(tier: DiskTier) -> None:
     assert tier.name is TierName.DISK
 
 
+async def test_what_is_moved_is_the_same_file_and_takes_no_more_room(tier: DiskTier, tmp_path: Path) -> None:
+    entry = make_entry()
+    await tier.put(entry.key.stand_in, entry, replace=True)
+    number, size_bytes = file_of(tmp_path).stat().st_ino, tier.size_bytes
+    assert await tier.move(entry.key.stand_in, entry.key, entry)
+    assert await tier.get(entry.key) == entry
+    assert file_of(tmp_path, entry.key).stat().st_ino == number
+    assert tier.size_bytes == size_bytes
+
+
 async def test_entries_and_the_order_of_use_outlive_the_process(open_disk: Open, tmp_path: Path) -> None:
     first = await open_disk(max_bytes=3 * STORED_BYTES)
     for n, prompt in enumerate("abc"):

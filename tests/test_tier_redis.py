@@ -347,7 +347,7 @@ async def test_what_is_moved_is_not_sent_again_and_stays_as_long_as_any_entry(
         assert 0.9 * DAY_MS - 60_000 <= await raw.pttl(name_of(tier, entry.key)) <= 1.1 * DAY_MS
 
 
-async def test_where_nothing_may_be_renamed_it_is_sent_again(
+async def test_where_nothing_may_be_renamed_it_is_removed(
     own_valkey: Callable[[], ValkeyServer], clock: FakeClock
 ) -> None:
     server = own_valkey()
@@ -355,8 +355,8 @@ async def test_where_nothing_may_be_renamed_it_is_sent_again(
     entry = make_entry()
     async with open_tier(server.url, clock) as tier:
         await tier.put(entry.key.stand_in, entry, replace=True)
-        assert await tier.move(entry.key.stand_in, entry.key, entry)
-        assert [await tier.get(entry.key), await tier.get(entry.key.stand_in)] == [entry, None]
+        assert not await tier.move(entry.key.stand_in, entry.key, entry)
+        assert await tier.get(entry.key.stand_in) is None
 
 
 async def test_a_full_server_is_unknown_to_writes_and_still_read(

@@ -227,22 +227,22 @@ class StoreContract:
 class TierContract(StoreContract):
     """What every `Tier` promises. Its fixture's tier takes MAX_ENTRY_BYTES."""
 
-    async def test_what_stands_in_is_moved_to_the_key_it_was_made_for(self, tier: Tier) -> None:
+    async def test_what_stands_in_is_moved_or_removed(self, tier: Tier) -> None:
         entry = make_entry(revised_prompt=LONG_PROMPT)
         await tier.put(entry.key.stand_in, entry, replace=True)
-        assert await tier.move(entry.key.stand_in, entry.key, entry)
-        assert [await tier.get(entry.key), await tier.get(entry.key.stand_in)] == [entry, None]
+        is_moved = await tier.move(entry.key.stand_in, entry.key, entry)
+        assert [await tier.get(entry.key), await tier.get(entry.key.stand_in)] == [entry if is_moved else None, None]
 
-    async def test_what_is_not_there_to_be_moved_is_put(self, tier: Tier) -> None:
+    async def test_what_is_not_there_is_not_moved(self, tier: Tier) -> None:
         entry = make_entry()
-        assert await tier.move(entry.key.stand_in, entry.key, entry)
-        assert await tier.get(entry.key) == entry
+        assert not await tier.move(entry.key.stand_in, entry.key, entry)
+        assert await tier.get(entry.key) is None
 
     async def test_another_picture_is_removed_and_not_moved(self, tier: Tier) -> None:
         entry = make_entry()
         await tier.put(entry.key.stand_in, with_data(entry, b"another"), replace=True)
-        assert await tier.move(entry.key.stand_in, entry.key, entry)
-        assert [await tier.get(entry.key), await tier.get(entry.key.stand_in)] == [entry, None]
+        assert not await tier.move(entry.key.stand_in, entry.key, entry)
+        assert [await tier.get(entry.key), await tier.get(entry.key.stand_in)] == [None, None]
 
     async def test_nothing_is_moved_onto_another_picture(self, tier: Tier) -> None:
         entry = make_entry()

@@ -143,9 +143,7 @@ class DiskTier:
 
     async def move(self, slot: CacheKey, key: CacheKey, entry: CachedImage) -> bool:
         """See `Tier.move`."""
-        is_put = await self.put(key, entry, replace=False)
-        await self.delete(slot)
-        return is_put
+        return await self._run("move", self._move, slot, key, entry)
 
     async def touch(self, key: CacheKey, entry: CachedImage) -> Touched:
         """See `Tier.touch`."""
@@ -292,6 +290,22 @@ class DiskTier:
             flush(self._path(key.name).parent)
         return True
 
+    def _move(self, slot: CacheKey, key: CacheKey, entry: CachedImage) -> bool:
+        path, head = self._path(slot.name), codec.encode_head(entry, self._write_version)
+        with self._lock:
+            if (size := self._sizes.get(slot.name)) is None:
+                return False
+            is_moved = key.name not in self._sizes and _begins_with(path, head)
+            if is_moved:
+                path.replace(self._path(key.name))
+                del self._sizes[slot.name]
+                self._sizes[key.name] = size
+        if not is_moved:
+            self._delete(slot.name)
+        elif self._sync:
+            flush(path.parent)
+        return is_moved
+
     def _touch(self, key: CacheKey, entry: CachedImage) -> Touched:
         if not entry.sliding_s:
             return Touched(Touch.CURRENT)
@@ -414,6 +428,14 @@ def _children(directory: Path) -> list[Path]:
         return list(directory.iterdir())
     except FileNotFoundError:
         return []
+
+
+def _begins_with(file: Path, start: bytes) -> bool:
+    try:
+        with file.open("rb", buffering=0) as opened:
+            return opened.read(len(start)) == start
+    except FileNotFoundError:
+        return False
 
 
 def _key(name: str) -> CacheKey | None:

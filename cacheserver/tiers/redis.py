@@ -83,12 +83,14 @@ redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[4])
 return 1
 """
 
-# The same picture, and where nothing lies.
-_MOVE_IF_SEEN = """
-if redis.sha1hex(redis.call('GETRANGE', KEYS[1], 0, ARGV[1])) ~= ARGV[2] then return 0 end
-if redis.call('RENAMENX', KEYS[1], KEYS[2]) == 0 then return 0 end
-redis.call('PEXPIRE', KEYS[2], ARGV[3])
-return 1
+# The same picture, and to where nothing lies; else it goes.
+_MOVE_OR_REMOVE = """
+local is_seen = redis.sha1hex(redis.call('GETRANGE', KEYS[1], 0, ARGV[1])) == ARGV[2]
+if is_seen and redis.call('RENAMENX', KEYS[1], KEYS[2]) == 1 then
+  return redis.call('PEXPIRE', KEYS[2], ARGV[3])
+end
+redis.call('DEL', KEYS[1])
+return 0
 """
 
 _REMOVE_IF_SEEN = """
@@ -187,11 +189,18 @@ class RedisTier:
 
     async def move(self, slot: CacheKey, key: CacheKey, entry: CachedImage) -> bool:
         """See `Tier.move`."""
-        if await self._is_moved(slot, key, entry):
-            return True
-        is_put = await self.put(key, entry, replace=False)
+        head = codec.encode_head(entry, self._write_version)
+        digest = hashlib.sha1(head, usedforsecurity=False).hexdigest()
+        names = self._name(slot), self._name(key)
+        async with self._turn("move"):
+            # A user who may not rename, and what is no value, are as if another picture lay there.
+            with suppress(ResponseError):
+                is_moved = await self._client.execute_command(
+                    "EVAL", _MOVE_OR_REMOVE, 2, *names, len(head) - 1, digest, self._ttl_ms(key, entry)
+                )
+                return bool(is_moved)
         await self.delete(slot)
-        return is_put
+        return False
 
     async def touch(self, key: CacheKey, entry: CachedImage) -> Touched:
         """See `Tier.touch`."""
@@ -351,20 +360,6 @@ class RedisTier:
                 "EVAL", _REPLACE_IF_SEEN, 1, self._name(key), last, seen_digest, stored, self._ttl_ms(key, entry)
             )
         return bool(replaced)
-
-    async def _is_moved(self, slot: CacheKey, key: CacheKey, entry: CachedImage) -> bool:
-        head = codec.encode_head(entry, self._write_version)
-        digest = hashlib.sha1(head, usedforsecurity=False).hexdigest()
-        names = self._name(slot), self._name(key)
-        async with self._turn("move"):
-            # A user who may not rename, and what is no value, are as if nothing lay there.
-            with suppress(ResponseError):
-                return bool(
-                    await self._client.execute_command(
-                        "EVAL", _MOVE_IF_SEEN, 2, *names, len(head) - 1, digest, self._ttl_ms(key, entry)
-                    )
-                )
-        return False
 
     async def _replace_seen(self, key: CacheKey, seen: ImageBytes, entry: CachedImage) -> bool:
         """Write an entry over the one whose head was seen, if that still lies there; whether it did."""

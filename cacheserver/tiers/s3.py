@@ -177,11 +177,10 @@ class S3Tier:
         """See `CopyingTier.copy`."""
         return await self._run("copy", self._put, key, entry, replace=False, source=source)
 
-    async def move(self, slot: CacheKey, key: CacheKey, entry: CachedImage) -> bool:
+    async def move(self, slot: CacheKey, key: CacheKey, entry: CachedImage) -> bool:  # noqa: ARG002 - the contract's
         """See `Tier.move`."""
-        is_put = await self.put(key, entry, replace=False)
         await self.delete(slot)
-        return is_put
+        return False
 
     async def touch(self, key: CacheKey, entry: CachedImage) -> Touched:
         """See `Tier.touch`."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import math
 import os
 import random
 import sys
@@ -292,6 +293,7 @@ async def outage(  # noqa: PLR0913 - how hard, and what is allowed
         stand.s3_proxy.resume()
         going_on = asyncio.create_task(ask_for(stand, allowed_home_s, "after", asking, rate_after))
         home_s = await _drained(stand, allowed_home_s, at_most=2 * rate_after, resident=resident)
+        left = await stand.metric("cacheserver_journal_entries")
         going_on.cancel()
         await asyncio.wait({going_on, *asking})
         await stand.home(_HOME_S)
@@ -303,7 +305,8 @@ async def outage(  # noqa: PLR0913 - how hard, and what is allowed
         "given to callers": len(given),
         "failed": sum(failures.values()),
         "most in the journal": max(entries),
-        "journal drained, s": home_s,
+        "journal drained, s": home_s if math.isfinite(home_s) else None,
+        "left in the journal then": left,
         "resident before, MB": before_mb,
         "most resident, MB": max(resident),
         "given and not in S3, same bytes": sum(found.get(prompt) != digest for prompt, digest in given.items()),
@@ -368,7 +371,8 @@ def main(  # noqa: PLR0913, PLR0917 - options
     else:
         raise typer.BadParameter("killed or outage", param_hint="scenario")
     rows = [
-        (name, f"{value:,.1f}" if isinstance(value, float) else f"{value:,}") for name, value in result.figures.items()
+        (name, f"{value:,.1f}" if isinstance(value, float) else "not" if value is None else f"{value:,}")
+        for name, value in result.figures.items()
     ]
     print_table(f"The journal, {scenario}", ["figure", "value"], rows)
     print_verdict(result.shortfalls)
