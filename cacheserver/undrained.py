@@ -80,6 +80,10 @@ class SharedMarks(Protocol):
         """Remove one of ours; whether it was there."""
         ...
 
+    async def remove_all(self, texts: Sequence[str]) -> None:
+        """Remove many of ours."""
+        ...
+
     def ours(self) -> AsyncIterator[str]:
         """Each of ours; one that comes or goes meanwhile may be missed, and some come twice."""
         ...
@@ -101,6 +105,8 @@ class Undrained:
         self._shared: SharedMarks | None = None
         self._texts: dict[str, set[str]] = {}
         self._removing: set[str] = set()
+        self._to_remove: list[str] = []
+        self._is_removing = False
         self._away_until_s = 0.0
         self._tasks = OwnedTasks()
 
@@ -149,7 +155,10 @@ class Undrained:
             self._texts.pop(mark.slot.name, None)
         if self._shared is not None and text not in self._removing:
             self._removing.add(text)
-            self._tasks.own(self._remove(self._shared, text), "remove mark")
+            self._to_remove.append(text)
+            if not self._is_removing:
+                self._is_removing = True
+                self._tasks.own(self._remove(self._shared), "remove marks")
 
     def let_go(self, mark: Mark) -> None:
         """An image is held no more though the last tier does not have it: its mark stays, and leads to its copy."""
@@ -162,10 +171,16 @@ class Undrained:
         """Bring what is being removed to an end."""
         await self._tasks.aclose(grace_s)
 
-    async def _remove(self, shared: SharedMarks, text: str) -> None:
+    async def _remove(self, shared: SharedMarks) -> None:
+        """Remove what is to be removed, as many at a time as there are: hundreds go home in a second."""
         try:
-            await shared.remove(text)
-        except TierError as error:
-            _log.warning("mark_not_removed", error=str(error), text="it is seen to later")
+            while self._to_remove:
+                texts, self._to_remove = self._to_remove, []
+                try:
+                    await shared.remove_all(texts)
+                except TierError as error:
+                    _log.warning("marks_not_removed", error=str(error), marks=len(texts), text="seen to later")
+                finally:
+                    self._removing.difference_update(texts)
         finally:
-            self._removing.discard(text)
+            self._is_removing = False

@@ -386,9 +386,15 @@ class TestAnOutage:
         house = lives.house
         house.s3.is_down = True
         there, gone = [(await house.get(prompt)).entry for prompt in ("there", "gone")]
+
+        async def are_copied() -> bool:
+            return all(await house.redis.find([entry.key.stand_in for entry in (there, gone)]))
+
+        await until(are_copied)
         await house.redis.delete(gone.key.stand_in)
         house.s3.is_down = False
         await home(house, lives)
+        await until(lambda: not house.keeper._writes)
         assert [await house.s3.get(entry.key) for entry in (there, gone)] == [there, gone]
         assert [await house.redis.get(entry.key) for entry in (there, gone)] == [there, None]
         assert [await house.redis.get(entry.key.stand_in) for entry in (there, gone)] == [None, None]

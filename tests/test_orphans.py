@@ -525,7 +525,7 @@ class TestMarks:
 
         one.is_s3_away = False
         with monkeypatch.context() as patch:
-            patch.setattr(RedisMarks, "remove", silent)
+            patch.setattr(RedisMarks, "remove_all", silent)
             await service.home(one)
         assert len(await service.marks()) == 1
         await one.orphans.sweep()

@@ -18,7 +18,7 @@ _CALLS_AT_ONCE = 16
 """Of ours to Redis: one beyond the client's connections would look like a Redis that is gone."""
 
 _A_STEP = 500
-"""Marks read at a time."""
+"""Marks read, or told of, at a time."""
 
 # The owner first: of marks whose owner nobody knows nobody would look after.
 _ADD = """
@@ -66,6 +66,11 @@ class RedisMarks:
     async def remove(self, text: str) -> bool:
         """See `SharedMarks.remove`."""
         return bool(await self._answer(self._client.execute_command("SREM", self._ours, text)))
+
+    async def remove_all(self, texts: Sequence[str]) -> None:
+        """See `SharedMarks.remove_all`."""
+        for start in range(0, len(texts), _A_STEP):
+            await self._answer(self._client.execute_command("SREM", self._ours, *texts[start : start + _A_STEP]))
 
     async def ours(self) -> AsyncIterator[str]:
         """See `SharedMarks.ours`."""
