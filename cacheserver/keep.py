@@ -830,14 +830,14 @@ class Keeper:
 
         Nor is one that has waited news to that: where its copy is gone, it is not sent again.
         """
-        if slots and not held.replace:
+        lies_as_it_should = held.lies_there and held.slot == kept.key
+        if slots and not held.replace and not lies_as_it_should:
             first, *slots = slots
             put = partial(self._moved, tier, first, kept, is_news=not has_waited)
             self._outdate(tier, first, self._write(tier, kept.key, kept, replace=False, put=put))
         else:
             # Over its own copy too, which was to stay for longer.
-            replace = held.replace or (held.lies_there and held.slot == kept.key)
-            write = self._write(tier, kept.key, kept, replace=replace)
+            write = self._write(tier, kept.key, kept, replace=held.replace or lies_as_it_should)
             if held.replace:
                 self._outdate(tier, kept.key, write)
         for slot in slots:
