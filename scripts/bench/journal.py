@@ -333,7 +333,7 @@ async def _drained(stand: Stand, within_s: float, *, at_most: float, resident: l
         if time.monotonic() - began_s > within_s:
             return float("inf")
         resident.append(_resident_mb(stand.service.pid))
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(1)  # to ask takes the service's time
     return time.monotonic() - began_s
 
 
