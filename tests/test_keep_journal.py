@@ -402,26 +402,33 @@ class TestAnOutage:
     async def test_it_is_offered_as_soon_as_the_last_tier_is_known_to_be_well_and_not_before(
         self, lives: Lives, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        events: list[str] = []
         well = asyncio.Event()
-        house = await lives.begin(until_last_is_well=well.wait)
+
+        async def until_well() -> None:
+            events.append("asked")
+            await well.wait()
+            events.append("well")
+
+        house = await lives.begin(until_last_is_well=until_well)
         house.s3.is_down = True
         served = await house.get()
-        puts: list[CacheKey] = []
         put = house.s3.put
 
         async def watched(key: CacheKey, entry: CachedImage, *, replace: bool) -> bool:
-            puts.append(key)
+            events.append("offered")
             return await put(key, entry, replace=replace)
 
+        def is_asked() -> bool:
+            house.clock.advance(1)
+            return bool(events)
+
         monkeypatch.setattr(house.s3, "put", watched)
-        await until(lambda: house.clock.sleepers > 0)
-        for _ in range(10):
-            house.clock.advance(60)
-            await asyncio.sleep(0)
-        assert not puts
+        await until(is_asked)
         house.s3.is_down = False
         well.set()
         await until(lambda: lives.journal.entries == 0)
+        assert events == ["asked", "well", "offered"]
         assert await house.s3.get(served.entry.key) == served.entry
 
     async def test_what_goes_home_late_takes_no_place_in_memory(self, lives: Lives) -> None:
