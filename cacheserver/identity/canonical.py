@@ -1,0 +1,622 @@
+"""The canonical profile: one form for all prompts that ask for the same picture in other words.
+
+What carries no meaning for a picture is normalized away, and what is left is compared as a string. No vectors and no
+thresholds: measured on hard negatives, similarity of any kind serves wrong pictures, and equality serves none.
+
+- Widths and ligatures of characters, case, traditional Chinese to simplified (not where text is to be drawn), hyphens, "8 k" and "8k".
+- Wrappers ("please draw an image of", 请生成…的图片), politeness, articles, "is", "are" and "that" are dropped.
+- British spelling becomes American; number words and 两只 become digits; reviewed synonyms one of them.
+- Segments between commas that say only how the whole picture is made (`style`) are sorted behind the others and named
+  once; segments that only ask for more pixels or care (`quality`) are dropped.
+
+Everything else stays, in order: nothing is stemmed, no plural or preposition is dropped. Quoted and announced text,
+tags, addresses and `--parameters` stay as written, names and homographs as they are capitalized. A prompt whose quotes
+are unclear, or of which nothing would be left, stays as written and shares with nobody.
+
+Idempotent; takes time linear in the prompt's length; the same in every process and under every version of Python.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from itertools import chain
+
+from cacheserver.identity import canonical_chinese as chinese
+from cacheserver.identity.canonical_lists import rewritings, vocabulary
+from cacheserver.identity.characters import fold_characters, is_plain
+from cacheserver.identity.homographs import HOMOGRAPHS
+from cacheserver.identity.verbatim import Part, UnclearQuotesError, is_without, split
+
+CANONICAL_VERSION = "canonical/1"
+"""The profile's name with its number, which rises with every change of what it makes of any prompt."""
+
+_MAX_CHARS = 2_000
+_MAX_PASSES = 6
+"""Nearly every prompt settles in one pass; the next one shows that it has."""
+
+_Tokens = list[str]
+
+# ── tokens ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_LETTER = rf"[^\W_{chinese.CJK}]"
+_BINDING_HYPHEN = (
+    r"-(?!(?:looking|facing|flying|standing|moving|growing|running|lasting|reaching|glowing|shining|burning)\b)"
+    r"(?=[a-z]++(?<=ing))"
+)
+"""A hyphen that is no space: a man-eating shark is none that a man eats. A good-looking man is a good looking one."""
+
+_TOKEN = re.compile(
+    rf"[{chinese.CJK}]+"
+    rf"|(?:(?<!\S)-(?=\d))?{_LETTER}++"  # a word or a number with its sign; every other hyphen is a space
+    rf"(?:(?:['.:](?={_LETTER})|(?<=\d)[,-](?=\d)|{_BINDING_HYPHEN}){_LETTER}++)*+"  # person's, 1.5, 16:9, 18-105mm
+    r"|::+"
+    r"|[,;.!?:…。、~\n–—]+"  # noqa: RUF001 - what separates segments
+    r"|[\u2190-\u2bff\ufe0f\u200d\U0001f000-\U0001faff]+"  # emoji
+    r"|[^\w\s-]"
+    r"|_+"
+)
+_SEPARATORS = frozenset(",;.!?:…。、~\n–—")  # noqa: RUF001 - as above
+_VERBATIM = "\0"
+"""Begins a token that stays as written."""
+
+_CASED = re.compile(r"[^\W\d_]+")
+_ACRONYMS = frozenset({"US", "IT", "WHO", "AIDS", "CAT", "MAN", "SEAT", "RAM", "PIN"})
+"""Acronyms that are other words in lower case."""
+
+_CARRIERS = frozenset(
+    str.split(
+        "sign signs poster posters logo logos banner billboard signboard placard plaque graffiti tattoo neon "
+        "storefront tombstone gravestone sticker badge stamp shirt tshirt mug plate letters lettering newspaper tag"
+    )
+)
+"""What has words on it: those in capitals are to be drawn, then, though nothing announces them."""
+
+_NOT_DRAWN = frozenset(str.split("HD UHD HDR HQ RTX CGI UE VFX DSLR DND RPG SFW NSFW POV VHS AI LED"))
+_LONG_WORD, _TITLE_WORDS = 4, 3
+
+# ── words ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_ARTICLES = frozenset({"a", "an", "the"})
+_FILLERS = frozenset({"is", "are", "that"})
+_BEFORE_OBJECTS = frozenset(
+    str.split(
+        "eating riding walking hunting slaying killing fighting chasing loving hating watching devouring swallowing "
+        "breathing carrying training painting drawing lighting shading framing tracing rendering"
+    )
+)
+"""Before these words an article tells who does it: a man eating a plant and a man eating plant; painting a portrait."""
+
+_VERBS_TO_BE = frozenset({"is", "are"})
+_BEFORE_TO_BE = frozenset({"who", "which", "there"})
+
+_NUMBER_WORDS = {
+    word: value
+    for value, word in enumerate(
+        str.split(
+            "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+            "seventeen eighteen nineteen"
+        )
+    )
+}
+_TENS = {
+    word: 10 * value
+    for value, word in enumerate(str.split("twenty thirty forty fifty sixty seventy eighty ninety"), start=2)
+}
+_UNITS = frozenset(str.split("k mm cm ml kg g gb mb tb px fps mp hz mah d"))
+_DIGITS_APART = frozenset({"k", "mm"})
+"""Units before which single digits are one number that was torn apart: 4 0 k, 3 5 mm."""
+
+
+def _phrases(lists: Sequence[str]) -> dict[str, tuple[tuple[_Tokens, _Tokens], ...]]:
+    """What may begin at a token and what becomes of it, longest first."""
+    table: dict[str, list[tuple[_Tokens, _Tokens]]] = {}
+    for line in chain.from_iterable(map(rewritings, lists)):
+        for written, becomes in zip(line.written, line.canonical, strict=True):
+            tokens = written.split()
+            table.setdefault(tokens[0], []).append((tokens, becomes.split()))
+    return {first: tuple(sorted(rows, key=lambda row: -len(row[0]))) for first, rows in table.items()}
+
+
+_IN_CAPITALS = frozenset(tuple(line.written[0].lower().split()) for line in vocabulary("capitals", frozenset()))
+_MAY_TELL = HOMOGRAPHS | frozenset(chain.from_iterable(_IN_CAPITALS))
+
+
+def _names() -> dict[str, dict[str, tuple[_Tokens, ...]]]:
+    """The names by their first and second token, longest first."""
+    table: dict[str, dict[str, tuple[_Tokens, ...]]] = {}
+    for line in vocabulary("names", frozenset()):
+        tokens = line.written[0].split()
+        rows = table.setdefault(tokens[0], {})
+        rows[tokens[1]] = tuple(sorted((*rows.get(tokens[1], ()), tokens), key=len, reverse=True))
+    return table
+
+
+_PHRASES = _phrases(("spelling", "synonyms"))
+_NAMES = _names()
+_MAY_FILL = frozenset(_NAMES) | _ARTICLES | _FILLERS | _BEFORE_TO_BE
+_MAY_CHANGE = frozenset(_PHRASES) | frozenset(_NUMBER_WORDS) | frozenset(_TENS) | _UNITS
+
+# ── wrappers ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_ASKING = tuple(
+    phrase.split()
+    for phrase in (
+        "please",
+        "pls",
+        "kindly",
+        "can you",
+        "can you please",
+        "could you",
+        "could you please",
+        "would you",
+        "would you please",
+        "will you",
+        "i want you to",
+        "i would like you to",
+        "i'd like you to",
+        "i need you to",
+        "help me",
+    )
+)
+_WANTING = tuple(
+    phrase.split()
+    for phrase in (
+        "i want",
+        "i need",
+        "i would like",
+        "i'd like",
+        "i want to see",
+        "i would like to see",
+        "i'd like to see",
+    )
+)
+_PLEASE = frozenset({"please", "pls", "kindly"})
+_MAKING = frozenset({"draw", "create", "generate", "make", "produce", "show", "give", "imagine"})
+_ONLY_MAKING = frozenset({"create", "generate"})
+_IMAGES = frozenset({"image", "picture", "pic", "images", "pictures"})
+_OF = frozenset({"of", "showing", "depicting"})
+_HEADINGS = (["image"], ["picture"], ["prompt"], ["image", "prompt"], ["/", "imagine", "prompt"], ["/", "imagine"])
+_DETERMINERS = (_ARTICLES | {"some", "my", "your", "his", "her", "their", "this"} | set(_NUMBER_WORDS)) - {"zero"}
+_WRAPPING = _MAKING | _IMAGES | _ARTICLES | {phrase[0] for phrase in (*_ASKING, *_WANTING)}
+_THANKS = (["please"], ["thanks"], ["thank", "you"], ["thanks", "a", "lot"], ["thx"], ["pls"])
+_MAY_BE_DRAWN = (["thanks"], ["thank", "you"], ["thanks", "a", "lot"])
+"""What a card may say, where nothing is asked for."""
+
+# ── style ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_STYLE_LINES = vocabulary("style", frozenset({"head", "with"}))
+_STYLE = frozenset(line.written[0] for line in _STYLE_LINES)
+_STYLE_CORE = frozenset(line.written[0] for line in _STYLE_LINES if line.kind != "with")
+_QUALITY_LINES = vocabulary("quality", frozenset({"with"}))
+_QUALITY = frozenset(line.written[0] for line in _QUALITY_LINES)
+_QUALITY_CORE = frozenset(line.written[0] for line in _QUALITY_LINES if line.kind != "with")
+_MEASURE = re.compile(r"\d[\d.]*(?:k|p|mm|d|bit|fps|mp)?|f|/")
+_MAX_STYLE_WORDS = 8
+_FRAMES = tuple(
+    (line.written[0].split(), line.canonical[0].split(", "))
+    for line in sorted(rewritings("frames"), key=lambda line: -len(line.written[0].split()))
+)
+_FRAME_ALONE = {tuple(frame): becomes for frame, becomes in _FRAMES}
+_FRAME_ENDS = frozenset(chain.from_iterable((frame[0], frame[-1]) for frame, _ in _FRAMES))
+_LOOKS = _STYLE | _QUALITY
+_LOOKS_CORE = _STYLE_CORE | _QUALITY_CORE
+_BACKGROUNDS = frozenset({"background", "backdrop"})
+_BEFORE_BACKGROUND = frozenset({"on", "against"})
+_BACKGROUND_WORDS = _STYLE | {"empty", "light", "clean", "white", "studio", "minimal", "navy", "cream", "ivory"}
+_MAX_BACKGROUND_WORDS = 4
+_NEGATING = frozenset({"no", "without", "not", "never", "avoid", "exclude", "less", "non", "negative"})
+_PARTS = frozenset(str.split("left right top bottom upper lower first second third panel half background foreground"))
+_COLORS = frozenset(
+    str.split(
+        "white black gray red green blue yellow orange purple pink brown beige cyan magenta teal gold golden silver navy "
+        "cream ivory dark light bright warm cold cool pure plain neon"
+    )
+)
+_PLACES = frozenset({"in", "on", "at", "under", "inside"})
+_BEFORE_OTHERS = frozenset({"and", "or", "with", "of", "beside", "near", "behind", "to", "at", "for", "from", "by"})
+_POSES = frozenset({"floating", "hovering", "standing", "sitting", "lying"})
+
+
+def canonical(prompt: str, *, ignore_quality_words: bool = True) -> str:
+    """The canonical form of `prompt`; where it has none, the prompt itself in NFC.
+
+    Without `ignore_quality_words`, segments that only ask for more pixels or more care count as style.
+    """
+    written = _written(prompt)
+    form = _form(written, ignore_quality_words=ignore_quality_words)
+    return written if form is None else form
+
+
+def canonical_form(prompt: str, *, ignore_quality_words: bool = True) -> str | None:
+    """The canonical form of `prompt`; None where it has none and shares with nobody.
+
+    It has none where it is above 2,000 characters, for prompts so long are hardly ever said twice in other words, where
+    it is unclear what is quoted, and where nothing would be left.
+    """
+    return _form(_written(prompt), ignore_quality_words=ignore_quality_words)
+
+
+def same_picture(a: str, b: str, *, ignore_quality_words: bool = True) -> bool:
+    """Whether both prompts have the same canonical form."""
+    return canonical(a, ignore_quality_words=ignore_quality_words) == canonical(
+        b, ignore_quality_words=ignore_quality_words
+    )
+
+
+def _written(prompt: str) -> str:
+    return prompt if prompt.isascii() else unicodedata.normalize("NFC", prompt)
+
+
+def _form(text: str, *, ignore_quality_words: bool) -> str | None:
+    if len(text) > _MAX_CHARS:
+        return None
+    for _ in range(_MAX_PASSES):
+        once = _one_pass(text, ignore_quality_words=ignore_quality_words)
+        if once == text:
+            return text or None
+        text = once
+        if not text:
+            break
+    return None
+
+
+def _one_pass(text: str, *, ignore_quality_words: bool) -> str:
+    """`text` rewritten once; "" where nothing is left of it, or nobody can say what of it is quoted."""
+    text = text.strip()
+    if is_plain(text) and is_without(text):
+        parts = [Part(text, verbatim=False)]
+    else:
+        try:
+            parts = split(text)
+        except UnclearQuotesError:
+            return ""
+    tail = ""
+    if parts and parts[-1].verbatim and parts[-1].text.startswith("--"):
+        tail = " ".join(parts.pop().text.split())
+    is_drawn = any(part.verbatim and not part.text.startswith(("<", "http", "HTTP")) for part in parts)
+    is_open = bool(parts) and parts[-1].verbatim and is_drawn and parts[-1].text[0] not in _QUOTES
+    tokens: _Tokens = []
+    for part in parts:
+        if part.verbatim:
+            tokens.append(_VERBATIM + part.text.strip())
+        else:
+            tokens += _TOKEN.findall(_folded(part.text, is_drawn=is_drawn))
+    contents, styles = _sorted(_segments(tokens), ignore_quality_words=ignore_quality_words, in_order=is_open)
+    if not contents and not styles:
+        return ""
+    segments = [*contents, *(styles if is_open else sorted(set(styles)))]
+    joined = ", ".join(segments)
+    return f"{joined} {tail}" if tail else joined
+
+
+_QUOTES = frozenset("\"'“”‘’«»‹›「」『』《》〈〉【】〖〗`´")  # noqa: RUF001 - the marks that quote
+
+
+def _folded(text: str, *, is_drawn: bool) -> str:
+    """`text` folded, in lower case but for what a capital makes another word; what is Chinese in it rewritten."""
+    if not is_plain(text):
+        text = fold_characters(text)
+    text = _lowered(text)
+    if not text.isascii() and chinese.is_chinese(text):
+        text = chinese.rewritten(text, simplified=not is_drawn)
+    return text
+
+
+def _lowered(text: str) -> str:
+    lowered = text.lower()
+    if lowered == text:
+        return text
+    words = _CASED.findall(text)
+    capitals = [word for word in words if not word[0].islower()]
+    if len(capitals) >= _TITLE_WORDS and not any(len(word) >= _LONG_WORD and word[0].islower() for word in words):
+        return lowered  # in capitals altogether, or as a title: no capital says anything
+    drawn = {word for word in capitals if len(word) > 1 and word.isupper()} - _NOT_DRAWN
+    if drawn and _CARRIERS.isdisjoint(words):
+        drawn &= _ACRONYMS
+    if not drawn and not any(word.lower() in _MAY_TELL for word in capitals):
+        return lowered
+    keeps = iter(
+        [
+            word in drawn or _is_homograph(words, at) or _is_in_capitals(words, at - 1) or _is_in_capitals(words, at)
+            for at, word in enumerate(words)
+        ]
+    )
+    return _CASED.sub(lambda word: word[0] if next(keeps) else word[0].lower(), text)
+
+
+def _is_homograph(words: Sequence[str], at: int) -> bool:
+    """Whether a word is another one in small letters, and nothing but its capital tells which it is."""
+    word = words[at]
+    return word.istitle() and word.lower() in HOMOGRAPHS and not _is_in_a_name(words, at)
+
+
+def _is_in_capitals(words: Sequence[str], at: int) -> bool:
+    """Whether a name of two words begins there that is something else in small letters: Red Bull, a red bull."""
+    pair = words[at : at + 2] if at >= 0 else ()
+    return len(pair) > 1 and all(map(str.istitle, pair)) and tuple(map(str.lower, pair)) in _IN_CAPITALS
+
+
+def _is_in_a_name(words: Sequence[str], at: int) -> bool:
+    """Whether the word beside it is in capitals too, not because a sentence begins: then that tells what it is."""
+    return any(word.istitle() for word in (*words[max(1, at - 1) : at], *words[at + 1 : at + 2]))
+
+
+# ── segments ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _segments(tokens: _Tokens) -> list[_Tokens]:
+    """The tokens between separators, each segment rewritten; the first one without what wraps the prompt."""
+    segments: list[_Tokens] = []
+    segment: _Tokens = []
+    for token in tokens:
+        if token[0] in _SEPARATORS and token[:2] != "::":
+            if segment:
+                segments.append(segment)
+                segment = []
+        else:
+            segment.append(token)
+    if segment:
+        segments.append(segment)
+    _unwrap(segments)
+    return [words for segment in segments if (words := _rewritten(segment))]
+
+
+def _unwrap(segments: list[_Tokens]) -> None:
+    while len(segments) > 1 and segments[0] in _HEADINGS:
+        del segments[0]
+    if not segments:
+        return
+    segments[0], is_asked = _unwrapped(segments[0])
+    while len(segments) > 1 and segments[-1] in _THANKS and (is_asked or segments[-1] not in _MAY_BE_DRAWN):
+        del segments[-1]
+    last = segments[-1]
+    if is_asked and last[-2:] == ["for", "me"]:
+        del last[-2:]
+    if len(last) > 1 and last[-1] == "please":
+        del last[-1]
+
+
+def _unwrapped(tokens: _Tokens) -> tuple[_Tokens, bool]:
+    """The tokens that begin a prompt without what asks for it, and whether something did."""
+    if tokens[0] not in _WRAPPING:
+        return tokens, False
+    rest = tokens
+    is_asked = False
+    while phrase := _begins(rest, _ASKING):
+        rest = rest[len(phrase) :]
+        is_asked = True
+    if is_asked and rest[:1] and rest[0] not in _MAKING and tokens[0] not in _PLEASE:
+        return tokens, False  # will you marry me
+    if phrase := _begins(rest, _WANTING):
+        after = rest[len(phrase) :]
+        if after and (after[0] in _DETERMINERS or after[0] in _IMAGES):
+            rest, is_asked = after, True
+    if rest and rest[0] in _MAKING:
+        after = rest[1:]
+        is_for_us = after[:1] in (["me"], ["us"])
+        if is_for_us:
+            after = after[1:]
+        begins_noun = (
+            rest[0] != "give"  # a dog a bone
+            and bool(after)
+            and (after[0] in _DETERMINERS or after[0] in _IMAGES or after[0].isdigit())
+        )
+        if after and (is_asked or is_for_us or begins_noun or rest[0] in _ONLY_MAKING):
+            rest, is_asked = after, True
+    start = 1 if rest[:1] and rest[0] in _ARTICLES else 0
+    if rest[start : start + 1] and rest[start] in _IMAGES and rest[start + 1 : start + 2] and rest[start + 1] in _OF:
+        rest, is_asked = rest[start + 2 :], True
+    return (rest, is_asked) if rest else (tokens, False)
+
+
+def _begins(tokens: _Tokens, phrases: Sequence[_Tokens]) -> _Tokens:
+    """The longest of `phrases` that the tokens begin with; [] if none."""
+    return max((phrase for phrase in phrases if tokens[: len(phrase)] == phrase), key=len, default=[])
+
+
+def _rewritten(tokens: _Tokens) -> _Tokens:
+    return _with_synonyms(_without_fillers(tokens))
+
+
+def _without_fillers(tokens: _Tokens) -> _Tokens:
+    """The tokens without articles and the like; names are one token each, which nothing rewrites."""
+    if _MAY_FILL.isdisjoint(tokens):
+        return tokens
+    out: _Tokens = []
+    position, length = 0, len(tokens)
+    while position < length:
+        token = tokens[position]
+        following = tokens[position + 1] if position + 1 < length else ""
+        if token in _NAMES and (name := _begins(tokens[position:], _NAMES[token].get(following, ()))):
+            out.append(" ".join(name))
+            position += len(name)
+            continue
+        position += 1
+        if token in _ARTICLES:
+            # Before a capital that says something it may be what makes a name of it; at the end it is a letter.
+            if not following or (not following.islower() and following.isalpha() and following.isascii()):
+                out.append(token)
+            elif out and out[-1] in _BEFORE_OBJECTS:
+                out.append("a")
+        elif token in _BEFORE_TO_BE and following in _VERBS_TO_BE:
+            position += 1
+        elif token not in _FILLERS:
+            out.append(token)
+    return out
+
+
+def _with_synonyms(tokens: _Tokens) -> _Tokens:
+    if _MAY_CHANGE.isdisjoint(tokens):
+        return tokens
+    out: _Tokens = []
+    position, length = 0, len(tokens)
+    while position < length:
+        token = tokens[position]
+        rows = _PHRASES.get(token)
+        if rows is not None:
+            for written, becomes in rows:
+                if len(written) == 1 or tokens[position : position + len(written)] == written:
+                    out += becomes
+                    position += len(written)
+                    break
+            else:
+                out.append(token)
+                position += 1
+        elif token in _NUMBER_WORDS or token in _TENS:
+            number, position = _number(tokens, position)
+            out.append(number)
+        elif token in _UNITS and out and out[-1][-1:].isdigit():
+            _join_unit(out, token)
+            position += 1
+        else:
+            out.append(token)
+            position += 1
+    return out
+
+
+def _number(tokens: _Tokens, position: int) -> tuple[str, int]:
+    """The number in words at `position` in digits, and where the tokens go on."""
+    token = tokens[position]
+    if token in _NUMBER_WORDS:
+        return str(_NUMBER_WORDS[token]), position + 1
+    following = _NUMBER_WORDS.get(tokens[position + 1], 0) if position + 1 < len(tokens) else 0
+    if 0 < following < 10:  # noqa: PLR2004 - twenty-one to ninety-nine
+        return str(_TENS[token] + following), position + 2
+    return str(_TENS[token]), position + 1
+
+
+def _join_unit(out: _Tokens, unit: str) -> None:
+    number = out.pop()
+    if unit in _DIGITS_APART and len(number) == 1:
+        while out and len(out[-1]) == 1 and out[-1].isdigit():
+            number = out.pop() + number
+    out.append(number + unit)
+
+
+# ── content and style ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _sorted(segments: list[_Tokens], *, ignore_quality_words: bool, in_order: bool) -> tuple[list[str], list[str]]:
+    """What the segments show, in order, and how they want it made; `in_order`: all is taken for what they show."""
+    contents: list[_Tokens] = []
+    styles: list[str] = []
+    placed: list[tuple[int, str]] = []
+    is_product = False
+    if in_order or _is_in_parts(segments):
+        return _as_told(segments, ignore_quality_words=ignore_quality_words and not in_order), []
+    for words in segments:
+        placed += [(len(contents), style) for style in styles[len(placed) :]]
+        if _is_quality(words):
+            if not ignore_quality_words:
+                styles.append(_joined(words))
+            continue
+        if _is_style(words):
+            styles += _FRAME_ALONE.get(tuple(words)) or [_joined(words)]
+            continue
+        rest, frames = _without_frame(words)
+        is_product = is_product or bool(frames)
+        styles += frames
+        if frames and rest and _is_style(rest):
+            styles.append(_joined(rest))
+            continue
+        rest, background = _without_background(rest)
+        if background:
+            styles.append(background)
+        if not rest:
+            continue
+        if contents and _goes_on(rest) and (is_product or (len(contents) == 1 and _is_one(contents[0]))):
+            contents[-1] = contents[-1] + rest
+        else:
+            contents.append(rest)
+    placed += [(len(contents), style) for style in styles[len(placed) :]]
+    if _is_torn(placed):
+        return _as_told(segments, ignore_quality_words=ignore_quality_words), []
+    return [_joined(words) for words in contents], styles
+
+
+def _as_told(segments: list[_Tokens], *, ignore_quality_words: bool) -> list[str]:
+    return [_joined(words) for words in segments if not ignore_quality_words or not _is_quality(words)]
+
+
+def _is_in_parts(segments: list[_Tokens]) -> bool:
+    """Whether segments belong to what stands before them: left, a cat, watercolor, right, a dog; no people, fog."""
+    begins = [words[1] if words[0] in _PLACES and len(words) > 1 else words[0] for words in segments]
+    return not _NEGATING.isdisjoint(begins) or sum(map(_is_part, begins)) > 1
+
+
+def _is_part(word: str) -> bool:
+    return word in _PARTS or chinese.is_part(word)
+
+
+def _is_torn(placed: list[tuple[int, str]]) -> bool:
+    """Whether two parts of the picture have each its own: a cat, red light, a dog, blue light."""
+    seen: dict[str, tuple[int, str]] = {}
+    for at, style in placed:
+        if not _COLORS.isdisjoint(style.split()) or chinese.is_colored(style):
+            head = style.split()[-1][-2:]
+            before = seen.setdefault(head, (at, style))
+            if before[0] != at and before[1] != style:
+                return True
+    return False
+
+
+def _goes_on(words: _Tokens) -> bool:
+    """Whether a segment goes on with the one before it, comma or not: a cat, in a box."""
+    return words[0] in _PLACES or (words[0] in _POSES and len(words) > 1 and words[1] in _PLACES)
+
+
+def _is_one(words: _Tokens) -> bool:
+    """Whether nothing but one thing is told of, so that what goes on goes on about that."""
+    return _BEFORE_OTHERS.isdisjoint(words) and not any(word.endswith("ing") for word in words)
+
+
+def _is_quality(words: _Tokens) -> bool:
+    if _QUALITY.issuperset(words):
+        return not _QUALITY_CORE.isdisjoint(words) and len(words) <= _MAX_STYLE_WORDS
+    return not words[-1].isascii() and chinese.is_quality("".join(words))
+
+
+def _is_style(words: _Tokens) -> bool:
+    if len(words) > _MAX_STYLE_WORDS:
+        return False
+    if not _LOOKS_CORE.isdisjoint(words):
+        return all(word in _LOOKS or _MEASURE.fullmatch(word) for word in words)
+    return not words[-1].isascii() and chinese.is_style("".join(words))
+
+
+def _without_frame(words: _Tokens) -> tuple[_Tokens, list[str]]:
+    """The words without what a shop calls its pictures, and that as style segments."""
+    if words[0] in _FRAME_ENDS or words[-1] in _FRAME_ENDS:
+        for frame, becomes in _FRAMES:
+            length = len(frame)
+            if words[:length] == frame and (len(words) == length or words[length] == "of"):
+                return words[length + 1 :], becomes
+            if words[-length:] == frame and len(words) > length:
+                return words[:-length], becomes
+    elif not words[-1].isascii():
+        rest, cut = chinese.without_frame(words[-1])
+        if cut:
+            return [*words[:-1], rest] if rest else words[:-1], [cut]
+    return words, []
+
+
+def _without_background(words: _Tokens) -> tuple[_Tokens, str]:
+    """The words without "on a white background" at their end, and that as a style segment."""
+    if words and words[-1] in _BACKGROUNDS:
+        for start in range(len(words) - 2, max(0, len(words) - 2 - _MAX_BACKGROUND_WORDS), -1):
+            if words[start] in _BEFORE_BACKGROUND:
+                return words[:start], _joined(words[start + 1 :])
+            if words[start] not in _BACKGROUND_WORDS:
+                break
+    return words, ""
+
+
+def _joined(words: _Tokens) -> str:
+    text = ""
+    for word in words:
+        shown = word.removeprefix(_VERBATIM)
+        is_run_on = text and chinese.HAS_CJK.match(text[-1]) and chinese.HAS_CJK.match(shown[:1])
+        text += shown if not text or is_run_on else f" {shown}"
+    return text

@@ -1,0 +1,265 @@
+"""What the canonical profile drops and rewrites in Chinese, character by character.
+
+Nothing here segments words: what is dropped or rewritten is found as it is written, unless it is part of a longer word
+that is on a list of those to leave alone.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum, auto
+from functools import lru_cache
+
+from opencc import OpenCC
+
+from cacheserver.identity.canonical_lists import rewritings, vocabulary
+
+CJK = "\u3400-\u9fff\uf900-\ufaff"
+"""Han characters, as the inside of a [] pattern."""
+
+HAS_CJK = re.compile(f"[{CJK}]")
+_KANA_OR_HANGUL = re.compile("[\u3040-\u30ff\uac00-\ud7af]")
+_SPACE_BETWEEN = re.compile(rf"(?<=[{CJK}])\s+(?=[{CJK}]|\d+(?:[{CJK}]|k\b))")
+
+_to_simplified = OpenCC("t2s").convert
+
+# ── what is asked for is asked politely ─────────────────────────────────────────────────────────────────────────────
+
+_ASKING = "请你|请您|请帮我|请给我|请为我|请|麻烦你|麻烦您|麻烦|帮我|帮忙|给我|替我|为我|你能不能|能不能|能否|可以|可否"
+_NOUNS_OF_PAINTING = "家面框廊室布像笔龙眉展册板舫作卷风质中上里的着皮屏院"
+_ASKED = re.compile(
+    rf"\s*+(?:"
+    rf"(?:{_ASKING})++(?:画(?![{_NOUNS_OF_PAINTING}])|生成|绘制|制作|创作|创建)出?(?:[一1](?:张|幅|副))?"
+    rf"|画(?:[一1](?:张|幅|副)|(?=[一两二三四五六七八九十几0-9]))"
+    rf"|生成(?![的艺器式])(?:[一1](?:张|幅|副))?"
+    rf"|(?:我想要|我要|我需要|给我|来)[一1](?:张|幅|副)"
+    rf"|[一1](?:张|幅)(?:图片|图像|图)[,:。]"
+    rf"|(?:图片|图像|图)[:,]"
+    rf")\s*+"
+)
+_A_PICTURE_OF = re.compile(r"\s*+[一1](?:张|幅)(?=.*的(?:图片|图像|图)(?:[,。!?;]|$))")
+_AS_A_PICTURE = re.compile(r"(?:的(?:图片|图像|图)|图片|图像)(?=\s*(?:[,。!?;]|$))")
+_THANKS = re.compile(r"[,。!\s]*(?:谢谢你|谢谢您|谢谢|多谢)[。!,\s]*$")
+
+# ── particles, numerals, measure words ──────────────────────────────────────────────────────────────────────────────
+
+_PARTICLES = {"的": "", "着": "", "正在": "在", "正": ""}
+_LEFT_ALONE = """
+目的 的士 的确 打的 标的 有的放矢 的黎波里
+写着 着火 着装 着色 着陆 着急 着迷 着凉 衣着 沉着 执着 睡着 附着 穿着打扮 着地 点着 烧着 着魔 着力
+正面 正方 正式 正确 正宗 正装 正中 正常 正义 正直 正好 正午 正月 正门 正版 正品 正太 正餐 正楷 正负 正前 正后 正上
+正下 正对 正左 正右 正脸 正殿 正厅 正房 正统 正规 正经 正反 正交 正弦 正球 正视 正气 真正 改正 校正 反正 端正 修正
+正北 正南 正东 正西 正中央
+正红 正黄 正蓝 正白 正黑 正绿 正紫 正圆 正畸 正装 正步 正点 正门 正骨 公正 立正 纠正 方正 周正 纯正
+犬夜叉 犬牙 警犬 猎犬 牧羊犬 斗牛犬 贵宾犬 柯基犬 秋田犬 柴犬 金毛犬 犬儒 热狗
+蒸汽机车 内燃机车 电力机车 电气机车 柴油机车 铁路机车 火车机车 老式机车 老机车 古董机车 机车头 机车厂 火车头 列车员 单车道 单车间 孩子气 女孩子 男孩子
+男子汉 男子气 女子高 女士们 美男子 奇女子 弟子 童子 女儿国
+里面包 上面包 下面包 下面条 上面粉 里面粉 旁边境 上边境 上边疆 海边上
+摩托艇 摩托罗拉 摩托车 计算机械 集装箱货车 百货车 载货车厢 陈列车 系列车 并列车
+花朵朵 图像识别 树木头 枯树木 房屋顶 货车厢 列车厢 草坪机 照相片 电视机器人 洗手间谍 父亲节 母亲节 摩托车手 飞机车 手机车 司机车 洗衣机车 简单车 铁路货车
+大正 雍正 正德 中正 金正 正三 正四 正五 正六 正七 正八 正九 正十 正多 正手 正身 正体 正字 正本 正史 正片 正派 正室 正门 正妹 正倒 正着 正侧 正副
+比萨斜塔 比萨塔 祖母绿 祖父母 上海滩 天犬 小孩子 裙边上 盘子边上 杯子边上 帽子边上 领口边上 碗边上 袖口边上
+大的 小的 金的 银的 木的 玉的 铁的 红的 白的 黑的 黄的 热的 冷的 飞的 海的 河的 雪的
+"""
+_INDIVIDUAL = frozenset("个只位名条辆")
+"""Measure words that say no more than that single ones are counted; a glass, a pair or a slice says more."""
+
+_MEASURES = _INDIVIDUAL | frozenset(
+    "张把架艘台座栋间棵株朵支枝根块片件顶双对副杯碗盘碟瓶罐箱盒袋包桶篮群堆排列行串束捧组套幅本册页封扇面道口所家头匹峰"
+    "颗粒滴卷团份种款层岁年月日号人节段盏轮枚尊匙勺壶缸锅筐米秒分度倍次元角名项套队班桌床滴门辆"
+)
+_DIGITS = {"零": 0, "一": 1, "二": 2, "两": 2, "三": 3, "四": 4, "五": 5, "六": 6, "七": 7, "八": 8, "九": 9}
+_UNITS = {"十": 10, "百": 100, "千": 1000}
+_NUMERALS = frozenset(_DIGITS) | frozenset(_UNITS)
+_NOT_COUNTED = re.compile(r"(?:[第几数多半a-z]|\d[.,:/-])\Z")
+"""What stands before a number that is an ordinal, inexact or part of a longer one."""
+
+_MAX_NUMERALS = 7
+
+
+def _table() -> dict[str, tuple[tuple[str, str], ...]]:
+    """What may begin at a character and what becomes of it, longest first."""
+    found = dict(_PARTICLES)
+    for line in rewritings("synonyms.zh"):
+        found.update(zip(line.written, line.canonical, strict=True))
+    found |= {word: word for word in _LEFT_ALONE.split()}
+    table: dict[str, list[tuple[str, str]]] = {}
+    for written, becomes in sorted(found.items(), key=lambda item: -len(item[0])):
+        table.setdefault(written[0], []).append((written, becomes))
+    return {first: tuple(rows) for first, rows in table.items()}
+
+
+_TABLE = _table()
+_NOTABLE = re.compile(rf"[{''.join(_TABLE)}{''.join(_NUMERALS)}\d]")
+"""What something may begin at: all else stays as it is."""
+_STYLE_LINES = vocabulary("style.zh", frozenset({"quality", "frame"}))
+_MAX_STYLE_CHARS = 16
+
+
+def is_chinese(text: str) -> bool:
+    """Whether `text` has Han characters and is not Japanese or Korean, whose words these rules do not know."""
+    return bool(HAS_CJK.search(text)) and not _KANA_OR_HANGUL.search(text)
+
+
+def rewritten(text: str, *, simplified: bool) -> str:
+    """`text`, in lower case and NFKC, without what does not change the picture.
+
+    `simplified`: traditional characters become simplified ones, which they may not where text is to be drawn.
+    """
+    if simplified:
+        text = _to_simplified(text)
+    return _scanned(_unwrapped(_SPACE_BETWEEN.sub(",", text)))
+
+
+def _unwrapped(text: str) -> str:
+    begin = 0
+    while (asked := _ASKED.match(text, begin)) and asked.end() < len(text):
+        begin = asked.end()
+    if (asked := _A_PICTURE_OF.match(text, begin)) and asked.end() < len(text):
+        begin = asked.end()
+    if begin:
+        text = _AS_A_PICTURE.sub("", text[begin:], count=1)
+        text = _THANKS.sub("", text)
+    return text
+
+
+def _scanned(text: str) -> str:
+    out: list[str] = []
+    position = 0
+    while found := _NOTABLE.search(text, position):
+        start = found.start()
+        out.append(text[position:start])
+        position = start
+        for written, becomes in _TABLE.get(text[start], ()):
+            if text.startswith(written, start):
+                out.append(becomes)
+                position += len(written)
+                break
+        else:
+            told, position = _number(text, start) if _is_numeral(text[start]) else (text[start], start + 1)
+            out.append(told)
+    out.append(text[position:])
+    return "".join(out)
+
+
+def _is_numeral(character: str) -> bool:
+    return character in _NUMERALS or character.isdecimal()
+
+
+def _number(text: str, start: int) -> tuple[str, int]:
+    """What the number at `start` becomes with its measure word, and where the text goes on."""
+    end = start + 1
+    is_digits = text[start].isdecimal()
+    while end < len(text) and (text[end].isdecimal() if is_digits else text[end] in _NUMERALS):
+        end += 1
+    written = text[start:end]
+    after = text[end : end + 1]
+    if not after or after not in _MEASURES or _NOT_COUNTED.search(text, max(0, start - 2), start):
+        return written, end
+    value = written if is_digits else _value(written)
+    if value is None:
+        return written, end
+    following = text[end + 1 : end + 2]
+    # 三个头的牛 are no 三头牛, 三个月 are not 三月, and 三位数 is none of 三个数.
+    is_counted = following and (following == "人" or following not in _MEASURES) and after + following != "位数"
+    return value, end + 1 if after in _INDIVIDUAL and is_counted else end
+
+
+def _value(numerals: str) -> str | None:
+    """A numeral in digits; None where it is no single number, as 两三 (two or three)."""
+    if len(numerals) > _MAX_NUMERALS:
+        return None
+    total, digit, least = 0, None, 10_000
+    for numeral in numerals:
+        if (unit := _UNITS.get(numeral)) is not None:
+            if unit >= least or (digit is None and total):
+                return None
+            total += unit * (1 if digit is None else digit)
+            digit, least = None, unit
+        elif digit is None or digit == 0:
+            digit = _DIGITS[numeral]
+        else:
+            return None
+    return str(total + (digit or 0))
+
+
+# ── style ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_WORDS = frozenset(_scanned(word) for line in _STYLE_LINES for word in line.written)
+_QUALITY = frozenset(_scanned(line.written[0]) for line in _STYLE_LINES if line.kind == "quality") | {"8k", "4k", "16k"}
+_FRAMES = sorted((_scanned(line.written[0]) for line in _STYLE_LINES if line.kind == "frame"), key=len, reverse=True)
+_HEADS = (
+    "风格",
+    "画风",
+    "质感",
+    "光线",
+    "光影",
+    "色调",
+    "渲染",
+    "背景",
+    "镜头",
+    "视角",
+    "构图",
+    "画质",
+    "滤镜",
+    "氛围",
+)
+_PARTS = ("左", "右", "上", "下", "第", "一半", "另一")
+_COLORED = re.compile("[红橙黄绿青蓝紫黑白灰粉棕褐金银暖冷]")
+_MAX_HEADED_CHARS = 8
+_MAX_WORD_CHARS = max(map(len, _WORDS | _QUALITY))
+
+
+def is_part(segment: str) -> bool:
+    """Whether a segment tells of one part of the picture, or of what is not in it."""
+    return segment.startswith(_PARTS)
+
+
+def is_colored(segment: str) -> bool:
+    """Whether a segment names a color."""
+    return bool(_COLORED.search(segment))
+
+
+def is_style(segment: str) -> bool:
+    """Whether a segment says nothing but how the whole picture is made and looks."""
+    return len(segment) <= _MAX_STYLE_CHARS and _looks(segment) is not _Looks.NONE
+
+
+def is_quality(segment: str) -> bool:
+    """Whether a segment asks for nothing but more pixels or more care."""
+    return len(segment) <= _MAX_STYLE_CHARS and _looks(segment) is _Looks.QUALITY
+
+
+class _Looks(Enum):
+    NONE = auto()
+    STYLE = auto()
+    QUALITY = auto()
+
+
+@lru_cache(maxsize=4_096)
+def _looks(segment: str) -> _Looks:
+    """What a segment of at most _MAX_STYLE_CHARS says; remembered, for most prompts choose among the same ones."""
+    if _is_made_of(segment, _QUALITY):
+        return _Looks.QUALITY
+    is_headed = segment.endswith(_HEADS) and len(segment) <= _MAX_HEADED_CHARS
+    return _Looks.STYLE if is_headed or _is_made_of(segment, _WORDS) else _Looks.NONE
+
+
+def without_frame(word: str) -> tuple[str, str]:
+    """A segment's last word without what a shop calls its pictures, and that; "" where there is none."""
+    for frame in _FRAMES:
+        if word.endswith(frame):
+            return word[: -len(frame)], frame
+    return word, ""
+
+
+def _is_made_of(segment: str, words: frozenset[str]) -> bool:
+    reached = [0]  # the ends of words so far: each is a place where the next one may begin
+    for end in range(1, len(segment) + 1):
+        for start in reached:
+            if segment[start:end] in words:
+                reached.append(end)
+                break
+        if reached[-1] < end - _MAX_WORD_CHARS:
+            return False
+    return reached[-1] == len(segment)
