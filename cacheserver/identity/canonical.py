@@ -3,11 +3,13 @@
 What carries no meaning for a picture is normalized away, and what is left is compared as a string. No vectors and no
 thresholds: measured on hard negatives, similarity of any kind serves wrong pictures, and equality serves none.
 
-- Widths and ligatures of characters, case, traditional Chinese to simplified (not where text is to be drawn), hyphens, "8 k" and "8k".
+- Widths and ligatures of characters, case, traditional Chinese to simplified (not where text is to be drawn), hyphens,
+  "8 k" and "8k".
 - Wrappers ("please draw an image of", 请生成…的图片), politeness, articles, "is", "are" and "that" are dropped.
 - British spelling becomes American; number words and 两只 become digits; reviewed synonyms one of them.
 - Segments between commas that say only how the whole picture is made (`style`) are sorted behind the others and named
-  once; segments that only ask for more pixels or care (`quality`) are dropped.
+  once; segments that only ask for more pixels or care (`quality`) are dropped. Where a picture is told in parts (left …
+  right …, a cat, red light, a dog, blue light) or tells what is not in it, all segments stay in order.
 
 Everything else stays, in order: nothing is stemmed, no plural or preposition is dropped. Quoted and announced text,
 tags, addresses and `--parameters` stay as written, names and homographs as they are capitalized. A prompt whose quotes
@@ -51,6 +53,7 @@ _TOKEN = re.compile(
     rf"[{chinese.CJK}]+"
     rf"|(?:(?<!\S)-(?=\d))?{_LETTER}++"  # a word or a number with its sign; every other hyphen is a space
     rf"(?:(?:['.:](?={_LETTER})|(?<=\d)[,-](?=\d)|{_BINDING_HYPHEN}){_LETTER}++)*+"  # person's, 1.5, 16:9, 18-105mm
+    r"|(?<!\S)[:;]-?[()dp3](?!\w)"  # :) and ;)
     r"|::+"
     r"|[,;.!?:…。、~\n–—]+"  # noqa: RUF001 - what separates segments
     r"|[\u2190-\u2bff\ufe0f\u200d\U0001f000-\U0001faff]+"  # emoji
@@ -88,6 +91,13 @@ _BEFORE_OBJECTS = frozenset(
 )
 """Before these words an article tells who does it: a man eating a plant and a man eating plant; painting a portrait."""
 
+_FOREIGN = frozenset(
+    str.split(
+        "un una uno unos unas los las con della nel um uma com avec dans ein eine einen einer und mit auf im een het"
+    )
+)
+"""Words of languages in which "a" and "an" are no articles: un hombre a caballo is no hombre caballo."""
+
 _VERBS_TO_BE = frozenset({"is", "are"})
 _BEFORE_TO_BE = frozenset({"who", "which", "there"})
 
@@ -105,8 +115,11 @@ _TENS = {
     for value, word in enumerate(str.split("twenty thirty forty fifty sixty seventy eighty ninety"), start=2)
 }
 _UNITS = frozenset(str.split("k mm cm ml kg g gb mb tb px fps mp hz mah d"))
-_DIGITS_APART = frozenset({"k", "mm"})
-"""Units before which single digits are one number that was torn apart: 4 0 k, 3 5 mm."""
+_TORN_APART = {
+    "k": frozenset({"16", "32", "40"}),
+    "mm": frozenset(str.split("14 16 18 24 28 35 40 50 55 70 80 85 100 105 120 135 200 300")),
+}
+"""Numbers that some tools tear apart before a unit: 3 5 mm, 4 0 k. Not all of them: 2 5 mm nails may be two of 5 mm."""
 
 
 def _phrases(lists: Sequence[str]) -> dict[str, tuple[tuple[_Tokens, _Tokens], ...]]:
@@ -176,6 +189,10 @@ _PLEASE = frozenset({"please", "pls", "kindly"})
 _MAKING = frozenset({"draw", "create", "generate", "make", "produce", "show", "give", "imagine"})
 _ONLY_MAKING = frozenset({"create", "generate"})
 _IMAGES = frozenset({"image", "picture", "pic", "images", "pictures"})
+_MANY_IMAGES = frozenset({"images", "pictures"})
+_HANGS = frozenset(str.split("wall walls frame frames framed hanging hangs hung album screen billboard fridge wallet"))
+"""Where pictures are that are part of a picture."""
+
 _OF = frozenset({"of", "showing", "depicting"})
 _HEADINGS = (["image"], ["picture"], ["prompt"], ["image", "prompt"], ["/", "imagine", "prompt"], ["/", "imagine"])
 _DETERMINERS = (_ARTICLES | {"some", "my", "your", "his", "her", "their", "this"} | set(_NUMBER_WORDS)) - {"zero"}
@@ -202,19 +219,25 @@ _FRAME_ALONE = {tuple(frame): becomes for frame, becomes in _FRAMES}
 _FRAME_ENDS = frozenset(chain.from_iterable((frame[0], frame[-1]) for frame, _ in _FRAMES))
 _LOOKS = _STYLE | _QUALITY
 _LOOKS_CORE = _STYLE_CORE | _QUALITY_CORE
-_BACKGROUNDS = frozenset({"background", "backdrop"})
+_BACKGROUNDS = frozenset({"background", "backdrop", "背景"})
 _BEFORE_BACKGROUND = frozenset({"on", "against"})
 _BACKGROUND_WORDS = _STYLE | {"empty", "light", "clean", "white", "studio", "minimal", "navy", "cream", "ivory"}
 _MAX_BACKGROUND_WORDS = 4
 _NEGATING = frozenset({"no", "without", "not", "never", "avoid", "exclude", "less", "non", "negative"})
-_PARTS = frozenset(str.split("left right top bottom upper lower first second third panel half background foreground"))
+_PARTS = frozenset(
+    str.split(
+        "left right top bottom upper lower middle center inside outside first second third another other before after "
+        "panel half scene page part step row column background foreground"
+    )
+)
 _COLORS = frozenset(
     str.split(
-        "white black gray red green blue yellow orange purple pink brown beige cyan magenta teal gold golden silver navy "
-        "cream ivory dark light bright warm cold cool pure plain neon"
+        "white black gray red green blue yellow orange purple pink brown beige cyan magenta teal gold golden silver "
+        "navy cream ivory dark light bright warm cold cool pure plain neon"
     )
 )
 _PLACES = frozenset({"in", "on", "at", "under", "inside"})
+_BEFORE_MAKERS = _PLACES | {"by", "with", "of", "from", "art", "style"}
 _BEFORE_OTHERS = frozenset({"and", "or", "with", "of", "beside", "near", "behind", "to", "at", "for", "from", "by"})
 _POSES = frozenset({"floating", "hovering", "standing", "sitting", "lying"})
 
@@ -351,8 +374,10 @@ def _segments(tokens: _Tokens) -> list[_Tokens]:
     segments: list[_Tokens] = []
     segment: _Tokens = []
     for token in tokens:
-        if token[0] in _SEPARATORS and token[:2] != "::":
-            if segment:
+        if token[-1] in _SEPARATORS and token[:2] != "::":
+            if token == ":" and segment not in _HEADINGS and _says_how(_rewritten(segment)):  # noqa: S105 - a sign
+                segment.append(token)  # lighting: red, background: blue
+            elif segment:
                 segments.append(segment)
                 segment = []
         else:
@@ -383,32 +408,35 @@ def _unwrapped(tokens: _Tokens) -> tuple[_Tokens, bool]:
     if tokens[0] not in _WRAPPING:
         return tokens, False
     rest = tokens
-    is_asked = False
     while phrase := _begins(rest, _ASKING):
         rest = rest[len(phrase) :]
-        is_asked = True
-    if is_asked and rest[:1] and rest[0] not in _MAKING and tokens[0] not in _PLEASE:
+    is_asked = rest is not tokens
+    if is_asked and rest and rest[0] not in _MAKING and tokens[0] not in _PLEASE:
         return tokens, False  # will you marry me
     if phrase := _begins(rest, _WANTING):
         after = rest[len(phrase) :]
         if after and (after[0] in _DETERMINERS or after[0] in _IMAGES):
             rest, is_asked = after, True
-    if rest and rest[0] in _MAKING:
-        after = rest[1:]
-        is_for_us = after[:1] in (["me"], ["us"])
-        if is_for_us:
-            after = after[1:]
-        begins_noun = (
-            rest[0] != "give"  # a dog a bone
-            and bool(after)
-            and (after[0] in _DETERMINERS or after[0] in _IMAGES or after[0].isdigit())
-        )
-        if after and (is_asked or is_for_us or begins_noun or rest[0] in _ONLY_MAKING):
-            rest, is_asked = after, True
+    rest, is_asked = _without_making(rest, is_asked=is_asked)
     start = 1 if rest[:1] and rest[0] in _ARTICLES else 0
     if rest[start : start + 1] and rest[start] in _IMAGES and rest[start + 1 : start + 2] and rest[start + 1] in _OF:
+        if not is_asked and (rest[start] in _MANY_IMAGES or not _HANGS.isdisjoint(rest)):
+            return tokens, False  # pictures of cats on a wall
         rest, is_asked = rest[start + 2 :], True
     return (rest, is_asked) if rest else (tokens, False)
+
+
+def _without_making(tokens: _Tokens, *, is_asked: bool) -> tuple[_Tokens, bool]:
+    """The tokens without a first word that tells to make what follows, and whether one does."""
+    if not tokens or tokens[0] not in _MAKING:
+        return tokens, is_asked
+    after = tokens[1:]
+    is_for_us = after[:1] in (["me"], ["us"])
+    if is_for_us:
+        after = after[1:]
+    begins_noun = bool(after) and (after[0] in _DETERMINERS or after[0] in _IMAGES or after[0].isdigit())
+    is_making = (begins_noun and tokens[0] != "give") or tokens[0] in _ONLY_MAKING  # give a dog a bone
+    return (after, True) if after and (is_asked or is_for_us or is_making) else (tokens, is_asked)
 
 
 def _begins(tokens: _Tokens, phrases: Sequence[_Tokens]) -> _Tokens:
@@ -422,7 +450,7 @@ def _rewritten(tokens: _Tokens) -> _Tokens:
 
 def _without_fillers(tokens: _Tokens) -> _Tokens:
     """The tokens without articles and the like; names are one token each, which nothing rewrites."""
-    if _MAY_FILL.isdisjoint(tokens):
+    if _MAY_FILL.isdisjoint(tokens) or not _FOREIGN.isdisjoint(tokens):
         return tokens
     out: _Tokens = []
     position, length = 0, len(tokens)
@@ -441,6 +469,9 @@ def _without_fillers(tokens: _Tokens) -> _Tokens:
             elif out and out[-1] in _BEFORE_OBJECTS:
                 out.append("a")
         elif token in _BEFORE_TO_BE and following in _VERBS_TO_BE:
+            position += token == "there"  # noqa: S105 - a word
+        elif token in _VERBS_TO_BE and following in _ARTICLES and position + 1 < length:
+            out += [token, "a"]  # the bear is a hunter, and no bear hunter
             position += 1
         elif token not in _FILLERS:
             out.append(token)
@@ -468,7 +499,7 @@ def _with_synonyms(tokens: _Tokens) -> _Tokens:
             number, position = _number(tokens, position)
             out.append(number)
         elif token in _UNITS and out and out[-1][-1:].isdigit():
-            _join_unit(out, token)
+            _join_unit(out, token, _digits_before(tokens, position))
             position += 1
         else:
             out.append(token)
@@ -487,12 +518,19 @@ def _number(tokens: _Tokens, position: int) -> tuple[str, int]:
     return str(_TENS[token]), position + 1
 
 
-def _join_unit(out: _Tokens, unit: str) -> None:
-    number = out.pop()
-    if unit in _DIGITS_APART and len(number) == 1:
-        while out and len(out[-1]) == 1 and out[-1].isdigit():
-            number = out.pop() + number
-    out.append(number + unit)
+def _digits_before(tokens: _Tokens, position: int) -> int:
+    """How many single digits, not numbers in words, stand before a token."""
+    begin = position
+    while begin and len(tokens[begin - 1]) == 1 and tokens[begin - 1].isdecimal():
+        begin -= 1
+    return position - begin
+
+
+def _join_unit(out: _Tokens, unit: str, digits: int) -> None:
+    """Put a unit behind the number before it, which single digits make together if people write it so."""
+    torn = "".join(out[-digits:]) if digits > 1 else ""
+    parts = digits if torn in _TORN_APART.get(unit, ()) else 1
+    out[-parts:] = ["".join(out[-parts:]) + unit]
 
 
 # ── content and style ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -500,66 +538,74 @@ def _join_unit(out: _Tokens, unit: str) -> None:
 
 def _sorted(segments: list[_Tokens], *, ignore_quality_words: bool, in_order: bool) -> tuple[list[str], list[str]]:
     """What the segments show, in order, and how they want it made; `in_order`: all is taken for what they show."""
-    contents: list[_Tokens] = []
-    styles: list[str] = []
-    placed: list[tuple[int, str]] = []
-    is_product = False
+    if ignore_quality_words and not in_order:
+        segments = [words for words in segments if not _is_quality(words)]
     if in_order or _is_in_parts(segments):
-        return _as_told(segments, ignore_quality_words=ignore_quality_words and not in_order), []
+        return list(map(_joined, segments)), []
+    contents, styles = _apart(segments)
+    if _is_torn(styles) or _has_each_its_own(contents, styles):
+        return list(map(_joined, segments)), []
+    return list(map(_joined, contents)), [style for _, style in styles]
+
+
+def _apart(segments: list[_Tokens]) -> tuple[list[_Tokens], list[tuple[int, str]]]:
+    """The segments that show something, and the styles, each with how many of those stand before it."""
+    contents: list[_Tokens] = []
+    styles: list[tuple[int, str]] = []
+    is_product = False
     for words in segments:
-        placed += [(len(contents), style) for style in styles[len(placed) :]]
-        if _is_quality(words):
-            if not ignore_quality_words:
-                styles.append(_joined(words))
+        if _says_how(words):
+            styles += [(len(contents), style) for style in _FRAME_ALONE.get(tuple(words)) or [_joined(words)]]
             continue
-        if _is_style(words):
-            styles += _FRAME_ALONE.get(tuple(words)) or [_joined(words)]
-            continue
-        rest, frames = _without_frame(words)
-        is_product = is_product or bool(frames)
-        styles += frames
-        if frames and rest and _is_style(rest):
-            styles.append(_joined(rest))
-            continue
+        rest, found = _without_frame(words)
+        is_product = is_product or bool(found)
+        if found and rest and _is_style(rest):
+            found = [*found, _joined(rest)]
+            rest = []
         rest, background = _without_background(rest)
         if background:
-            styles.append(background)
-        if not rest:
-            continue
-        if contents and _goes_on(rest) and (is_product or (len(contents) == 1 and _is_one(contents[0]))):
+            found = [*found, background]
+        if rest and contents and _goes_on(rest) and (is_product or (len(contents) == 1 and _is_one(contents[0]))):
             contents[-1] = contents[-1] + rest
-        else:
+        elif rest:
             contents.append(rest)
-    placed += [(len(contents), style) for style in styles[len(placed) :]]
-    if _is_torn(placed):
-        return _as_told(segments, ignore_quality_words=ignore_quality_words), []
-    return [_joined(words) for words in contents], styles
-
-
-def _as_told(segments: list[_Tokens], *, ignore_quality_words: bool) -> list[str]:
-    return [_joined(words) for words in segments if not ignore_quality_words or not _is_quality(words)]
+        styles += [(len(contents), style) for style in found]
+    return contents, styles
 
 
 def _is_in_parts(segments: list[_Tokens]) -> bool:
     """Whether segments belong to what stands before them: left, a cat, watercolor, right, a dog; no people, fog."""
     begins = [words[1] if words[0] in _PLACES and len(words) > 1 else words[0] for words in segments]
-    return not _NEGATING.isdisjoint(begins) or sum(map(_is_part, begins)) > 1
+    return sum(map(_is_part, begins)) > 1 or any(map(_negates, chain.from_iterable(segments)))
+
+
+def _negates(word: str) -> bool:
+    return word in _NEGATING or (not word.isascii() and chinese.negates(word))
 
 
 def _is_part(word: str) -> bool:
-    return word in _PARTS or chinese.is_part(word)
+    return word in _PARTS or (not word.isascii() and chinese.is_part(word))
 
 
 def _is_torn(placed: list[tuple[int, str]]) -> bool:
-    """Whether two parts of the picture have each its own: a cat, red light, a dog, blue light."""
+    """Whether parts of the picture have each its own: a cat, red light, a dog, blue light; two backgrounds."""
     seen: dict[str, tuple[int, str]] = {}
     for at, style in placed:
-        if not _COLORS.isdisjoint(style.split()) or chinese.is_colored(style):
-            head = style.split()[-1][-2:]
+        head = style.split()[-1] if style.isascii() else style[-2:]
+        is_background = head in _BACKGROUNDS
+        if is_background or not _COLORS.isdisjoint(style.split()) or chinese.is_colored(style):
             before = seen.setdefault(head, (at, style))
-            if before[0] != at and before[1] != style:
+            if before[1] != style and (is_background or before[0] != at):
                 return True
     return False
+
+
+def _has_each_its_own(contents: list[_Tokens], styles: list[tuple[int, str]]) -> bool:
+    """Whether every content, of two at least, is followed by a style: a sphere, glossy, a cube, matte."""
+    places = {at for at, _ in styles}
+    if len(contents) < 2 or not places.issuperset(range(1, len(contents) + 1)):  # noqa: PLR2004 - as said
+        return False
+    return not any(words[0] in _BEFORE_MAKERS for words in contents)
 
 
 def _goes_on(words: _Tokens) -> bool:
@@ -570,6 +616,11 @@ def _goes_on(words: _Tokens) -> bool:
 def _is_one(words: _Tokens) -> bool:
     """Whether nothing but one thing is told of, so that what goes on goes on about that."""
     return _BEFORE_OTHERS.isdisjoint(words) and not any(word.endswith("ing") for word in words)
+
+
+def _says_how(words: _Tokens) -> bool:
+    """Whether a segment says nothing of what is in the picture."""
+    return bool(words) and (_is_style(words) or _is_quality(words))
 
 
 def _is_quality(words: _Tokens) -> bool:

@@ -22,11 +22,13 @@ _KANA_OR_HANGUL = re.compile("[\u3040-\u30ff\uac00-\ud7af]")
 _SPACE_BETWEEN = re.compile(rf"(?<=[{CJK}])\s+(?=[{CJK}]|\d+(?:[{CJK}]|k\b))")
 
 _to_simplified = OpenCC("t2s").convert
+_MAY_BE_DRAWN = re.compile("[字書寫題聯匾]")
+"""What tells of characters in the picture, in traditional ones: 寫著發財 draws others than 写着发财."""
 
 # ── what is asked for is asked politely ─────────────────────────────────────────────────────────────────────────────
 
 _ASKING = "请你|请您|请帮我|请给我|请为我|请|麻烦你|麻烦您|麻烦|帮我|帮忙|给我|替我|为我|你能不能|能不能|能否|可以|可否"
-_NOUNS_OF_PAINTING = "家面框廊室布像笔龙眉展册板舫作卷风质中上里的着皮屏院"
+_NOUNS_OF_PAINTING = "画家面框廊室布像笔龙眉展册板舫作卷风质中上里的着皮屏院"
 _ASKED = re.compile(
     rf"\s*+(?:"
     rf"(?:{_ASKING})++(?:画(?![{_NOUNS_OF_PAINTING}])|生成|绘制|制作|创作|创建)出?(?:[一1](?:张|幅|副))?"
@@ -45,28 +47,27 @@ _THANKS = re.compile(r"[,。!\s]*(?:谢谢你|谢谢您|谢谢|多谢)[。!,\s]*
 
 _PARTICLES = {"的": "", "着": "", "正在": "在", "正": ""}
 _LEFT_ALONE = """
-目的 的士 的确 打的 标的 有的放矢 的黎波里
-写着 着火 着装 着色 着陆 着急 着迷 着凉 衣着 沉着 执着 睡着 附着 穿着打扮 着地 点着 烧着 着魔 着力
-正面 正方 正式 正确 正宗 正装 正中 正常 正义 正直 正好 正午 正月 正门 正版 正品 正太 正餐 正楷 正负 正前 正后 正上
-正下 正对 正左 正右 正脸 正殿 正厅 正房 正统 正规 正经 正反 正交 正弦 正球 正视 正气 真正 改正 校正 反正 端正 修正
-正北 正南 正东 正西 正中央
-正红 正黄 正蓝 正白 正黑 正绿 正紫 正圆 正畸 正装 正步 正点 正门 正骨 公正 立正 纠正 方正 周正 纯正
-犬夜叉 犬牙 警犬 猎犬 牧羊犬 斗牛犬 贵宾犬 柯基犬 秋田犬 柴犬 金毛犬 犬儒 热狗
-蒸汽机车 内燃机车 电力机车 电气机车 柴油机车 铁路机车 火车机车 老式机车 老机车 古董机车 机车头 机车厂 火车头 列车员 单车道 单车间 孩子气 女孩子 男孩子
-男子汉 男子气 女子高 女士们 美男子 奇女子 弟子 童子 女儿国
-里面包 上面包 下面包 下面条 上面粉 里面粉 旁边境 上边境 上边疆 海边上
-摩托艇 摩托罗拉 摩托车 计算机械 集装箱货车 百货车 载货车厢 陈列车 系列车 并列车
-花朵朵 图像识别 树木头 枯树木 房屋顶 货车厢 列车厢 草坪机 照相片 电视机器人 洗手间谍 父亲节 母亲节 摩托车手 飞机车 手机车 司机车 洗衣机车 简单车 铁路货车
-大正 雍正 正德 中正 金正 正三 正四 正五 正六 正七 正八 正九 正十 正多 正手 正身 正体 正字 正本 正史 正片 正派 正室 正门 正妹 正倒 正着 正侧 正副
-比萨斜塔 比萨塔 祖母绿 祖父母 上海滩 天犬 小孩子 裙边上 盘子边上 杯子边上 帽子边上 领口边上 碗边上 袖口边上
-大的 小的 金的 银的 木的 玉的 铁的 红的 白的 黑的 黄的 热的 冷的 飞的 海的 河的 雪的
+目的 的士 的确 打的 标的 有的放矢 的黎波里 写着 着火 着装 着色 着陆 着急 着迷 着凉 衣着 沉着 执着 睡着 附着 穿着打扮
+着地 点着 烧着 着魔 着力 正面 正方 正式 正确 正宗 正装 正中 正常 正义 正直 正好 正午 正月 正门 正版 正品 正太 正餐
+正楷 正负 正前 正后 正上 正下 正对 正左 正右 正脸 正殿 正厅 正房 正统 正规 正经 正反 正交 正弦 正球 正视 正气 真正
+改正 校正 反正 端正 修正 正北 正南 正东 正西 正中央 正红 正黄 正蓝 正白 正黑 正绿 正紫 正圆 正畸 正步 正点 正骨 公正
+立正 纠正 方正 周正 纯正 犬夜叉 犬牙 警犬 猎犬 牧羊犬 斗牛犬 贵宾犬 柯基犬 秋田犬 柴犬 金毛犬 犬儒 热狗 蒸汽机车
+内燃机车 电力机车 电气机车 柴油机车 铁路机车 火车机车 老式机车 老机车 古董机车 机车头 机车厂 火车头 列车员 单车道
+单车间 孩子气 女孩子 男孩子 男子汉 男子气 女子高 女士们 美男子 奇女子 弟子 童子 女儿国 里面包 上面包 下面包 下面条
+上面粉 里面粉 旁边境 上边境 上边疆 海边上 摩托艇 摩托罗拉 摩托车 计算机械 集装箱货车 百货车 载货车厢 陈列车 系列车
+并列车 花朵朵 图像识别 树木头 枯树木 房屋顶 货车厢 列车厢 草坪机 照相片 电视机器人 洗手间谍 父亲节 母亲节 摩托车手
+飞机车 手机车 司机车 洗衣机车 简单车 铁路货车 大正时代 大正浪漫 大正风 雍正 正德 蒋中正 中正纪念 金正恩 金正日 正三角
+正四面 正五边 正五角 正六边 正七边 正八边 正八面 正十二面 正十边 正多边 正手击 正身像 正体字 正字 正本 正史 正片 正派
+正室 正妹 正倒 正着放 正侧 正副 比萨斜塔 比萨塔 祖母绿 祖父母 上海滩 天犬 小孩子 裙边上 盘子边上 杯子边上 帽子边上
+领口边上 碗边上 袖口边上 大的 小的 金的 银的 木的 玉的 铁的 红的 白的 黑的 黄的 热的 冷的 飞的 海的 河的 雪的 绿的
+蓝的 紫的 短的 老的 圆的 方的 纸的 布的 皮的 石的 泥的 瓷的 铜的 竹的
 """
 _INDIVIDUAL = frozenset("个只位名条辆")
 """Measure words that say no more than that single ones are counted; a glass, a pair or a slice says more."""
 
 _MEASURES = _INDIVIDUAL | frozenset(
     "张把架艘台座栋间棵株朵支枝根块片件顶双对副杯碗盘碟瓶罐箱盒袋包桶篮群堆排列行串束捧组套幅本册页封扇面道口所家头匹峰"
-    "颗粒滴卷团份种款层岁年月日号人节段盏轮枚尊匙勺壶缸锅筐米秒分度倍次元角名项套队班桌床滴门辆"
+    "颗粒滴卷团份种款层岁年月日号人节段盏轮枚尊匙勺壶缸锅筐米秒分点度倍次元角名项套队班桌床滴门辆"
 )
 _DIGITS = {"零": 0, "一": 1, "二": 2, "两": 2, "三": 3, "四": 4, "五": 5, "六": 6, "七": 7, "八": 8, "九": 9}
 _UNITS = {"十": 10, "百": 100, "千": 1000}
@@ -106,7 +107,7 @@ def rewritten(text: str, *, simplified: bool) -> str:
 
     `simplified`: traditional characters become simplified ones, which they may not where text is to be drawn.
     """
-    if simplified:
+    if simplified and not _MAY_BE_DRAWN.search(text):
         text = _to_simplified(text)
     return _scanned(_unwrapped(_SPACE_BETWEEN.sub(",", text)))
 
@@ -160,9 +161,17 @@ def _number(text: str, start: int) -> tuple[str, int]:
     if value is None:
         return written, end
     following = text[end + 1 : end + 2]
-    # 三个头的牛 are no 三头牛, 三个月 are not 三月, and 三位数 is none of 三个数.
-    is_counted = following and (following == "人" or following not in _MEASURES) and after + following != "位数"
-    return value, end + 1 if after in _INDIVIDUAL and is_counted else end
+    return value, end + 1 if after in _INDIVIDUAL and _is_said_alone(after, following) else end
+
+
+def _is_said_alone(measure: str, following: str) -> bool:
+    """Whether a number and a thing are left without the measure word between them.
+
+    三个头的牛 are no 三头牛, 三个月 are not 三月, 三位数 is none of 三个数, and 两个一元 are not 二十一元.
+    """
+    if not following or _is_numeral(following) or measure + following == "位数":
+        return False
+    return following == "人" or following not in _MEASURES
 
 
 def _value(numerals: str) -> str | None:
@@ -204,15 +213,21 @@ _HEADS = (
     "滤镜",
     "氛围",
 )
-_PARTS = ("左", "右", "上", "下", "第", "一半", "另一")
+_PARTS = ("左", "右", "上", "下", "中间", "第", "一半", "一边", "另", "前景")
+_NEGATING = re.compile("[不没无勿]")
 _COLORED = re.compile("[红橙黄绿青蓝紫黑白灰粉棕褐金银暖冷]")
 _MAX_HEADED_CHARS = 8
 _MAX_WORD_CHARS = max(map(len, _WORDS | _QUALITY))
 
 
 def is_part(segment: str) -> bool:
-    """Whether a segment tells of one part of the picture, or of what is not in it."""
+    """Whether a segment tells of one part of the picture."""
     return segment.startswith(_PARTS)
+
+
+def negates(segment: str) -> bool:
+    """Whether a segment tells of what is not in the picture."""
+    return bool(_NEGATING.search(segment))
 
 
 def is_colored(segment: str) -> bool:
