@@ -12,6 +12,9 @@
     carry ─── the same, under the keys that other versions of the identity give it
       │ nobody has it
       ▼
+    match ─── a picture of another prompt that means the same, where the namespace allows it (matching.py)
+      │ nobody has such
+      ▼
     derive ── a picture of another request that dominates this one, where the namespace allows it
       │ nobody has such
       ▼
@@ -84,8 +87,20 @@ from cacheserver.errors import (
 )
 from cacheserver.flight import Flight, Flights, Loaded, Waiter
 from cacheserver.freshness import Renewals, late_after_s, takes_stale
-from cacheserver.interfaces import Books, Clock, Generation, Leases, Renderer, Replays, SigningTier, Tier
+from cacheserver.interfaces import (
+    Aliases,
+    Books,
+    Clock,
+    Generation,
+    Leases,
+    Renderer,
+    Replays,
+    SigningTier,
+    SimilarPrompts,
+    Tier,
+)
 from cacheserver.keep import Keeper
+from cacheserver.matching import Matching
 from cacheserver.model import (
     Ask,
     CachedImage,
@@ -146,6 +161,8 @@ class PromptCache:
         unknown: UnknownPolicy,
         backpressure: Backpressure,
         leases: Leases,
+        aliases: Aliases,
+        similar_prompts: SimilarPrompts | None = None,
         coherence: Coherence,
         signer: SigningTier | None = None,
         url_expires_s: int = 3600,
@@ -181,6 +198,14 @@ class PromptCache:
         self._epochs = coherence.epochs
         self._paying = Paying(generation=generation, clock=clock, unknown=unknown, backpressure=backpressure)
         self._carrying = Carrying(keeper=keeper, epochs=self._epochs, walk=self._walk)
+        self.matching = Matching(
+            aliases=aliases,
+            prompts=similar_prompts,
+            epochs=self._epochs,
+            monotonic_s=clock.monotonic_s,
+            here=self._here,
+            walk=self._walk,
+        )
         self._deriving = Deriving(renderer=renderer, keeper=keeper, clock=clock, find=self.find, walk=self._walk)
         self._alone = Alone(
             generation=generation,
@@ -380,19 +405,29 @@ class PromptCache:
         ttl_s: float | None = None,
         create_time_s: float | None = None,
         others: Sequence[CacheKey] = (),
+        canonical: CacheKey | None = None,
     ) -> tuple[CachedImage, bool]:
         """Store an image the caller already has: as variant 0 with `replace`, else as the next free variant.
 
         What was only derived from another request's picture makes room for it; what one of `others` has, the identity's
-        keys under other versions, does not. Returns the entry and whether it is new: bytes that are there already are
-        not stored again. Raises VariantsExhaustedError, JournalFullError where there is no room for it, and
-        CacheUnknownError when the last tier cannot say which variants it has.
+        keys under other versions, does not. It answers for the `canonical` key of its prompt, too.
+
+        Returns the entry and whether it is new: bytes that are there already are not stored again. Raises
+        VariantsExhaustedError, JournalFullError where there is no room for it, and CacheUnknownError when the last tier
+        cannot say which variants it has.
         """
         if (refusal := self._backpressure.refusal()) is not None:
             raise refusal
         epoch = await (self._coherence.next() if replace else self._coherence.newest())
         entry = self._entry(
-            image, identity, namespace, epoch=epoch, ttl_s=ttl_s, tags=tags, create_time_s=create_time_s
+            image,
+            identity,
+            namespace,
+            epoch=epoch,
+            ttl_s=ttl_s,
+            tags=tags,
+            create_time_s=create_time_s,
+            canonical=canonical,
         )
         if not replace:
             for variant in range(namespace.max_variants):
@@ -410,7 +445,9 @@ class PromptCache:
             else:
                 text = f"All {namespace.max_variants} variants of this request are taken; purge one or replace."
                 raise VariantsExhaustedError(text)
-        return await self._keeper.keep(entry, replace=replace), True
+        kept = await self._keeper.keep(entry, replace=replace)
+        await self.matching.add(kept, canonical)
+        return kept, True
 
     async def purge(  # noqa: PLR0913 - what to remove, by keyword
         self,
@@ -451,6 +488,7 @@ class PromptCache:
             await self.remakes.aclose()
             await self.renewals.aclose()
             await self.tending.aclose()
+            await self.matching.aclose()
             await self._flights.aclose(grace_s)
         except asyncio.CancelledError:
             until_s = 0.0  # whoever closes us is in a hurry now
@@ -527,8 +565,11 @@ class PromptCache:
     def _in_memory(self, waiter: Waiter) -> list[Loaded] | None:
         hits = []
         for variant in waiter.variants:
-            entry = self._here(waiter.key.with_variant(variant))
-            if entry is None or not waiter.accepts(loaded := Loaded(entry, TierName.MEMORY)):
+            if (entry := self._here(waiter.key.with_variant(variant))) is not None:
+                loaded: Loaded | None = Loaded(entry, TierName.MEMORY)
+            else:
+                loaded = self.matching.in_memory(waiter, variant)
+            if loaded is None or not waiter.accepts(loaded):
                 return None
             hits.append(loaded)
         waiter.first = True
@@ -624,7 +665,7 @@ class PromptCache:
         return Served(
             entry=loaded.entry,
             tier=loaded.tier,
-            matched=_matched(loaded.entry, waiter),
+            matched=_matched(loaded, waiter),
             collapsed=not pays if loaded.payer is not None else not waiter.first,
             cost_microusd=loaded.entry.image.paid_microusd if pays else 0,
             saved_microusd=0 if pays else self._saved_microusd(loaded.entry, waiter),
@@ -662,22 +703,35 @@ class PromptCache:
                 return
             self._paying.settle(flight)  # nothing is set aside for as long as another replica may take
             flight.missed = frozenset(look.walked)
-            looked_s_ago = self._clock.monotonic_s() - looked_s
-            lease = await self._leases.take(
-                lasting_name(lead), looked_s_ago=looked_s_ago, priority=lambda: flight.priority
-            )
-            lease.urge = partial(self._urge, flight)
-            try:
-                if lease.look_again:
-                    look = _Look()
-                flight.succeeds = lease.succeeds
-                await self._look(flight, look)  # also for who came meanwhile
-                await self._pay(flight, look.unknown)
-            finally:
-                made = [flight.key.with_variant(variant) for variant in {*flight.making, *flight.loaded}]
-                self._leases.let_go(lease, after=partial(self._keeper.shared, made))
+            if lead.similarity < MatchLevel.CANONICAL or lead.canonical_key is None:
+                await self._load_leased(flight, lasting_name(lead), look, looked_s)
+                return
+            name = lead.canonical_key.identity_name
+            async with self.matching.turn(flight, name, self._urge_for) as is_late:
+                if is_late:
+                    await self.matching.land(flight, flight.looked_for)
+                if flight.waiters:
+                    await self._load_leased(flight, name, look, looked_s)
         finally:
             self._paying.settle(flight)
+
+    async def _load_leased(self, flight: Flight, name: str, look: _Look, looked_s: float) -> None:
+        """Have made what no other replica has made meanwhile. The tiers were looked into at `looked_s` (monotonic)."""
+        looked_s_ago = self._clock.monotonic_s() - looked_s
+        lease = await self._leases.take(name, looked_s_ago=looked_s_ago, priority=lambda: flight.priority)
+        lease.urge = partial(self._urge, flight)
+        try:
+            if lease.look_again:
+                look = _Look()
+            flight.succeeds = lease.succeeds
+            await self._look(flight, look)  # also for who came meanwhile
+            await self._pay(flight, look.unknown)
+        finally:
+            made = [flight.key.with_variant(variant) for variant in {*flight.making, *flight.loaded}]
+            self._leases.let_go(lease, after=partial(self._keeper.shared, made))
+
+    def _urge_for(self, paying: Flight, waiting: Flight) -> None:
+        self._urge(paying, waiting.priority)
 
     def _urge(self, flight: Flight, priority: Priority) -> None:
         flight.urged = max(flight.urged, priority)
@@ -692,11 +746,15 @@ class PromptCache:
                 if is_unknown:
                     look.unknown.add(variant)
                 if found is not None:
+                    self.matching.saw(flight, found)
                     flight.land(variant, found)
             flight.land_stale()
             if not flight.waiters:
                 return  # a tier had what they want: all that follows is about who still waits
             look.unknown |= await self._carrying.land(flight, [v for v in todo if v not in flight.loaded])
+            if not flight.waiters:
+                return
+            await self.matching.land(flight, [v for v in todo if v not in flight.loaded])
             if not flight.waiters:
                 return
             look.in_review |= await self._waiting_for_review(flight, todo)
@@ -879,6 +937,8 @@ class PromptCache:
         # From here on nothing awaits either: who joins what is made already is never told of it.
         for variant, entry, payer in zip(made, kept, payers, strict=True):
             self._land(flight, variant, entry, payer)
+        if stored := [entry for entry in kept if isinstance(entry, CachedImage)]:
+            await self.matching.remember(lead, stored[0])
         return len(made)
 
     def _land(self, flight: Flight, variant: int, kept: CachedImage | BaseException, payer: Waiter) -> None:
@@ -900,7 +960,7 @@ class PromptCache:
     def _entry_for(self, lead: Waiter, image: GeneratedImage, variant: int) -> CachedImage:
         terms = lead.terms
         facts: dict[str, Any] = {"epoch": lead.epoch, "ttl_s": terms.ttl_s, "tags": terms.tags}
-        return self._entry(image, lead.identity, lead.namespace, variant=variant, **facts)
+        return self._entry(image, lead.identity, lead.namespace, variant=variant, canonical=lead.canonical_key, **facts)
 
     def _keep(self, entry: CachedImage, flight: Flight, unknown: set[int]) -> Awaitable[CachedImage]:
         variant = entry.key.variant
@@ -925,6 +985,7 @@ class PromptCache:
         ttl_s: float | None,
         tags: tuple[str, ...],
         create_time_s: float | None = None,
+        canonical: CacheKey | None = None,
     ) -> CachedImage:
         now_s = self._clock.now_s()
         lifetime_s = namespace.lifetime_s(ttl_s)
@@ -938,6 +999,7 @@ class PromptCache:
             tags=tags,
             epoch=epoch,
             sliding_s=lifetime_s if namespace.is_sliding and lifetime_s is not None else 0.0,
+            canonical_digest=b"" if canonical is None else canonical.digest,
         )
 
     # ── which variants, and calls sent twice ────────────────────────────────────────────────────────────────
@@ -1027,7 +1089,9 @@ def _model_asked(waiter: Waiter) -> str:
     return waiter.asked[0].model if waiter.asked is not None else ""
 
 
-def _matched(entry: CachedImage, waiter: Waiter) -> MatchLevel:
-    if waiter.asked is None or entry.prompt_digest == waiter.asked[1].prompt_digest:
+def _matched(loaded: Loaded, waiter: Waiter) -> MatchLevel:
+    if loaded.matched is not None:
+        return loaded.matched
+    if waiter.asked is None or loaded.entry.prompt_digest == waiter.asked[1].prompt_digest:
         return MatchLevel.EXACT
     return waiter.asked[1].level

@@ -22,13 +22,19 @@ _EVERYONE = "*"
 """In the place of a namespace: takes what any of them stored."""
 
 _EVERYTHING, _KEY, _IDENTITY, _TAG, _RECLAIMED = "everything", "key", "identity", "tag", "reclaimed"
+_BANNED = "banned"
+"""Takes nothing: two identities that answer for one another no more."""
+
+_SIMILAR_ON, _SIMILAR_OFF = "similar:on", "similar:off"
+"""Take nothing: whether similar pictures answer is what the later of the two says."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tombstone:
     """That what `namespace` stored and `selects` names was purged, but for what is of `epoch` or later.
 
-    `selects` is a kind of selection and its value. A tag, which may say anything, is told by its hash.
+    `selects` is a kind of selection and its value. A tag, which may say anything, and two identities, whose names
+    together are too long for that of a file, are told by their hash.
     """
 
     epoch: int
@@ -59,6 +65,21 @@ class Tombstone:
     def of_tag(namespace: str, tag: str) -> Tombstone:
         """All that has a tag."""
         return Tombstone(0, namespace, _selects_tag(tag))
+
+    @staticmethod
+    def of_banned(key: CacheKey, other: CacheKey) -> Tombstone:
+        """That the pictures of two identities are different ones, whatever their prompts look like."""
+        return Tombstone(0, _EVERYONE, _selects_banned(key, other))
+
+    @staticmethod
+    def of_switch(namespace: str, *, is_on: bool) -> Tombstone:
+        """That similar pictures answer in a namespace from now on, or no more; empty: in every namespace."""
+        return Tombstone(0, namespace or _EVERYONE, _SIMILAR_ON if is_on else _SIMILAR_OFF)
+
+    @property
+    def is_for_ever(self) -> bool:
+        """Whether it is needed however long ago it was set."""
+        return self.selects.startswith(f"{_BANNED}:") or self.selects in (_SIMILAR_ON, _SIMILAR_OFF)
 
     @property
     def takes_everything(self) -> bool:
@@ -144,7 +165,9 @@ class Epochs:
         return [
             each
             for each in self.all()
-            if each.epoch < limit and not (each.takes_everything and self._is_unreclaimed(each))
+            if each.epoch < limit
+            and not each.is_for_ever
+            and not (each.takes_everything and self._is_unreclaimed(each))
         ]
 
     def forget(self, tombstones: Iterable[Tombstone]) -> None:
@@ -190,9 +213,27 @@ class Epochs:
             or any(known.get(_selects_tag(tag), 0) > epoch for tag in labels.tags)
         )
 
+    def allows_similar(self, namespace: str) -> bool:
+        """Whether similar pictures may answer there: nobody has switched that off, there or everywhere."""
+        return not (self._is_similar_off(namespace) or self._is_similar_off(_EVERYONE))
+
+    @property
+    def similar_off(self) -> list[str]:
+        """The namespaces in which somebody has switched similar pictures off, by name; empty: everywhere."""
+        return sorted("" if name == _EVERYONE else name for name in self._by_namespace if self._is_similar_off(name))
+
+    def is_banned(self, key: CacheKey, other: CacheKey) -> bool:
+        """Whether the pictures of these two identities were reported to be different ones."""
+        known = self._by_namespace.get(_EVERYONE)
+        return known is not None and _selects_banned(key, other) in known
+
     def hides(self, entry: CachedImage) -> bool:
         """Whether an entry may not be served."""
         return self.hides_all or (entry.epoch < self.newest and self.is_gone(entry.key, entry))
+
+    def _is_similar_off(self, name: str) -> bool:
+        known = self._by_namespace.get(name)
+        return known is not None and known.get(_SIMILAR_OFF, 0) > known.get(_SIMILAR_ON, 0)
 
     def _is_unreclaimed(self, tombstone: Tombstone) -> bool:
         return tombstone.reclaimed.selects not in self._by_namespace[tombstone.namespace]
@@ -203,5 +244,14 @@ def _takes_named(name: str, known: Mapping[str, int], epoch: int) -> bool:
     return known.get(f"{_KEY}:{name}", 0) > epoch or known.get(f"{_IDENTITY}:{name.rpartition('.')[0]}", 0) > epoch
 
 
+def _selects_banned(key: CacheKey, other: CacheKey) -> str:
+    first, second = sorted((key.made_for.identity_name, other.made_for.identity_name))
+    return f"{_BANNED}:{_hash(f'{first}:{second}')}"
+
+
 def _selects_tag(tag: str) -> str:
-    return f"{_TAG}:{hashlib.sha256(tag.encode('utf-8', 'surrogatepass')).hexdigest()}"
+    return f"{_TAG}:{_hash(tag)}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

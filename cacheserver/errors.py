@@ -221,7 +221,7 @@ class LedgerUnavailableError(CacheServerError):
 
 
 class UnknownReviewError(CacheServerError):
-    """No picture of this key waits for review: it was resolved, or never did."""
+    """No picture of this key, or similar hit of this id, waits for review: it was resolved, or never did."""
 
     reason = "REVIEW_GONE"
 
@@ -260,7 +260,7 @@ class EntryNewerError(CacheServerError):
 
 
 class TierUnreachableError(CacheServerError):
-    """A purge, or the resolution of a review, did not reach these tiers."""
+    """A purge, the resolution of a review, a ban or a switch did not reach these tiers."""
 
     reason = "TIER_UNREACHABLE"
     retry_after_s = 5.0

@@ -19,6 +19,7 @@ import structlog
 
 from cacheserver.errors import CacheServerError, ShuttingDownError
 from cacheserver.freshness import is_of_upstream
+from cacheserver.identity import canonical_key
 from cacheserver.model import (
     AnswerFrom,
     CachedImage,
@@ -26,6 +27,7 @@ from cacheserver.model import (
     Caller,
     Identity,
     ImageRequest,
+    MatchLevel,
     Namespace,
     Order,
     PartialImage,
@@ -33,6 +35,7 @@ from cacheserver.model import (
     Stale,
     Terms,
     TierName,
+    VariantPolicy,
 )
 from cacheserver.tasks import end
 
@@ -43,7 +46,8 @@ _log = structlog.get_logger(__name__)
 class Loaded:
     """One picture a flight brought in. `payer` is the `ticket` of the waiter told its cost, None if a tier had it.
 
-    `derived`: the tier had another one, which this flight made it from. `stale`: it is past its end.
+    `derived`: the tier had another one, which this flight made it from. `stale`: it is past its end. `matched`: it is
+    of another key, and agrees so far with what is asked for by the prompt that has the digest `matched_for`.
     """
 
     entry: CachedImage
@@ -51,6 +55,8 @@ class Loaded:
     payer: object | None = None
     derived: bool = False
     stale: Stale = Stale.NO
+    matched: MatchLevel | None = None
+    matched_for: bytes = b""
 
 
 @dataclass(eq=False, slots=True)
@@ -86,6 +92,7 @@ class Waiter:
     stale_from_s: float | None = None
     error_from_s: float | None = None
     renews: bool = False
+    _canonical: tuple[CacheKey | None] | None = None
     ticket: object = field(default_factory=object)
     answer: asyncio.Future[list[Loaded]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -109,15 +116,42 @@ class Waiter:
         """Which pictures of other requests this one may be answered from: as its namespace says, and it allows."""
         return frozenset() if self.terms.no_transform else self.namespace.answer_from
 
+    @property
+    def similarity(self) -> MatchLevel:
+        """How far the prompt of a picture that answers it may be from its own: as its namespace says, and it allows.
+
+        Who wants a certain picture of its own prompt wants no other's.
+        """
+        if self.refresh or self.terms.variant_policy is not VariantPolicy.FIRST:
+            return MatchLevel.EXACT
+        own, accepted = self.namespace.similarity, self.terms.match_level
+        return own if accepted is None else min(own, accepted)
+
     def accepts(self, loaded: Loaded) -> bool:
         """Whether this picture is what the waiter asked for: its identity, new enough, derived as it allows."""
-        if not self.key.matches(loaded.entry.key.digest):
+        if not self._is_asked_for(loaded):
             return False
         if loaded.payer is not None:
             return True
         if self.refresh or not loaded.entry.derived_by <= self.answers_from:
             return False
         return self.not_before_s is None or loaded.entry.create_time_s >= self.not_before_s
+
+    @property
+    def canonical_key(self) -> CacheKey | None:
+        """What it shares with all who ask for the same in other words; None where its namespace takes no such."""
+        if self._canonical is None:
+            is_shared = self.asked is not None and self.namespace.shares_spellings
+            self._canonical = (canonical_key(self.request, self.namespace) if is_shared else None,)
+        return self._canonical[0]
+
+    def _is_asked_for(self, loaded: Loaded) -> bool:
+        if self.key.matches(loaded.entry.key.digest):
+            return True
+        if loaded.matched is None or loaded.matched > self.similarity:
+            return False
+        # Prompts that share a key need not share a canonical one. A call by key names no prompt.
+        return self.asked is None or self.identity.prompt_digest == loaded.matched_for
 
     def accepts_stale(self, loaded: Loaded, from_s: float | None) -> bool:
         """Whether it takes this picture, which expired, if what expired after `from_s` will do."""

@@ -8,7 +8,7 @@ never before; what is there already, by its digest, is not stored again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -56,7 +56,7 @@ class Import:
     `key` carries the full identity digest, and the number the picture had where it comes from. `known` holds what is
     known of it beside what it cost; what its bytes tell is read from them. `source` is the encoded picture, or the
     s3:// address of one. `sha256` (hexadecimal) is what the bytes must have, empty if any; `image_format` "png" or so,
-    None if any.
+    None if any. `canonical` is the canonical key of its prompt, None where that is not known or shared.
     """
 
     namespace: Namespace
@@ -69,6 +69,11 @@ class Import:
     image_format: str | None = None
     create_time_s: float | None = None
     tags: tuple[str, ...] = ()
+    canonical: CacheKey | None = None
+
+
+async def _nothing(entry: CachedImage, canonical: CacheKey | None) -> None:
+    """What is stored is told to nobody."""
 
 
 class Imports:
@@ -85,11 +90,14 @@ class Imports:
         max_image_bytes: int,
         copier: CopyingTier | None = None,
         epochs: Epochs | None = None,
+        on_stored: Callable[[CachedImage, CacheKey | None], Awaitable[None]] = _nothing,
     ) -> None:
         """`last` is the last tier; None where there is memory alone, which keeps nothing for good.
 
-        `copier` is the last tier where `objects` are of the same store, so that they need not be sent there.
+        `copier` is the last tier where `objects` are of the same store, so that they need not be sent. `on_stored`
+        is told of each new picture, and of its prompt's canonical key.
         """
+        self._on_stored = on_stored
         self._last = last
         self._epochs = epochs or Epochs()
         self._copier = copier
@@ -122,11 +130,14 @@ class Imports:
         # One at a time of each identity: of two equal pictures side by side the second would seem new, too.
         async with self._turns.setdefault(entry.key.identity_name, asyncio.Lock()):
             try:
-                return await self._place(last, entry, item.namespace, source, dry_run=dry_run)
+                key, is_new = await self._place(last, entry, item.namespace, source, dry_run=dry_run)
             except EntryTooLargeError as error:
                 raise InvalidRequestError({"source": f"{error}"}) from error
             except TierError as error:
                 raise _unreachable(last.name) from error
+        if is_new and not dry_run:
+            await self._on_stored(replace(entry, key=key), item.canonical)
+        return key, is_new
 
     async def page(
         self, namespace: Namespace, *, after: CacheKey | None, limit: int
@@ -195,6 +206,7 @@ class Imports:
             tags=item.tags,
             epoch=self._epochs.newest,
             sliding_s=lifetime_s if item.namespace.is_sliding and lifetime_s is not None else 0.0,
+            canonical_digest=b"" if item.canonical is None else item.canonical.digest,
         )
 
     async def _place(

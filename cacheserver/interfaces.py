@@ -10,6 +10,7 @@ from typing import Protocol
 
 from cacheserver.figures import Bucket, HitRow
 from cacheserver.model import (
+    Alias,
     Amounts,
     Attempt,
     BudgetState,
@@ -22,6 +23,7 @@ from cacheserver.model import (
     Identity,
     ImageRequest,
     Labels,
+    MatchLevel,
     Order,
     Outcome,
     Outlook,
@@ -31,6 +33,7 @@ from cacheserver.model import (
     RecordedPrompt,
     Rendition,
     Replay,
+    SampledMatch,
     Slot,
     SourceObject,
     TierName,
@@ -316,6 +319,43 @@ class Lease:
     urge: Callable[[Priority], None] = lambda _: None
 
 
+class Aliases(Protocol):
+    """Which keys' pictures answer for other keys, in all replicas. May lose aliases at any time; never raises."""
+
+    async def find(self, names: Sequence[str]) -> list[Alias | None]:
+        """What answers for the identities of these names, None where nothing is known. One round trip."""
+        ...
+
+    async def add(self, name: str, alias: Alias) -> bool:
+        """Have `alias` answer for the identity of this name; whether it does: not if another one did before."""
+        ...
+
+    async def remove(self, name: str, alias: Alias) -> None:
+        """Forget that `alias` answers for the identity of this name; another one stays."""
+        ...
+
+
+class SimilarPrompts(Protocol):
+    """The prompts of stored pictures, and who says which of them asks for the same picture as another one.
+
+    A group is all requests of a partition that differ in nothing but their prompt. Never raises.
+    """
+
+    async def learn(self, group: str, key: CacheKey, prompt: str, prompt_digest: bytes) -> None:
+        """From now on the picture of `key`, made for this prompt, may answer others of the group."""
+        ...
+
+    async def forget(self, group: str, alias: Alias) -> None:
+        """What the alias says is there no more."""
+        ...
+
+    async def find(
+        self, group: str, prompt: str, *, namespace: str, may_answer: Callable[[CacheKey], bool]
+    ) -> Alias | None:
+        """What answers a prompt of the group, if anything does. Takes no longer than its deadline."""
+        ...
+
+
 class Leases(Protocol):
     """Single-flight across replicas, before money is spent. Control state: it must survive Redis eviction."""
 
@@ -569,6 +609,52 @@ class Prompts(Protocol):
         ...
 
 
+class Matches(Protocol):
+    """A sample of the similar hits of all replicas, for a person to look at.
+
+    Control state, bounded: the newest 1,000 of each namespace, for 30 days.
+    """
+
+    def record(self, *, namespace: str, level: MatchLevel, key: CacheKey, matched_key: CacheKey, prompt: str) -> None:
+        """Keep one that happened now, and of its prompt the first 2,000 characters. Never waits and never raises."""
+        ...
+
+    async def page(self, *, namespace: str | None, before: str, limit: int) -> list[SampledMatch]:
+        """At most `limit`, newest first, of a namespace or of all: those older than the id `before`; empty: any.
+
+        Raises:
+            AccountsUnavailableError: they cannot be read now.
+        """
+        ...
+
+    async def get(self, match_id: str) -> SampledMatch:
+        """The one of this id.
+
+        Raises:
+            UnknownReviewError: there is none, any more.
+            AccountsUnavailableError: they cannot be read now.
+        """
+        ...
+
+    async def drop(self, match: SampledMatch) -> None:
+        """Keep it no longer; one that is gone is gone.
+
+        Raises:
+            AccountsUnavailableError: it may still be there.
+        """
+        ...
+
+    async def forget(self, namespace: str, key: CacheKey | None) -> None:
+        """Drop those in which the key's identity was asked for, or with None all of the namespace.
+
+        What was asked for until now, and another replica has yet to tell, is not kept either.
+
+        Raises:
+            AccountsUnavailableError: they may still be there.
+        """
+        ...
+
+
 class Books(Protocol):
     """Where everything that happened is counted, once. Plain counters: cheap enough for the hit path."""
 
@@ -615,6 +701,18 @@ class Books(Protocol):
 
     def spent_unknown(self, namespace: str, microusd: int) -> None:
         """A call may have been paid for and nobody knows: booked at the most it can have cost."""
+        ...
+
+    def similar_hit(self, namespace: str, level: MatchLevel) -> None:
+        """A picture was answered that was made for another prompt, which agrees so far."""
+        ...
+
+    def verified(self, namespace: str, result: str, cost_microusd: int) -> None:
+        """A pair of prompts was judged: "yes", "no", or why nobody could tell."""
+        ...
+
+    def shadow_match(self, namespace: str, *, is_guarded: bool) -> None:
+        """A prompt looks like a stored picture's, and there is no verifier. `is_guarded`: a slot tells them apart."""
         ...
 
     def stale_after_error(self, namespace: str) -> None:

@@ -696,7 +696,8 @@ class CachedImage:
     rendition, whose own key asks for nothing else. `epoch` is that of the last purge that was known when the
     flight it came from began, see epochs.py. `carried_from` are the names of the keys that the same picture has
     under other versions of the identity, from where it was carried on, see carrying.py. `sliding_s` is how long it
-    lives on from a hit; 0: its end stays.
+    lives on from a hit; 0: its end stays. `canonical_digest` is the identity digest of its canonical key (32 bytes, see
+    matching.py), empty where it has none.
     """
 
     key: CacheKey
@@ -711,6 +712,7 @@ class CachedImage:
     epoch: int = 0
     carried_from: tuple[str, ...] = ()
     sliding_s: float = 0.0
+    canonical_digest: bytes = b""
     reply: Reply | None = field(default=None, init=False, repr=False, compare=False)
     """What the entry is told as while it lies in memory. A copy of the entry has none: it may say other things."""
 
@@ -811,6 +813,9 @@ class Namespace:
     picture's key may fetch it over HTTP; otherwise a signed URL or a token is needed. `identity_version`: by which
     its requests are keyed. So long after its end an entry is answered with still: `stale_while_revalidate_s` while a
     new one is made; `stale_if_error_s` where none can be. `is_sliding`: a lifetime begins anew with each hit.
+    `similarity` is how far a request and the prompt of a picture that answers it may be apart: EXACT (no further than
+    its profile says), CANONICAL or SEMANTIC. `ignore_quality_words`: canonical keys say nothing of words that only ask
+    for more pixels or care. `corrects_typos`: nor whether a word is misspelt, see identity/typos.py.
     """
 
     name: str
@@ -834,11 +839,19 @@ class Namespace:
     stale_while_revalidate_s: float = 0.0
     stale_if_error_s: float = 0.0
     is_sliding: bool = False
+    similarity: MatchLevel = MatchLevel.EXACT
+    ignore_quality_words: bool = True
+    corrects_typos: bool = False
 
     @property
     def stale_s(self) -> float:
         """For how long after its end an entry may be of use."""
         return max(self.stale_while_revalidate_s, self.stale_if_error_s)
+
+    @property
+    def shares_spellings(self) -> bool:
+        """Whether its pictures answer for other prompts, too, that ask for the same in other words."""
+        return self.similarity >= MatchLevel.CANONICAL
 
     def lifetime_s(self, ttl_s: float | None) -> float | None:
         """How long a new picture is good for where its caller asks for `ttl_s`; None is for ever."""
@@ -879,7 +892,8 @@ class Terms:
     """What a call says beside the picture it wants. Durations in seconds; None is unset.
 
     `on_partial` gets up to `partial_images` partial pictures while one is made, if its upstream gives any: called from
-    the event loop, and it must not fail. `no_transform`: a picture made from another one is not wanted.
+    the event loop, and it must not fail. `no_transform`: a picture made from another one is not wanted. `match_level`
+    is the loosest match it accepts, None that of the namespace.
     """
 
     n: int = 1
@@ -896,6 +910,7 @@ class Terms:
     allow_degraded: bool = False
     candidates: int = 1
     no_transform: bool = False
+    match_level: MatchLevel | None = None
     partial_images: int = 0
     on_partial: Callable[[PartialImage], None] | None = field(default=None, compare=False, repr=False)
 
@@ -938,9 +953,19 @@ class Served:
     derived: bool = False
 
     @property
+    def matched_key(self) -> str:
+        """The key that matched, where it is not the one asked for."""
+        return self.entry.key.name if self.is_similar else ""
+
+    @property
+    def is_similar(self) -> bool:
+        """Whether the picture is of another prompt, which asks for the same in other words."""
+        return self.matched >= MatchLevel.CANONICAL
+
+    @property
     def is_plain_hit(self) -> bool:
         """Whether memory had what was asked for, and nothing more is to be said of it."""
-        is_more = self.collapsed or self.stale or self.degraded or self.derived or self.cost_microusd
+        is_more = self.collapsed or self.stale or self.degraded or self.derived or self.cost_microusd or self.is_similar
         return self.tier is TierName.MEMORY and self.would_hit is None and not is_more
 
 
@@ -978,6 +1003,42 @@ class RecordedPrompt:
     kind: PromptKind
     count: float
     last_time_s: float
+
+
+class Switch(StrEnum):
+    """What can be turned off while the service runs. SIMILARITY: answers with pictures of other prompts."""
+
+    SIMILARITY = "similarity"
+
+
+@dataclass(frozen=True, slots=True)
+class SampledMatch:
+    """A similar hit that is kept for review: `key` was asked for, the picture of `matched_key` answered.
+
+    Of two samples the one with the greater `id` is the newer. `time_s` is in seconds since 1970. `prompt` is the one
+    asked for, or its beginning; empty where none is kept.
+    """
+
+    id: str
+    time_s: float
+    namespace: str
+    level: MatchLevel
+    key: CacheKey
+    matched_key: CacheKey
+    prompt: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """That the pictures of `key`'s identity answer for another key, at `level`.
+
+    `prompt_digest` is that of the prompt which was made for both: an entry that does not tell its canonical key is
+    known by it.
+    """
+
+    key: CacheKey
+    level: MatchLevel
+    prompt_digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -1064,11 +1125,18 @@ class AlarmKind(StrEnum):
 
     HIT_RATE_BELOW = "hit_rate_below"
     HIT_RATE_ABOVE = "hit_rate_above"
+    SIMILAR_RATE_BELOW = "similar_rate_below"
+    SIMILAR_RATE_ABOVE = "similar_rate_above"
     ERROR_RATE_ABOVE = "error_rate_above"
     SPEND_PER_HOUR_ABOVE = "spend_per_hour_above"
     UNSAVED_AGE_ABOVE = "unsaved_age_above"
     JOURNAL_SHARE_ABOVE = "journal_share_above"
     BREAKER_OPEN = "breaker_open"
+
+    @property
+    def is_lower_bound(self) -> bool:
+        """Whether it rings for figures below its threshold, and not above."""
+        return self in (AlarmKind.HIT_RATE_BELOW, AlarmKind.SIMILAR_RATE_BELOW)
 
 
 class AlarmState(StrEnum):
@@ -1100,7 +1168,7 @@ class AlarmRule:
 
     def is_beyond(self, value: float) -> bool:
         """Whether a figure is out of bounds; at the threshold itself it is not."""
-        return value < self.threshold if self.kind is AlarmKind.HIT_RATE_BELOW else value > self.threshold
+        return value < self.threshold if self.kind.is_lower_bound else value > self.threshold
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,11 @@ class Told(NamedTuple):
     derived_from: str = ""
 
     @property
+    def matched_key(self) -> str:
+        """The key that matched, where it is not the one asked for."""
+        return self.key.name if self.matched >= MatchLevel.CANONICAL else ""
+
+    @property
     def billed(self) -> bool:
         """Whether the call was billed for it."""
         return self.tier is TierName.UPSTREAM and not self.collapsed

@@ -14,7 +14,10 @@ from prometheus_client import CollectorRegistry
 from cacheserver.accounting.books import CounterBooks
 from cacheserver.calls.auth import Authenticator
 from cacheserver.calls.call import Call
-from cacheserver.errors import UnknownReviewError, UnknownUpstreamError
+from cacheserver.coherence import Coherence
+from cacheserver.control.matches import LocalMatches
+from cacheserver.epochs import Epochs
+from cacheserver.errors import TierError, UnknownReviewError, UnknownUpstreamError
 from cacheserver.interfaces import Prompts
 from cacheserver.model import (
     Alarm,
@@ -31,13 +34,18 @@ from cacheserver.model import (
     CacheKey,
     Caller,
     GeneratedImage,
+    MatchLevel,
+    Namespace,
     Permission,
+    TierName,
     UpstreamHealth,
     UpstreamState,
     Usage,
 )
+from cacheserver.oversight import Oversight
 from cacheserver.pb.admin_pb2_grpc import AdminServiceStub
 from cacheserver.rpc.admin import AdminService, check_right
+from cacheserver.rpc.admin_matches import AdminMatches
 from tests.fakes import FakeClock
 
 NOW_S = 1_800_000_000.0
@@ -125,6 +133,17 @@ def review(number: int = 0, *, score: float | None = 0.31, data: bytes = bytes(1
     )
     entry = CachedImage(key.in_review, replace(image, **facts), "shop", b"", NOW_S, tags=("spring",))
     return Waiting(key, entry)
+
+
+def picture_key(number: int, *, partition: str = "shop", variant: int = 0) -> CacheKey:
+    """The key of a picture; each number is an identity of its own."""
+    return CacheKey(partition, number.to_bytes(16), number.to_bytes(16), variant)
+
+
+def sample_hit(matches: LocalMatches, number: int, *, namespace: str = "shop", prompt: str = "") -> None:
+    """Keep a similar hit: an odd key was asked for, and the even one after it answered."""
+    asked, answered = picture_key(2 * number + 1), picture_key(2 * number + 2)
+    matches.record(namespace=namespace, level=MatchLevel.CANONICAL, key=asked, matched_key=answered, prompt=prompt)
 
 
 @dataclass
@@ -247,8 +266,29 @@ class Alarms:
 
 
 @dataclass
+class Files:
+    """The last tier, as far as it keeps marks: their names, in the order in which they came."""
+
+    names: list[str] = field(default_factory=list)
+    is_down: bool = False
+
+    async def files(self, start: str) -> list[str]:
+        return [name for name in self.names if name.startswith(start)]
+
+    async def write_file(self, name: str, data: bytes) -> None:  # noqa: ARG002 - they are empty
+        if self.is_down:
+            raise TierError("down for a test")
+        self.names.append(name)
+
+    async def delete_file(self, name: str) -> None:
+        self.names.remove(name)
+
+
+@dataclass
 class Sources:
     """All that the admin API shows and changes."""
+
+    clock: FakeClock = field(default_factory=FakeClock)
 
     upstreams: Upstreams = field(default_factory=Upstreams)
     budgets: Budgets = field(default_factory=Budgets)
@@ -257,6 +297,11 @@ class Sources:
     images: Any = field(default_factory=NoImages)
     """By default none; tests of images bring the real thing."""
     alarms: Alarms = field(default_factory=Alarms)
+    epochs: Epochs = field(default_factory=Epochs)
+    files: Files = field(default_factory=Files)
+
+    def __post_init__(self) -> None:
+        self.matches = LocalMatches(clock=self.clock)
 
 
 def admin_service(
@@ -266,16 +311,23 @@ def admin_service(
     anonymous: Caller | None = OPERATOR,
     prompts: Prompts | None = None,
 ) -> AdminService:
-    clock = FakeClock()
+    clock = sources.clock
+    books = cast("Any", CounterBooks(clock=clock, registry=CollectorRegistry()))
+    coherence = Coherence(
+        epochs=sources.epochs, shared=None, files=sources.files, last_tier=TierName.S3, books=books, clock=clock
+    )
+    oversight = Oversight(coherence=coherence, matches=sources.matches)
+    namespaces = [Namespace("default", "default"), Namespace("shop", "shop")]
     return AdminService(
         upstreams=sources.upstreams,
         budgets=cast("Any", sources.budgets),
         ledger=cast("Any", sources.ledger),
         reviews=sources.reviews,
         images=sources.images,
+        matches=AdminMatches(oversight, namespaces=namespaces),
         alarms=sources.alarms,
         authenticator=Authenticator(callers, anonymous=anonymous),
-        books=cast("Any", CounterBooks(clock=clock, registry=CollectorRegistry())),
+        books=books,
         clock=clock,
         prompts=prompts,
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from cacheserver.calls.asking import Asking
 from cacheserver.calls.auth import Authenticator
 from cacheserver.calls.reception import Reception
+from cacheserver.calls.sampling import Sampler
 from cacheserver.interfaces import Prompts
 from cacheserver.model import Caller, Namespace
 from cacheserver.precheck import PromptPolicy
@@ -33,6 +34,7 @@ def desk(
     max_concurrent_calls: int,
     policies: Mapping[str, PromptPolicy],
     prompts: Prompts | None,
+    sampler: Sampler | None = None,
     gone: tuple[type[Exception], ...] = (),
 ) -> Desk:
     """As a service has them, over `house`."""
@@ -52,6 +54,7 @@ def desk(
         clock=house.clock,
         policies=policies,
         prompts=prompts,
+        sampler=sampler,
         gone=gone,
     )
     return Desk(reception, asking, recall)

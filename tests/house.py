@@ -13,13 +13,14 @@ from cacheserver.accounting.books import CounterBooks
 from cacheserver.backpressure import Backpressure
 from cacheserver.cache import PromptCache
 from cacheserver.coherence import Coherence
+from cacheserver.control.aliases import NoAliases
 from cacheserver.control.leases import NoLeases
 from cacheserver.control.replays import LocalReplays
 from cacheserver.epochs import Epochs
 from cacheserver.errors import TierError
 from cacheserver.freshness import stale_windows
 from cacheserver.identity import identify
-from cacheserver.interfaces import Leases, Renderer, Replays, Tier, no_step
+from cacheserver.interfaces import Aliases, Leases, Renderer, Replays, SimilarPrompts, Tier, no_step
 from cacheserver.journal import Journal
 from cacheserver.keep import Keeper, at_once
 from cacheserver.model import (
@@ -172,6 +173,8 @@ class House:
         journal: Journal | None = None,
         copies: bool = False,
         leases: Leases | None = None,
+        aliases: Aliases | None = None,
+        similar_prompts: SimilarPrompts | None = None,
         undrained: Undrained | None = None,
         until_last_is_well: Callable[[], Awaitable[object]] = at_once,
     ) -> None:
@@ -216,6 +219,8 @@ class House:
             unknown=unknown or UnknownPolicy(),
             backpressure=Backpressure(journal=journal, high_water=0.75, clock=self.clock),
             leases=leases or NoLeases(),
+            aliases=aliases or NoAliases(),
+            similar_prompts=similar_prompts,
             coherence=self.coherence,
             renderer=self.renderer,
             hedge=hedge,

@@ -44,6 +44,7 @@ def images_service(
         inspect=partial(inspect_in_thread, max_pixels=50_000_000, max_bytes=MAX_IMAGE_BYTES),
         clock=house.clock,
         max_image_bytes=MAX_IMAGE_BYTES,
+        on_stored=house.cache.matching.add,
     )
     spaces = namespaces or (house.namespace,)
     return admin_service(Sources(images=AdminImages(imports, namespaces=spaces, clock=house.clock, policies=policies)))

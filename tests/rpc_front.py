@@ -15,6 +15,7 @@ from google.rpc import error_details_pb2 as details
 from google.rpc.status_pb2 import Status
 
 from cacheserver.calls.downloads import DownloadMemory
+from cacheserver.calls.sampling import Sampler
 from cacheserver.calls.uploads import UploadMemory
 from cacheserver.generation.images import inspect_in_thread
 from cacheserver.http.delivery.partitions import Partitions
@@ -141,6 +142,7 @@ async def open_front(
     policies: Mapping[str, PromptPolicy] | None = None,
     listen: Listen | None = None,
     prompts: Prompts | None = None,
+    sampler: Sampler | None = None,
     figures: FigureSource | None = None,
     urls: ImageLinks | None = None,
     uploads: UploadMemory | None = None,
@@ -158,6 +160,7 @@ async def open_front(
         max_concurrent_calls=max_concurrent_calls,
         policies=policies,
         prompts=prompts,
+        sampler=sampler,
     )
     reception, asking, recall = at.reception, at.asking, at.recall
     service = (PromptCacheService if at_once else NothingAtOnce)(

@@ -23,7 +23,7 @@ from cacheserver.app.alarms import ServiceReadings
 from cacheserver.client import AlarmState as ClientState
 from cacheserver.client import AsyncClient
 from cacheserver.errors import AccountsUnavailableError, ConfigError
-from cacheserver.model import AlarmKind, AlarmRule, Outcome, TierName, UpstreamHealth
+from cacheserver.model import AlarmKind, AlarmRule, MatchLevel, Outcome, TierName, UpstreamHealth
 from cacheserver.settings import load_settings
 from tests.admin_front import Upstreams, upstream
 from tests.fakes import FakeClock
@@ -58,9 +58,9 @@ class Stand:
     def breakers(self) -> Mapping[str, bool]:
         return self.open
 
-    def asked(self, *, hits: int = 0, misses: int = 0, errors: int = 0, microusd: int = 0) -> None:
+    def asked(self, *, hits: int = 0, misses: int = 0, errors: int = 0, microusd: int = 0, similar: int = 0) -> None:
         requests = hits + misses + errors
-        self.all = grown(self.all, Counts(requests, hits, hits + misses, errors, microusd))
+        self.all = grown(self.all, Counts(requests, hits, hits + misses, errors, microusd, similar))
 
 
 def grown(counts: Counts, more: Counts) -> Counts:
@@ -70,6 +70,7 @@ def grown(counts: Counts, more: Counts) -> Counts:
         counts.judged + more.judged,
         counts.errors + more.errors,
         counts.microusd + more.microusd,
+        counts.similar + more.similar,
     )
 
 
@@ -195,6 +196,16 @@ CASES = [
         rule(AlarmKind.HIT_RATE_ABOVE, 0.9),
         bad=lambda stand: stand.asked(hits=10),
         good=lambda stand: stand.asked(hits=8, misses=2),
+    ),
+    Case(
+        rule(AlarmKind.SIMILAR_RATE_BELOW, 0.1),
+        bad=lambda stand: stand.asked(hits=20, similar=1),
+        good=lambda stand: stand.asked(hits=18, misses=2, similar=2),
+    ),
+    Case(
+        rule(AlarmKind.SIMILAR_RATE_ABOVE, 0.3),
+        bad=lambda stand: stand.asked(hits=9, misses=1, similar=4),
+        good=lambda stand: stand.asked(hits=9, misses=1, similar=3),
     ),
     Case(
         rule(AlarmKind.ERROR_RATE_ABOVE, 0.2),
@@ -701,6 +712,19 @@ def test_what_is_derived_counts_as_the_miss_it_would_have_been(books: CounterBoo
         books.answered("shop", outcome, TierName.MEMORY, seconds=0.01, saved_microusd=1)
     counts = readings.counts("shop")
     assert (counts.requests, counts.hits, counts.judged, counts.errors) == (3, 1, 3, 0)
+
+
+def test_similar_hits_are_counted_by_namespace(books: CounterBooks) -> None:
+    readings = ServiceReadings(
+        books=books, journal=None, keeper=cast("Any", None), tiers=[], miss_path=cast("Any", None)
+    )
+    for namespace, level in (
+        ("shop", MatchLevel.CANONICAL),
+        ("shop", MatchLevel.SEMANTIC),
+        ("blog", MatchLevel.SEMANTIC),
+    ):
+        books.similar_hit(namespace, level)
+    assert [readings.counts(name).similar for name in ("shop", "blog", "other", None)] == [2, 1, 0, 3]
 
 
 async def test_an_alarm_of_a_running_service_rings_is_listed_and_ends(tmp_path: Path, receiver: Receiver) -> None:

@@ -22,7 +22,7 @@ def rounds(off_1: float, off_2: float, on: float) -> Rounds:
 
 def test_counting_that_costs_too_much_falls_short() -> None:
     assert rounds(100, 100, 101).shortfalls() == []
-    assert rounds(100, 100, 103).shortfalls() == ["counting costs 3.0%, not 2%"]
+    assert rounds(100, 100, 103).shortfalls() == ["it costs 3.0%, not 2%"]
 
 
 def test_a_restless_machine_cannot_tell() -> None:

@@ -15,7 +15,18 @@ from structlog.testing import capture_logs
 
 from cacheserver.cli.moments import moment_of
 from cacheserver.model import AlarmState, AttemptOutcome, BudgetScope, Caller, UpstreamHealth
-from tests.admin_front import Sources, admin_service, alarm, attempt, budget, review, serving, upstream
+from tests.admin_front import (
+    Sources,
+    admin_service,
+    alarm,
+    attempt,
+    budget,
+    picture_key,
+    review,
+    sample_hit,
+    serving,
+    upstream,
+)
 from tests.test_cli import command, printed
 from tests.test_client import contents
 
@@ -343,6 +354,82 @@ async def test_review_decides(run: Run, sources: Sources) -> None:
     assert "REVIEW_GONE" in gone.stderr
 
 
+# --- similar hits ---
+
+
+async def test_report_wrong_bans_two_keys(run: Run, sources: Sources) -> None:
+    key, other = picture_key(1).name, picture_key(2).name
+    result = await run("report-wrong", key, other)
+    assert (result.exit_code, result.stdout) == (0, "they answer for one another no more\n")
+    assert sources.epochs.is_banned(picture_key(1), picture_key(2))
+    assert printed(await run("report-wrong", key, other, "--json")) == {"key": key, "other_key": other}
+
+
+async def test_report_wrong_refuses_what_can_not_be_meant_and_tells_who_has_not_heard(
+    run: Run, sources: Sources
+) -> None:
+    key = picture_key(1).name
+    assert (await run("report-wrong", key)).exit_code == 2
+    same = await run("report-wrong", key, key)
+    assert (same.exit_code, "same identity" in same.stderr) == (2, True)
+    sources.files.is_down = True
+    unheard = await run("report-wrong", key, picture_key(2).name)
+    assert unheard.exit_code == 1
+    assert "TIER_UNREACHABLE" in unheard.stderr
+
+
+async def test_switch_turns_similarity_off_and_on_and_alone_lists_where_it_is_off(run: Run, sources: Sources) -> None:
+    assert (await run("switch")).stdout == "nothing is switched off\n"
+    assert (await run("switch", "similarity", "off")).stdout == "similarity is off everywhere\n"
+    await run("switch", "similarity", "off", "--namespace", "shop")
+    assert (await run("switch")).stdout == "similarity is off everywhere\nsimilarity is off in shop\n"
+    assert (await run("switch", "similarity", "on")).stdout == "similarity is on everywhere\n"
+    off = {"switch": "similarity", "namespace": "shop", "on": False}
+    assert printed(await run("switch", "--json")) == {"off": [off]}
+    on = printed(await run("switch", "similarity", "on", "--namespace", "shop", "--json"))
+    assert on == off | {"on": True}
+    assert sources.epochs.allows_similar("shop")
+
+
+@pytest.mark.parametrize("args", [["similarity"], ["similarity", "maybe"]])
+async def test_switch_refuses_what_it_cannot_mean(run: Run, sources: Sources, args: list[str]) -> None:
+    assert (await run("switch", *args)).exit_code == 2
+    assert sources.epochs.all() == []
+
+
+async def test_review_matches_shows_the_latest_similar_hits(run: Run, sources: Sources) -> None:
+    sample_hit(sources.matches, 0, prompt="a [red] fox")
+    sources.clock.advance(60)
+    sample_hit(sources.matches, 1, namespace="default")
+    result = await run("review", "matches")
+    assert result.exit_code == 0, result.output
+    newer, _, _, older, prompt, asked, answered, count = result.stdout.splitlines()
+    assert newer.endswith("  default  canonical  2027-01-15 08:01 UTC")
+    assert older.endswith("  shop  canonical  2027-01-15 08:00 UTC")
+    assert prompt == "  prompt    a [red] fox"
+    assert asked.split() == ["asked", picture_key(1).name]
+    assert answered.split() == ["answered", picture_key(2).name]
+    assert count == "2 shown"
+    [shown] = printed(await run("review", "matches", "--limit", "1", "--json"))["matches"]
+    assert (shown["namespace"], shown["level"], shown["time"]) == ("default", "canonical", "2027-01-15T08:01:00+00:00")
+    assert printed(await run("review", "matches", "--namespace", "shop", "--json"))["matches"][0]["id"] in older
+
+
+async def test_review_decides_on_similar_hits(run: Run, sources: Sources) -> None:
+    for number in range(2):
+        sample_hit(sources.matches, number)
+        sources.clock.advance(1)
+    wrong, right = printed(await run("review", "matches", "--json"))["matches"]
+    assert (await run("review", "match-right", right["id"])).stdout == "right: listed no more\n"
+    assert sources.epochs.all() == []
+    assert printed(await run("review", "match-wrong", wrong["id"], "--json")) == wrong
+    assert sources.epochs.is_banned(picture_key(3), picture_key(4))
+    assert (await run("review", "matches")).stdout == "0 shown\n"
+    gone = await run("review", "match-wrong", wrong["id"])
+    assert gone.exit_code == 1
+    assert "REVIEW_GONE" in gone.stderr
+
+
 # --- alarms ---
 
 
@@ -387,7 +474,7 @@ async def test_a_caller_without_the_permission_is_told(sources: Sources) -> None
     assert "lacks the permission `admin`" in result.stderr
 
 
-@pytest.mark.parametrize("word", ["upstreams", "budgets", "review"])
+@pytest.mark.parametrize("word", ["upstreams", "budgets", "review", "switch"])
 async def test_a_group_helps_and_knows_its_commands(word: str) -> None:
     assert "list" in (await command(word, "--help")).stdout
     unknown = await command(word, "frobnicate")

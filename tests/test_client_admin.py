@@ -26,9 +26,14 @@ from cacheserver.client import (
     CorruptDownloadError,
     InvalidRequestError,
     LedgerRow,
+    Match,
+    MatchLevel,
     PermissionDeniedError,
     Review,
     ReviewPicture,
+    Switch,
+    SwitchState,
+    TryAgainError,
     UnauthenticatedError,
     UnknownNameError,
     UnreachableError,
@@ -40,7 +45,20 @@ from cacheserver.client.admin import PictureReader, read_upstream
 from cacheserver.model import BudgetScope as Scope
 from cacheserver.model import Caller
 from cacheserver.pb import admin_pb2 as pb
-from tests.admin_front import NOW_S, OPERATOR, Sources, admin_service, alarm, attempt, budget, review, serving, upstream
+from tests.admin_front import (
+    NOW_S,
+    OPERATOR,
+    Sources,
+    admin_service,
+    alarm,
+    attempt,
+    budget,
+    picture_key,
+    review,
+    sample_hit,
+    serving,
+    upstream,
+)
 
 NOW = datetime.fromtimestamp(NOW_S, UTC)
 
@@ -85,6 +103,56 @@ async def ask(kind: str, sources: Sources) -> AsyncIterator[Ask]:
 def _short_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cacheserver.client.admin._PAGE_SIZE", 2)
     monkeypatch.setattr("cacheserver.rpc.admin.DEFAULT_REVIEWS", 2)
+    monkeypatch.setattr("cacheserver.rpc.admin.DEFAULT_PAGE_SIZE", 2)
+
+
+async def test_two_keys_are_banned(ask: Ask, sources: Sources) -> None:
+    key, other = picture_key(1).name, picture_key(2).name
+    assert await ask("ban_match", key, other) is None
+    assert sources.epochs.is_banned(picture_key(2), picture_key(1))
+    with pytest.raises(InvalidRequestError):
+        await ask("ban_match", key, key)
+    sources.files.is_down = True
+    with pytest.raises(TryAgainError):
+        await ask("ban_match", key, other)
+
+
+async def test_a_switch_is_set_and_seen(ask: Ask, sources: Sources) -> None:
+    off = SwitchState(Switch.SIMILARITY, "shop", on=False)
+    assert await ask("set_switch", Switch.SIMILARITY, on=False, namespace="shop") == off
+    assert await ask("list_switches") == (off,)
+    assert await ask("set_switch", Switch.SIMILARITY, on=True) == SwitchState(Switch.SIMILARITY, "", on=True)
+    assert not sources.epochs.allows_similar("shop")
+    await ask("set_switch", Switch.SIMILARITY, on=True, namespace="shop")
+    assert await ask("list_switches") == ()
+
+
+@pytest.mark.usefixtures("_short_pages")
+async def test_similar_hits_are_read_page_by_page_and_resolved(ask: Ask, sources: Sources) -> None:
+    for number in range(5):
+        sample_hit(sources.matches, number, namespace=("shop", "default")[number % 2], prompt=f"{number}")
+        sources.clock.advance(1)
+    newest, *rest = await ask("list_matches")
+    assert newest == Match(
+        id=newest.id,
+        time=NOW + timedelta(seconds=4),
+        namespace="shop",
+        level=MatchLevel.CANONICAL,
+        key=picture_key(9).name,
+        matched_key=picture_key(10).name,
+        prompt="4",
+    )
+    assert "prompt" not in repr(newest)
+    assert [each.prompt for each in rest] == ["3", "2", "1", "0"]
+    assert [each.prompt for each in await ask("list_matches", namespace="default")] == ["3", "1"]
+    assert await ask("approve_match", newest.id) == newest
+    assert sources.epochs.all() == []
+    assert await ask("reject_match", rest[0].id) == rest[0]
+    assert sources.epochs.is_banned(picture_key(7), picture_key(8))
+    assert len(await ask("list_matches")) == 3
+    for method in ("approve_match", "reject_match"):
+        with pytest.raises(UnknownNameError):
+            await ask(method, newest.id)
 
 
 async def test_upstreams_are_values(ask: Ask, sources: Sources) -> None:

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from cacheserver.clock import SystemClock
 from cacheserver.imports import Imports
-from cacheserver.model import CacheKey, Namespace, TierName
+from cacheserver.model import CacheKey, MatchLevel, Namespace, TierName
 from cacheserver.pb import admin_pb2 as pb
 from cacheserver.pb import promptcache_pb2 as public_pb
 from cacheserver.precheck import PromptPolicy
@@ -73,6 +73,14 @@ async def test_an_imported_picture_is_a_hit_that_nobody_pays_for(house: House, s
     assert (served.tier, served.saved_microusd, served.entry.image.data) == (TierName.S3, 40_000, small_image(1))
     assert (served.entry.tags, served.entry.image.model, served.entry.image.size) == (("old",), "gpt-image-2", "64x48")
     assert house.upstream.calls == 0
+
+
+async def test_an_imported_picture_answers_other_spellings_of_its_prompt(house: House) -> None:
+    house.namespace = replace(house.namespace, similarity=MatchLevel.CANONICAL)
+    async with connected(house, house.namespace) as stub:
+        await taken(stub, incoming(1))
+    served = await house.get("Please draw a red fox, 8k")
+    assert (served.matched, house.upstream.calls) == (MatchLevel.CANONICAL, 0)
 
 
 async def test_an_import_leaves_memory_and_the_faster_tiers_alone(house: House, stub: Any) -> None:

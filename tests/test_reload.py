@@ -120,6 +120,17 @@ async def test_a_namespace_comes_changes_and_goes(service: Running, tmp_path: Pa
     assert await service.refusal(namespace="shop") is grpc.StatusCode.INVALID_ARGUMENT
 
 
+async def test_similar_hits_end_and_come_back_with_the_file(service: Running) -> None:
+    made = (await service.get("a red fox, 8k")).images[0].key
+    assert (await service.get("Please draw a red fox, 8 k")).status.matched_key == made
+    service.file.more = "[similarity]\nenabled = false"
+    assert (await service.reload())["restart_needed_for"] == "nothing"
+    assert (await service.get("red fox!")).status.tier == pb.TIER_UPSTREAM
+    service.file.more = ""
+    await service.reload()
+    assert (await service.get("a Red Fox")).status.matched == pb.MATCH_LEVEL_CANONICAL
+
+
 async def test_a_budget_is_lowered_and_raised_and_what_was_spent_of_it_stays_spent(service: Running) -> None:
     paid = (await service.get()).images[0].paid_microusd
     assert paid > 0

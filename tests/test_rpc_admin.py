@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from cacheserver.epochs import Tombstone
 from cacheserver.errors import InvalidRequestError
 from cacheserver.model import AlarmState, AttemptOutcome, BudgetScope, Caller, Permission, UpstreamHealth
 from cacheserver.pb import admin_pb2 as pb
@@ -37,13 +38,16 @@ from tests.admin_front import (
     attempt,
     budget,
     calling,
+    picture_key,
     review,
+    sample_hit,
     serving,
     upstream,
 )
 from tests.rpc_front import authorization, failure
 
 NAME = "promptcache.admin.v1alpha1.AdminService"
+_KEY = picture_key(1)
 METHODS = pb.DESCRIPTOR.services_by_name["AdminService"].methods_by_name
 
 
@@ -282,22 +286,126 @@ async def test_a_picture_that_waits_no_more_cannot_be_looked_at(stub: Any) -> No
     assert (failed.code, failed.reason) == ("NOT_FOUND", "REVIEW_GONE")
 
 
+# --- similar hits ---
+
+
+async def test_two_keys_that_are_banned_answer_for_one_another_no_more(stub: Any, sources: Sources) -> None:
+    asked, answered = picture_key(1, variant=3), picture_key(2)
+    await stub.BanMatch(pb.BanMatchRequest(key=asked.name, other_key=answered.name))
+    assert sources.epochs.is_banned(answered.with_variant(1), asked.with_variant(0))
+    assert not sources.epochs.is_banned(asked, picture_key(3))
+    [file] = sources.files.names
+    assert file.endswith(Tombstone.of_banned(asked, answered).name)
+    await stub.BanMatch(pb.BanMatchRequest(key=answered.name, other_key=asked.name))
+    assert len(sources.epochs.all()) == 1
+
+
+async def test_the_longest_keys_make_names_that_every_file_system_takes(stub: Any, sources: Sources) -> None:
+    long = "x" * 63
+    keys = picture_key(1, partition=long), picture_key(2, partition=long)
+    await stub.BanMatch(pb.BanMatchRequest(key=keys[0].name, other_key=keys[1].name))
+    assert len(sources.files.names[0].removeprefix("purges/")) < 255
+
+
+async def test_a_ban_that_a_tier_takes_no_note_of_says_so_and_holds_here(stub: Any, sources: Sources) -> None:
+    sources.files.is_down = True
+    ban = pb.BanMatchRequest(key=picture_key(1).name, other_key=picture_key(2).name)
+    failed = await failure(stub.BanMatch(ban))
+    assert (failed.code, failed.reason) == ("UNAVAILABLE", "TIER_UNREACHABLE")
+    assert "s3" in failed.message
+    assert sources.epochs.is_banned(picture_key(1), picture_key(2))
+    sources.files.is_down = False
+    await stub.BanMatch(ban)
+    assert len(sources.files.names) == 1
+
+
+async def test_a_switch_is_turned_off_and_on_in_a_namespace_or_everywhere(stub: Any, sources: Sources) -> None:
+    off = pb.SetSwitchRequest(switch="SWITCH_SIMILARITY", namespace="shop", on=False)
+    state = pb.SwitchState(switch="SWITCH_SIMILARITY", namespace="shop", on=False)
+    assert (await stub.SetSwitch(off)).state == state
+    assert (sources.epochs.allows_similar("shop"), sources.epochs.allows_similar("default")) == (False, True)
+    await stub.SetSwitch(pb.SetSwitchRequest(switch="SWITCH_SIMILARITY", on=False))
+    assert not sources.epochs.allows_similar("default")
+    listed = (await stub.ListSwitches(pb.ListSwitchesRequest())).switches
+    assert [each.namespace for each in listed] == ["", "shop"]
+    assert listed[1] == state
+    await stub.SetSwitch(pb.SetSwitchRequest(switch="SWITCH_SIMILARITY", on=True))
+    assert (sources.epochs.allows_similar("shop"), sources.epochs.allows_similar("default")) == (False, True)
+    on = pb.SetSwitchRequest(switch="SWITCH_SIMILARITY", namespace="shop", on=True)
+    assert (await stub.SetSwitch(on)).state.on
+    assert not (await stub.ListSwitches(pb.ListSwitchesRequest())).switches
+
+
+async def test_a_switch_that_a_tier_takes_no_note_of_says_so(stub: Any, sources: Sources) -> None:
+    sources.files.is_down = True
+    failed = await failure(stub.SetSwitch(pb.SetSwitchRequest(switch="SWITCH_SIMILARITY", on=False)))
+    assert failed.reason == "TIER_UNREACHABLE"
+    assert not sources.epochs.allows_similar("shop")
+
+
+async def test_a_similar_hit_has_all_that_is_known_the_newest_first(stub: Any, sources: Sources) -> None:
+    sample_hit(sources.matches, 0, prompt="a red fox \ud83d")
+    sources.clock.advance(1)
+    sample_hit(sources.matches, 1, namespace="default")
+    newer, older = (await stub.ListMatches(pb.ListMatchesRequest())).matches
+    assert older == pb.Match(
+        id=older.id,
+        time=moment(NOW_S),
+        namespace="shop",
+        level="MATCH_LEVEL_CANONICAL",
+        key=picture_key(1).name,
+        matched_key=picture_key(2).name,
+        prompt="a red fox ?",
+    )
+    assert (newer.namespace, newer.prompt) == ("default", "")
+    assert list((await stub.ListMatches(pb.ListMatchesRequest(namespace="shop"))).matches) == [older]
+
+
+async def test_a_similar_hit_that_was_right_is_listed_no_more(stub: Any, sources: Sources) -> None:
+    sample_hit(sources.matches, 0)
+    [hit] = (await stub.ListMatches(pb.ListMatchesRequest())).matches
+    right = pb.ResolveMatchRequest(id=hit.id, decision="MATCH_DECISION_RIGHT")
+    assert (await stub.ResolveMatch(right)).match == hit
+    assert not (await stub.ListMatches(pb.ListMatchesRequest())).matches
+    assert sources.epochs.all() == []
+    again = await failure(stub.ResolveMatch(right))
+    assert (again.code, again.reason) == ("NOT_FOUND", "REVIEW_GONE")
+
+
+async def test_a_similar_hit_that_was_wrong_is_banned_and_stays_listed_until_every_tier_took_note(
+    stub: Any, sources: Sources
+) -> None:
+    sample_hit(sources.matches, 0)
+    [hit] = (await stub.ListMatches(pb.ListMatchesRequest())).matches
+    sources.files.is_down = True
+    wrong = pb.ResolveMatchRequest(id=hit.id, decision="MATCH_DECISION_WRONG")
+    assert (await failure(stub.ResolveMatch(wrong))).reason == "TIER_UNREACHABLE"
+    assert len((await stub.ListMatches(pb.ListMatchesRequest())).matches) == 1
+    sources.files.is_down = False
+    assert (await stub.ResolveMatch(wrong)).match == hit
+    assert not (await stub.ListMatches(pb.ListMatchesRequest())).matches
+    assert sources.epochs.is_banned(picture_key(1), picture_key(2))
+
+
 # --- pages ---
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 6, 7])
-@pytest.mark.parametrize("what", ["upstreams", "budgets", "rows", "reviews"])
+@pytest.mark.parametrize("what", ["upstreams", "budgets", "rows", "reviews", "matches"])
 async def test_pages_hold_everything_once_and_in_order(stub: Any, sources: Sources, what: str, size: int) -> None:
     names = [f"name{number}" for number in range(6)]
     sources.upstreams.all = [upstream(name) for name in reversed(names)]
     sources.budgets.all = [budget(BudgetScope.CALLER, name) for name in reversed(names)]
     sources.ledger.all = [attempt(number) for number in range(6)]
     sources.reviews.all = [review(number) for number in range(6)]
+    for number in range(6):
+        sample_hit(sources.matches, number, namespace=("default", "shop")[number % 2])
     method, request = {
         "upstreams": (stub.ListUpstreams, pb.ListUpstreamsRequest(page_size=size)),
         "budgets": (stub.ListBudgets, pb.ListBudgetsRequest(page_size=size)),
         "rows": (stub.ListLedger, pb.ListLedgerRequest(page_size=size)),
         "reviews": (stub.ListReviews, pb.ListReviewsRequest(page_size=size)),
+        "matches": (stub.ListMatches, pb.ListMatchesRequest(page_size=size)),
     }[what]
     whole = list(getattr(await method(type(request)()), what))
     assert len(whole) == 6
@@ -361,6 +469,16 @@ def test_a_page_token_leads_to_where_it_was_made(last: str) -> None:
         ("GetReview", pb.GetReviewRequest(key="no key"), {"key"}),
         ("ResolveReview", pb.ResolveReviewRequest(key="no key"), {"key", "decision"}),
         ("ResolveReview", pb.ResolveReviewRequest(key=review(1).key.name, decision=cast("Any", 9)), {"decision"}),
+        ("BanMatch", pb.BanMatchRequest(key="no key"), {"key", "other_key"}),
+        ("BanMatch", pb.BanMatchRequest(key=_KEY.name, other_key=_KEY.stand_in.name), {"other_key"}),
+        ("BanMatch", pb.BanMatchRequest(key=_KEY.rendition(bytes(32)).name, other_key=_KEY.name), {"key"}),
+        ("BanMatch", pb.BanMatchRequest(key=_KEY.name, other_key=_KEY.with_variant(1).name), {"other_key"}),
+        ("BanMatch", pb.BanMatchRequest(key=_KEY.name, other_key=picture_key(2, partition="b").name), {"other_key"}),
+        ("SetSwitch", pb.SetSwitchRequest(), {"switch", "on"}),
+        ("SetSwitch", pb.SetSwitchRequest(switch="SWITCH_SIMILARITY", namespace="shopp", on=True), {"namespace"}),
+        ("ListMatches", pb.ListMatchesRequest(namespace="shopp", page_size=-1), {"namespace", "page_size"}),
+        ("ResolveMatch", pb.ResolveMatchRequest(), {"id", "decision"}),
+        ("ResolveMatch", pb.ResolveMatchRequest(id=65 * "1", decision="MATCH_DECISION_WRONG"), {"id"}),
     ],
 )
 async def test_bad_fields_are_named_and_nothing_changes(
@@ -375,6 +493,7 @@ async def test_bad_fields_are_named_and_nothing_changes(
     assert sources.upstreams.changes == []
     assert sources.budgets.all == [budget()]
     assert sources.reviews.all == [review(1)]
+    assert sources.epochs.all() == []
 
 
 async def test_bytes_that_are_no_message_are_malformed(sources: Sources) -> None:
@@ -411,7 +530,12 @@ async def test_without_the_permission_admin_nothing_opens(sources: Sources, rpc:
     sources.reviews.all = [review(1)]
     sources.budgets.all = [budget()]
     sources.upstreams.all = [upstream("north")]
+    sample_hit(sources.matches, 0)
+    [hit] = await sources.matches.page(namespace=None, before="", limit=1)
     message = {
+        "BanMatch": pb.BanMatchRequest(key=_KEY.name, other_key=picture_key(2).name),
+        "SetSwitch": pb.SetSwitchRequest(switch="SWITCH_SIMILARITY", on=False),
+        "ResolveMatch": pb.ResolveMatchRequest(id=hit.id, decision="MATCH_DECISION_WRONG"),
         "UpdateUpstream": pb.UpdateUpstreamRequest(name="north", paused=True),
         "UpdateBudget": pb.UpdateBudgetRequest(name="global/day", limit_microusd=1),
         "GetReview": pb.GetReviewRequest(key=review(1).key.name),
@@ -427,7 +551,7 @@ async def test_without_the_permission_admin_nothing_opens(sources: Sources, rpc:
         assert (await failure(answered(call()))).code == "UNAUTHENTICATED"
         denied = await failure(answered(call(metadata=authorization("shop"))))
         assert (denied.code, denied.reason) == ("PERMISSION_DENIED", "PERMISSION_DENIED")
-        assert (sources.upstreams.changes, sources.reviews.rejected) == ([], [])
+        assert (sources.upstreams.changes, sources.reviews.rejected, sources.epochs.all()) == ([], [], [])
         await answered(call(metadata=authorization("op")))
 
 
@@ -435,15 +559,24 @@ async def test_who_changed_what_is_in_the_log(stub: Any, sources: Sources) -> No
     sources.upstreams.all = [upstream("north")]
     sources.budgets.all = [budget()]
     sources.reviews.all = [review(1)]
+    sample_hit(sources.matches, 0, prompt="a secret prompt")
+    [hit] = await sources.matches.page(namespace=None, before="", limit=1)
     with capture_logs() as lines:
         await stub.UpdateUpstream(pb.UpdateUpstreamRequest(name="north", paused=True))
         await stub.UpdateBudget(pb.UpdateBudgetRequest(name="global/day", limit_microusd=7))
         await stub.ResolveReview(pb.ResolveReviewRequest(key=review(1).key.name, decision="REVIEW_DECISION_REJECT"))
+        await stub.BanMatch(pb.BanMatchRequest(key=_KEY.name, other_key=picture_key(9).name))
+        await stub.SetSwitch(pb.SetSwitchRequest(switch="SWITCH_SIMILARITY", on=False))
+        await stub.ResolveMatch(pb.ResolveMatchRequest(id=hit.id, decision="MATCH_DECISION_WRONG"))
     changes = {line["event"]: line for line in lines if line["event"] != "call"}
     assert changes["upstream_changed"]["paused"] is True
     assert changes["budget_changed"]["limit_microusd"] == 7
     assert changes["review_resolved"]["decision"] == "REVIEW_DECISION_REJECT"
+    assert (changes["match_banned"]["key"], changes["match_banned"]["other_key"]) == (_KEY.name, picture_key(9).name)
+    assert (changes["switch_set"]["namespace"], changes["switch_set"]["on"]) == ("everywhere", False)
+    assert changes["match_resolved"]["decision"] == "MATCH_DECISION_WRONG"
     assert {line["caller"] for line in changes.values()} == {"operator"}
+    assert "secret" not in str(lines)
 
 
 # --- beside the public service ---

@@ -121,7 +121,6 @@ def edit(name: str, path: str, *inputs: pb.InputImage) -> Any:
 
 
 MALFORMED: dict[str, Any] = {"reason": "MALFORMED_MESSAGE"}
-NOT_YET: dict[str, Any] = {"code": "UNIMPLEMENTED", "reason": "NOT_IMPLEMENTED"}
 PNG = small_image(1)
 IMAGE = pb.InputImage(data=PNG)
 MASK = pb.InputImage(data=PNG, role="INPUT_ROLE_MASK")
@@ -222,7 +221,6 @@ TABLE = [
     terms("a use the namespace does not know", "use", use="thumbnail"),
     terms("no candidates", "candidates", candidates=0),
     terms("more candidates than may be", "candidates", candidates=5),
-    bad("canonical matches", ask(match_level="MATCH_LEVEL_CANONICAL"), **NOT_YET),
     bad(
         "everything at once",
         ask("", n=0, namespace="", tags=["?"], of={"size": "0x0"}),

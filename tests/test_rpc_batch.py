@@ -86,7 +86,6 @@ class TestAnswers:
 BAD: dict[str, pb.GetImageRequest] = {
     "many wrong fields": ask(n=11, request_id="x", tags=["a b"], of={"size": "1x1"}),
     "no spec": pb.GetImageRequest(request_id="x"),
-    "experimental": ask(request_id="x", match_level="MATCH_LEVEL_SEMANTIC"),
     "not cached": ask(request_id="x", cache_policy="CACHE_POLICY_ONLY_IF_CACHED"),
     "no signed urls": ask(request_id="x", delivery="DELIVERY_URL"),
     "no such namespace": ask(request_id="x", namespace="nowhere"),

@@ -17,8 +17,9 @@ from pydantic.fields import FieldInfo
 import cacheserver
 from cacheserver.errors import ConfigError
 from cacheserver.machine import Room
-from cacheserver.model import Caller, Permission, Priority, TierName
+from cacheserver.model import Caller, MatchLevel, Permission, Priority, TierName
 from cacheserver.settings import Settings, environment_names, is_loopback, load_settings, setting_names, warnings
+from cacheserver.settings.changes import needing_restart
 
 EXAMPLE = Path(cacheserver.__file__).with_name("config.example.toml")
 TOKEN_SHA256 = hashlib.sha256(b"secret").hexdigest()
@@ -243,6 +244,24 @@ def test_namespaces_become_namespaces_and_default_is_always_there(write: Write) 
     assert (shop.default_priority, shop.ttl_s, shop.max_ttl_s) == (Priority.BATCH, 60.0, None)
 
 
+def test_where_similarity_is_not_enabled_every_namespace_is_exact(write: Write) -> None:
+    text = "[namespaces.shop]\nsimilarity = 'canonical'\n[namespaces.strict]\nsimilarity = 'exact'"
+    levels = {name: each.similarity for name, each in load_settings(write(text), {}).namespaces.items()}
+    assert levels == {
+        "default": MatchLevel.CANONICAL,
+        "shop": MatchLevel.CANONICAL,
+        "strict": MatchLevel.EXACT,
+    }
+    off = load_settings(write(f"{text}\n[similarity]\nenabled = false"), {}).namespaces
+    assert {each.similarity for each in off.values()} == {MatchLevel.EXACT}
+
+
+def test_similarity_is_enabled_and_disabled_without_a_restart_and_its_sample_is_not(write: Write) -> None:
+    running = load_settings(None, {})
+    read = load_settings(write("[similarity]\nenabled = false\nreview_percent = 5"), {})
+    assert needing_restart(running, read) == ["similarity.review_percent"]
+
+
 def test_what_is_wrong_everywhere_is_watched_without_a_word(write: Write) -> None:
     rules = load_settings(None, {}).alarm_rules
     assert [(rule.name, str(rule.kind)) for rule in rules] == [
@@ -446,6 +465,9 @@ _REFUSED: list[tuple[str, dict[str, str], str]] = [
     # Alarms.
     ("[[alarms]]\nname = 'a'\nkind = 'hits'", {}, r"alarms\[0\]\.kind: should be 'hit_rate_below'"),
     (_ALARM + "kind = 'hit_rate_below'", {}, r"alarms\[0\]: threshold should be set"),
+    (_ALARM + "kind = 'similar_rate_below'", {}, r"alarms\[0\]: threshold should be set"),
+    (_ALARM + "kind = 'similar_rate_above'\nthreshold = 80", {}, r"alarms\[0\]: threshold should be 0 to 1"),
+    ("[similarity]\nreview_percent = 101", {}, r"similarity\.review_percent: "),
     (_ALARM + "kind = 'hit_rate_above'\nthreshold = 80", {}, r"alarms\[0\]: threshold should be 0 to 1"),
     (_ALARM + "kind = 'breaker_open'\nnamespace = 'default'", {}, r"alarms\[0\]: namespace has no meaning for breaker"),
     (_ALARM + "kind = 'spend_per_hour_above'\ntarget = 's3'", {}, r"alarms\[0\]: target has no meaning for spend_per"),

@@ -14,16 +14,17 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from cacheserver.accounting.answered import AnsweredMetrics
 from cacheserver.figures import BY_DEFAULT, LATENCY_BOUNDS_S, OTHER, Figures, HitRow, Key, Row, Sums, total_of
 from cacheserver.interfaces import Clock
-from cacheserver.model import AttemptOutcome, Outcome, StatsField, TierName, Touch, UpstreamHealth
+from cacheserver.model import AttemptOutcome, MatchLevel, Outcome, StatsField, TierName, Touch, UpstreamHealth
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """The books at one moment."""
+    """The books at one moment. `similar` counts the pictures that were answered for another prompt than their own."""
 
     start_time_s: float
     rows: list[Row]
     total: Row
+    similar: int
     paid_unknown: int
     unsaved: int
     upstream_calls: int
@@ -65,6 +66,7 @@ class CounterBooks:
         """The same by namespace, outcome and tier: alarms look at it every few seconds, and nobody waits for that."""
         self._money: dict[str, Figures] = {}
         """What was paid since the start, by namespace."""
+        self._similar: Tally[str] = Tally()
         self._paid_unknown = 0
         self._unsaved = 0
         self._upstream_calls = 0
@@ -126,6 +128,20 @@ class CounterBooks:
         """A call may have been paid for and nobody knows."""
         self._paid(namespace).count_calls(1, AttemptOutcome.UNKNOWN, cost_microusd=microusd, estimate_microusd=0)
         self._metrics.spent_unknown.inc(microusd)
+
+    def similar_hit(self, namespace: str, level: MatchLevel) -> None:
+        """A picture was answered that was made for another prompt, which agrees so far."""
+        self._similar[namespace] += 1
+        self._metrics.similar_hits.labels(namespace, level.name.lower()).inc()
+
+    def verified(self, namespace: str, result: str, cost_microusd: int) -> None:
+        """A pair of prompts was judged: "yes", "no", or why nobody could tell."""
+        self._metrics.verifications.labels(namespace, result).inc()
+        self._metrics.verification_microusd.labels(namespace).inc(cost_microusd)
+
+    def shadow_match(self, namespace: str, *, is_guarded: bool) -> None:
+        """See `Books.shadow_match`."""
+        self._metrics.shadow_matches.labels(namespace, "guarded" if is_guarded else "to_verify").inc()
 
     def stale_after_error(self, namespace: str) -> None:
         """A call was answered with stale pictures in place of an error."""
@@ -249,6 +265,7 @@ class CounterBooks:
             start_time_s=self._start_time_s,
             rows=sums.rows,
             total=total_of(sums.rows),
+            similar=sum(count for name, count in self._similar.items() if namespaces is None or name in namespaces),
             paid_unknown=self._paid_unknown,
             unsaved=self._unsaved,
             upstream_calls=self._upstream_calls,
@@ -311,6 +328,24 @@ class _Metrics:
         self.breaker_open = gauge("breaker_open", "1 while a tier or upstream is not asked", "tier")
         self.hedged = counter("hedged_reads", "Late reads of a tier beside which the next was read", "tier", "result")
         self.corrupt = counter("corrupt", "Damaged entries found", "tier")
+        self.similar_hits = counter(
+            "similar_hits",
+            "Pictures answered that were made for another prompt, by how far both agree",
+            "namespace",
+            "level",
+        )
+        self.verifications = counter(
+            "verifications", "Pairs of prompts that a verifier judged, or could not", "namespace", "result"
+        )
+        self.verification_microusd = counter(
+            "verification_microusd", "Micro-dollars that verifications cost", "namespace"
+        )
+        self.shadow_matches = counter(
+            "shadow_matches",
+            "Stored prompts that look like one asked for, with no verifier to ask",
+            "namespace",
+            "result",
+        )
         self.stale_after_error = counter(
             "stale_after_error", "Calls answered with stale pictures in place of an upstream's error", "namespace"
         )

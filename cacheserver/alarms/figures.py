@@ -30,7 +30,8 @@ class Counts:
 
     `hits` were answered by a tier, `judged` are those and all that was generated, joined a load or was derived for want
     of one: what is derived would have been a miss, so that whoever allows it finds the hit rate where it was.
-    `errors` failed, of `requests` of every outcome. `microusd` is the most that was paid: settled and unknown.
+    `similar` are those of `hits` that were pictures of other prompts. `errors` failed, of `requests` of every outcome.
+    `microusd` is the most that was paid: settled and unknown.
     """
 
     requests: int = 0
@@ -38,6 +39,7 @@ class Counts:
     judged: int = 0
     errors: int = 0
     microusd: int = 0
+    similar: int = 0
 
     def since(self, earlier: Counts) -> Counts:
         """What was counted after `earlier` was read."""
@@ -47,6 +49,7 @@ class Counts:
             judged=self.judged - earlier.judged,
             errors=self.errors - earlier.errors,
             microusd=self.microusd - earlier.microusd,
+            similar=self.similar - earlier.similar,
         )
 
 
@@ -119,12 +122,15 @@ class Figure:
         counted, span_s = self._window.add(self._clock.monotonic_s(), self._readings.counts(rule.namespace))
         if rule.kind is AlarmKind.SPEND_PER_HOUR_ABOVE:
             return await self._spending(counted, span_s)
-        if rule.kind is AlarmKind.ERROR_RATE_ABOVE:
-            return Value(self._share(counted.errors, counted.requests))
-        return Value(self._share(counted.hits, counted.judged))
+        return Value(self._rate(counted))
 
-    def _share(self, part: int, whole: int) -> float | None:
+    def _rate(self, counted: Counts) -> float | None:
         """Of few requests a rate says nothing."""
+        part, whole = counted.hits, counted.judged
+        if self._rule.kind is AlarmKind.ERROR_RATE_ABOVE:
+            part, whole = counted.errors, counted.requests
+        elif self._rule.kind in (AlarmKind.SIMILAR_RATE_BELOW, AlarmKind.SIMILAR_RATE_ABOVE):
+            part = counted.similar
         return part / whole if whole and whole >= self._rule.min_requests else None
 
     async def _spending(self, counted: Counts, span_s: float) -> Value:

@@ -51,6 +51,7 @@ class ServiceReadings:
             judged=sum(row.requests for row in rows if row.outcome in _JUDGED),
             errors=sum(row.requests for row in rows if row.outcome is Outcome.ERROR),
             microusd=stats.total.spent_microusd + stats.total.unknown_microusd,
+            similar=stats.similar,
         )
 
     def oldest_held_s(self) -> float:

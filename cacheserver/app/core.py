@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 
 from prometheus_client import CollectorRegistry
 
@@ -18,6 +19,7 @@ from cacheserver.backpressure import Backpressure
 from cacheserver.cache import PromptCache
 from cacheserver.calls.downloads import DownloadMemory
 from cacheserver.coherence import LOOK_S, TRIM_S, Coherence
+from cacheserver.control.aliases import NoAliases, RedisAliases
 from cacheserver.control.leases import NoLeases, RedisLeases
 from cacheserver.control.replays import LocalReplays, RedisReplays
 from cacheserver.control.tombstones import RedisTombstones
@@ -25,12 +27,12 @@ from cacheserver.control.undrained import RedisMarks
 from cacheserver.embedded.lock import DirectoryLock
 from cacheserver.epochs import Epochs
 from cacheserver.freshness import stale_windows
-from cacheserver.identity import QUALITIES, identify
-from cacheserver.interfaces import Books, Clock, Leases, Replays
+from cacheserver.identity import QUALITIES, identify, load_dictionary
+from cacheserver.interfaces import Aliases, Books, Clock, Leases, Replays, SimilarPrompts
 from cacheserver.journal import Journal
 from cacheserver.keep import Keeper
 from cacheserver.machine import Machine, Room
-from cacheserver.model import CachedImage, GeneratedImage, TierName
+from cacheserver.model import CachedImage, GeneratedImage, MatchLevel, TierName
 from cacheserver.orphans import LOOK_S as LOOK_FOR_ORPHANS_S
 from cacheserver.orphans import Orphans
 from cacheserver.paying import UnknownPolicy
@@ -38,9 +40,16 @@ from cacheserver.renditions.renderer import ThreadRenderer
 from cacheserver.renditions.renditions import Renditions
 from cacheserver.reviews import Reviews
 from cacheserver.settings import Settings
+from cacheserver.settings.schema import SimilaritySettings
+from cacheserver.similarity.candidates import Candidates
+from cacheserver.similarity.semantic import Semantic
+from cacheserver.similarity.verifier import ChatVerifier, VerifierEndpoint
 from cacheserver.tiers.hedge import Hedge
 from cacheserver.tiers.memory import MemoryCache
 from cacheserver.tiers.redis_client import Client
+
+_REFINE_S = 60.0
+"""Between two looks for groups of prompts that have grown large."""
 
 _FOR_NOTHING_MICROUSD = 1
 """What a picture counts as that is made again for nothing: among these it still decides what is asked for most."""
@@ -60,6 +69,7 @@ class Core:
     downloads: DownloadMemory
     journal: Journal | None
     keeper: Keeper
+    coherence: Coherence
     miss_path: MissPath
     reviews: Reviews
     cache: PromptCache
@@ -133,6 +143,8 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
             budget_microusd_per_hour=settings.generation.unknown_budget_microusd_per_hour,
         ),
         leases=await _leases(settings, lower.control, miss_path, books=books, clock=clock, undo=undo),
+        aliases=_aliases(settings, lower.control, clock=clock),
+        similar_prompts=_similar_prompts(settings, books=books, clock=clock, undo=undo),
         backpressure=Backpressure(journal=journal, high_water=settings.journal.high_water, clock=clock),
         coherence=coherence,
         signer=lower.signer,
@@ -170,6 +182,7 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
         downloads=DownloadMemory(settings.server.download_bytes(memory.max_bytes), give_way=memory.give_way),
         journal=journal,
         keeper=keeper,
+        coherence=coherence,
         miss_path=miss_path,
         reviews=reviews,
         cache=cache,
@@ -252,6 +265,57 @@ async def _leases(  # noqa: PLR0913 - what it is made of
     leases.start()
     undo.push_async_callback(leases.aclose)
     return leases
+
+
+def _similar_prompts(settings: Settings, *, books: Books, clock: Clock, undo: AsyncExitStack) -> SimilarPrompts | None:
+    """What the semantic level works with; None where no namespace has it.
+
+    Raises:
+        ConfigError: a package of the extra [semantic] is not installed.
+    """
+    namespaces = settings.namespaces.values()
+    if any(namespace.corrects_typos for namespace in namespaces):
+        load_dictionary()
+    if all(namespace.similarity < MatchLevel.SEMANTIC for namespace in namespaces):
+        return None
+    similarity = settings.similarity
+    candidates = Candidates(max_per_group=similarity.max_prompts, max_entries=similarity.max_prompts)
+    keep_doing(
+        partial(asyncio.to_thread, candidates.refine), _REFINE_S, clock=clock, name="refine candidates", undo=undo
+    )
+    verifier = None
+    if similarity.verifier_url is not None:
+        verifier = ChatVerifier(_endpoint(similarity, similarity.verifier_url), clock=clock)
+        undo.push_async_callback(verifier.aclose)
+    return Semantic(
+        candidates=candidates,
+        verifier=verifier,
+        books=books,
+        floor=similarity.floor,
+        timeout_s=similarity.verifier_timeout_s,
+    )
+
+
+def _endpoint(similarity: SimilaritySettings, url: str) -> VerifierEndpoint:
+    return VerifierEndpoint(
+        name="verifier",
+        base_url=url,
+        model=similarity.verifier_model,
+        api_key=similarity.verifier_key,
+        timeout_s=similarity.verifier_timeout_s,
+        max_running=similarity.verifier_max_running,
+        microusd_per_million_input_tokens=similarity.verifier_microusd_per_million_input_tokens,
+        microusd_per_million_output_tokens=similarity.verifier_microusd_per_million_output_tokens,
+        parameters=similarity.verifier_parameters,
+    )
+
+
+def _aliases(settings: Settings, client: Client | None, *, clock: Clock) -> Aliases:
+    if client is None:
+        return NoAliases()
+    return RedisAliases(
+        client=client, prefix=settings.redis.prefix, monotonic_s=clock.monotonic_s, timeout_s=CONTROL_TIMEOUT_S
+    )
 
 
 def _orphans(  # noqa: PLR0913 - what it is made of

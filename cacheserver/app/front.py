@@ -6,6 +6,7 @@ import asyncio
 import functools
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from random import Random
 
 from prometheus_client import Gauge
 from starlette.requests import ClientDisconnect
@@ -22,16 +23,20 @@ from cacheserver.app.tiers import CONTROL_TIMEOUT_S
 from cacheserver.calls.asking import Asking
 from cacheserver.calls.auth import Authenticator
 from cacheserver.calls.reception import Reception
+from cacheserver.calls.sampling import Sampler
 from cacheserver.calls.uploads import UploadMemory
+from cacheserver.control.matches import LocalMatches, RedisMatches
 from cacheserver.control.prompts import LocalPrompts, RedisPrompts
 from cacheserver.generation.images import inspect_in_thread
 from cacheserver.http.delivery.partitions import Partitions
 from cacheserver.imports import Imports, Inspect
-from cacheserver.interfaces import Prompts
+from cacheserver.interfaces import Matches, Prompts
 from cacheserver.model import Caller, Permission
+from cacheserver.oversight import Oversight
 from cacheserver.recall import Recall
 from cacheserver.rpc.admin import AdminService
 from cacheserver.rpc.admin_images import AdminImages
+from cacheserver.rpc.admin_matches import AdminMatches
 from cacheserver.rpc.server import Listen, RpcServer
 from cacheserver.rpc.service import Limits, PromptCacheService
 from cacheserver.warming import Warming
@@ -53,6 +58,7 @@ class Front:
     asking: Asking
     policies: Policies
     admin_images: AdminImages
+    admin_matches: AdminMatches
     partitions: Partitions
 
 
@@ -61,6 +67,7 @@ async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack, is_sh
     settings, clock, books, lower = core.settings, core.clock, core.books, core.lower
     generation, server = settings.generation, settings.server
     prompts = _prompts(core, undo=undo)
+    matches = _matches(core, undo=undo)
     prechecks = Policies(clock=clock, undo=undo)
     prechecks.replace(await prechecks.build(settings))
     policies = prechecks.by_namespace
@@ -86,6 +93,7 @@ async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack, is_sh
         policies=policies,
         prompts=prompts,
         trace=await _trace(core, undo=undo),
+        sampler=Sampler(matches, percent=settings.similarity.review_percent, rng=Random()),  # noqa: S311 - a sample
         gone=(ClientDisconnect,),
     )
     urls = await build_image_urls(core)
@@ -117,12 +125,15 @@ async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack, is_sh
     admin_images = AdminImages(
         _imports(core, inspect), namespaces=settings.namespaces.values(), clock=clock, policies=policies
     )
+    oversight = Oversight(coherence=core.coherence, matches=matches)
+    admin_matches = AdminMatches(oversight, namespaces=settings.namespaces.values())
     admin = AdminService(
         upstreams=core.miss_path.pool,
         budgets=core.miss_path.budgets,
         ledger=core.miss_path.ledger,
         reviews=core.reviews,
         images=admin_images,
+        matches=admin_matches,
         alarms=alarms,
         authenticator=authenticator,
         books=books,
@@ -153,6 +164,7 @@ async def build_front(core: Core, *, alarms: Alarms, undo: AsyncExitStack, is_sh
         asking=asking,
         policies=prechecks,
         admin_images=admin_images,
+        admin_matches=admin_matches,
         partitions=urls.partitions,
     )
 
@@ -179,6 +191,7 @@ def _imports(core: Core, inspect: Inspect) -> Imports:
         max_image_bytes=core.settings.generation.max_image_bytes,
         copier=lower.copier,
         epochs=lower.epochs,
+        on_stored=core.cache.matching.add,
     )
 
 
@@ -192,6 +205,21 @@ def _prompts(core: Core, *, undo: AsyncExitStack) -> Prompts | None:
     shared = RedisPrompts(
         client=core.lower.control,
         namespaces=names,
+        clock=core.clock,
+        prefix=core.settings.redis.prefix,
+        timeout_s=CONTROL_TIMEOUT_S,
+    )
+    shared.start()
+    undo.push_async_callback(shared.aclose)
+    return shared
+
+
+def _matches(core: Core, *, undo: AsyncExitStack) -> Matches:
+    """Where similar hits are kept for review."""
+    if core.lower.control is None:
+        return LocalMatches(clock=core.clock)
+    shared = RedisMatches(
+        client=core.lower.control,
         clock=core.clock,
         prefix=core.settings.redis.prefix,
         timeout_s=CONTROL_TIMEOUT_S,

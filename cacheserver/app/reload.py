@@ -73,6 +73,7 @@ class Reloading:
         front.asking.replace(namespaces)
         front.policies.replace(prechecks)
         front.admin_images.replace(namespaces)
+        front.admin_matches.replace(namespaces)
         front.partitions.replace(namespaces)
         core.reviews.replace(namespaces)
         miss_path.budgets.replace(settings.budgets, spent)

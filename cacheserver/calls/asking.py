@@ -16,6 +16,7 @@ from cacheserver.calls.again import HitAgain, Seen, Template
 from cacheserver.calls.asked import Asked
 from cacheserver.calls.call import Call
 from cacheserver.calls.recorded import kind_of_failure, kinds_of_answer
+from cacheserver.calls.sampling import Sampler
 from cacheserver.errors import (
     CacheServerError,
     InvalidRequestError,
@@ -87,11 +88,13 @@ class Asking:
         policies: Mapping[str, PromptPolicy] = MappingProxyType({}),
         prompts: Prompts | None = None,
         trace: Trace | None = None,
+        sampler: Sampler | None = None,
         gone: tuple[type[Exception], ...] = (),
     ) -> None:
         """`default_model` is that of namespaces that have none of their own; `policies` are by namespace.
 
-        `prompts` is where those of namespaces with store_prompts are recorded. `trace` is None where nothing is.
+        `prompts` is where those of namespaces with store_prompts are recorded. `trace` is None where nothing is,
+        `sampler` where no similar hits are kept.
         `gone` is what a transport raises where a caller no longer waits.
         """
         self._cache = cache
@@ -102,6 +105,7 @@ class Asking:
         self.replace(namespaces)
         self._prompts = prompts
         self._trace = trace
+        self._sampler = sampler
         self._gone = gone
         self._template_numbers = count()
 
@@ -301,8 +305,12 @@ class Asking:
 
     async def forget_prompts(self, namespace: Namespace, key: CacheKey | None) -> None:
         """What was asked for is not to outlive its pictures: those of the key's identity, or with None of all."""
-        if self._prompts is not None and namespace.store_prompts:
+        if not namespace.store_prompts:
+            return
+        if self._prompts is not None:
             await self._prompts.forget(namespace.name, key)
+        if self._sampler is not None:
+            await self._sampler.forget(namespace.name, key)
 
     # ── booking ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -314,6 +322,10 @@ class Asking:
             outcome = _outcome(served)
             if self._trace is not None:
                 self._trace.answered(served, outcome, what, namespace=asked.namespace, match_level=asked.match_level)
+            if served.is_similar:
+                self._books.similar_hit(call.namespace, served.matched)
+                if self._sampler is not None:
+                    self._sampler.similar_hit(served, asked, call.wanted)
             self._books.answered(
                 call.namespace,
                 outcome,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from cacheserver.model import ImageRequest, MatchLevel, Namespace
+from cacheserver.model import ImageRequest, Namespace
 
 MAX_IMAGES = 10
 MAX_TAGS = 16
@@ -14,9 +14,6 @@ MAX_DURATION_S = 10 * 366 * 24 * 3600.0
 
 TAG = re.compile(r"[A-Za-z0-9._:/-]{1,64}")
 """What a label looks like."""
-
-EXPERIMENTAL_LEVELS = frozenset({MatchLevel.CANONICAL, MatchLevel.SEMANTIC})
-"""Match levels that are named and not served."""
 
 _AUTO = "auto"
 

@@ -14,9 +14,9 @@ _COMMANDS = Commands(
     {
         "The service": ("serve", "doctor", "token"),
         "Pictures": ("get", "find", "put", "purge", "explain", "why"),
-        "Warm-up and adoption": ("estimate", "import", "export", "warm"),
+        "Warm-up and adoption": ("estimate", "similarity", "import", "export", "warm"),
         "Figures and alarms": ("report", "stats", "top", "alarms"),
-        "Upstreams, money and review": ("ledger", "upstreams", "budgets", "review"),
+        "Upstreams, money and review": ("ledger", "upstreams", "budgets", "review", "report-wrong", "switch"),
     }
 )
 

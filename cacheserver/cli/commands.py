@@ -12,7 +12,7 @@ from cacheserver.cli.flat import flat
 
 _FILES = {"import": "imports"}
 _FUNCTIONS = {"import": "import_images"}
-"""What a command is called in Python where its name is a word of Python's own."""
+"""What a command is called in Python where its name is a word of Python's own. Hyphens are underscores there."""
 
 
 class Commands(Mapping[str, Any]):
@@ -38,11 +38,12 @@ class Commands(Mapping[str, Any]):
 
 
 def _make(name: str, *, panel: str) -> Any:
-    file = import_module(f"cacheserver.cli.{_FILES.get(name, name)}")
+    in_python = name.replace("-", "_")
+    file = import_module(f"cacheserver.cli.{_FILES.get(name, in_python)}")
     around = typer.Typer()
     if hasattr(file, "app"):
         around.add_typer(file.app, name=name, rich_help_panel=panel)
     else:
-        command = getattr(file, _FUNCTIONS.get(name, name))
+        command = getattr(file, _FUNCTIONS.get(name, in_python))
         around.command(name, rich_help_panel=panel)(flat(command))
     return typer.main.get_group(around).commands[name]

@@ -1,4 +1,4 @@
-"""cacheserver review: pictures that wait for a person's decision."""
+"""cacheserver review: pictures that wait for a person's decision, and a sample of the similar hits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from cacheserver.cli.groups import group
+from cacheserver.cli.matches import match_right, match_wrong, matches
 from cacheserver.cli.options import Link
 from cacheserver.cli.output import dollars, size
 from cacheserver.cli.session import session
@@ -54,8 +55,16 @@ def reject(key: _Key, *, link: Link) -> None:
 
 
 app = group(
-    "Pictures that wait for review; alone it lists them.",
-    {"list": list_reviews, "show": show, "approve": approve, "reject": reject},
+    "Pictures that wait for review; alone it lists them. And similar hits, of which a sample is kept.",
+    {
+        "list": list_reviews,
+        "show": show,
+        "approve": approve,
+        "reject": reject,
+        "matches": matches,
+        "match-right": match_right,
+        "match-wrong": match_wrong,
+    },
 )
 
 

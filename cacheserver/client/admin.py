@@ -1,4 +1,4 @@
-"""The admin part of both clients: upstreams, budgets, the ledger, reviews, stored pictures and alarms.
+"""The admin part of both clients: upstreams, money, reviews, stored pictures, similar hits and alarms.
 
 It needs a token with the permission `admin`. What changes something may be called again with the same effect, but
 no call is repeated by itself.
@@ -21,17 +21,29 @@ from cacheserver.client.admin_values import (
     ImportItem,
     ImportOutcome,
     LedgerRow,
+    Match,
     RecordedPrompt,
     Review,
     ReviewPicture,
     StoredImage,
+    SwitchState,
     Upstream,
 )
 from cacheserver.client.errors import CorruptDownloadError
 from cacheserver.client.importing import Sending, read_import_outcome, read_stored_image
 from cacheserver.client.messages import member, read_spec, read_usage, seconds_of, time_of
-from cacheserver.model import AlarmState, AttemptOutcome, BudgetPeriod, BudgetScope, PromptKind, UpstreamHealth
+from cacheserver.model import (
+    AlarmState,
+    AttemptOutcome,
+    BudgetPeriod,
+    BudgetScope,
+    MatchLevel,
+    PromptKind,
+    Switch,
+    UpstreamHealth,
+)
 from cacheserver.pb import admin_pb2 as pb
+from cacheserver.pb import promptcache_pb2 as public_pb
 from cacheserver.pb.admin_pb2_grpc import AdminServiceStub
 
 _PAGE_SIZE: Final = 1_000
@@ -190,6 +202,72 @@ class Admin:
         request = pb.ListImagesRequest(namespace=namespace, page_size=_PAGE_SIZE)
         for page in self._pages(self._stub.ListImages, request, timeout_s):
             yield from map(read_stored_image, page.images)
+
+    def ban_match(self, key: str, other_key: str, *, timeout_s: float = 30.0) -> None:
+        """Have the pictures of two keys answer for one another no more, in every replica and for good.
+
+        Raises:
+            InvalidRequestError: they are no keys, or those of one identity or of two partitions.
+            TryAgainError: this replica knows of it, others may not: call again.
+            CacheError: the call failed otherwise.
+        """
+        self._call(self._stub.BanMatch, pb.BanMatchRequest(key=key, other_key=other_key), timeout_s)
+
+    def set_switch(
+        self, switch: Switch, *, on: bool, namespace: str | None = None, timeout_s: float = 30.0
+    ) -> SwitchState:
+        """Turn something off, or on again, in a namespace or everywhere, and in every replica.
+
+        Raises:
+            InvalidRequestError: there is no such namespace.
+            TryAgainError: this replica knows of it, others may not: call again.
+            CacheError: the call failed otherwise.
+        """
+        request = pb.SetSwitchRequest(switch=f"SWITCH_{switch.name}", namespace=namespace, on=on)
+        return read_switch(self._call(self._stub.SetSwitch, request, timeout_s).state)
+
+    def list_switches(self, *, timeout_s: float = 30.0) -> tuple[SwitchState, ...]:
+        """The switches that are off, by namespace; all others are on.
+
+        Raises:
+            CacheError: the call failed.
+        """
+        page = self._call(self._stub.ListSwitches, pb.ListSwitchesRequest(), timeout_s)
+        return tuple(map(read_switch, page.switches))
+
+    def list_matches(self, *, namespace: str | None = None, timeout_s: float = 30.0) -> Generator[Match]:
+        """The similar hits that are kept for review, newest first, of a namespace or of all.
+
+        They are fetched page by page as they are read; `timeout_s` is for each page.
+
+        Raises:
+            TryAgainError: they cannot be read now.
+            CacheError: a call failed otherwise.
+        """
+        request = pb.ListMatchesRequest(namespace=namespace)
+        for page in self._pages(self._stub.ListMatches, request, timeout_s):
+            yield from map(read_match, page.matches)
+
+    def approve_match(self, match_id: str, *, timeout_s: float = 30.0) -> Match:
+        """A similar hit was right: it is listed no more. Returns it.
+
+        Raises:
+            UnknownNameError: none of this id waits for review.
+            CacheError: the call failed otherwise.
+        """
+        request = pb.ResolveMatchRequest(id=match_id, decision=pb.MATCH_DECISION_RIGHT)
+        return read_match(self._call(self._stub.ResolveMatch, request, timeout_s).match)
+
+    def reject_match(self, match_id: str, *, timeout_s: float = 30.0) -> Match:
+        """A similar hit was wrong: its keys are banned, as by `ban_match`, and it is listed no more. Returns it.
+
+        Raises:
+            UnknownNameError: none of this id waits for review.
+            TryAgainError: it is still listed: call again.
+            CacheError: the call failed otherwise.
+        """
+        request = pb.ResolveMatchRequest(id=match_id, decision=pb.MATCH_DECISION_WRONG)
+        return read_match(self._call(self._stub.ResolveMatch, request, timeout_s).match)
 
     def list_alarms(self, *, timeout_s: float = 30.0) -> tuple[Alarm, ...]:
         """The alarms of the service, those that ring first.
@@ -388,6 +466,73 @@ class AsyncAdmin:
             for image in page.images:
                 yield read_stored_image(image)
 
+    async def ban_match(self, key: str, other_key: str, *, timeout_s: float = 30.0) -> None:
+        """Have the pictures of two keys answer for one another no more, in every replica and for good.
+
+        Raises:
+            InvalidRequestError: they are no keys, or those of one identity or of two partitions.
+            TryAgainError: this replica knows of it, others may not: call again.
+            CacheError: the call failed otherwise.
+        """
+        await self._call(self._stub.BanMatch, pb.BanMatchRequest(key=key, other_key=other_key), timeout_s)
+
+    async def set_switch(
+        self, switch: Switch, *, on: bool, namespace: str | None = None, timeout_s: float = 30.0
+    ) -> SwitchState:
+        """Turn something off, or on again, in a namespace or everywhere, and in every replica.
+
+        Raises:
+            InvalidRequestError: there is no such namespace.
+            TryAgainError: this replica knows of it, others may not: call again.
+            CacheError: the call failed otherwise.
+        """
+        request = pb.SetSwitchRequest(switch=f"SWITCH_{switch.name}", namespace=namespace, on=on)
+        return read_switch((await self._call(self._stub.SetSwitch, request, timeout_s)).state)
+
+    async def list_switches(self, *, timeout_s: float = 30.0) -> tuple[SwitchState, ...]:
+        """The switches that are off, by namespace; all others are on.
+
+        Raises:
+            CacheError: the call failed.
+        """
+        page = await self._call(self._stub.ListSwitches, pb.ListSwitchesRequest(), timeout_s)
+        return tuple(map(read_switch, page.switches))
+
+    async def list_matches(self, *, namespace: str | None = None, timeout_s: float = 30.0) -> AsyncGenerator[Match]:
+        """The similar hits that are kept for review, newest first, of a namespace or of all.
+
+        They are fetched page by page as they are read; `timeout_s` is for each page.
+
+        Raises:
+            TryAgainError: they cannot be read now.
+            CacheError: a call failed otherwise.
+        """
+        request = pb.ListMatchesRequest(namespace=namespace)
+        async for page in self._pages(self._stub.ListMatches, request, timeout_s):
+            for match in page.matches:
+                yield read_match(match)
+
+    async def approve_match(self, match_id: str, *, timeout_s: float = 30.0) -> Match:
+        """A similar hit was right: it is listed no more. Returns it.
+
+        Raises:
+            UnknownNameError: none of this id waits for review.
+            CacheError: the call failed otherwise.
+        """
+        request = pb.ResolveMatchRequest(id=match_id, decision=pb.MATCH_DECISION_RIGHT)
+        return read_match((await self._call(self._stub.ResolveMatch, request, timeout_s)).match)
+
+    async def reject_match(self, match_id: str, *, timeout_s: float = 30.0) -> Match:
+        """A similar hit was wrong: its keys are banned, as by `ban_match`, and it is listed no more. Returns it.
+
+        Raises:
+            UnknownNameError: none of this id waits for review.
+            TryAgainError: it is still listed: call again.
+            CacheError: the call failed otherwise.
+        """
+        request = pb.ResolveMatchRequest(id=match_id, decision=pb.MATCH_DECISION_WRONG)
+        return read_match((await self._call(self._stub.ResolveMatch, request, timeout_s)).match)
+
     async def list_alarms(self, *, timeout_s: float = 30.0) -> tuple[Alarm, ...]:
         """The alarms of the service, those that ring first.
 
@@ -506,6 +651,24 @@ def read_alarm(alarm: pb.Alarm) -> Alarm:
         threshold=alarm.threshold,
         since=time_of(alarm, "since"),
         runbook_url=alarm.runbook_url,
+    )
+
+
+def read_switch(state: pb.SwitchState) -> SwitchState:
+    """How a switch stands."""
+    return SwitchState(switch=member(Switch, pb.Switch, "SWITCH", state.switch), namespace=state.namespace, on=state.on)
+
+
+def read_match(match: pb.Match) -> Match:
+    """A similar hit that is kept for review."""
+    return Match(
+        id=match.id,
+        time=time_of(match, "time"),
+        namespace=match.namespace,
+        level=member(MatchLevel, public_pb.MatchLevel, "MATCH_LEVEL", match.level),
+        key=match.key,
+        matched_key=match.matched_key,
+        prompt=match.prompt,
     )
 
 

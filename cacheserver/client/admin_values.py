@@ -11,7 +11,17 @@ from datetime import datetime
 
 from cacheserver.client.errors import CacheError
 from cacheserver.client.values import Image, ImageSpec
-from cacheserver.model import AlarmState, AttemptOutcome, BudgetPeriod, BudgetScope, PromptKind, UpstreamHealth, Usage
+from cacheserver.model import (
+    AlarmState,
+    AttemptOutcome,
+    BudgetPeriod,
+    BudgetScope,
+    MatchLevel,
+    PromptKind,
+    Switch,
+    UpstreamHealth,
+    Usage,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +240,36 @@ class StoredImage:
     identity: ExportedIdentity
     tags: tuple[str, ...]
     expire_time: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchState:
+    """Whether a switch is on in a namespace; empty: everywhere."""
+
+    switch: Switch | None
+    namespace: str
+    on: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A similar hit that is kept for review: a request that was answered with the picture of another prompt.
+
+    Attributes:
+        time: When it was answered.
+        level: How far the two prompts agree.
+        key: The key that was asked for. There may be no picture of it.
+        matched_key: The key of the picture that answered.
+        prompt: The one asked for, or its beginning; empty in namespaces that store none.
+    """
+
+    id: str
+    time: datetime | None
+    namespace: str
+    level: MatchLevel | None
+    key: str
+    matched_key: str
+    prompt: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,9 @@ from typing import NamedTuple, TypeAlias
 
 import xxhash
 
+from cacheserver.identity.canonical import CANONICAL_VERSION, canonical_form
 from cacheserver.identity.normalize import Profile
+from cacheserver.identity.typos import corrected
 from cacheserver.identity.versions import VERSIONS, Version, answers_all
 from cacheserver.model import (
     CacheKey,
@@ -29,6 +31,9 @@ from cacheserver.model import (
     MatchLevel,
     Namespace,
 )
+
+CANONICAL = Profile("canonical", CANONICAL_VERSION, MatchLevel.CANONICAL)
+"""The profile of canonical keys, which name no picture: an alias says which identity's pictures answer for them."""
 
 _LOSSY_FORMATS = frozenset({"jpeg", "webp"})
 _FIELDS = tuple(field.name for field in fields(ImageRequest))
@@ -156,6 +161,34 @@ def key_of_alike(identity: Identity, request: ImageRequest) -> CacheKey:
         patterns = json.loads(identity.canonical)[1]["catalog_patterns"]
     canonical = _canonical(request, profile, identity.normalized_prompt, tuple(patterns))
     return replace(identity.key, fingerprint=fingerprint_of(canonical), digest=digest_of(canonical))
+
+
+def canonical_key(request: ImageRequest, namespace: Namespace) -> CacheKey | None:
+    """The key that a validated request shares with all that ask for the same picture in other words.
+
+    They differ in nothing but the prompt. None where its prompt has no canonical form. Takes a tenth of a millisecond.
+    """
+    ignores = namespace.ignore_quality_words
+    form = canonical_form(request.prompt, ignore_quality_words=ignores)
+    if form is None:
+        return None
+    if namespace.corrects_typos:
+        form = corrected(form)
+    canonical = _canonical(request, _canonical_profile(ignores, namespace.corrects_typos), form, ())
+    return CacheKey(namespace.partition, fingerprint_of(canonical), digest_of(canonical), 0)
+
+
+def _canonical_profile(ignores_quality_words: bool, corrects_typos: bool) -> Profile:  # noqa: FBT001 - a table
+    """CANONICAL as a namespace has it: what its settings change is another profile, with other keys."""
+    if ignores_quality_words and not corrects_typos:
+        return CANONICAL
+    changes = ("" if ignores_quality_words else "+quality") + ("+typos" if corrects_typos else "")
+    return CANONICAL._replace(versioned=CANONICAL_VERSION + changes)
+
+
+def group_of(request: ImageRequest, namespace: Namespace) -> str:
+    """What stands for all validated requests of a partition that differ in nothing but their prompt."""
+    return f"{namespace.partition}:{digest_of(_canonical(request, CANONICAL, '', ())).hex()}"
 
 
 def fingerprint_of(canonical: bytes) -> bytes:

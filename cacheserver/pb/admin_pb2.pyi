@@ -48,6 +48,17 @@ class ReviewDecision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REVIEW_DECISION_APPROVE: _ClassVar[ReviewDecision]
     REVIEW_DECISION_REJECT: _ClassVar[ReviewDecision]
 
+class Switch(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SWITCH_UNSPECIFIED: _ClassVar[Switch]
+    SWITCH_SIMILARITY: _ClassVar[Switch]
+
+class MatchDecision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MATCH_DECISION_UNSPECIFIED: _ClassVar[MatchDecision]
+    MATCH_DECISION_RIGHT: _ClassVar[MatchDecision]
+    MATCH_DECISION_WRONG: _ClassVar[MatchDecision]
+
 class PromptKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     PROMPT_KIND_UNSPECIFIED: _ClassVar[PromptKind]
@@ -85,6 +96,11 @@ ATTEMPT_OUTCOME_UNKNOWN: AttemptOutcome
 REVIEW_DECISION_UNSPECIFIED: ReviewDecision
 REVIEW_DECISION_APPROVE: ReviewDecision
 REVIEW_DECISION_REJECT: ReviewDecision
+SWITCH_UNSPECIFIED: Switch
+SWITCH_SIMILARITY: Switch
+MATCH_DECISION_UNSPECIFIED: MatchDecision
+MATCH_DECISION_RIGHT: MatchDecision
+MATCH_DECISION_WRONG: MatchDecision
 PROMPT_KIND_UNSPECIFIED: PromptKind
 PROMPT_KIND_MISSED: PromptKind
 PROMPT_KIND_TURNED_AWAY: PromptKind
@@ -366,6 +382,104 @@ class ResolveReviewResponse(_message.Message):
     KEY_FIELD_NUMBER: _ClassVar[int]
     key: str
     def __init__(self, key: _Optional[str] = ...) -> None: ...
+
+class BanMatchRequest(_message.Message):
+    __slots__ = ("key", "other_key")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    OTHER_KEY_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    other_key: str
+    def __init__(self, key: _Optional[str] = ..., other_key: _Optional[str] = ...) -> None: ...
+
+class BanMatchResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SwitchState(_message.Message):
+    __slots__ = ("switch", "namespace", "on")
+    SWITCH_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    ON_FIELD_NUMBER: _ClassVar[int]
+    switch: Switch
+    namespace: str
+    on: bool
+    def __init__(self, switch: _Optional[_Union[Switch, str]] = ..., namespace: _Optional[str] = ..., on: _Optional[bool] = ...) -> None: ...
+
+class SetSwitchRequest(_message.Message):
+    __slots__ = ("switch", "namespace", "on")
+    SWITCH_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    ON_FIELD_NUMBER: _ClassVar[int]
+    switch: Switch
+    namespace: str
+    on: bool
+    def __init__(self, switch: _Optional[_Union[Switch, str]] = ..., namespace: _Optional[str] = ..., on: _Optional[bool] = ...) -> None: ...
+
+class SetSwitchResponse(_message.Message):
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: SwitchState
+    def __init__(self, state: _Optional[_Union[SwitchState, _Mapping]] = ...) -> None: ...
+
+class ListSwitchesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListSwitchesResponse(_message.Message):
+    __slots__ = ("switches",)
+    SWITCHES_FIELD_NUMBER: _ClassVar[int]
+    switches: _containers.RepeatedCompositeFieldContainer[SwitchState]
+    def __init__(self, switches: _Optional[_Iterable[_Union[SwitchState, _Mapping]]] = ...) -> None: ...
+
+class Match(_message.Message):
+    __slots__ = ("id", "time", "namespace", "level", "key", "matched_key", "prompt")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    MATCHED_KEY_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    time: _timestamp_pb2.Timestamp
+    namespace: str
+    level: _promptcache_pb2.MatchLevel
+    key: str
+    matched_key: str
+    prompt: str
+    def __init__(self, id: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., namespace: _Optional[str] = ..., level: _Optional[_Union[_promptcache_pb2.MatchLevel, str]] = ..., key: _Optional[str] = ..., matched_key: _Optional[str] = ..., prompt: _Optional[str] = ...) -> None: ...
+
+class ListMatchesRequest(_message.Message):
+    __slots__ = ("namespace", "page_size", "page_token")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    page_size: int
+    page_token: str
+    def __init__(self, namespace: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListMatchesResponse(_message.Message):
+    __slots__ = ("matches", "next_page_token")
+    MATCHES_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    matches: _containers.RepeatedCompositeFieldContainer[Match]
+    next_page_token: str
+    def __init__(self, matches: _Optional[_Iterable[_Union[Match, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class ResolveMatchRequest(_message.Message):
+    __slots__ = ("id", "decision")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    DECISION_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    decision: MatchDecision
+    def __init__(self, id: _Optional[str] = ..., decision: _Optional[_Union[MatchDecision, str]] = ...) -> None: ...
+
+class ResolveMatchResponse(_message.Message):
+    __slots__ = ("match",)
+    MATCH_FIELD_NUMBER: _ClassVar[int]
+    match: Match
+    def __init__(self, match: _Optional[_Union[Match, _Mapping]] = ...) -> None: ...
 
 class RecordedPrompt(_message.Message):
     __slots__ = ("request", "kind", "count", "last_time")

@@ -26,9 +26,9 @@ if _version_not_supported:
 
 
 class AdminServiceStub:
-    """AdminService is for those who run the cache: its upstreams, its budgets, its ledger, and the pictures that
-    wait for a person's review. It needs the permission `admin`, which reaches over all namespaces. Alpha: names
-    and fields may still change.
+    """AdminService is for those who run the cache: its upstreams, its budgets, its ledger, the pictures that wait for
+    a person's review, and what is answered with pictures of other prompts. It needs the permission `admin`, which
+    reaches over all namespaces. Alpha: names and fields may still change.
 
     Failed calls carry the same details as those of promptcache.v1.PromptCacheService, under the same domain.
     Lists come in pages: pass next_page_token as page_token, and everything else as before, until it is empty.
@@ -87,6 +87,31 @@ class AdminServiceStub:
                 request_serializer=cacheserver_dot_pb_dot_admin__pb2.ResolveReviewRequest.SerializeToString,
                 response_deserializer=cacheserver_dot_pb_dot_admin__pb2.ResolveReviewResponse.FromString,
                 _registered_method=True)
+        self.BanMatch = channel.unary_unary(
+                '/promptcache.admin.v1alpha1.AdminService/BanMatch',
+                request_serializer=cacheserver_dot_pb_dot_admin__pb2.BanMatchRequest.SerializeToString,
+                response_deserializer=cacheserver_dot_pb_dot_admin__pb2.BanMatchResponse.FromString,
+                _registered_method=True)
+        self.SetSwitch = channel.unary_unary(
+                '/promptcache.admin.v1alpha1.AdminService/SetSwitch',
+                request_serializer=cacheserver_dot_pb_dot_admin__pb2.SetSwitchRequest.SerializeToString,
+                response_deserializer=cacheserver_dot_pb_dot_admin__pb2.SetSwitchResponse.FromString,
+                _registered_method=True)
+        self.ListSwitches = channel.unary_unary(
+                '/promptcache.admin.v1alpha1.AdminService/ListSwitches',
+                request_serializer=cacheserver_dot_pb_dot_admin__pb2.ListSwitchesRequest.SerializeToString,
+                response_deserializer=cacheserver_dot_pb_dot_admin__pb2.ListSwitchesResponse.FromString,
+                _registered_method=True)
+        self.ListMatches = channel.unary_unary(
+                '/promptcache.admin.v1alpha1.AdminService/ListMatches',
+                request_serializer=cacheserver_dot_pb_dot_admin__pb2.ListMatchesRequest.SerializeToString,
+                response_deserializer=cacheserver_dot_pb_dot_admin__pb2.ListMatchesResponse.FromString,
+                _registered_method=True)
+        self.ResolveMatch = channel.unary_unary(
+                '/promptcache.admin.v1alpha1.AdminService/ResolveMatch',
+                request_serializer=cacheserver_dot_pb_dot_admin__pb2.ResolveMatchRequest.SerializeToString,
+                response_deserializer=cacheserver_dot_pb_dot_admin__pb2.ResolveMatchResponse.FromString,
+                _registered_method=True)
         self.ListPrompts = channel.unary_unary(
                 '/promptcache.admin.v1alpha1.AdminService/ListPrompts',
                 request_serializer=cacheserver_dot_pb_dot_admin__pb2.ListPromptsRequest.SerializeToString,
@@ -110,9 +135,9 @@ class AdminServiceStub:
 
 
 class AdminServiceServicer:
-    """AdminService is for those who run the cache: its upstreams, its budgets, its ledger, and the pictures that
-    wait for a person's review. It needs the permission `admin`, which reaches over all namespaces. Alpha: names
-    and fields may still change.
+    """AdminService is for those who run the cache: its upstreams, its budgets, its ledger, the pictures that wait for
+    a person's review, and what is answered with pictures of other prompts. It needs the permission `admin`, which
+    reaches over all namespaces. Alpha: names and fields may still change.
 
     Failed calls carry the same details as those of promptcache.v1.PromptCacheService, under the same domain.
     Lists come in pages: pass next_page_token as page_token, and everything else as before, until it is empty.
@@ -208,6 +233,63 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BanMatch(self, request, context):
+        """BanMatch keeps the pictures of two keys from answering for one another, in every replica and for good. Either
+        still answers for its own prompt. To say it twice changes nothing.
+
+        Errors:
+        INVALID_ARGUMENT (INVALID_FIELD): also for keys of one identity, or of two partitions: they never match.
+        UNAVAILABLE (TIER_UNREACHABLE): this replica knows of it, others may not, since a tier does not answer: call
+        again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetSwitch(self, request, context):
+        """SetSwitch turns something off, or on again, in every replica, until it is set otherwise: no restart and no
+        setting changes it. What is off everywhere is off in every namespace, whatever that one's own switch says.
+
+        Errors:
+        UNAVAILABLE (TIER_UNREACHABLE): this replica knows of it, others may not, since a tier does not answer: call
+        again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSwitches(self, request, context):
+        """ListSwitches returns what is switched off, and where.
+
+        Errors: those common to all calls.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListMatches(self, request, context):
+        """ListMatches returns the sample of similar hits that is kept for review, newest first: of similarity.review_percent
+        of them the newest 1,000 of each namespace, for 30 days.
+
+        Errors:
+        UNAVAILABLE (ACCOUNTS_UNAVAILABLE): the sample cannot be read now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResolveMatch(self, request, context):
+        """ResolveMatch drops a similar hit from the sample; was it wrong, its two keys are banned first, as by BanMatch.
+
+        Errors:
+        NOT_FOUND (REVIEW_GONE): no hit of this id waits for review: it was resolved, or is too old.
+        UNAVAILABLE (ACCOUNTS_UNAVAILABLE): the sample cannot be read now. Nothing has changed.
+        UNAVAILABLE (TIER_UNREACHABLE): as of BanMatch; it is still listed: resolve it again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListPrompts(self, request, context):
         """ListPrompts returns what the namespaces with store_prompts have recorded of their callers' wishes: what was
         missed, and what will be wanted. Most wanted first.
@@ -295,6 +377,31 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     request_deserializer=cacheserver_dot_pb_dot_admin__pb2.ResolveReviewRequest.FromString,
                     response_serializer=cacheserver_dot_pb_dot_admin__pb2.ResolveReviewResponse.SerializeToString,
             ),
+            'BanMatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.BanMatch,
+                    request_deserializer=cacheserver_dot_pb_dot_admin__pb2.BanMatchRequest.FromString,
+                    response_serializer=cacheserver_dot_pb_dot_admin__pb2.BanMatchResponse.SerializeToString,
+            ),
+            'SetSwitch': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetSwitch,
+                    request_deserializer=cacheserver_dot_pb_dot_admin__pb2.SetSwitchRequest.FromString,
+                    response_serializer=cacheserver_dot_pb_dot_admin__pb2.SetSwitchResponse.SerializeToString,
+            ),
+            'ListSwitches': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSwitches,
+                    request_deserializer=cacheserver_dot_pb_dot_admin__pb2.ListSwitchesRequest.FromString,
+                    response_serializer=cacheserver_dot_pb_dot_admin__pb2.ListSwitchesResponse.SerializeToString,
+            ),
+            'ListMatches': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListMatches,
+                    request_deserializer=cacheserver_dot_pb_dot_admin__pb2.ListMatchesRequest.FromString,
+                    response_serializer=cacheserver_dot_pb_dot_admin__pb2.ListMatchesResponse.SerializeToString,
+            ),
+            'ResolveMatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResolveMatch,
+                    request_deserializer=cacheserver_dot_pb_dot_admin__pb2.ResolveMatchRequest.FromString,
+                    response_serializer=cacheserver_dot_pb_dot_admin__pb2.ResolveMatchResponse.SerializeToString,
+            ),
             'ListPrompts': grpc.unary_unary_rpc_method_handler(
                     servicer.ListPrompts,
                     request_deserializer=cacheserver_dot_pb_dot_admin__pb2.ListPromptsRequest.FromString,
@@ -324,9 +431,9 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService:
-    """AdminService is for those who run the cache: its upstreams, its budgets, its ledger, and the pictures that
-    wait for a person's review. It needs the permission `admin`, which reaches over all namespaces. Alpha: names
-    and fields may still change.
+    """AdminService is for those who run the cache: its upstreams, its budgets, its ledger, the pictures that wait for
+    a person's review, and what is answered with pictures of other prompts. It needs the permission `admin`, which
+    reaches over all namespaces. Alpha: names and fields may still change.
 
     Failed calls carry the same details as those of promptcache.v1.PromptCacheService, under the same domain.
     Lists come in pages: pass next_page_token as page_token, and everything else as before, until it is empty.
@@ -545,6 +652,141 @@ class AdminService:
             '/promptcache.admin.v1alpha1.AdminService/ResolveReview',
             cacheserver_dot_pb_dot_admin__pb2.ResolveReviewRequest.SerializeToString,
             cacheserver_dot_pb_dot_admin__pb2.ResolveReviewResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BanMatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/promptcache.admin.v1alpha1.AdminService/BanMatch',
+            cacheserver_dot_pb_dot_admin__pb2.BanMatchRequest.SerializeToString,
+            cacheserver_dot_pb_dot_admin__pb2.BanMatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetSwitch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/promptcache.admin.v1alpha1.AdminService/SetSwitch',
+            cacheserver_dot_pb_dot_admin__pb2.SetSwitchRequest.SerializeToString,
+            cacheserver_dot_pb_dot_admin__pb2.SetSwitchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSwitches(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/promptcache.admin.v1alpha1.AdminService/ListSwitches',
+            cacheserver_dot_pb_dot_admin__pb2.ListSwitchesRequest.SerializeToString,
+            cacheserver_dot_pb_dot_admin__pb2.ListSwitchesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListMatches(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/promptcache.admin.v1alpha1.AdminService/ListMatches',
+            cacheserver_dot_pb_dot_admin__pb2.ListMatchesRequest.SerializeToString,
+            cacheserver_dot_pb_dot_admin__pb2.ListMatchesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResolveMatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/promptcache.admin.v1alpha1.AdminService/ResolveMatch',
+            cacheserver_dot_pb_dot_admin__pb2.ResolveMatchRequest.SerializeToString,
+            cacheserver_dot_pb_dot_admin__pb2.ResolveMatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,4 +1,4 @@
-"""AdminService: upstreams, budgets, the ledger, reviews, pictures and alarms, for those who run the service."""
+"""AdminService: what those who run the service see and change of it."""
 
 from __future__ import annotations
 
@@ -109,6 +109,30 @@ class Images(Protocol):
         ...
 
 
+class Matches(Protocol):
+    """What people decide about similar hits: five rpcs of their own."""
+
+    async def ban_match(self, message: pb.BanMatchRequest, call: Call) -> bytes:
+        """Keep two pictures from answering for one another."""
+        ...
+
+    async def set_switch(self, message: pb.SetSwitchRequest, call: Call) -> bytes:
+        """Turn similar hits off, or on again."""
+        ...
+
+    async def list_switches(self, message: pb.ListSwitchesRequest, call: Call) -> bytes:
+        """What is switched off."""
+        ...
+
+    async def list_matches(self, message: pb.ListMatchesRequest, call: Call) -> bytes:
+        """A page of the sample."""
+        ...
+
+    async def resolve_match(self, message: pb.ResolveMatchRequest, call: Call) -> bytes:
+        """Drop a similar hit from the sample, and ban it if it was wrong."""
+        ...
+
+
 class Upstreams(Protocol):
     """The upstreams of the pool, as operators see and change them."""
 
@@ -159,6 +183,7 @@ class AdminService:
         ledger: Ledger,
         reviews: Reviews,
         images: Images,
+        matches: Matches,
         alarms: Alarms,
         authenticator: Authenticator,
         books: Books,
@@ -172,6 +197,7 @@ class AdminService:
         self._ledger = ledger
         self._reviews = reviews
         self._images = images
+        self._matches = matches
         self._alarms = alarms
         self._calls = Calls(
             Reception(authenticator=authenticator, books=books, clock=clock, max_in_progress=_MAX_CALLS)
@@ -193,6 +219,11 @@ class AdminService:
                 "ResolveReview": unary("ResolveReview", pb.ResolveReviewRequest, self.resolve_review),
                 "ImportImages": streams_both("ImportImages", pb.ImportImagesRequest, self._images.import_images),
                 "ListImages": unary("ListImages", pb.ListImagesRequest, self._images.list_images),
+                "BanMatch": unary("BanMatch", pb.BanMatchRequest, self._matches.ban_match),
+                "SetSwitch": unary("SetSwitch", pb.SetSwitchRequest, self._matches.set_switch),
+                "ListSwitches": unary("ListSwitches", pb.ListSwitchesRequest, self._matches.list_switches),
+                "ListMatches": unary("ListMatches", pb.ListMatchesRequest, self._matches.list_matches),
+                "ResolveMatch": unary("ResolveMatch", pb.ResolveMatchRequest, self._matches.resolve_match),
                 "ListAlarms": unary("ListAlarms", pb.ListAlarmsRequest, self.list_alarms),
                 "ListPrompts": unary("ListPrompts", pb.ListPromptsRequest, self.list_prompts),
             },

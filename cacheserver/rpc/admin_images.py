@@ -13,7 +13,7 @@ import structlog
 
 from cacheserver.calls.call import Call
 from cacheserver.errors import CacheServerError, InvalidRequestError
-from cacheserver.identity import identify
+from cacheserver.identity import canonical_key, identify
 from cacheserver.imports import Import, Imports
 from cacheserver.interfaces import Clock
 from cacheserver.model import CacheKey, GeneratedImage, Head, ImageRequest, Namespace
@@ -167,6 +167,7 @@ class AdminImages:
             image_format=origin.image_format,
             create_time_s=create_time_s,
             tags=tags,
+            canonical=origin.canonical,
         )
 
     async def _passed(self, request: ImageRequest, namespace: Namespace) -> ImageRequest:
@@ -204,12 +205,13 @@ def _give_back(places: asyncio.Semaphore, task: asyncio.Task[None]) -> None:  # 
 
 
 class _Origin(NamedTuple):
-    """Whose picture it is, and what is known of it. `image_format` None: any."""
+    """Whose picture it is, and what is known of it. `image_format` None: any. An export tells no canonical key."""
 
     key: CacheKey
     prompt_digest: bytes
     known: GeneratedImage
     image_format: str | None
+    canonical: CacheKey | None = None
 
 
 def _asked(request: ImageRequest, namespace: Namespace) -> _Origin:
@@ -227,7 +229,8 @@ def _asked(request: ImageRequest, namespace: Namespace) -> _Origin:
         background=request.background,
         seed=request.seed,
     )
-    return _Origin(identity.key, identity.prompt_digest, known, request.output_format)
+    canonical = canonical_key(request, namespace) if namespace.shares_spellings else None
+    return _Origin(identity.key, identity.prompt_digest, known, request.output_format, canonical)
 
 
 def _exported(message: pb.ImportImagesRequest, namespace: Namespace, problems: Problems) -> _Origin:

@@ -16,6 +16,7 @@ from cacheserver.model import (
     CacheKey,
     PromptKind,
     RecordedPrompt,
+    SampledMatch,
     UpstreamHealth,
     UpstreamState,
     Usage,
@@ -158,6 +159,19 @@ def review_header(key: CacheKey, entry: CachedImage) -> pb.ReviewHeader:
         revised_prompt=text(image.revised_prompt),
         won_against=image.won_against,
         tags=entry.tags,
+    )
+
+
+def match(hit: SampledMatch) -> pb.Match:
+    """A similar hit that is kept for review."""
+    return pb.Match(
+        id=hit.id,
+        time=timestamp(hit.time_s),
+        namespace=hit.namespace,
+        level=f"MATCH_LEVEL_{hit.level.name}",
+        key=hit.key.name,
+        matched_key=hit.matched_key.name,
+        prompt=text(hit.prompt),
     )
 
 

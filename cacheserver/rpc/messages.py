@@ -19,7 +19,6 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from cacheserver.calls.asked import Asked
 from cacheserver.calls.bounds import (
-    EXPERIMENTAL_LEVELS,
     MAX_DURATION_S,
     MAX_IMAGES,
     MAX_REQUEST_ID,
@@ -29,7 +28,7 @@ from cacheserver.calls.bounds import (
 )
 from cacheserver.calls.call import Call
 from cacheserver.calls.directives import read_cache_control
-from cacheserver.errors import InvalidRequestError, NotImplementedYetError
+from cacheserver.errors import InvalidRequestError
 from cacheserver.identity import validate
 from cacheserver.model import (
     MAX_VARIANT,
@@ -167,13 +166,14 @@ def read_get_image(message: pb.GetImageRequest, namespace: Namespace, call: Call
         _check_by_key(message, problems)
     else:
         what = _with_use(what, message.use, namespace, problems)
+    terms = _read_terms(message, namespace, call, problems)
     asked = RpcAsked(
         namespace=namespace,
         what=what,
-        terms=_read_terms(message, namespace, call, problems),
+        terms=terms,
         delivery=_read_enum(message.delivery, _DELIVERIES, Delivery.INLINE, "delivery", problems),
         max_inline_bytes=_read_inline_bytes(message.max_inline_bytes, problems),
-        match_level=read_match_level(message.match_level, problems),
+        match_level=terms.match_level,
     )
     problems.check()
     return asked
@@ -244,6 +244,7 @@ def _read_terms(message: pb.GetImageRequest, namespace: Namespace, call: Call, p
         tags=read_tags(message.tags, "tags", problems),
         allow_degraded=message.allow_degraded,
         no_transform=directives.no_transform,
+        match_level=read_match_level(message.match_level, problems),
         candidates=_read_candidates(message, namespace, problems),
     )
 
@@ -397,15 +398,8 @@ def read_key(name: str, path: str, namespace: Namespace, problems: Problems) -> 
 
 
 def read_match_level(value: int, problems: Problems) -> MatchLevel | None:
-    """The level a MatchLevel names, None if unset.
-
-    Raises:
-        NotImplementedYetError: the level is not served in this release.
-    """
-    level = _read_enum(value, _MATCH_LEVELS, None, "match_level", problems)
-    if level in EXPERIMENTAL_LEVELS:
-        raise NotImplementedYetError("match_level CANONICAL and SEMANTIC are not served in this release.")
-    return level
+    """The level a MatchLevel names, None if unset."""
+    return _read_enum(value, _MATCH_LEVELS, None, "match_level", problems)
 
 
 def _read_seconds(message: Duration, path: str, problems: Problems, *, limit_s: float = MAX_DURATION_S) -> float | None:

@@ -27,7 +27,7 @@ from cacheserver.errors import (
     OffsetOutOfRangeError,
     PermissionDeniedError,
 )
-from cacheserver.identity import differences, identify, other_identities
+from cacheserver.identity import canonical_key, differences, identify, other_identities
 from cacheserver.images import BadImageError, ImageFacts
 from cacheserver.interfaces import Clock
 from cacheserver.model import (
@@ -359,6 +359,7 @@ class PromptCacheService:
             tags=header.tags,
             ttl_s=header.ttl_s,
             create_time_s=header.create_time_s,
+            canonical=canonical_key(header.request, namespace) if namespace.shares_spellings else None,
         )
         return pb.PutImageResponse(image=replies.image_facts(entry), created=created).SerializeToString()
 

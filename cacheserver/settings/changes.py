@@ -8,7 +8,15 @@ from pydantic import BaseModel
 
 from cacheserver.settings.schema import NamespaceSettings, Settings, UpstreamSettings
 
-_AT_ONCE = frozenset({"callers", "budget.per_day_microusd", "budget.per_month_microusd", "generation.prices_file"})
+_AT_ONCE = frozenset(
+    {
+        "callers",
+        "budget.per_day_microusd",
+        "budget.per_month_microusd",
+        "generation.prices_file",
+        "similarity.enabled",
+    }
+)
 _UPSTREAM_AFTER_RESTART = ("kind", "models", "limit_group", "read_timeout_s")
 _NAMESPACE_AFTER_RESTART = ("store_prompts",)
 

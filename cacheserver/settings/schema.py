@@ -28,6 +28,7 @@ from cacheserver.model import (
     Caller,
     GroupLimits,
     JournalSync,
+    MatchLevel,
     Namespace,
     Permission,
     Priority,
@@ -127,7 +128,13 @@ Count = Annotated[int, Field(gt=0)]
 Microusd = Annotated[int, Field(ge=0)]
 Use = Annotated[str, Field(pattern="^[a-z0-9_-]{1,32}$")]
 PriorityName = Literal["warm_up", "batch", "standard", "interactive"]
-_RATES = (AlarmKind.HIT_RATE_BELOW, AlarmKind.HIT_RATE_ABOVE, AlarmKind.ERROR_RATE_ABOVE)
+_RATES = (
+    AlarmKind.HIT_RATE_BELOW,
+    AlarmKind.HIT_RATE_ABOVE,
+    AlarmKind.SIMILAR_RATE_BELOW,
+    AlarmKind.SIMILAR_RATE_ABOVE,
+    AlarmKind.ERROR_RATE_ABOVE,
+)
 PolicyName = Literal["cheapest", "least_latency", "weighted", "priority"]
 
 
@@ -421,6 +428,61 @@ class CodecSettings(_Section):
             "every replica knows it. The default is one that the release before this one knows."
         ),
     )
+
+
+class SimilaritySettings(_Section):
+    """Answers with images of other prompts, where namespaces allow them."""
+
+    enabled: bool = Field(
+        default=True, description='Whether there are any. false: every namespace is "exact", whatever it says.'
+    )
+    review_percent: float = Field(
+        default=1.0,
+        ge=0,
+        le=100,
+        description=(
+            "Percentage of such answers that are kept for review, with their prompts where store_prompts is true; "
+            "0: none."
+        ),
+    )
+    floor: float = Field(
+        default=0.7,
+        ge=0,
+        le=1,
+        description=(
+            "For semantic: prompts that are less alike, 0 to 1, are not looked at. No likeness is a reason to serve."
+        ),
+    )
+    max_prompts: int = Field(
+        default=200_000,
+        ge=1,
+        description="For semantic: prompts of stored images kept in memory, 1.3 kB each; beyond, the oldest goes.",
+    )
+    verifier_url: HttpUrl | None = Field(
+        default=None,
+        description=(
+            "For semantic: an endpoint in the shape of OpenAI's, with the version, whose chat/completions are asked of "
+            "each pair of prompts whether both are one picture. Unset: nothing is answered, and what would be asked is "
+            "logged and counted."
+        ),
+    )
+    verifier_model: str = Field(default="gpt-5-mini", description="The model asked there.")
+    verifier_api_key_env: str = Field(default="OPENAI_API_KEY", description="Environment variable that holds its key.")
+    verifier_parameters: dict[str, Any] = Field(
+        default={}, description="Further fields of each call there, as { temperature = 0 } for models that take one."
+    )
+    verifier_timeout_s: Seconds = Field(
+        default=3.0, description="Seconds that a miss waits for it at most, however many pairs are asked about."
+    )
+    verifier_max_running: Count = Field(default=8, description="Calls of it at once; beyond, a miss is a miss.")
+    verifier_microusd_per_million_input_tokens: Microusd = Field(
+        default=0, description="What it costs, in micro-dollars for a million tokens of the question."
+    )
+    verifier_microusd_per_million_output_tokens: Microusd = Field(default=0, description="The same of the answer.")
+
+    def verifier_key(self) -> str:
+        """The key to send; empty if there is none."""
+        return os.environ.get(self.verifier_api_key_env, "")
 
 
 class GenerationSettings(_Section):
@@ -846,6 +908,22 @@ class NamespaceSettings(_Section):
         default=False,
         description="Record what callers ask for and the cache does not have, for warm-up: the prompts themselves.",
     )
+    similarity: Literal["exact", "canonical", "semantic"] | None = Field(
+        default=None,
+        description=(
+            "Whose images answer a request. exact: only those of its own prompt; canonical: also those of prompts that "
+            "ask for the same in other words; semantic: also those that [similarity] verifies. Unset: canonical, but "
+            "exact with the profile catalog."
+        ),
+    )
+    ignore_quality_words: bool = Field(
+        default=True,
+        description='Prompts ask for the same with and without parts such as "8k" or "highly detailed".',
+    )
+    correct_typos: bool = Field(
+        default=False,
+        description='A word that is misspelt beyond doubt reads as it should, as "beautful". Needs the extra [typos].',
+    )
     answer_from: tuple[AnswerFrom, ...] = Field(
         default=(),
         description=(
@@ -862,6 +940,14 @@ class NamespaceSettings(_Section):
     def _lifetimes_agree(self) -> Self:
         if self.ttl_s and self.max_ttl_s and self.ttl_s > self.max_ttl_s:
             raise ValueError("ttl_s should not be above max_ttl_s")
+        return self
+
+    @check(mode="after")
+    def _catalog_is_exact(self) -> Self:
+        if self.profile == "catalog" and self.similarity not in (None, "exact"):
+            raise ValueError(
+                'similarity should be "exact" with profile "catalog": what it drops says which article it is'
+            )
         return self
 
     @check(mode="after")
@@ -924,8 +1010,8 @@ class AlarmSettings(_Section):
     name: Name = Field(description="Its name in metrics, logs and notices.")
     kind: AlarmKind = Field(
         description=(
-            "hit_rate_below, hit_rate_above, error_rate_above, spend_per_hour_above, unsaved_age_above, "
-            "journal_share_above or breaker_open."
+            "hit_rate_below, hit_rate_above, similar_rate_below, similar_rate_above, error_rate_above, "
+            "spend_per_hour_above, unsaved_age_above, journal_share_above or breaker_open."
         )
     )
     threshold: float = Field(
@@ -955,8 +1041,8 @@ class AlarmSettings(_Section):
 
     @check(mode="after")
     def _fits_its_kind(self) -> Self:
-        if self.kind is AlarmKind.HIT_RATE_BELOW and not self.threshold:
-            raise ValueError("threshold should be set: no hit rate is below 0")
+        if self.kind.is_lower_bound and not self.threshold:
+            raise ValueError("threshold should be set: no rate is below 0")
         if self.kind in _RATES and self.threshold > 1:
             raise ValueError("threshold should be 0 to 1, a share of requests")
         if self.namespace is not None and self.kind not in (*_RATES, AlarmKind.SPEND_PER_HOUR_ABOVE):
@@ -1031,6 +1117,7 @@ class Settings(BaseSettings):
     purge: PurgeSettings = PurgeSettings()
     identity: IdentitySettings = IdentitySettings()
     codec: CodecSettings = CodecSettings()
+    similarity: SimilaritySettings = SimilaritySettings()
     generation: GenerationSettings = GenerationSettings()
     accounting: AccountingSettings = AccountingSettings()
     delivery: DeliverySettings = DeliverySettings()
@@ -1187,7 +1274,17 @@ def _namespace(name: str, written: NamespaceSettings, settings: Settings) -> Nam
         public_images=written.public_images,
         serve_percent=written.serve_percent if written.mode == "serve" else 0.0,
         identity_version=settings.identity.write_version,
+        similarity=_similarity(written, settings.similarity),
+        ignore_quality_words=written.ignore_quality_words,
+        corrects_typos=written.correct_typos,
     )
+
+
+def _similarity(written: NamespaceSettings, everywhere: SimilaritySettings) -> MatchLevel:
+    if not everywhere.enabled:
+        return MatchLevel.EXACT
+    default = "exact" if written.profile == "catalog" else "canonical"
+    return MatchLevel[(written.similarity or default).upper()]
 
 
 _BUILT_IN = (

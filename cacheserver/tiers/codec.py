@@ -228,6 +228,8 @@ def _packed(entry: CachedImage) -> bytes:
     }
     if entry.sliding_s:
         fields["sliding_s"] = entry.sliding_s
+    if entry.canonical_digest:
+        fields["canonical_digest"] = entry.canonical_digest.hex()
     text = json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # A provider's JSON may hold half a surrogate pair; such a revised prompt must not cost us the picture.
     return text.encode("utf-8", "surrogatepass")
@@ -301,6 +303,7 @@ def _entry(fields: dict[str, JsonValue], data: ImageBytes) -> CachedImage:
         epoch=_whole(fields.get("epoch", 0), 0, _MAX_INT64),  # older entries are from before the first purge
         carried_from=tuple(_text(name) for name in _list(fields.get("carried_from", []))),
         sliding_s=_seconds(fields.get("sliding_s", 0)),  # most have none
+        canonical_digest=bytes.fromhex(_text(fields.get("canonical_digest", ""))),
     )
 
 

@@ -140,8 +140,8 @@ FAULTS = (
         "a picture of another identity is accepted",
         "flight",
         _FLIGHT,
-        "if not self.key.matches(loaded.entry.key.digest):",
-        "if not loaded.entry.key.digest:",
+        "if self.key.matches(loaded.entry.key.digest):",
+        "if loaded.entry.key.digest:",
     ),
     Fault(
         "a picture exactly as old as is accepted is refused",

@@ -1,15 +1,19 @@
-"""What it costs to count a hit for all replicas: processor time per hit from memory, accounting on against off.
+"""What something costs each hit: processor time per hit from memory with it on, against off.
 
-Three services run side by side, each with a Redis of its own and one picture in memory: two count for themselves
-alone, one for all replicas. In each round every one of them answers the same number of calls, by turns and in a random
+    python -m scripts.bench.hit_cost --what accounting    hits are counted for all replicas
+    python -m scripts.bench.hit_cost --what similarity    other spellings' pictures may answer
+
+Three services run side by side, each with a Redis of its own and one picture in memory: two have it off, one has it on.
+In each round every one of them answers the same number of calls, by turns and in a random
 order, and the processor time of its threads (user and system) is divided by it. Of each round two ratios are taken: of
-the two that are alike (A/A), and of the one that counts to the mean of those two. Against, by the medians of the
+the two that are alike (A/A), and of the one that has it on to the mean of those two. Against, by the medians of the
 ratios:
 
     A/A is 1 ± 0.01: else the machine was too restless to tell, and further rounds are run
-    counting costs at most 2 %
+    it costs at most 2 %
 
-With --misses every call is for a new picture: what it costs to tell of each paid call before it is sent.
+With --misses every call is for a new picture: what it costs to tell of each paid call before it is sent, or to look for
+another spelling of its prompt.
 """
 
 from __future__ import annotations
@@ -43,6 +47,13 @@ _ALIKE = 0.01
 _GOAL = 1.02
 _WARM_UP_CALLS = 1_000
 _SERVICES = {"off 1": False, "off 2": False, "on": True}
+_SETTINGS = {
+    "accounting": {False: "[accounting]\nenabled = false\n", True: "[accounting]\nenabled = true\n"},
+    "similarity": {
+        False: '[namespaces.default]\nsimilarity = "exact"\n',
+        True: '[namespaces.default]\nsimilarity = "canonical"\n',
+    },
+}
 _TIER = {False: pb.TIER_MEMORY, True: pb.TIER_UPSTREAM}
 _NUMBERS = itertools.count(1)
 
@@ -60,7 +71,7 @@ class Rounds:
 
     @property
     def ratio(self) -> float:
-        """The median ratio of the one that counts to the other two."""
+        """The median ratio of the one that has it on to the other two."""
         pairs = zip(self.us["off 1"], self.us["off 2"], self.us["on"], strict=True)
         return statistics.median(2 * on / (a + b) for a, b, on in pairs)
 
@@ -73,7 +84,7 @@ class Rounds:
         """What is not as it should be."""
         if not self.can_tell:
             return [f"A/A is {self.alike:.4f} after {len(self.us['on'])} rounds: the machine is too restless"]
-        return [f"counting costs {self.ratio - 1:.1%}, not {_GOAL - 1:.0%}"] if self.ratio > _GOAL else []
+        return [f"it costs {self.ratio - 1:.1%}, not {_GOAL - 1:.0%}"] if self.ratio > _GOAL else []
 
 
 def _request(prompt: str) -> pb.GetImageRequest:
@@ -98,7 +109,9 @@ async def _answer(stub: Stub, calls: int, *, misses: bool) -> None:
     await asyncio.gather(*(caller(calls // _AT_A_TIME) for _ in range(_AT_A_TIME)))
 
 
-async def measure(*, rounds: int, most_rounds: int, calls: int, misses: bool = False) -> Rounds:
+async def measure(
+    *, rounds: int, most_rounds: int, calls: int, misses: bool = False, what: str = "accounting"
+) -> Rounds:
     """Rounds until the two that are alike are, `rounds` at least and `most_rounds` at most."""
     measured = Rounds()
     async with AsyncExitStack() as stack:
@@ -113,7 +126,7 @@ async def measure(*, rounds: int, most_rounds: int, calls: int, misses: bool = F
             valkey = ValkeyServer(own / "valkey")
             stack.push_async_callback(asyncio.to_thread, valkey.kill)
             await asyncio.to_thread(valkey.start)
-            text = f'[redis]\nurl = "{valkey.url}"\n[accounting]\nenabled = {str(is_on).lower()}\n{rest}'
+            text = f'[redis]\nurl = "{valkey.url}"\n{_SETTINGS[what][is_on]}{rest}'
             service = await stack.enter_async_context(ServiceProcess(own, text))
             [stub] = await stack.enter_async_context(callers(service.address, 1))
             await stub.GetImage(_request(_PROMPT), timeout=60)
@@ -132,16 +145,19 @@ async def measure(*, rounds: int, most_rounds: int, calls: int, misses: bool = F
     return measured
 
 
-def main(
+def main(  # noqa: PLR0913 - one parameter per option
     *,
     rounds: Annotated[int, typer.Option(help="Rounds at least.")] = 11,
     most_rounds: Annotated[int, typer.Option(help="And at most, until A/A is within its bounds.")] = 31,
     calls: Annotated[int, typer.Option(help="Hits of each service in a round.")] = 4_000,
+    what: Annotated[str, typer.Option(help="What is on: accounting or similarity.")] = "accounting",
     misses: Annotated[bool, typer.Option("--misses", help="New pictures in place of hits.")] = False,
     json: Annotated[Path | None, typer.Option(help="File for the figures.")] = None,
 ) -> None:
-    """Processor time per hit from memory, accounting on against off."""
-    measured = asyncio.run(measure(rounds=rounds, most_rounds=most_rounds, calls=calls, misses=misses))
+    """Processor time per hit from memory with something on, against off."""
+    if what not in _SETTINGS:
+        raise typer.BadParameter(f"--what should be one of {', '.join(_SETTINGS)}")
+    measured = asyncio.run(measure(rounds=rounds, most_rounds=most_rounds, calls=calls, misses=misses, what=what))
     print_table(
         f"Processor time per {'miss' if misses else 'hit from memory'}, {len(measured.us['on'])} rounds of {calls:,}",
         ("service", "median", "least", "most"),
@@ -154,7 +170,7 @@ def main(
     shortfalls = measured.shortfalls()
     print_verdict(shortfalls)
     result = {**asdict(measured), "alike": measured.alike, "ratio": measured.ratio, "shortfalls": shortfalls}
-    write_json(json, "hit_cost", {"calls": calls, "misses": misses, **result})
+    write_json(json, "hit_cost", {"what": what, "calls": calls, "misses": misses, **result})
     raise typer.Exit(bool(shortfalls))
 
 

@@ -60,7 +60,7 @@ def answer_headers(answer: Sequence[Served], policy: CachePolicy, now_s: float) 
 
 def lasting_headers(answer: Sequence[Served]) -> dict[str, str]:
     """Those that are the same for every equal answer."""
-    return {
+    headers = {
         "content-type": "application/json",
         "cache-control": "private",
         "etag": _etag(answer),
@@ -69,6 +69,9 @@ def lasting_headers(answer: Sequence[Served]) -> dict[str, str]:
         "x-cacheserver-saved-usd": dollars(sum(served.saved_microusd for served in answer)),
         "x-cacheserver-keys": ", ".join(served.entry.key.name for served in answer),
     }
+    if any(served.is_similar for served in answer):
+        headers["x-cacheserver-matched"] = max(served.matched for served in answer).name.lower()
+    return headers
 
 
 def passing_headers(answer: Sequence[Served], policy: CachePolicy, now_s: float) -> dict[str, str]:

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import TypeVar
 
-from cacheserver.calls.bounds import EXPERIMENTAL_LEVELS, MAX_DURATION_S, MAX_REQUEST_ID, MAX_TAGS, TAG
+from cacheserver.calls.bounds import MAX_DURATION_S, MAX_REQUEST_ID, MAX_TAGS, TAG
 from cacheserver.calls.call import Call
 from cacheserver.calls.directives import read_cache_control
-from cacheserver.errors import NotImplementedYetError
 from cacheserver.http.openai.reading import Wanted
 from cacheserver.http.status import HttpError
 from cacheserver.model import CachePolicy, MatchLevel, Namespace, Priority, Terms, VariantPolicy
@@ -62,12 +61,8 @@ def read_match_level(call: Call) -> MatchLevel | None:
 
     Raises:
         HttpError: it is none.
-        NotImplementedYetError: it is not served in this release.
     """
-    level = _read_choice(call.metadata, _MATCH_LEVEL, {each.name.lower(): each for each in MatchLevel})
-    if level in EXPERIMENTAL_LEVELS:
-        raise NotImplementedYetError(f"{_MATCH_LEVEL} canonical and semantic are not served in this release.")
-    return level
+    return _read_choice(call.metadata, _MATCH_LEVEL, {each.name.lower(): each for each in MatchLevel})
 
 
 def read_terms(call: Call, wanted: Wanted, namespace: Namespace) -> Terms:
@@ -89,6 +84,7 @@ def read_terms(call: Call, wanted: Wanted, namespace: Namespace) -> Terms:
         allow_degraded=_read_choice(said, _ALLOW_DEGRADED, {"true": True, "false": False}) or False,
         candidates=_read_candidates(said, namespace),
         no_transform=directives.no_transform,
+        match_level=read_match_level(call),
         partial_images=wanted.partial_images,
     )
 
