@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -55,13 +55,15 @@ class Alone:
         entry_for: Callable[[Waiter, GeneratedImage, int], CachedImage],
         keep: Callable[[Waiter, CachedImage, bool], Awaitable[CachedImage]],
         keep_spare: Callable[[Waiter, int, GeneratedImage], object],
+        tiers_of_similar: Callable[[Waiter, Iterable[int]], Awaitable[dict[int, TierName]]],
     ) -> None:
         """`last_tier` alone knows what is absent.
 
         `find` tells where pictures are without their bytes, and who could not be asked; `find_here` asks nobody.
         `walk` brings a picture as a served call would find it, and says whether the last tier could not tell.
         `entry_for` makes an entry of a variant's picture; `keep` stores one (or replaces another by it), and holds it
-        before it returns; `keep_spare` stores what was paid for beyond what was asked for.
+        before it returns; `keep_spare` stores what was paid for beyond what was asked for. `tiers_of_similar` tells
+        where pictures of other prompts are that would have answered.
         """
         self._generation = generation
         self._resent = resent
@@ -69,6 +71,7 @@ class Alone:
         self._last_tier = last_tier
         self._find, self._find_here, self._walk = find, find_here, walk
         self._entry_for, self._keep, self._keep_spare = entry_for, keep, keep_spare
+        self._tiers_of_similar = tiers_of_similar
         self._making: Counter[str] = Counter()
         self.running: set[str] = set()
         """The idempotency keys of the calls in progress."""
@@ -85,6 +88,7 @@ class Alone:
         """
         if (refusal := may_generate(waiter) or lacks_inputs(waiter)) is not None:
             raise refusal
+        _ = waiter.canonical_key  # found out before money is spent
         seen = await self._look(waiter) if observes else _Seen()
         # From the look to the task nothing awaits: of two calls at a time one would have joined the other.
         if call_id in self.running:
@@ -127,6 +131,8 @@ class Alone:
                 hits[key.variant] = TierName.UPSTREAM
             elif here.tier is not None and not _minds_age(waiter):
                 hits[key.variant] = here.tier
+        missing = [key.variant for key in keys if key.variant not in hits and key.variant not in unknown]
+        hits |= await self._tiers_of_similar(waiter, missing)
         # What nobody can say of is neither: a picture that the last tier may have must not lose its name.
         return _Seen(hits, frozenset(waiter.variants) - hits.keys() - unknown, frozenset(too_old))
 

@@ -100,6 +100,7 @@ from cacheserver.interfaces import (
     Tier,
 )
 from cacheserver.keep import Keeper
+from cacheserver.leasing import Leasing
 from cacheserver.matching import Matching
 from cacheserver.model import (
     Ask,
@@ -193,7 +194,7 @@ class PromptCache:
         self._tasks = OwnedTasks()
         self._resent = Resent(replays=replays, tasks=self._tasks, name=lasting_name)
         self._backpressure = backpressure
-        self._leases = leases
+        self._leasing = Leasing(leases, clock=clock)
         self._coherence = coherence
         self._epochs = coherence.epochs
         self._paying = Paying(generation=generation, clock=clock, unknown=unknown, backpressure=backpressure)
@@ -205,6 +206,8 @@ class PromptCache:
             monotonic_s=clock.monotonic_s,
             here=self._here,
             walk=self._walk,
+            in_review=reviews.find,
+            urge=self._urge_for,
         )
         self._deriving = Deriving(renderer=renderer, keeper=keeper, clock=clock, find=self.find, walk=self._walk)
         self._alone = Alone(
@@ -218,6 +221,7 @@ class PromptCache:
             entry_for=self._entry_for,
             keep=self._keep_for,
             keep_spare=self._keep_spare,
+            tiers_of_similar=self.matching.tiers_of,
         )
         self._failures: TTLCache[tuple[str, str], CacheServerError] = TTLCache(
             _REMEMBERED_FAILURES, ttl=_FAILURES_LAST_S, timer=clock.monotonic_s
@@ -319,7 +323,9 @@ class PromptCache:
     async def _remake(self, ask: Ask) -> None:
         """Make what was answered with less as it was asked for, inside the budget and after everybody else."""
         asked = ask.terms
-        terms = Terms(n=asked.n, priority=Priority.WARM_UP, tags=asked.tags, ttl_s=asked.ttl_s)
+        terms = Terms(
+            n=asked.n, priority=Priority.WARM_UP, tags=asked.tags, ttl_s=asked.ttl_s, match_level=asked.match_level
+        )
         await self._get_as_asked(with_fields(ask, terms=terms))
 
     async def get_by_key(
@@ -488,14 +494,14 @@ class PromptCache:
             await self.remakes.aclose()
             await self.renewals.aclose()
             await self.tending.aclose()
-            await self.matching.aclose()
             await self._flights.aclose(grace_s)
         except asyncio.CancelledError:
             until_s = 0.0  # whoever closes us is in a hurry now
             await self._flights.aclose(0)
             raise
         finally:
-            await self._tasks.aclose(max(until_s - self._clock.monotonic_s(), _REMEMBERING_S))
+            left_s = max(until_s - self._clock.monotonic_s(), _REMEMBERING_S)
+            await asyncio.gather(self._tasks.aclose(left_s), self.matching.aclose(left_s))
 
     # ── one wait ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -510,6 +516,7 @@ class PromptCache:
             flight = self._flights.board(waiter)
             if promise is not None:
                 promise.flight = flight
+            self.matching.joined(flight)
         if flight is not None:
             self._paying.judge_late(flight, waiter)
             if waiter in flight.payers:
@@ -616,7 +623,13 @@ class PromptCache:
     async def _renew(self, served: Waiter, variants: tuple[int, ...]) -> bool:
         """Have made anew what was served stale, inside the budget and after everybody else; whether it was made."""
         asked = served.terms
-        terms = Terms(n=len(variants), priority=Priority.WARM_UP, tags=asked.tags, ttl_s=asked.ttl_s)
+        terms = Terms(
+            n=len(variants),
+            priority=Priority.WARM_UP,
+            tags=asked.tags,
+            ttl_s=asked.ttl_s,
+            match_level=asked.match_level,
+        )
         waiter = self._waiter(served.key, variants, served.namespace, served.caller, terms)
         waiter.asked, waiter.renews = served.asked, True
         answer = await self._get(waiter)
@@ -703,32 +716,43 @@ class PromptCache:
                 return
             self._paying.settle(flight)  # nothing is set aside for as long as another replica may take
             flight.missed = frozenset(look.walked)
-            if lead.similarity < MatchLevel.CANONICAL or lead.canonical_key is None:
-                await self._load_leased(flight, lasting_name(lead), look, looked_s)
-                return
-            name = lead.canonical_key.identity_name
-            async with self.matching.turn(flight, name, self._urge_for) as is_late:
-                if is_late:
-                    await self.matching.land(flight, flight.looked_for)
+            async with self.matching.turn(flight, lead):
+                self._land_here(flight)  # it may have been put meanwhile
                 if flight.waiters:
-                    await self._load_leased(flight, name, look, looked_s)
+                    await self._load_leased(flight, lead, look, looked_s)
         finally:
             self._paying.settle(flight)
 
-    async def _load_leased(self, flight: Flight, name: str, look: _Look, looked_s: float) -> None:
+    async def _load_leased(self, flight: Flight, lead: Waiter, look: _Look, looked_s: float) -> None:
         """Have made what no other replica has made meanwhile. The tiers were looked into at `looked_s` (monotonic)."""
-        looked_s_ago = self._clock.monotonic_s() - looked_s
-        lease = await self._leases.take(name, looked_s_ago=looked_s_ago, priority=lambda: flight.priority)
-        lease.urge = partial(self._urge, flight)
+        names = [lasting_name(lead)]
+        if lead.similarity >= MatchLevel.CANONICAL and lead.canonical_key is not None:
+            names.insert(0, lead.canonical_key.identity_name)
+        leases = await self._leasing.take(names, looked_s=looked_s, priority=lambda: flight.priority)
+        for lease in leases:
+            lease.urge = partial(self._urge, flight)
         try:
-            if lease.look_again:
+            if any(lease.look_again for lease in leases):
                 look = _Look()
-            flight.succeeds = lease.succeeds
+                flight.likened.clear()
+            flight.succeeds = any(lease.succeeds for lease in leases)
             await self._look(flight, look)  # also for who came meanwhile
             await self._pay(flight, look.unknown)
         finally:
             made = [flight.key.with_variant(variant) for variant in {*flight.making, *flight.loaded}]
-            self._leases.let_go(lease, after=partial(self._keeper.shared, made))
+            self._leasing.let_go(leases, after=partial(self._told, made))
+
+    async def _told(self, made: Sequence[CacheKey]) -> None:
+        """Wait until other replicas find what was just made, in whatever words they are asked for it."""
+        await self.matching.idle()
+        await self._keeper.shared(made)
+
+    def _land_here(self, flight: Flight) -> None:
+        """Land what memory has of what a flight lacks."""
+        for variant in flight.looked_for:
+            entry = self._here(flight.key.with_variant(variant))
+            if entry is not None and flight.suits(variant, loaded := Loaded(entry, TierName.MEMORY)):
+                flight.land(variant, loaded)
 
     def _urge_for(self, paying: Flight, waiting: Flight) -> None:
         self._urge(paying, waiting.priority)
@@ -740,7 +764,10 @@ class PromptCache:
 
     async def _look(self, flight: Flight, look: _Look) -> None:
         """Land what the tiers have of what the flight lacks, as far as it was not looked for; tell who has to wait."""
-        while todo := [variant for variant in flight.looked_for if variant not in look.walked]:
+        while (todo := [v for v in flight.looked_for if v not in look.walked]) or self.matching.is_due(flight):
+            if not todo:
+                look.in_review |= await self.matching.land(flight, flight.looked_for)
+                continue
             look.walked.update(todo)
             for variant, (found, is_unknown) in zip(todo, await self._walk_for(flight, todo), strict=True):
                 if is_unknown:
@@ -754,7 +781,7 @@ class PromptCache:
             look.unknown |= await self._carrying.land(flight, [v for v in todo if v not in flight.loaded])
             if not flight.waiters:
                 return
-            await self.matching.land(flight, [v for v in todo if v not in flight.loaded])
+            look.in_review |= await self.matching.land(flight, [v for v in todo if v not in flight.loaded])
             if not flight.waiters:
                 return
             look.in_review |= await self._waiting_for_review(flight, todo)
@@ -895,9 +922,10 @@ class PromptCache:
     ) -> int:
         """Have the first of these variants made, as many as come; how many. All is kept on return, and so `safe`."""
         await self._backpressure.slow_down()
+        _ = lead.canonical_key  # found out before money is spent: nothing may go wrong between that and keeping
         # What is paid for from here on no purge until now was about. What takes another's place is above that, and so
         # is what a replica that was only slow must not take the place of.
-        replaces = any(waiter.refresh for waiter in flight.waiters) or not flight.loaded.keys().isdisjoint(making)
+        replaces = any(waiter.refresh for waiter in flight.waiters) or any(map(flight.has_own, making))
         lead.epoch = await (self._coherence.next() if replaces or flight.succeeds else self._coherence.newest())
         order = lead.order(
             len(making),
@@ -928,17 +956,16 @@ class PromptCache:
         made = making[: len(images)]
         flight.paid_unknown += order.candidates * len(unknown.intersection(made))
         payers = [who_bears(flight, variant, lead) for variant in made]
-        keeping = [
-            self._keep(self._entry_for(lead, image, variant), flight, unknown)
-            for variant, image in zip(made, images, strict=True)
-        ]
+        entries = [self._entry_for(lead, image, variant) for variant, image in zip(made, images, strict=True)]
+        keeping = [self._keep(entry, flight, unknown) for entry in entries]
         kept = await asyncio.gather(*keeping, return_exceptions=True)
         await asyncio.gather(*spares, return_exceptions=True)
         # From here on nothing awaits either: who joins what is made already is never told of it.
         for variant, entry, payer in zip(made, kept, payers, strict=True):
             self._land(flight, variant, entry, payer)
-        if stored := [entry for entry in kept if isinstance(entry, CachedImage)]:
-            await self.matching.remember(lead, stored[0])
+        stored = [entry for entry in kept if isinstance(entry, CachedImage)]
+        self.matching.made(flight, lead, stored)
+        self.matching.remember(lead, stored[0] if stored else entries[0])
         return len(made)
 
     def _land(self, flight: Flight, variant: int, kept: CachedImage | BaseException, payer: Waiter) -> None:
@@ -972,7 +999,7 @@ class PromptCache:
             return _once_kept_in_review(self._reviews.hold(entry))
         if is_unknown:
             return self._keeper.keep_stand_in(entry)
-        return self._keeper.keep(entry, replace=is_refreshed or variant in flight.loaded)
+        return self._keeper.keep(entry, replace=is_refreshed or flight.has_own(variant))
 
     def _entry(  # noqa: PLR0913 - an entry's facts
         self,
@@ -1028,6 +1055,7 @@ class PromptCache:
 
     def _keep_for(self, lead: Waiter, entry: CachedImage, replace: bool) -> Awaitable[CachedImage]:  # noqa: FBT001 - as it is lent
         """Store what was made for `lead` alone; one that is too doubtful to be shared waits for review."""
+        self.matching.remember(lead, entry)
         if _is_doubtful(entry.image, lead):
             return _as_made(self._reviews.hold(entry), entry)
         return self._keeper.keep(entry, replace=replace)

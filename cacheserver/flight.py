@@ -24,6 +24,7 @@ from cacheserver.model import (
     AnswerFrom,
     CachedImage,
     CacheKey,
+    CachePolicy,
     Caller,
     Identity,
     ImageRequest,
@@ -122,7 +123,8 @@ class Waiter:
 
         Who wants a certain picture of its own prompt wants no other's.
         """
-        if self.refresh or self.terms.variant_policy is not VariantPolicy.FIRST:
+        wants_new = self.terms.cache_policy is CachePolicy.REFRESH  # also when it only collects what it was given
+        if wants_new or self.terms.variant_policy is not VariantPolicy.FIRST:
             return MatchLevel.EXACT
         own, accepted = self.namespace.similarity, self.terms.match_level
         return own if accepted is None else min(own, accepted)
@@ -219,6 +221,10 @@ class Flight:
         """Whether another replica began to make the same, and may come late with it."""
         self.urged = Priority.WARM_UP
         """The highest priority of who waits for the same at other replicas."""
+        self.likened: set[bytes] = set()
+        """The digests of the prompts for which pictures of other prompts were looked for."""
+        self.judged: set[bytes] = set()
+        """Those that a verifier was asked about: it is once, however often the tiers are looked into."""
         self.sealed = False
         self.spending = False
         self.dropped = False
@@ -238,6 +244,11 @@ class Flight:
         """How long ago what is of use to some waiter may have expired, or to who joins those that renew it."""
         taking = (waiter for waiter in self.waiters if waiter.renews or waiter.error_from_s is not None)
         return max((waiter.namespace.stale_s for waiter in taking), default=0.0)
+
+    def has_own(self, variant: int) -> bool:
+        """Whether it has a picture of its own key for this variant, which may be older than somebody accepts."""
+        loaded = self.loaded.get(variant)
+        return loaded is not None and loaded.matched is None
 
     @property
     def lacking(self) -> list[int]:

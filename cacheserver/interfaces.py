@@ -326,8 +326,11 @@ class Aliases(Protocol):
         """What answers for the identities of these names, None where nothing is known. One round trip."""
         ...
 
-    async def add(self, name: str, alias: Alias) -> bool:
-        """Have `alias` answer for the identity of this name; whether it does: not if another one did before."""
+    async def add(self, name: str, alias: Alias, *, instead_of: Alias | None = None) -> bool:
+        """Have `alias` answer for the identity of this name; whether it does.
+
+        Not if another one did before, unless that is `instead_of`.
+        """
         ...
 
     async def remove(self, name: str, alias: Alias) -> None:

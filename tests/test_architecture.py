@@ -60,10 +60,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "carrying": VALUES | {"identity", "flight", "keep"},
     "matching": VALUES | {"flight", "identity"},
     "similarity": VALUES | {"identity", "generation"},
+    "leasing": VALUES,
     "deriving": VALUES | {"carrying", "identity", "flight", "keep", "renditions"},
     "cache": VALUES
     | {"tiers", "flight", "keep", "purge", "paying", "resent", "alone", "variants", "reviews", "remakes", "rungs"}
-    | {"carrying", "matching", "deriving", "backpressure", "coherence", "freshness", "tending"},
+    | {"carrying", "matching", "leasing", "deriving", "backpressure", "coherence", "freshness", "tending"},
     "settings": VALUES | {"identity", "machine", "tiers"},
     "calls": VALUES | {"cache", "identity", "precheck", "recall"},
     "http": VALUES | {"cache", "calls", "identity", "generation", "renditions"},

@@ -493,13 +493,16 @@ def test_these_are_two_pictures(rule: str, one: str, other: str) -> None:
     assert not same_picture(one, other), rule
 
 
-def test_above_2000_characters_a_prompt_stays_as_written() -> None:
+def test_above_2000_bytes_a_prompt_stays_as_written() -> None:
     short = "A Cat, " * 285
     assert canonical(short) != short
     long = short + "A Cat"
     assert len(long) == 2_000
     assert canonical(long) != long
     assert canonical(long + "s") == long + "s"
+    chinese = "一只猫，" * 166
+    assert canonical(chinese) != chinese
+    assert canonical(chinese + "一只猫，") == chinese + "一只猫，"
 
 
 @pytest.mark.parametrize(

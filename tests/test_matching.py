@@ -282,9 +282,9 @@ class Counted(NoAliases):
         self.asked.append(("find", self._house.upstream.calls))
         return await super().find(names)
 
-    async def add(self, name: str, alias: Alias) -> bool:
+    async def add(self, name: str, alias: Alias, *, instead_of: Alias | None = None) -> bool:
         self.asked.append(("add", self._house.upstream.calls))
-        return await super().add(name, alias)
+        return await super().add(name, alias, instead_of=instead_of)
 
 
 async def test_a_miss_asks_for_aliases_once_before_it_pays_and_tells_of_one_behind_its_answer(house: House) -> None:
@@ -358,7 +358,7 @@ class Lying(Aliases):
     async def find(self, names: object) -> list[Alias | None]:
         return [self._alias() for _ in names]  # type: ignore[attr-defined] # as many as asked for
 
-    async def add(self, name: str, alias: Alias) -> bool:  # noqa: ARG002 - whatever it is
+    async def add(self, name: str, alias: Alias, *, instead_of: Alias | None = None) -> bool:  # noqa: ARG002
         return False
 
     async def remove(self, name: str, alias: Alias) -> None:

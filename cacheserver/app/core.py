@@ -84,6 +84,8 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
     """
     registry = CollectorRegistry()
     books = CounterBooks(clock=clock, registry=registry, told_apart=_told_apart(settings))
+    if any(namespace.corrects_typos for namespace in settings.namespaces.values()):
+        await asyncio.to_thread(load_dictionary)
     await lock_disk(settings, clock=clock, undo=undo)
     lower = await build_tiers(settings, books=books, clock=clock, undo=undo)
     for tier in lower.tiers:
@@ -274,8 +276,6 @@ def _similar_prompts(settings: Settings, *, books: Books, clock: Clock, undo: As
         ConfigError: a package of the extra [semantic] is not installed.
     """
     namespaces = settings.namespaces.values()
-    if any(namespace.corrects_typos for namespace in namespaces):
-        load_dictionary()
     if all(namespace.similarity < MatchLevel.SEMANTIC for namespace in namespaces):
         return None
     similarity = settings.similarity

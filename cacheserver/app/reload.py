@@ -16,6 +16,7 @@ from cacheserver.app.core import Core
 from cacheserver.app.front import Front
 from cacheserver.app.miss_path import changed_lanes, check_upper_bounds, last_month_s, load_prices
 from cacheserver.errors import CacheServerError, ConfigError
+from cacheserver.identity import load_dictionary
 from cacheserver.settings import Settings
 from cacheserver.settings.changes import needing_restart
 
@@ -67,6 +68,8 @@ class Reloading:
         )
         spent = await miss_path.ledger.sums(last_month_s(core.clock))
         prechecks = await front.policies.build(settings)
+        if any(namespace.corrects_typos for namespace in settings.namespaces.values()):
+            await asyncio.to_thread(load_dictionary)
         # No await from here to the end: no call meets half of it.
         namespaces = settings.namespaces.values()
         front.authenticator.replace(settings.caller_tokens, certified=settings.caller_certificates)

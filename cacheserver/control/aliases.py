@@ -26,7 +26,10 @@ _AWAY_S = 5.0
 """So long nobody asks a Redis that did not answer."""
 
 _ADD = """
-return redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[2]) and 1 or 0
+local there = redis.call('GET', KEYS[1])
+if there and there ~= ARGV[1] and there ~= ARGV[3] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+return 1
 """
 
 _REMOVE = """
@@ -42,7 +45,7 @@ class NoAliases:
         """See `Aliases.find`."""
         return [None] * len(names)
 
-    async def add(self, name: str, alias: Alias) -> bool:  # noqa: ARG002 - as it is called
+    async def add(self, name: str, alias: Alias, *, instead_of: Alias | None = None) -> bool:  # noqa: ARG002 - as it is called
         """See `Aliases.add`."""
         return True
 
@@ -71,9 +74,10 @@ class RedisAliases:
         stored = await self._asked("find", pipeline.execute())
         return [None] * len(names) if stored is None else list(map(_decode, stored))
 
-    async def add(self, name: str, alias: Alias) -> bool:
+    async def add(self, name: str, alias: Alias, *, instead_of: Alias | None = None) -> bool:
         """See `Aliases.add`."""
-        added = await self._asked("add", self._run(_ADD, name, _encode(alias), str(_LASTS_S)))
+        before = "" if instead_of is None else _encode(instead_of)
+        added = await self._asked("add", self._run(_ADD, name, _encode(alias), str(_LASTS_S), before))
         return added is None or bool(added)
 
     async def remove(self, name: str, alias: Alias) -> None:

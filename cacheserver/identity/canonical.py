@@ -34,7 +34,9 @@ from cacheserver.identity.verbatim import Part, UnclearQuotesError, is_without, 
 CANONICAL_VERSION = "canonical/1"
 """The profile's name with its number, which rises with every change of what it makes of any prompt."""
 
-_MAX_CHARS = 2_000
+_MAX_BYTES = 2_000
+"""Of a prompt in UTF-8: 2,000 Latin letters, or 667 Han characters, which say as much."""
+
 _MAX_PASSES = 6
 """Nearly every prompt settles in one pass; the next one shows that it has."""
 
@@ -255,7 +257,7 @@ def canonical(prompt: str, *, ignore_quality_words: bool = True) -> str:
 def canonical_form(prompt: str, *, ignore_quality_words: bool = True) -> str | None:
     """The canonical form of `prompt`; None where it has none and shares with nobody.
 
-    It has none where it is above 2,000 characters, for prompts so long are hardly ever said twice in other words, where
+    It has none where it is above 2,000 bytes, for prompts so long are hardly ever said twice in other words, where
     it is unclear what is quoted, and where nothing would be left.
     """
     return _form(_written(prompt), ignore_quality_words=ignore_quality_words)
@@ -273,7 +275,7 @@ def _written(prompt: str) -> str:
 
 
 def _form(text: str, *, ignore_quality_words: bool) -> str | None:
-    if len(text) > _MAX_CHARS:
+    if len(text) > _MAX_BYTES or not (text.isascii() or len(text.encode("utf-8", "surrogatepass")) <= _MAX_BYTES):
         return None
     for _ in range(_MAX_PASSES):
         once = _one_pass(text, ignore_quality_words=ignore_quality_words)

@@ -10,7 +10,7 @@ namespaces have to ask for it. The dictionary is pyspellchecker's, of the extra 
 from __future__ import annotations
 
 import re
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 from cacheserver.errors import ConfigError
@@ -64,7 +64,7 @@ def _is_known(words: list[str]) -> bool:
     return bool(words) and all(word in dictionary for word in words)
 
 
-@cache
+@lru_cache(maxsize=10_000)
 def _meant(word: str) -> str:
     """The only word that a misspelt one can mean; "" where it is none, or nobody can tell."""
     dictionary = _dictionary()

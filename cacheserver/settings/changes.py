@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
+from cacheserver.model import MatchLevel
 from cacheserver.settings.schema import NamespaceSettings, Settings, UpstreamSettings
 
 _AT_ONCE = frozenset(
@@ -52,11 +53,17 @@ def _upstreams(running: Settings, read: Settings) -> Iterator[str]:
                 yield f"upstreams.{name}.{field}"
 
 
+def _semantic(settings: Settings) -> list[str]:
+    return [name for name, each in settings.namespaces.items() if each.similarity is MatchLevel.SEMANTIC]
+
+
 def _by_name(settings: Settings) -> dict[str, UpstreamSettings]:
     return {each.name: each for each in settings.upstreams}
 
 
 def _namespaces(running: Settings, read: Settings) -> Iterator[str]:
+    if _semantic(read) and not _semantic(running):
+        yield f"namespaces.{_semantic(read)[0]}.similarity (the first semantic one)"
     none = NamespaceSettings()
     for name in sorted(running.namespace_settings.keys() | read.namespace_settings.keys()):
         before, after = running.namespace_settings.get(name, none), read.namespace_settings.get(name, none)

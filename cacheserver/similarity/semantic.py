@@ -41,7 +41,10 @@ class Semantic:
 
     async def learn(self, group: str, key: CacheKey, prompt: str, prompt_digest: bytes) -> None:
         """From now on the picture of `key`, made for this prompt, may answer others of the group."""
-        await asyncio.to_thread(self._candidates.add, group, _key_of(key, prompt_digest), prompt)
+        try:
+            await asyncio.to_thread(self._candidates.add, group, _key_of(key, prompt_digest), prompt)
+        except Exception:  # noqa: BLE001 - an embedder of the operator's may raise anything, and nobody waits for this
+            _log.exception("prompt_not_learned")
 
     async def forget(self, group: str, alias: Alias) -> None:
         """What the alias says is there no more."""
@@ -56,7 +59,10 @@ class Semantic:
                 return await self._find(group, prompt, namespace, may_answer)
         except TimeoutError:
             self._books.verified(namespace, "timeout", 0)
-            return None
+        except Exception:  # noqa: BLE001 - an embedder or verifier of the operator's may raise anything: it is a no
+            _log.exception("similar_not_found")
+            self._books.verified(namespace, "error", 0)
+        return None
 
     async def _find(
         self, group: str, prompt: str, namespace: str, may_answer: Callable[[CacheKey], bool]
