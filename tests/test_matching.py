@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
-from cacheserver.clock import SystemClock
 from cacheserver.control.aliases import NoAliases, RedisAliases
-from cacheserver.control.leases import RedisLeases
-from cacheserver.epochs import Epochs, Tombstone
-from cacheserver.errors import NotCachedError, UpstreamDownError
+from cacheserver.epochs import Tombstone
+from cacheserver.errors import ConfigError, KeyGoneError, NotCachedError, UpstreamDownError
 from cacheserver.identity import canonical_key, identify
 from cacheserver.interfaces import Aliases
 from cacheserver.model import (
     Alias,
     CachedImage,
+    CacheKey,
     CachePolicy,
     Identity,
     ImageRequest,
@@ -28,67 +25,34 @@ from cacheserver.model import (
     Namespace,
     Pending,
     Served,
+    Stale,
     Terms,
     TierName,
     VariantPolicy,
 )
 from cacheserver.tiers.redis_client import Client, connect, disconnect
 from tests.fakes import FakeClock
-from tests.house import EVERYTHING, MODEL, House, open_tier
-from tests.servers import ValkeyServer
+from tests.house import EVERYTHING, MODEL, House
+from tests.matching_house import (
+    FOX,
+    ONE_LINE,
+    PREFIXES,
+    SAME_FOX,
+    SHARING,
+    STRICT,
+    THIRD_FOX,
+    TWO_LINES,
+    Replica,
+    ask_in,
+    client,
+    house,
+    redis_aliases,
+    replicas,
+    spellings,
+)
 from tests.waiting import until
 
-FOX, SAME_FOX, THIRD_FOX = "a red fox, 8k", "Please draw a red fox, 8 k", "red fox!"
-SHARING = Namespace("default", "default", similarity=MatchLevel.CANONICAL)
-STRICT = Namespace("strict", "default")
-"""Shares the pictures of the house's own namespace, and is answered only with those of a request's own prompt."""
-
-PREFIXES = (f"aliases-{n}:" for n in itertools.count())
-
-
-@pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[House]:
-    clock = FakeClock()
-    epochs = Epochs()
-    house = House(
-        clock=clock,
-        redis=await open_tier(tmp_path / "redis", TierName.REDIS, clock, epochs),
-        s3=await open_tier(tmp_path / "s3", TierName.S3, clock, epochs),
-        epochs=epochs,
-    )
-    house.namespace = SHARING
-    yield house
-    await house.aclose()
-
-
-@pytest.fixture
-async def client(valkey_server: ValkeyServer) -> AsyncIterator[Client]:
-    client = connect(valkey_server.url, timeout_s=5.0, connect_timeout_s=5.0)
-    yield client
-    await disconnect(client)
-
-
-def spellings(n: int) -> Iterator[str]:
-    """So many ways to ask for one picture."""
-    wrappers = ("", "please draw ", "can you generate ", "an image of ", "Create a picture of ")
-    articles = ("a ", "the ", "", "A ")
-    names = ("red fox", "Red Fox", "RED FOX", "red  fox", "red-fox")
-    ends = ("", ".", "!", ", 8k", ", 8 k", ", highly detailed", ", masterpiece, best quality", ", 4k, hd")
-    every = ("".join(parts) for parts in itertools.product(wrappers, articles, names, ends))
-    return itertools.islice(every, n)
-
-
-def redis_aliases(client: Client, prefix: str) -> RedisAliases:
-    return RedisAliases(client=client, prefix=prefix, monotonic_s=SystemClock().monotonic_s, timeout_s=5.0)
-
-
-async def ask_in(house: House, namespace: Namespace, prompt: str, **terms: object) -> Served:
-    request = ImageRequest(prompt, MODEL)
-    asked = Terms(**terms)  # type: ignore[arg-type] # test convenience
-    identity = identify(request, namespace, asked.match_level)
-    answer = await house.cache.get(request, identity, namespace=namespace, caller=EVERYTHING, terms=asked)
-    assert isinstance(answer, list)
-    return answer[0]
+__all__ = ["client", "house", "replicas"]
 
 
 # ── one request after the other ─────────────────────────────────────────────────────────────────────────────────────
@@ -149,6 +113,91 @@ async def test_a_spelling_asks_the_tiers_for_its_own_picture_again_after_a_minut
     asked = len(house.s3.gets)
     assert (await house.get(SAME_FOX)).matched is MatchLevel.CANONICAL
     assert len(house.s3.gets) > asked
+
+
+async def test_a_picture_of_its_own_that_was_too_old_for_one_call_answers_the_next(house: House) -> None:
+    own = await house.get(SAME_FOX)
+    await house.settle()
+    house.clock.advance(100)
+    house.restart()
+    await house.get(FOX)
+    await house.get(SAME_FOX, max_age_s=50.0)
+    answer = await house.get(SAME_FOX)
+    assert (answer.entry.key, answer.matched) == (own.entry.key, MatchLevel.EXACT)
+
+
+async def test_who_refuses_pictures_of_other_prompts_has_its_own_renewed(house: House) -> None:
+    house.namespace = replace(SHARING, ttl_s=100.0, stale_while_revalidate_s=1000.0)
+    house.restart()
+    await house.get(SAME_FOX, match_level=MatchLevel.STANDARD)
+    await house.settle()
+    house.clock.advance(101)
+    await house.get(FOX)
+    assert (await house.get(SAME_FOX, match_level=MatchLevel.STANDARD)).stale is Stale.RENEWED
+    await house.cache.renewals.idle()
+    renewed = await house.get(SAME_FOX, match_level=MatchLevel.STANDARD)
+    assert (renewed.stale, renewed.matched) == (Stale.NO, MatchLevel.EXACT)
+
+
+async def test_a_stale_picture_of_its_own_gives_way_to_the_fresh_one_of_another_spelling(house: House) -> None:
+    house.namespace = replace(SHARING, ttl_s=100.0, stale_while_revalidate_s=1000.0)
+    house.restart()
+    await house.get(SAME_FOX)
+    await house.settle()
+    house.clock.advance(101)
+    await house.get(FOX, cache_policy=CachePolicy.REFRESH)
+    assert (await house.get(SAME_FOX)).stale is Stale.RENEWED
+    await house.cache.renewals.idle()
+    assert (await house.get(SAME_FOX)).stale is Stale.NO
+
+
+async def test_a_further_variant_of_another_prompt_of_the_key_costs_later_spellings_one_picture(house: House) -> None:
+    await house.get(ONE_LINE)
+    await house.get(TWO_LINES, variant_policy=VariantPolicy.NEXT)
+    await until(lambda: house.cache.in_flight == 0)
+    images = house.upstream.images
+    for prompt in ("Please draw {}", "an image of {}", "Create a picture of {}"):
+        await house.get(prompt.format(TWO_LINES))
+    assert house.upstream.images <= images + 1
+
+
+async def test_a_call_sent_again_for_a_refreshed_picture_that_is_gone_gets_no_other_spellings(house: House) -> None:
+    await house.get(FOX)
+    terms = {"cache_policy": CachePolicy.REFRESH, "request_id": "one"}
+    own = await house.get(SAME_FOX, **terms)
+    await house.settle()
+    await house.cache.purge(SHARING, key=own.entry.key, dry_run=False)
+    with pytest.raises(KeyGoneError):
+        await house.get(SAME_FOX, **terms)
+
+
+async def test_a_picture_made_while_the_last_tier_cannot_say_answers_other_spellings(house: House) -> None:
+    house.s3.is_down = True
+    made = await house.get(FOX)
+    answer = await house.get(SAME_FOX)
+    house.s3.is_down = False
+    assert (answer.entry.image, answer.matched) == (made.entry.image, MatchLevel.CANONICAL)
+
+
+@pytest.mark.parametrize(
+    ("namespace", "policy"),
+    [
+        (SHARING, CachePolicy.USE_CACHE),
+        (SHARING, CachePolicy.REFRESH),
+        (replace(SHARING, serve_percent=0.0), CachePolicy.USE_CACHE),
+    ],
+    ids=["served", "refreshed", "observed"],
+)
+async def test_what_keeps_a_prompt_from_its_canonical_form_is_found_before_money_is_spent(
+    house: House, monkeypatch: pytest.MonkeyPatch, namespace: Namespace, policy: CachePolicy
+) -> None:
+    def fail(*_: object) -> CacheKey:
+        raise ConfigError("no dictionary")
+
+    monkeypatch.setattr("cacheserver.flight.canonical_key", fail)
+    with capture_logs(), pytest.raises(ConfigError):
+        await ask_in(house, namespace, FOX, cache_policy=policy)
+    assert house.upstream.calls == 0
 
 
 @pytest.mark.parametrize(
@@ -373,6 +422,42 @@ async def test_an_alias_that_points_to_a_picture_of_another_canonical_key_serves
     assert (answer.tier, house.upstream.calls) == (TierName.UPSTREAM, 2)
 
 
+async def test_an_alias_that_points_into_another_partition_serves_nothing(house: House) -> None:
+    secret = (await ask_in(house, Namespace("secret", "secret"), "a blue owl")).entry
+    house.restart(aliases=Lying(lambda: Alias(secret.key, MatchLevel.CANONICAL, secret.prompt_digest)))
+    assert house.memory.put(secret.key, secret)
+    answer = await house.get(FOX)
+    assert (answer.tier, answer.entry.key.partition) == (TierName.UPSTREAM, "default")
+
+
+async def test_a_picture_by_which_another_prompt_of_the_key_replaced_one_answers_nobody_from_memory(
+    house: House,
+) -> None:
+    await house.get(ONE_LINE)
+    prompt = f"Please draw {ONE_LINE}"
+    assert (await house.get(prompt)).matched is MatchLevel.CANONICAL
+    await house.get(TWO_LINES, cache_policy=CachePolicy.REFRESH)
+    answer = await house.get(prompt)
+    assert answer.entry.canonical_digest == canonical(prompt).digest
+
+
+async def test_what_a_prompt_was_promised_does_not_answer_another_prompt_of_its_key(
+    house: House, client: Client
+) -> None:
+    aliases = redis_aliases(client, next(PREFIXES))
+    prompt = f"Please draw {ONE_LINE}"
+    await ask_in(house, STRICT, prompt)
+    await house.settle()
+    house.restart(aliases=aliases)
+    await house.get(prompt)
+    await house.cache.matching.idle()
+    assert (await house.get(ONE_LINE, max_wait_s=60.0)).matched is MatchLevel.CANONICAL
+    await house.cache.matching.idle()
+    house.restart(aliases=aliases)
+    answer = await house.get(TWO_LINES)
+    assert (answer.tier, canonical(TWO_LINES) == canonical(prompt)) == (TierName.UPSTREAM, False)
+
+
 async def test_a_purged_picture_answers_no_spelling_and_the_next_one_does(house: House) -> None:
     made = await house.get(FOX)
     await house.get(SAME_FOX)
@@ -441,40 +526,6 @@ async def test_a_caller_that_was_told_to_come_back_finds_the_other_spellings_pic
 # ── with others ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Replica(House):
-    """A house whose aliases and leases are those of a real Redis."""
-
-    def share(self, client: Client, prefix: str, number: int) -> None:
-        leases = RedisLeases(
-            client=client, prefix=prefix, replica_id=f"{number:016x}", clock=SystemClock(), books=self.books
-        )
-        leases.start()
-        self.leases = leases
-        self.restart(leases=leases, aliases=redis_aliases(client, prefix))
-
-
-@pytest.fixture
-async def replicas(tmp_path: Path, client: Client) -> AsyncIterator[list[Replica]]:
-    clock = FakeClock()
-    epochs = Epochs()
-    prefix = next(PREFIXES)
-    houses: list[Replica] = []
-    for number in range(2):
-        house = Replica(
-            clock=clock,
-            redis=await open_tier(tmp_path / f"redis{number}", TierName.REDIS, clock, epochs),
-            s3=await open_tier(tmp_path / "s3", TierName.S3, clock, epochs) if not houses else houses[0].s3,
-            epochs=epochs,
-        )
-        house.namespace = SHARING
-        house.share(client, prefix, number)
-        houses.append(house)
-    yield houses
-    for house in houses:
-        await house.aclose()
-        await house.leases.aclose()
-
-
 async def test_what_one_replica_paid_for_answers_other_spellings_at_another(replicas: list[Replica]) -> None:
     one, other = replicas
     made = await one.get(FOX)
@@ -524,6 +575,28 @@ async def test_an_alias_in_redis_stays_with_the_first_and_goes_only_with_it(clie
     assert await aliases.find(["name"]) == [None]
 
 
+async def test_aliases_of_many_nodes_of_a_redis_are_found_in_order(redis_url: str) -> None:
+    client = connect(redis_url, timeout_s=5.0, connect_timeout_s=5.0)
+    aliases = redis_aliases(client, next(PREFIXES))
+    every = {f"v1.default.{n}": alias_of(f"fox number {n}") for n in range(20)}
+    for name, alias in every.items():
+        assert await aliases.add(name, alias)
+    names = list(every)
+    assert await aliases.find(names) == list(every.values())
+    await aliases.remove(names[0], every[names[0]])
+    assert await aliases.find(names) == [None, *list(every.values())[1:]]
+    await disconnect(client)
+
+
+async def test_an_alias_in_redis_makes_way_for_the_one_that_is_to_take_its_place(client: Client) -> None:
+    aliases = redis_aliases(client, next(PREFIXES))
+    outdated, other, new = alias_of("a red fox"), alias_of("the red fox"), alias_of("red foxes")
+    assert await aliases.add("name", outdated)
+    assert not await aliases.add("name", new, instead_of=other)
+    assert await aliases.add("name", new, instead_of=outdated)
+    assert await aliases.find(["name"]) == [new]
+
+
 async def test_a_redis_that_did_not_answer_is_not_asked_for_five_seconds() -> None:
     away = connect("redis://127.0.0.1:1", timeout_s=0.2, connect_timeout_s=0.2)
     clock = FakeClock()
@@ -553,3 +626,9 @@ async def test_an_alias_that_nobody_can_read_is_none(client: Client) -> None:
 def alias_of(prompt: str) -> Alias:
     identity: Identity = identify(ImageRequest(prompt, MODEL), SHARING)
     return Alias(replace(identity.key, digest=identity.key.digest[:16]), MatchLevel.CANONICAL, identity.prompt_digest)
+
+
+def canonical(prompt: str) -> CacheKey:
+    key = canonical_key(ImageRequest(prompt, MODEL), SHARING)
+    assert key is not None
+    return key

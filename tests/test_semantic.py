@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from structlog.testing import capture_logs
 
 from cacheserver.epochs import Epochs, Tombstone
 from cacheserver.model import CachePolicy, MatchLevel, Namespace, Served, Terms, TierName
-from cacheserver.similarity.candidates import Candidates
+from cacheserver.similarity.candidates import Candidates, Trigrams
 from cacheserver.similarity.semantic import Semantic
 from cacheserver.similarity.verifier import Reason, Verdict, Verifier
+from cacheserver.tasks import end
 from tests.fakes import FakeClock
 from tests.house import EVERYTHING, House, open_tier
 from tests.waiting import until
@@ -67,8 +70,30 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
     await house.aclose()
 
 
-def with_verifier(house: House, verifier: StandIn | None, *, timeout_s: float = 5.0) -> None:
-    semantic = Semantic(candidates=Candidates(), verifier=verifier, books=house.books, floor=0.5, timeout_s=timeout_s)
+class Breaking(StandIn):
+    """Raises what no verifier should."""
+
+    async def same_picture(self, asked: str, stored: str) -> Verdict:
+        await super().same_picture(asked, stored)
+        raise ValueError("a bug")
+
+
+class Embedding(Trigrams):
+    """Fails when it is told to."""
+
+    is_broken = False
+
+    def embed(self, prompts: Sequence[str]) -> NDArray[np.float32]:
+        if self.is_broken:
+            raise ValueError("no vector")
+        return super().embed(prompts)
+
+
+def with_verifier(
+    house: House, verifier: StandIn | None, *, timeout_s: float = 5.0, embedder: Embedding | None = None
+) -> None:
+    candidates = Candidates(embedder=embedder)
+    semantic = Semantic(candidates=candidates, verifier=verifier, books=house.books, floor=0.5, timeout_s=timeout_s)
     house.restart(similar_prompts=semantic)
 
 
@@ -163,6 +188,38 @@ async def test_a_verifier_that_hangs_costs_its_deadline_and_no_more(house: House
     await get(house, PUPPY)
     assert (await get(house, SAME_PUPPY)).tier is TierName.UPSTREAM
     assert (len(verifier.asked), counted(house, "verifications", result="timeout")) == (1, 1)
+
+
+async def test_prompts_of_one_key_have_their_verifications_at_a_time(house: House) -> None:
+    with_verifier(house, verifier := StandIn(), timeout_s=3600)
+    await get(house, PUPPY)
+    verifier.hangs = True
+    prompts = [SAME_PUPPY.replace(" ", " " * n) for n in range(1, 7)]
+    assert len({house.identity(prompt)[1].key for prompt in prompts}) == 1
+    asking = [asyncio.create_task(house.get(prompt)) for prompt in prompts]
+    await until(lambda: len(verifier.asked) == len(prompts))
+    assert [asked for asked, _ in verifier.asked] == prompts
+    await end(asking)
+    assert house.upstream.calls == 1
+
+
+async def test_a_verifier_that_fails_as_it_should_not_is_a_no(house: House) -> None:
+    with_verifier(house, Breaking())
+    await get(house, PUPPY)
+    with capture_logs() as logs:
+        assert (await get(house, SAME_PUPPY)).tier is TierName.UPSTREAM
+    assert "similar_not_found" in [line["event"] for line in logs]
+    assert counted(house, "verifications", result="error") == 1
+
+
+async def test_an_embedder_that_fails_costs_a_similar_hit_and_nothing_else(house: House) -> None:
+    with_verifier(house, verifier := StandIn(), embedder=(embedder := Embedding()))
+    await get(house, PUPPY)
+    embedder.is_broken = True
+    with capture_logs() as logs:
+        assert (await get(house, SAME_PUPPY)).tier is TierName.UPSTREAM
+    assert [line["event"] for line in logs if "exc_info" in line] == ["similar_not_found", "prompt_not_learned"]
+    assert verifier.asked == []
 
 
 async def test_with_a_verifier_that_hangs_equal_and_canonical_prompts_are_answered_all_the_same(house: House) -> None:

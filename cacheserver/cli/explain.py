@@ -36,14 +36,24 @@ def _draw(result: ExplainResult, console: Console) -> None:
         _draw_one(each, console)
     if result.other is not None and not result.differences:
         console.print("same key", style="bold green")
+    if result.differences and _are_one_picture(result):
+        console.print("one picture: the same canonical form, and no other difference", style="bold green")
     for difference in result.differences:
         console.print(f"differs in {difference.field}:", style="bold yellow")
         console.print(f"  {difference.value}")
         console.print(f"  {difference.other_value}")
 
 
+def _are_one_picture(result: ExplainResult) -> bool:
+    forms = [each.canonical_prompt for each in (result.explanation, result.other) if each is not None]
+    is_of_prompt_alone = all(difference.field == "prompt" for difference in result.differences)
+    return is_of_prompt_alone and bool(forms[0]) and forms[0] == forms[-1]
+
+
 def _draw_one(explanation: Explanation, console: Console) -> None:
     console.print(f"prompt    {explanation.normalized_prompt}")
+    if explanation.canonical_prompt:
+        console.print(f"canonical {explanation.canonical_prompt}")
     console.print(f"profile   {explanation.profile}")
     console.print(f"identity  {explanation.canonical_identity}")
     console.print(f"key       {explanation.key}")

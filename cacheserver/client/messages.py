@@ -461,6 +461,7 @@ def _explanation(explanation: pb.Explanation) -> Explanation:
         canonical_identity=explanation.canonical_identity,
         key=explanation.key,
         profile=explanation.profile,
+        canonical_prompt=explanation.canonical_prompt,
     )
 
 

@@ -395,12 +395,14 @@ class Explanation:
         canonical_identity: Everything that decides the image, as canonical JSON.
         key: The key of variant 0.
         profile: Name and version of the normalization profile, as "standard/1".
+        canonical_prompt: The prompt's canonical form, which prompts in other words share; "" where it shares with none.
     """
 
     normalized_prompt: str = field(repr=False)
     canonical_identity: str = field(repr=False)
     key: str
     profile: str
+    canonical_prompt: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -610,16 +610,18 @@ class ExplainKeyResponse(_message.Message):
     def __init__(self, explanation: _Optional[_Union[Explanation, _Mapping]] = ..., other: _Optional[_Union[Explanation, _Mapping]] = ..., differences: _Optional[_Iterable[_Union[FieldDifference, _Mapping]]] = ...) -> None: ...
 
 class Explanation(_message.Message):
-    __slots__ = ("normalized_prompt", "canonical_identity", "key", "profile")
+    __slots__ = ("normalized_prompt", "canonical_identity", "key", "profile", "canonical_prompt")
     NORMALIZED_PROMPT_FIELD_NUMBER: _ClassVar[int]
     CANONICAL_IDENTITY_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
+    CANONICAL_PROMPT_FIELD_NUMBER: _ClassVar[int]
     normalized_prompt: str
     canonical_identity: str
     key: str
     profile: str
-    def __init__(self, normalized_prompt: _Optional[str] = ..., canonical_identity: _Optional[str] = ..., key: _Optional[str] = ..., profile: _Optional[str] = ...) -> None: ...
+    canonical_prompt: str
+    def __init__(self, normalized_prompt: _Optional[str] = ..., canonical_identity: _Optional[str] = ..., key: _Optional[str] = ..., profile: _Optional[str] = ..., canonical_prompt: _Optional[str] = ...) -> None: ...
 
 class FieldDifference(_message.Message):
     __slots__ = ("field", "value", "other_value")

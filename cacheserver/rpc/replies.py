@@ -157,13 +157,14 @@ def pending_response(pending: Pending) -> pb.GetImageResponse:
     return pb.GetImageResponse(images=images, status=status, image_status=[status] * len(images))
 
 
-def explanation(identity: Identity) -> pb.Explanation:
-    """One request's way to its key."""
+def explanation(identity: Identity, canonical_prompt: str) -> pb.Explanation:
+    """One request's way to its key, and the canonical form of its prompt."""
     return pb.Explanation(
         normalized_prompt=identity.normalized_prompt,
         canonical_identity=identity.canonical.decode(),
         key=identity.key.name,
         profile=identity.profile,
+        canonical_prompt=canonical_prompt,
     )
 
 

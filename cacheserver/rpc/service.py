@@ -27,7 +27,7 @@ from cacheserver.errors import (
     OffsetOutOfRangeError,
     PermissionDeniedError,
 )
-from cacheserver.identity import canonical_key, differences, identify, other_identities
+from cacheserver.identity import canonical_key, canonical_prompt, differences, identify, other_identities
 from cacheserver.images import BadImageError, ImageFacts
 from cacheserver.interfaces import Clock
 from cacheserver.model import (
@@ -433,10 +433,14 @@ class PromptCacheService:
             await reading(spec.inputs, messages.read_spec, spec, path, namespace, problems) for spec, path in specs
         ]
         problems.check()
-        first, *others = [identify(self._asking.redacted(request, namespace), namespace, level) for request in requests]
-        response = pb.ExplainKeyResponse(explanation=replies.explanation(first))
+        requests = [self._asking.redacted(request, namespace) for request in requests]
+        first, *others = [identify(request, namespace, level) for request in requests]
+        forms = [""] * len(requests)
+        if namespace.shares_spellings:
+            forms = [canonical_prompt(request.prompt, namespace) or "" for request in requests]
+        response = pb.ExplainKeyResponse(explanation=replies.explanation(first, forms[0]))
         for other in others:
-            response.other.CopyFrom(replies.explanation(other))
+            response.other.CopyFrom(replies.explanation(other, forms[1]))
             response.differences.extend(replies.differences(differences(first, other)))
         return response.SerializeToString()
 
