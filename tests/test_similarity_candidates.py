@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cacheserver.errors import ConfigError
 from cacheserver.similarity import candidates
-from cacheserver.similarity.candidates import Candidates, Trigrams
+from cacheserver.similarity.candidates import Candidates, Trigrams, load_embedder
 
 np = pytest.importorskip("numpy", reason="numpy, of the extra [semantic], is not installed")
 
@@ -300,3 +300,30 @@ def test_it_holds_what_was_added_last_and_not_removed(steps: list[tuple[str, str
         assert {(group, each.key): each.prompt for each in found} == {
             name: prompt for name, prompt in held.items() if name[0] == group
         }
+
+
+class Counting(Trigrams):
+    """An embedder as an operator might have one."""
+
+    asked = 0
+
+    def embed(self, prompts: Sequence[str]) -> Any:
+        type(self).asked += 1
+        return super().embed(prompts)
+
+
+class Useless:
+    """No embedder."""
+
+
+def test_an_embedder_is_made_of_the_class_that_is_named() -> None:
+    candidates = Candidates(embedder=load_embedder(f"{__name__}:Counting"))
+    candidates.add("group", "key", "a red fox")
+    assert [each.key for each in candidates.nearest("group", "a red fox")] == ["key"]
+    assert Counting.asked == 2
+
+
+@pytest.mark.parametrize("path", ["no_such_module:X", f"{__name__}:Nothing", f"{__name__}:Useless", "", "json"])
+def test_an_embedder_that_cannot_be_made_is_named(path: str) -> None:
+    with pytest.raises(ConfigError, match=r"similarity\.embedder"):
+        load_embedder(path)

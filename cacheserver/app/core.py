@@ -41,7 +41,7 @@ from cacheserver.renditions.renditions import Renditions
 from cacheserver.reviews import Reviews
 from cacheserver.settings import Settings
 from cacheserver.settings.schema import SimilaritySettings
-from cacheserver.similarity.candidates import Candidates
+from cacheserver.similarity.candidates import Candidates, load_embedder
 from cacheserver.similarity.semantic import Semantic
 from cacheserver.similarity.verifier import ChatVerifier, VerifierEndpoint
 from cacheserver.tiers.hedge import Hedge
@@ -146,7 +146,7 @@ async def build_core(settings: Settings, *, patience: Patience, clock: Clock, un
         ),
         leases=await _leases(settings, lower.control, miss_path, books=books, clock=clock, undo=undo),
         aliases=_aliases(settings, lower.control, clock=clock),
-        similar_prompts=_similar_prompts(settings, books=books, clock=clock, undo=undo),
+        similar_prompts=await _similar_prompts(settings, books=books, clock=clock, undo=undo),
         backpressure=Backpressure(journal=journal, high_water=settings.journal.high_water, clock=clock),
         coherence=coherence,
         signer=lower.signer,
@@ -269,7 +269,9 @@ async def _leases(  # noqa: PLR0913 - what it is made of
     return leases
 
 
-def _similar_prompts(settings: Settings, *, books: Books, clock: Clock, undo: AsyncExitStack) -> SimilarPrompts | None:
+async def _similar_prompts(
+    settings: Settings, *, books: Books, clock: Clock, undo: AsyncExitStack
+) -> SimilarPrompts | None:
     """What the semantic level works with; None where no namespace has it.
 
     Raises:
@@ -279,7 +281,8 @@ def _similar_prompts(settings: Settings, *, books: Books, clock: Clock, undo: As
     if all(namespace.similarity < MatchLevel.SEMANTIC for namespace in namespaces):
         return None
     similarity = settings.similarity
-    candidates = Candidates(max_per_group=similarity.max_prompts, max_entries=similarity.max_prompts)
+    embedder = None if similarity.embedder is None else await asyncio.to_thread(load_embedder, similarity.embedder)
+    candidates = Candidates(embedder=embedder, max_per_group=similarity.max_prompts, max_entries=similarity.max_prompts)
     keep_doing(
         partial(asyncio.to_thread, candidates.refine), _REFINE_S, clock=clock, name="refine candidates", undo=undo
     )

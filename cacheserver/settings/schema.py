@@ -458,6 +458,13 @@ class SimilaritySettings(_Section):
         ge=1,
         description="For semantic: prompts of stored images kept in memory, 1.3 kB each; beyond, the oldest goes.",
     )
+    embedder: str | None = Field(
+        default=None,
+        description=(
+            "For semantic: module:class of an embedder of yours that finds the prompts to look at, with a method "
+            "embed(prompts) that gives an array, a row each. Unset: character 3-grams, without a model."
+        ),
+    )
     verifier_url: HttpUrl | None = Field(
         default=None,
         description=(

@@ -11,6 +11,7 @@ This module needs numpy, of the extra [semantic]; without it no `Candidates` can
 
 from __future__ import annotations
 
+import importlib
 import math
 import threading
 import unicodedata
@@ -68,6 +69,22 @@ class Embedder(Protocol):
     def embed(self, prompts: Sequence[str]) -> Vectors:
         """A row for each prompt, always of the same length, whatever its norm. The same prompt has the same row."""
         ...
+
+
+def load_embedder(path: str) -> Embedder:
+    """An embedder of the class that `path` names, as "module:class".
+
+    Raises:
+        ConfigError: there is none, or it cannot be made.
+    """
+    module, _, name = path.partition(":")
+    try:
+        embedder: Embedder = getattr(importlib.import_module(module), name)()
+    except Exception as error:  # of code that is not ours
+        raise ConfigError(f"similarity.embedder: {path} cannot be made: {type(error).__name__}: {error}") from error
+    if not callable(getattr(embedder, "embed", None)):
+        raise ConfigError(f"similarity.embedder: {path} has no method embed")
+    return embedder
 
 
 class Trigrams:
