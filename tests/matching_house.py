@@ -13,7 +13,7 @@ from cacheserver.control.aliases import RedisAliases
 from cacheserver.control.leases import RedisLeases
 from cacheserver.epochs import Epochs
 from cacheserver.identity import identify
-from cacheserver.interfaces import Lease
+from cacheserver.interfaces import Books, Lease
 from cacheserver.model import ImageRequest, MatchLevel, Namespace, Priority, Served, Terms, TierName
 from cacheserver.tiers.redis_client import Client, connect, disconnect
 from tests.fakes import FakeClock
@@ -57,10 +57,8 @@ async def client(valkey_server: ValkeyServer) -> AsyncIterator[Client]:
 class WatchedLeases(RedisLeases):
     """Notes which leases others had when they were asked for."""
 
-    def __init__(self, client: Client, prefix: str, number: int, house: House) -> None:
-        super().__init__(
-            client=client, prefix=prefix, replica_id=f"{number:016x}", clock=SystemClock(), books=house.books
-        )
+    def __init__(self, client: Client, prefix: str, number: int, books: Books) -> None:
+        super().__init__(client=client, prefix=prefix, replica_id=f"{number:016x}", clock=SystemClock(), books=books)
         self.waited_for: list[str] = []
 
     async def take(self, identity_name: str, *, looked_s_ago: float, priority: Callable[[], Priority]) -> Lease:
@@ -78,7 +76,7 @@ class Replica(House):
     """A house whose aliases and leases are those of a real Redis."""
 
     def share(self, client: Client, prefix: str, number: int) -> None:
-        self.leases = WatchedLeases(client, prefix, number, self)
+        self.leases = WatchedLeases(client, prefix, number, self.books)
         self.leases.start()
         self.aliases = redis_aliases(client, prefix)
         self.restart(leases=self.leases, aliases=self.aliases)
