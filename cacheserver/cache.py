@@ -740,11 +740,12 @@ class PromptCache:
             await self._pay(flight, look.unknown)
         finally:
             made = [flight.key.with_variant(variant) for variant in {*flight.making, *flight.loaded}]
-            self._leasing.let_go(leases, after=partial(self._told, made))
+            self._leasing.let_go(leases, after=partial(self._shared, made, flight.telling))
 
-    async def _told(self, made: Sequence[CacheKey]) -> None:
+    async def _shared(self, made: Sequence[CacheKey], telling: Sequence[asyncio.Task[None]]) -> None:
         """Wait until other replicas find what was just made, in whatever words they are asked for it."""
-        await self.matching.idle()
+        if telling:
+            await asyncio.wait(telling)
         await self._keeper.shared(made)
 
     def _land_here(self, flight: Flight) -> None:
@@ -965,7 +966,7 @@ class PromptCache:
             self._land(flight, variant, entry, payer)
         stored = [entry for entry in kept if isinstance(entry, CachedImage)]
         self.matching.made(flight, lead, stored)
-        self.matching.remember(lead, stored[0] if stored else entries[0])
+        flight.telling += self.matching.remember(lead, stored[0] if stored else entries[0])
         return len(made)
 
     def _land(self, flight: Flight, variant: int, kept: CachedImage | BaseException, payer: Waiter) -> None:

@@ -225,6 +225,8 @@ class Flight:
         """The digests of the prompts for which pictures of other prompts were looked for."""
         self.judged: set[bytes] = set()
         """Those that a verifier was asked about: it is once, however often the tiers are looked into."""
+        self.telling: list[asyncio.Task[None]] = []
+        """What tells other replicas of what it made, in whatever words they are asked for it."""
         self.sealed = False
         self.spending = False
         self.dropped = False

@@ -270,35 +270,37 @@ class Matching:
         if turn is not None and turn.flight is flight:
             turn.made |= {entry.key.variant: entry for entry in entries}
 
-    def remember(self, lead: Waiter, entry: CachedImage) -> None:
-        """`entry` is stored, or waits for review: it answers whoever asks for the same, unless another one does."""
+    def remember(self, lead: Waiter, entry: CachedImage) -> list[asyncio.Task[None]]:
+        """`entry` is stored, or waits for review: it answers whoever asks for the same, unless another one does.
+
+        Never waits: returns what tells other replicas so.
+        """
         self._absent.pop(entry.key.identity_name, None)
-        if lead.canonical_key is not None:
-            self._answer_for(lead.canonical_key, entry)
+        telling = [] if lead.canonical_key is None else self._answer_for(lead.canonical_key, entry)
         if self._prompts is not None and lead.namespace.similarity >= MatchLevel.SEMANTIC:
             group = group_of(lead.request, lead.namespace)
             learning = self._prompts.learn(
                 group, entry.key.with_variant(0), lead.request.prompt, lead.identity.prompt_digest
             )
             self._tasks.own(learning, "learn a prompt")
+        return telling
 
     async def add(self, entry: CachedImage, canonical: CacheKey | None) -> None:
         """`entry` was put or imported: from now on it answers for its canonical key, unless another one does."""
         self._absent.pop(entry.key.identity_name, None)
-        if canonical is not None:
-            self._answer_for(canonical, entry)
-            await self.idle()
+        if canonical is not None and (telling := self._answer_for(canonical, entry)):
+            await asyncio.wait(telling)
 
-    def _answer_for(self, canonical: CacheKey, entry: CachedImage) -> None:
+    def _answer_for(self, canonical: CacheKey, entry: CachedImage) -> list[asyncio.Task[None]]:
         name = canonical.identity_name
         outdated = self._outdated.pop(name, None)
         if outdated is None and name in self._known:
-            return
-        self._tell(name, _alias_of(entry), instead_of=outdated)
+            return []
+        return [self._tell(name, _alias_of(entry), instead_of=outdated)]
 
-    def _tell(self, name: str, alias: Alias, *, instead_of: Alias | None = None) -> None:
+    def _tell(self, name: str, alias: Alias, *, instead_of: Alias | None = None) -> asyncio.Task[None]:
         self._known[name] = alias
-        self._tasks.own(self._added(name, alias, instead_of), "tell of an alias")
+        return self._tasks.own(self._added(name, alias, instead_of), "tell of an alias")
 
     async def _added(self, name: str, alias: Alias, instead_of: Alias | None) -> None:
         if not await self._aliases.add(name, alias, instead_of=instead_of) and self._known.get(name) == alias:

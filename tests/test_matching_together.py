@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 import pytest
 
 from cacheserver.clock import SystemClock
-from cacheserver.control.aliases import RedisAliases
+from cacheserver.control.aliases import NoAliases, RedisAliases
+from cacheserver.control.leases import NoLeases
 from cacheserver.epochs import Tombstone
 from cacheserver.errors import KeyGoneError, PromptRefusedError, QueueFullError
+from cacheserver.interfaces import Lease
 from cacheserver.model import (
     Alias,
     CachePolicy,
@@ -23,6 +25,7 @@ from cacheserver.model import (
     Terms,
     TierName,
 )
+from cacheserver.tasks import OwnedTasks
 from cacheserver.tiers.redis_client import Client
 from tests.house import EVERYTHING, House
 from tests.matching_house import (
@@ -438,3 +441,44 @@ async def test_a_promised_key_whose_picture_is_gone_does_not_hide_what_another_r
         await by_key(one, SAME_FOX)
     answer = await one.get(SAME_FOX)
     assert (answer.matched, one.upstream.calls) == (MatchLevel.CANONICAL, 1)
+
+
+class TellsOneForEver(NoAliases):
+    """The first alias is never told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    async def add(self, name: str, alias: Alias, *, instead_of: Alias | None = None) -> bool:
+        self.told.append(name)
+        if len(self.told) == 1:
+            await asyncio.Event().wait()
+        return await super().add(name, alias, instead_of=instead_of)
+
+
+class GivenBack(NoLeases):
+    """Notes which leases are given back, once what has to come before has ended."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._tasks = OwnedTasks()
+
+    def let_go(self, lease: Lease, *, after: Callable[[], Awaitable[None]]) -> None:  # noqa: ARG002 - any
+        self._tasks.own(self._give_back(after), "give back")
+
+    async def _give_back(self, after: Callable[[], Awaitable[None]]) -> None:
+        await after()
+        self.count += 1
+
+    async def aclose(self) -> None:
+        await self._tasks.aclose(0)
+
+
+async def test_a_lease_is_given_back_though_others_are_still_to_be_told_of_another_picture(house: House) -> None:
+    leases, aliases = GivenBack(), TellsOneForEver()
+    house.restart(leases=leases, aliases=aliases)
+    await house.get("a blue owl")
+    await until(lambda: len(aliases.told) == 1)
+    await house.get(FOX)
+    await until(lambda: leases.count == 2)  # both of the fox: its own and the canonical one
+    await leases.aclose()
