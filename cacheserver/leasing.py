@@ -33,17 +33,17 @@ class Leasing:
 
         if len(names) == 1:
             return [await take(names[0])]
-        outer, inner = (asyncio.create_task(take(name), name="take a lease") for name in names)
+        taking = [asyncio.create_task(take(name), name="take a lease") for name in names]
         try:
-            await asyncio.wait({outer, inner}, timeout=_TOGETHER_S)
-            if not outer.done():
-                await self._give_up(inner)  # somebody may hold the first one and wait for this one
-                await asyncio.wait({outer})
-                inner = asyncio.create_task(take(names[1]), name="take a lease")
-            return [await outer, await inner]
+            await asyncio.wait(taking, timeout=_TOGETHER_S)
+            if not taking[0].done():
+                await self._give_up(taking.pop())  # somebody may hold the first one and wait for this one
+                await asyncio.wait(taking)
+                taking.append(asyncio.create_task(take(names[1]), name="take a lease"))
+            return [await each for each in taking]
         except BaseException:
-            await self._give_up(outer)
-            await self._give_up(inner)
+            for each in taking:
+                await self._give_up(each)
             raise
 
     def let_go(self, leases: Sequence[Lease], *, after: Callable[[], Awaitable[None]]) -> None:

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from cacheserver.control.aliases import NoAliases, RedisAliases
 from cacheserver.epochs import Tombstone
 from cacheserver.errors import ConfigError, KeyGoneError, NotCachedError, UpstreamDownError
-from cacheserver.identity import canonical_key, identify
+from cacheserver.identity import canonical_key, fingerprint, identify
 from cacheserver.interfaces import Aliases
 from cacheserver.model import (
     Alias,
@@ -384,6 +384,17 @@ async def test_a_picture_from_before_the_level_answers_others_once_it_was_asked_
     assert (await house.get(FOX)).tier is TierName.REDIS
     await house.cache.matching.idle()
     assert (await house.get(SAME_FOX)).entry.key == made.entry.key
+
+
+async def test_a_changed_list_raises_the_version_and_aliases_of_before_are_misses(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = await house.get(FOX)
+    monkeypatch.setattr(fingerprint, "CANONICAL", fingerprint.CANONICAL._replace(versioned="canonical/next"))
+    new = await house.get(SAME_FOX)
+    assert new.tier is TierName.UPSTREAM
+    assert (await house.get(THIRD_FOX)).entry == new.entry
+    assert (await house.get(FOX)).entry == made.entry
 
 
 # ── wrong pictures ──────────────────────────────────────────────────────────────────────────────────────────────────
