@@ -19,6 +19,8 @@ TESTS = {
     "identity": ("tests/test_identity_fingerprint.py", "tests/test_identity_normalize.py"),
     "codec": ("tests/test_codec.py",),
     "flight": ("tests/test_flight.py", "tests/test_cache.py"),
+    "canonical": ("tests/test_canonical.py", "tests/test_canonical_negatives.py"),
+    "matching": ("tests/test_matching.py", "tests/test_matching_together.py", "tests/test_semantic.py"),
     "lease": ("tests/test_leases.py",),
     "journal": ("tests/test_journal.py", "tests/test_keep.py", "tests/test_keep_journal.py"),
     "budget": ("tests/test_ledger.py", "tests/test_budgets.py"),
@@ -29,6 +31,8 @@ _FINGERPRINT = "cacheserver/identity/fingerprint.py"
 _NORMALIZE = "cacheserver/identity/normalize.py"
 _CODEC = "cacheserver/tiers/codec.py"
 _FLIGHT = "cacheserver/flight.py"
+_CANONICAL = "cacheserver/identity/canonical.py"
+_MATCHING = "cacheserver/matching.py"
 _LEASES = "cacheserver/control/leases.py"
 _JOURNAL = "cacheserver/journal.py"
 _KEEP = "cacheserver/keep.py"
@@ -224,8 +228,92 @@ FAULTS = (
         "what was found before another replica was waited for is not looked for again",
         "lease",
         "cacheserver/cache.py",
-        "if lease.look_again:",
-        "if not lease:",
+        "if any(lease.look_again for lease in leases):",
+        "if not leases:",
+    ),
+    Fault(
+        "number words and digits are two prompts",
+        "canonical",
+        _CANONICAL,
+        "elif token in _NUMBER_WORDS or token in _TENS:",
+        "elif token in _TENS:",
+    ),
+    Fault(
+        "whatever asks for text to be drawn is simplified",
+        "canonical",
+        _CANONICAL,
+        "simplified=not is_drawn",
+        "simplified=True",
+    ),
+    Fault(
+        "a capital that makes another word is folded",
+        "canonical",
+        _CANONICAL,
+        "return word.istitle() and word.lower() in HOMOGRAPHS and not _is_in_a_name(words, at)",
+        "return False",
+    ),
+    Fault(
+        "twenty-one is twenty",
+        "canonical",
+        _CANONICAL,
+        "return str(_TENS[token] + following), position + 2",
+        "return str(_TENS[token]), position + 2",
+    ),
+    Fault(
+        "what is shown is sorted with what it looks like",
+        "canonical",
+        _CANONICAL,
+        "segments = [*contents, *(styles if is_open else sorted(set(styles)))]",
+        "segments = sorted({*contents, *styles})",
+    ),
+    Fault(
+        "quoted text is folded",
+        "canonical",
+        _CANONICAL,
+        "tokens.append(_VERBATIM + part.text.strip())",
+        "tokens.append(_VERBATIM + part.text.strip().lower())",
+    ),
+    Fault(
+        "what an alias points to is believed",
+        "matching",
+        _MATCHING,
+        "return entry.canonical_digest == canonical.digest",
+        "return True",
+    ),
+    Fault(
+        "a banned pair answers",
+        "matching",
+        _MATCHING,
+        " and not is_own and not self._epochs.is_banned(key, other)",
+        " and not is_own",
+    ),
+    Fault(
+        "an alias may cross partitions",
+        "matching",
+        _MATCHING,
+        "return other.partition == key.partition and not is_own",
+        "return not is_own",
+    ),
+    Fault(
+        "what another spelling failed with is told to nobody",
+        "matching",
+        _MATCHING,
+        "failure = None if isinstance(error, QueueFullError) else error",
+        "failure = None",
+    ),
+    Fault(
+        "a picture of another prompt is taken for an older one of its own",
+        "matching",
+        _FLIGHT,
+        "return loaded is not None and loaded.matched is None",
+        "return loaded is not None",
+    ),
+    Fault(
+        "spellings do not wait for one another at other replicas",
+        "matching",
+        "cacheserver/cache.py",
+        "names.insert(0, lead.canonical_key.identity_name)",
+        "pass",
     ),
     Fault(
         "a record is not flushed",
