@@ -80,6 +80,9 @@ async def test_a_reported_pair_a_switch_and_an_explanation_from_the_command_line
     async with running(env) as service, calling(service) as stub:
         address = service.grpc_address
         made = await stub.GetImage(ask(CAT))
+        same = await command("get", SAME_CAT, "-o", str(tmp_path / "cat.png"), address=address)
+        assert "canonical: of a prompt in other words" in same.stdout
+        assert made.images[0].key in same.stdout
         explained = await command("explain", CAT, SAME_CAT, address=address)
         assert "canonical cute white siamese cat" in explained.stdout
         assert "one picture" in explained.stdout

@@ -215,6 +215,7 @@ def _image_facts(got: Got) -> dict[str, Any]:
         "tier": status.tier,
         "state": status.state,
         "matched": status.matched.name.lower() if status.matched else None,
+        "matched_key": status.matched_key or None,
         "derived_from": status.derived_from or None,
         "collapsed": status.collapsed,
         "degraded": status.degraded,
@@ -253,6 +254,8 @@ def _draw_image(got: Got, console: Console) -> None:
     console.print(source, style="bold green", end="  ")
     if status.degraded:
         console.print("degraded", style="bold yellow", end="  ")
+    if status.matched_key and status.matched is not None:
+        console.print(f"{status.matched.name.lower()}: of a prompt in other words", style="bold yellow", end="  ")
     score = "" if image.score is None else f"  score {image.score:.2f}"
     money = f"cost {dollars(status.cost_microusd)}  saved {dollars(status.saved_microusd)}"
     console.print(f"{image.width}x{image.height} {image.content_type}  {size(image.size_bytes)}{score}  {money}")
