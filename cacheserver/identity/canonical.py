@@ -207,6 +207,8 @@ _MAY_BE_DRAWN = (["thanks"], ["thank", "you"], ["thanks", "a", "lot"])
 
 _STYLE_LINES = vocabulary("style", frozenset({"head", "with"}))
 _STYLE = frozenset(line.written[0] for line in _STYLE_LINES)
+_STYLE_HEADS = frozenset(line.written[0] for line in _STYLE_LINES if line.kind == "head")
+_MAX_OWN_LOOKS = 2
 _STYLE_CORE = frozenset(line.written[0] for line in _STYLE_LINES if line.kind != "with")
 _QUALITY_LINES = vocabulary("quality", frozenset({"with"}))
 _QUALITY = frozenset(line.written[0] for line in _QUALITY_LINES)
@@ -603,11 +605,18 @@ def _is_torn(placed: list[tuple[int, str]]) -> bool:
 
 
 def _has_each_its_own(contents: list[_Tokens], styles: list[tuple[int, str]]) -> bool:
-    """Whether every content, of two at least, is followed by a style: a sphere, glossy, a cube, matte."""
-    places = {at for at, _ in styles}
-    if len(contents) < 2 or not places.issuperset(range(1, len(contents) + 1)):  # noqa: PLR2004 - as said
+    """Whether every content, of two at least, is followed by a look of its own: a sphere, glossy, a cube, matte.
+
+    Long lists of styles, and what only a whole picture has, as a medium or a light, are about the whole.
+    """
+    if len(contents) < 2 or any(words[0] in _BEFORE_MAKERS for words in contents):  # noqa: PLR2004 - as said
         return False
-    return not any(words[0] in _BEFORE_MAKERS for words in contents)
+    own = [[style for at, style in styles if at == number] for number in range(1, len(contents) + 1)]
+    return all(1 <= len(each) <= _MAX_OWN_LOOKS and not any(map(_is_of_whole, each)) for each in own)
+
+
+def _is_of_whole(style: str) -> bool:
+    return not _STYLE_HEADS.isdisjoint(style.split())
 
 
 def _goes_on(words: _Tokens) -> bool:
