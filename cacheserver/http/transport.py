@@ -23,7 +23,7 @@ class HeadWithBody:
             return  # uvloop has it an error; behind a call that was pipelined nobody is told that the client has gone
         if self._head is not None:
             head, self._head = self._head, None
-            self._transport.writelines((head, data))
+            self._send(head, data)
         elif data[:5] == b"HTTP/":
             self._head = bytes(data)
             self._loop.call_soon(self._flush)  # no body, or one that is still to be made
@@ -33,12 +33,19 @@ class HeadWithBody:
     def write_whole(self, head: bytes, body: bytes | memoryview) -> None:
         """Send a whole answer."""
         self._flush()
-        self._transport.writelines((head, body))
+        self._send(head, body)
 
     def close(self) -> None:
         """Send what is left, and close."""
         self._flush()
         self._transport.close()
+
+    def _send(self, head: bytes, body: bytes | memoryview) -> None:
+        if isinstance(self._loop, asyncio.BaseEventLoop):
+            # Its `writelines` never paused who writes in Python 3.12.0 to 3.12.8, 3.13.0 and 3.13.1 (CVE-2024-12254).
+            self._transport.write(b"".join((head, body)))
+        else:
+            self._transport.writelines((head, body))
 
     def _flush(self) -> None:
         if self._head is not None:
