@@ -57,7 +57,7 @@ def test_each_way_to_write_it_is_the_same_and_its_nearest_neighbor_is_not(line: 
 @pytest.mark.parametrize("line", rewritings("synonyms.zh"), ids=lambda line: line.written[0])
 def test_each_way_to_write_it_in_chinese_is_the_same_and_its_nearest_neighbor_is_not(line: Line) -> None:
     for written, becomes in zip(line.written, line.canonical, strict=True):
-        assert canonical(f"远山{written}小河") == f"远山{becomes}小河"
+        assert canonical(f"远山{written}小河").replace(" ", "") == f"远山{becomes}小河"
     for becomes, nearest in product(line.canonical, line.nearest):
         assert not same_picture(f"远山{becomes}小河", f"远山{nearest}小河")
 
@@ -177,8 +177,18 @@ SAME = {
         ("请帮我画一张灯塔的图片，谢谢", "灯塔"),
         ("请生成一只狐狸", "一只狐狸"),
         ("画两只狐狸", "两只狐狸"),
+        ("hey, can you show me a lighthouse", "a lighthouse"),
+        ("can I get a picture of a lighthouse?", "a lighthouse"),
+        ("design a poster of a fox", "a poster of a fox"),
+        ("render an image of a lighthouse", "a lighthouse"),
+        ("make for me an image of a lighthouse", "a lighthouse"),
+        ("generate: a lighthouse", "a lighthouse"),
         ("一张灯塔的图片", "灯塔"),
         ("图片：灯塔", "灯塔"),
+        ("提示词：灯塔", "灯塔"),
+        ("你好，请帮我设计一张灯塔海报", "灯塔海报"),
+        ("我想要一张灯塔的图片", "灯塔"),
+        ("画面内容：灯塔", "灯塔"),
     ],
     "articles and fillers": [
         ("the old fisherman mends a net", "an old fisherman mends the net"),
@@ -186,6 +196,9 @@ SAME = {
         ("a boy who is reading", "a boy reading"),
         ("there are three swans on a lake", "three swans on a lake"),
         ("the kettle is on the stove", "kettle on stove"),
+        ("a chicken coop on a hill", "chicken coop on hill"),
+        ("a window and a white sink", "window and white sink"),
+        ("the dogs' bowl", "dogs' bowl"),
         ("穿着红裙子的女孩", "穿红裙子女孩"),
         ("女孩正在看书", "女孩在看书"),
     ],
@@ -207,11 +220,19 @@ SAME = {
         ("十二只羊", "12只羊"),
         ("一百零八颗星", "108颗星"),
         ("三辆卡车", "3辆卡车"),
+        ("a dozen roses", "12 roses"),
+        ("half a dozen eggs", "six eggs"),
+        ("a party in the 1920's", "a party in the 1920s"),
+        ("32 x 32 icons", "32x32 icons"),
     ],
     "units": [
         ("portrait, 85 mm lens", "portrait, 85mm lens"),
         ("portrait, 3 5 mm lens", "portrait, 35mm lens"),
         ("a lamp 40 cm tall", "a lamp 40cm tall"),
+        ('a 65" tv', "a 65-inch tv"),
+        ("a six inch skillet", "a 6 inch skillet"),
+        ("a 16 ounce mug", "a 16oz mug"),
+        ("macro shot, f/2.8", "macro shot, f2.8"),
         ("a 3 d model of a knee", "a 3d model of a knee"),
         ("a fox, 8 k", "a fox, 8k"),
         ("狐狸，8 k", "狐狸，8k"),
@@ -261,12 +282,15 @@ SAME = {
     "traditional Chinese": [
         ("一隻貓在桌子上", "一只猫在桌子上"),
         ("畫一張燈塔的圖片", "画一张灯塔的图片"),
+        ("書架前的貓，寫實攝影", "书架前的猫，写实摄影"),
+        ("穿著毛衣的狗", "穿着毛衣的狗"),
     ],
     "text to be drawn": [
         ('A Sign "Open Late" in the rain', 'a sign "Open Late" in the rain'),
         ("A sign “Open Late” in The rain", 'a sign "Open Late" in the rain'),
         ('海报上写着"新年快乐"，8k', '海报上写着"新年快乐"，高清'),
         ("A poster that says Open Late", "the poster that says Open Late"),
+        ('海报上写着"新年快乐"', "海报上写着「新年快乐」"),
         ("a shirt with NASA on it", "the shirt with NASA on it"),
     ],
     "parameters": [
@@ -312,6 +336,13 @@ DIFFERENT = {
     ],
     "articles and fillers": [
         ("the letter a in gold", "the letter in gold"),
+        ("a black and a white cat", "a black and white cat"),
+        ("a chicken on a plate", "chicken on a plate"),
+        ("an iron", "iron"),
+        ("a mum in a pot", "mums in a pot"),
+        ("the Rock on a cliff", "the rock on a cliff"),
+        ("熊猫的玩具", "熊猫玩具"),
+        ("飞着的船", "飞船"),
         ("hepatitis A", "hepatitis"),
         ("a man eating a plant", "a man eating plant"),
         ("a vampire hunting a girl", "a vampire hunting girl"),
@@ -649,7 +680,7 @@ def test_forms_are_the_same_in_every_process(seed: str) -> None:
     assert told.stdout.strip() == hashlib.sha256("\x1e".join(form for _, form in rows).encode()).hexdigest()
 
 
-PINNED = ("canonical/1", "392abdd0414d606be83b08b6d434ff238d869d0fbdfc52161fe5cea4da36bb7f")
+PINNED = ("canonical/1", "29e67297dd8df7ecedc9aaeae47ced71ef97c02264bbb028a30974b2dbbbef17")
 """The version, and the digest of all that it is made of."""
 
 

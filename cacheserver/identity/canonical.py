@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 from cacheserver.identity import canonical_chinese as chinese
@@ -55,6 +55,7 @@ _TOKEN = re.compile(
     rf"[{chinese.CJK}]+"
     rf"|(?:(?<!\S)-(?=\d))?{_LETTER}++"  # a word or a number with its sign; every other hyphen is a space
     rf"(?:(?:['.:](?={_LETTER})|(?<=\d)[,-](?=\d)|{_BINDING_HYPHEN}){_LETTER}++)*+"  # person's, 1.5, 16:9, 18-105mm
+    r"(?:(?<=s)'(?!\w))?"  # the dogs' bowl
     r"|(?<!\S)[:;]-?[()dp3](?!\w)"  # :) and ;)
     r"|::+"
     r"|[,;.!?:…。、~\n–—]+"  # noqa: RUF001 - what separates segments
@@ -85,6 +86,27 @@ _LONG_WORD, _TITLE_WORDS = 4, 3
 
 _ARTICLES = frozenset({"a", "an", "the"})
 _FILLERS = frozenset({"is", "are", "that"})
+_INDEFINITE = frozenset({"a", "an"})
+_JOINING = frozenset({"and", "or"})
+_QUALIFYING = frozenset(
+    str.split(
+        "white black gray red green blue yellow orange purple pink brown gold golden silver dark light big large small "
+        "little tiny huge tall short long old new young fat thin round square wooden metal plastic glass "
+        "striped spotted male female happy sad angry wild tame"
+    )
+)
+"""What stands before them and an article: a black and a white cat are two, a black and white cat is one."""
+
+_COUNTED = frozenset(
+    str.split(
+        "chicken lamb duck turkey goose fish salmon tuna trout lobster crab octopus squid rabbit deer sheep moose "
+        "bison buffalo orange lime peach plum olive lemon iron wood glass paper light stone rock cloth hair"
+    )
+)
+"""What is another thing, or as many as one likes, without its article, where nothing is said of it: a chicken on a
+plate. Before another word the article says nothing: a chicken coop.
+"""
+
 _BEFORE_OBJECTS = frozenset(
     str.split(
         "eating riding walking hunting slaying killing fighting chasing loving hating watching devouring swallowing "
@@ -116,7 +138,26 @@ _TENS = {
     word: 10 * value
     for value, word in enumerate(str.split("twenty thirty forty fifty sixty seventy eighty ninety"), start=2)
 }
-_UNITS = frozenset(str.split("k mm cm ml kg g gb mb tb px fps mp hz mah d"))
+_UNITS = {unit: unit for unit in str.split("k mm cm ml kg g gb mb tb px fps mp hz mah d inch ft oz lb qt")} | {
+    "inches": "inch",
+    "ounce": "oz",
+    "ounces": "oz",
+    "lbs": "lb",
+    "quart": "qt",
+    "quarts": "qt",
+}
+"""What is written with a space or none behind a number, and its one name."""
+
+_TELLING_SIGNS: tuple[tuple[str, re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
+    ('"', re.compile(r'(?<=\d)"'), " inch"),
+    ("f/", re.compile(r"(?<!\w)f/(?=\d)"), "f"),
+    ("f /", re.compile(r"(?<!\w)f / ?(?=\d)"), "f"),
+    ("0's", re.compile(r"(?<=\d0)'s(?!\w)"), "s"),
+    ("ty ", re.compile(rf"(?<=ty )({'|'.join(_NUMBER_WORDS)})-(?=\w)"), lambda word: f"{_NUMBER_WORDS[word[1]]} "),
+)
+"""Signs that say what a word says, each with what is looked for first: 65" is 65 inch, f/2.8 f2.8, the 1920's are the
+1920s. And twenty one-dollar bills are not 21 dollars.
+"""
 _TORN_APART = {
     "k": frozenset({"16", "32", "40"}),
     "mm": frozenset(str.split("14 16 18 24 28 35 40 50 55 70 80 85 100 105 120 135 200 300")),
@@ -151,7 +192,7 @@ def _names() -> dict[str, dict[str, tuple[_Tokens, ...]]]:
 _PHRASES = _phrases(("spelling", "synonyms"))
 _NAMES = _names()
 _MAY_FILL = frozenset(_NAMES) | _ARTICLES | _FILLERS | _BEFORE_TO_BE
-_MAY_CHANGE = frozenset(_PHRASES) | frozenset(_NUMBER_WORDS) | frozenset(_TENS) | _UNITS
+_MAY_CHANGE = frozenset(_PHRASES) | frozenset(_NUMBER_WORDS) | frozenset(_TENS) | frozenset(_UNITS) | {"x"}
 
 # ── wrappers ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -173,6 +214,7 @@ _ASKING = tuple(
         "i'd like you to",
         "i need you to",
         "help me",
+        "try to",
     )
 )
 _WANTING = tuple(
@@ -182,21 +224,46 @@ _WANTING = tuple(
         "i need",
         "i would like",
         "i'd like",
+        "i would love",
+        "i'd love",
         "i want to see",
         "i would like to see",
         "i'd like to see",
+        "i would love to see",
+        "i'd love to see",
+        "i'm looking for",
+        "i am looking for",
+        "we want",
+        "we need",
+        "we would like",
+        "we'd like",
+        "can i get",
+        "can i have",
+        "can we get",
+        "can we have",
+        "could i get",
+        "could i have",
+        "may i have",
+        "let me see",
     )
 )
 _PLEASE = frozenset({"please", "pls", "kindly"})
-_MAKING = frozenset({"draw", "create", "generate", "make", "produce", "show", "give", "imagine"})
+_MAKING = frozenset(str.split("draw create generate make produce show give imagine design render visualize"))
+_MAKING_IMAGES = frozenset({"render"})
+"""Of something else it says how it is made."""
+
 _ONLY_MAKING = frozenset({"create", "generate"})
 _IMAGES = frozenset({"image", "picture", "pic", "images", "pictures"})
 _MANY_IMAGES = frozenset({"images", "pictures"})
 _HANGS = frozenset(str.split("wall walls frame frames framed hanging hangs hung album screen billboard fridge wallet"))
 """Where pictures are that are part of a picture."""
 
-_OF = frozenset({"of", "showing", "depicting"})
-_HEADINGS = (["image"], ["picture"], ["prompt"], ["image", "prompt"], ["/", "imagine", "prompt"], ["/", "imagine"])
+_OF = frozenset({"of", "showing", "depicting", "shows", "depicts"})
+_HEADINGS = (
+    *(["image"], ["picture"], ["prompt"], ["image", "prompt"], ["/", "imagine", "prompt"], ["/", "imagine"]),
+    *(["generate"], ["create"], ["draw"], ["description"], ["image", "description"]),
+)
+_GREETINGS = (["hi"], ["hello"], ["hey"], ["hi", "there"], ["hello", "there"], ["hey", "there"])
 _DETERMINERS = (_ARTICLES | {"some", "my", "your", "his", "her", "their", "this"} | set(_NUMBER_WORDS)) - {"zero"}
 _WRAPPING = _MAKING | _IMAGES | _ARTICLES | {phrase[0] for phrase in (*_ASKING, *_WANTING)}
 _THANKS = (["please"], ["thanks"], ["thank", "you"], ["thanks", "a", "lot"], ["thx"], ["pls"])
@@ -213,7 +280,7 @@ _STYLE_CORE = frozenset(line.written[0] for line in _STYLE_LINES if line.kind !=
 _QUALITY_LINES = vocabulary("quality", frozenset({"with"}))
 _QUALITY = frozenset(line.written[0] for line in _QUALITY_LINES)
 _QUALITY_CORE = frozenset(line.written[0] for line in _QUALITY_LINES if line.kind != "with")
-_MEASURE = re.compile(r"\d[\d.]*(?:k|p|mm|d|bit|fps|mp)?|f|/")
+_MEASURE = re.compile(r"f?\d[\d.]*(?:k|p|mm|d|bit|fps|mp)?|/")
 _MAX_STYLE_WORDS = 8
 _FRAMES = tuple(
     (line.written[0].split(), line.canonical[0].split(", "))
@@ -307,7 +374,7 @@ def _one_pass(text: str, *, ignore_quality_words: bool) -> str:
     tokens: _Tokens = []
     for part in parts:
         if part.verbatim:
-            tokens.append(_VERBATIM + part.text.strip())
+            tokens.append(_VERBATIM + _told(part.text.strip()))
         else:
             tokens += _TOKEN.findall(_folded(part.text, is_drawn=is_drawn))
     contents, styles = _sorted(_segments(tokens), ignore_quality_words=ignore_quality_words, in_order=is_open)
@@ -318,6 +385,13 @@ def _one_pass(text: str, *, ignore_quality_words: bool) -> str:
     return f"{joined} {tail}" if tail else joined
 
 
+def _told(verbatim: str) -> str:
+    """What stays as written; 「」 and 『』 quote as "" do."""
+    if verbatim[0] in "「『" and not _QUOTES.intersection(verbatim[1:-1]):
+        return f'"{verbatim[1:-1]}"'
+    return verbatim
+
+
 _QUOTES = frozenset("\"'“”‘’«»‹›「」『』《》〈〉【】〖〗`´")  # noqa: RUF001 - the marks that quote
 
 
@@ -326,6 +400,9 @@ def _folded(text: str, *, is_drawn: bool) -> str:
     if not is_plain(text):
         text = fold_characters(text)
     text = _lowered(text)
+    for sign, pattern, becomes in _TELLING_SIGNS:
+        if sign in text:
+            text = pattern.sub(becomes, text)
     if not text.isascii() and chinese.is_chinese(text):
         text = chinese.rewritten(text, simplified=not is_drawn)
     return text
@@ -393,6 +470,8 @@ def _segments(tokens: _Tokens) -> list[_Tokens]:
 
 
 def _unwrap(segments: list[_Tokens]) -> None:
+    if len(segments) > 1 and segments[0] in _GREETINGS and _unwrapped(segments[1])[1]:
+        del segments[0]
     while len(segments) > 1 and segments[0] in _HEADINGS:
         del segments[0]
     if not segments:
@@ -435,9 +514,11 @@ def _without_making(tokens: _Tokens, *, is_asked: bool) -> tuple[_Tokens, bool]:
     if not tokens or tokens[0] not in _MAKING:
         return tokens, is_asked
     after = tokens[1:]
-    is_for_us = after[:1] in (["me"], ["us"])
+    is_for_us = after[:1] in (["me"], ["us"]) or after[:2] in (["for", "me"], ["for", "us"])
     if is_for_us:
-        after = after[1:]
+        after = after[1 + (after[0] == "for") :]
+    if tokens[0] in _MAKING_IMAGES and not _IMAGES.intersection(after[:2]):
+        return tokens, is_asked
     begins_noun = bool(after) and (after[0] in _DETERMINERS or after[0] in _IMAGES or after[0].isdigit())
     is_making = (begins_noun and tokens[0] != "give") or tokens[0] in _ONLY_MAKING  # give a dog a bone
     return (after, True) if after and (is_asked or is_for_us or is_making) else (tokens, is_asked)
@@ -470,7 +551,11 @@ def _without_fillers(tokens: _Tokens) -> _Tokens:
             # Before a capital that says something it may be what makes a name of it; at the end it is a letter.
             if not following or (not following.islower() and following.isalpha() and following.isascii()):
                 out.append(token)
-            elif out and out[-1] in _BEFORE_OBJECTS:
+            elif (
+                (out and out[-1] in _BEFORE_OBJECTS)
+                or (len(out) > 1 and out[-1] in _JOINING and out[-2] in _QUALIFYING)
+                or (token in _INDEFINITE and following in _COUNTED and _is_alone(tokens, position + 1))
+            ):
                 out.append("a")
         elif token in _BEFORE_TO_BE and following in _VERBS_TO_BE:
             position += token == "there"  # noqa: S105 - a word
@@ -482,6 +567,11 @@ def _without_fillers(tokens: _Tokens) -> _Tokens:
     return out
 
 
+def _is_alone(tokens: _Tokens, after: int) -> bool:
+    """Whether nothing at `after` makes one thing with the word before it."""
+    return after >= len(tokens) or tokens[after] in _BEFORE_OTHERS or tokens[after] in _PLACES
+
+
 def _with_synonyms(tokens: _Tokens) -> _Tokens:
     if _MAY_CHANGE.isdisjoint(tokens):
         return tokens
@@ -490,7 +580,10 @@ def _with_synonyms(tokens: _Tokens) -> _Tokens:
     while position < length:
         token = tokens[position]
         rows = _PHRASES.get(token)
-        if rows is not None:
+        if token == "x" and _is_between_numbers(tokens, position):  # noqa: S105 - a word
+            out[-1] += f"x{tokens[position + 1]}"
+            position += 2
+        elif rows is not None:
             for written, becomes in rows:
                 if len(written) == 1 or tokens[position : position + len(written)] == written:
                     out += becomes
@@ -503,12 +596,17 @@ def _with_synonyms(tokens: _Tokens) -> _Tokens:
             number, position = _number(tokens, position)
             out.append(number)
         elif token in _UNITS and out and out[-1][-1:].isdigit():
-            _join_unit(out, token, _digits_before(tokens, position))
+            _join_unit(out, _UNITS[token], _digits_before(tokens, position))
             position += 1
         else:
             out.append(token)
             position += 1
     return out
+
+
+def _is_between_numbers(tokens: _Tokens, position: int) -> bool:
+    around = (*tokens[max(0, position - 1) : position], *tokens[position + 1 : position + 2])
+    return len(around) == 2 and around[0].isdecimal() and around[1][0].isdecimal()  # noqa: PLR2004 - before and behind
 
 
 def _number(tokens: _Tokens, position: int) -> tuple[str, int]:

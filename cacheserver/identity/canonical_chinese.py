@@ -19,24 +19,37 @@ CJK = "\u3400-\u9fff\uf900-\ufaff"
 
 HAS_CJK = re.compile(f"[{CJK}]")
 _KANA_OR_HANGUL = re.compile("[\u3040-\u30ff\uac00-\ud7af]")
-_SPACE_BETWEEN = re.compile(rf"(?<=[{CJK}])\s+(?=[{CJK}]|\d+(?:[{CJK}]|k\b))")
+_SPACE_BETWEEN = re.compile(rf"(?<=[{CJK}])\s+(?=[{CJK}]|\d+(?:[{CJK}]|k\b))|(?<=\dk)\s+(?=[{CJK}])")
 
 _to_simplified = OpenCC("t2s").convert
-_MAY_BE_DRAWN = re.compile("[字書寫題聯匾]")
+_PARTICLE = re.compile("(?<![显卓原名专巨论土编遗译])著(?![名作称者述录])")
+"""著 that OpenCC leaves though it is 着: 穿著 is also a noun."""
+
+_MAY_BE_DRAWN = re.compile(
+    "寫(?![實真生字作信意毛鋼])|書[寫法]|(?<![寫筆])字(?![典母])|[題印刻繡]著|[題印刻繡]有|題字|標[題語]|[對春輓喜]聯|匾|招牌|標籤"
+)
 """What tells of characters in the picture, in traditional ones: 寫著發財 draws others than 写着发财."""
 
 # ── what is asked for is asked politely ─────────────────────────────────────────────────────────────────────────────
 
-_ASKING = "请你|请您|请帮我|请给我|请为我|请|麻烦你|麻烦您|麻烦|帮我|帮忙|给我|替我|为我|你能不能|能不能|能否|可以|可否"
+_ASKING = (
+    "你好|您好|请你|请您|请帮我|请给我|请为我|请|麻烦你|麻烦您|麻烦|帮我|帮忙|给我|替我|为我|快|你能不能|能不能|能否|可以|可否|"
+    "用ai|使用ai|根据描述|根据以下描述|我想要|我想|我要|我需要|想要|需要|[,:!]"
+)
 _NOUNS_OF_PAINTING = "画家面框廊室布像笔龙眉展册板舫作卷风质中上里的着皮屏院"
+_A_SHEET = "(?:[一1][张幅副])"
 _ASKED = re.compile(
     rf"\s*+(?:"
-    rf"(?:{_ASKING})++(?:画(?![{_NOUNS_OF_PAINTING}])|生成|绘制|制作|创作|创建)出?(?:[一1](?:张|幅|副))?"
-    rf"|画(?:[一1](?:张|幅|副)|(?=[一两二三四五六七八九十几0-9]))"
-    rf"|生成(?![的艺器式])(?:[一1](?:张|幅|副))?"
-    rf"|(?:我想要|我要|我需要|给我|来)[一1](?:张|幅|副)"
+    rf"(?:{_ASKING})++(?:画(?![{_NOUNS_OF_PAINTING}])|生成|绘制|制作|创作|创建)(?:一下|出|个图)?{_A_SHEET}?[,:]?"
+    rf"|(?:{_ASKING})++(?:做|出|来|输出|设计|看|展示|提供|弄)?{_A_SHEET}(?:(?:图片|图像|图)[,:])?"
+    rf"|(?:{_ASKING})++看(?=.*的(?:图片|图像|图)(?:[,。!?;]|$))"
+    rf"|画(?:{_A_SHEET}|(?=[一两二三四五六七八九十几0-9])|个图[,:]|[:,])"
+    rf"|/?生成(?![的艺器式])(?:一下)?{_A_SHEET}?[,:]?"
+    rf"|(?:设计|制作|来){_A_SHEET}"
     rf"|[一1](?:张|幅)(?:图片|图像|图)[,:。]"
-    rf"|(?:图片|图像|图)[:,]"
+    rf"|(?:图片|图像|图|画面)(?:内容|描述)?[:,]"
+    rf"|(?:提示词|描述|内容|文生图|ai绘画)[:,]"
+    rf"|(?:画面)?内容[是为]"
     rf")\s*+"
 )
 _A_PICTURE_OF = re.compile(r"\s*+[一1](?:张|幅)(?=.*的(?:图片|图像|图)(?:[,。!?;]|$))")
@@ -46,6 +59,12 @@ _THANKS = re.compile(r"[,。!\s]*(?:谢谢你|谢谢您|谢谢|多谢)[。!,\s]*
 # ── particles, numerals, measure words ──────────────────────────────────────────────────────────────────────────────
 
 _PARTICLES = {"的": "", "着": "", "正在": "在", "正": ""}
+_OWNED = re.compile(
+    "(?<=[猫狗熊虎狮兔鸟鱼马牛羊猪鸡鸭鹅猴象鼠龙蛇狐狼鹿孩妈爸爷奶师])"
+    "的(?=玩[具偶]|公仔|蛋糕|面包|衣服|帽子|面具|包|车|房|屋|床|鞋)"
+)
+"""的 that tells whose something is: 熊猫的玩具 are no 熊猫玩具."""
+
 _LEFT_ALONE = """
 目的 的士 的确 打的 标的 有的放矢 的黎波里 写着 着火 着装 着色 着陆 着急 着迷 着凉 衣着 沉着 执着 睡着 附着 穿着打扮
 着地 点着 烧着 着魔 着力 正面 正方 正式 正确 正宗 正装 正中 正常 正义 正直 正好 正午 正月 正门 正版 正品 正太 正餐
@@ -58,9 +77,9 @@ _LEFT_ALONE = """
 并列车 花朵朵 图像识别 树木头 枯树木 房屋顶 货车厢 列车厢 草坪机 照相片 电视机器人 洗手间谍 父亲节 母亲节 摩托车手
 飞机车 手机车 司机车 洗衣机车 简单车 铁路货车 大正时代 大正浪漫 大正风 雍正 正德 蒋中正 中正纪念 金正恩 金正日 正三角
 正四面 正五边 正五角 正六边 正七边 正八边 正八面 正十二面 正十边 正多边 正手击 正身像 正体字 正字 正本 正史 正片 正派
-正室 正妹 正倒 正着放 正侧 正副 比萨斜塔 比萨塔 祖母绿 祖父母 上海滩 天犬 小孩子 裙边上 盘子边上 杯子边上 帽子边上
+正室 正妹 正倒 正着放 正侧 正副 比萨斜塔 比萨塔 祖母绿 祖父母 上海滩 天犬 裙边上 盘子边上 杯子边上 帽子边上
 领口边上 碗边上 袖口边上 大的 小的 金的 银的 木的 玉的 铁的 红的 白的 黑的 黄的 热的 冷的 飞的 海的 河的 雪的 绿的
-蓝的 紫的 短的 老的 圆的 方的 纸的 布的 皮的 石的 泥的 瓷的 铜的 竹的
+着的 飞机场景 办公车 快捷运 蓝的 紫的 短的 老的 圆的 方的 纸的 布的 皮的 石的 泥的 瓷的 铜的 竹的
 """
 _INDIVIDUAL = frozenset("个只位名条辆")
 """Measure words that say no more than that single ones are counted; a glass, a pair or a slice says more."""
@@ -108,7 +127,7 @@ def rewritten(text: str, *, simplified: bool) -> str:
     `simplified`: traditional characters become simplified ones, which they may not where text is to be drawn.
     """
     if simplified and not _MAY_BE_DRAWN.search(text):
-        text = _to_simplified(text)
+        text = _PARTICLE.sub("着", _to_simplified(text))
     return _scanned(_unwrapped(_SPACE_BETWEEN.sub(",", text)))
 
 
@@ -132,7 +151,7 @@ def _scanned(text: str) -> str:
         out.append(text[position:start])
         position = start
         for written, becomes in _TABLE.get(text[start], ()):
-            if text.startswith(written, start):
+            if text.startswith(written, start) and not (becomes == "" and _OWNED.match(text, start)):
                 out.append(becomes)
                 position += len(written)
                 break

@@ -26,7 +26,7 @@ target threads tide twitter vans viper visa windows word zoom
 _PEOPLE = """
 amber angel art baker bill bob brook bush carter chase christian cliff cooper crystal dale daisy dawn dean drake
 drew duke earl faith frank gene ginger glen grace grant guy hazel hope hunter ivy jack jade jasmine jay joy lily
-madonna mark martin mason nick olive pat pearl penny prince queen ray rich rob robin rocky rose sandy trump usher
+madonna mark martin mason nick olive pat pearl penny prince queen ray rich rob robin rock rocky rose sandy trump usher
 violet will
 """
 
