@@ -32,9 +32,9 @@ def word_of(line: Line) -> str:
 
 
 REWRITINGS = [*rewritings("spelling"), *rewritings("synonyms")]
-STYLE = lines("style", "head", "with")
+STYLE = lines("style", "head", "with", "hue")
 QUALITY = lines("quality", "with")
-CHINESE = lines("style.zh", "quality", "frame")
+CHINESE = lines("style.zh", "quality", "frame", "own")
 QUALITY_ALONE = {word_of(line) for line in QUALITY if not line.kind}
 """Words that are style beside others and quality by themselves, among others."""
 
@@ -78,14 +78,21 @@ def test_a_name_in_capitals_is_not_what_its_words_say(line: Line) -> None:
 @pytest.mark.parametrize("line", STYLE, ids=word_of)
 def test_a_style_word_may_stand_anywhere_and_is_not_its_nearest_neighbor(line: Line) -> None:
     word = word_of(line)
-    segment = f"{word} painting" if line.kind == "with" else word
+    segment = {"with": f"{word} painting", "hue": f"{word} light"}.get(line.kind, word)
     assert same_picture(f"stone fox, {segment}, old barn", f"stone fox, old barn, {segment}")
     nearest = segment.replace(word, line.nearest[0], 1)
     assert not same_picture(f"stone fox, old barn, {segment}", f"stone fox, old barn, {nearest}")
     assert same_picture(f"stone fox, {segment}, old barn", "stone fox, old barn") == (segment in QUALITY_ALONE)
 
 
-@pytest.mark.parametrize("line", [line for line in STYLE if line.kind == "with"], ids=word_of)
+@pytest.mark.parametrize("line", [line for line in STYLE if line.kind == "hue"], ids=word_of)
+def test_a_color_between_two_things_may_be_of_one_of_them(line: Line) -> None:
+    segment = f"{word_of(line)} painting"
+    assert not same_picture(f"stone fox, {segment}, old barn", f"stone fox, old barn, {segment}")
+    assert same_picture(f"{segment}, stone fox, old barn", f"stone fox, old barn, {segment}")
+
+
+@pytest.mark.parametrize("line", [line for line in STYLE if line.kind in {"with", "hue"}], ids=word_of)
 def test_a_word_that_goes_along_with_style_makes_none_by_itself(line: Line) -> None:
     word = word_of(line)
     moved = same_picture(f"stone fox, {word}, old barn", f"stone fox, old barn, {word}")
@@ -121,7 +128,11 @@ def test_a_shops_frame_may_stand_before_behind_or_apart(line: Line) -> None:
 def test_a_chinese_style_word_may_stand_anywhere_and_is_not_its_nearest_neighbor(line: Line) -> None:
     word, nearest = word_of(line), line.nearest[0]
     behind = canonical(f"石狐，旧谷仓，{word}")
-    assert canonical(f"石狐，{word}，旧谷仓") == behind or line.kind == "frame"
+    if line.kind == "own":
+        assert canonical(f"石狐，{word}，旧谷仓") != behind, "it may be the fox that looks like that"
+        assert canonical(f"{word}，石狐，旧谷仓") == behind
+    elif line.kind != "frame":
+        assert canonical(f"石狐，{word}，旧谷仓") == behind
     assert canonical(f"石狐，旧谷仓，{nearest}") != behind
     if line.kind == "quality":
         assert behind == canonical("石狐，旧谷仓")
@@ -221,7 +232,6 @@ SAME = {
         ("一百零八颗星", "108颗星"),
         ("三辆卡车", "3辆卡车"),
         ("a dozen roses", "12 roses"),
-        ("half a dozen eggs", "six eggs"),
         ("a party in the 1920's", "a party in the 1920s"),
         ("32 x 32 icons", "32x32 icons"),
     ],
@@ -299,6 +309,24 @@ SAME = {
         ("A fox::2 River::1", "a fox::2 a river::1"),
         ("A fox 🦊", "the fox 🦊"),
         ("a fox <lora:Ink:0.8>, 8k", "A fox <lora:Ink:0.8>"),
+    ],
+    "what was tried to be taken apart": [
+        ("请你画一只猫", "一只猫"),
+        ("你好，请画一只猫", "一只猫"),
+        ("帮我生成一张猫的图片，谢谢", "猫"),
+        ("我想要一张猫的图片", "猫"),
+        ("画个图：猫", "猫"),
+        ("猫，水彩，8k 高清", "猫，水彩"),
+        ("一只猫，电影感，柔和光线，窗边", "一只猫，窗边，柔和光线，电影感"),
+        ("书架前的猫", "書架前的貓"),
+        ("一條魚在水裡", "一条鱼在水里"),
+        ("一条狗", "一只狗"),
+        ("女孩的裙子", "女孩裙子"),
+        ("三条鱼", "3条鱼"),
+        ("女孩，红色裙子，婚纱摄影", "女孩，婚纱摄影，红色裙子"),
+        ("做好的蛋糕", "做好蛋糕"),
+        ("a cat w/o a tail", "a cat without a tail"),
+        ("a glass bottle", "glass bottle"),
     ],
 }
 
@@ -507,6 +535,154 @@ DIFFERENT = {
         ("#1 fox", "1 fox"),
         ("50% fox", "50 fox"),
     ],
+    "what English says in small words": [
+        ("a deer in the forest", "deer in the forest"),
+        ("a wild deer", "wild deer"),
+        ("the deer is in the forest", "the deer are in the forest"),
+        ("a broken glass", "broken glass"),
+        ("a black & a white cat", "a black & white cat"),
+        ("a fox hunting in the snow", "fox hunting in the snow"),
+        ("a woman hugging a tree", "a woman hugging tree"),
+        ("baby product photo", "baby, product photo"),
+        ("three D rings", "3D rings"),
+        ("draw, paint, play", "paint, play"),
+        ("create, inspire, repeat", "inspire, repeat"),
+        ("storyboard, a fox, watercolor, a hen, oil painting", "storyboard, a fox, oil painting, a hen, watercolor"),
+        ("an electric guitar, white body, an amplifier, black", "an electric guitar, black, an amplifier, white body"),
+        ("a girl, anime style, a boy, realistic style", "a girl, realistic style, a boy, anime style"),
+        ("a second hand bag", "a 2nd hand bag"),
+        ("Doctor Who on a couch", "a doctor on a couch"),
+        ("a clock with a second hand", "a used clock"),
+        ("a second-hand bag", "a bag"),
+        ("draw me dancing", "dancing"),
+    ],
+    "traditional text to be drawn": [
+        ("書法作品「發」", "书法作品「发」"),
+        ("書三個大字，發財", "书三个大字，发财"),
+        ("毛筆字發財", "毛笔字发财"),
+        ("掛著對聯，迎春", "挂着对联，迎春"),
+        ("門口掛著歡迎光臨的看板", "门口挂着欢迎光临的看板"),
+        ("店名為麵王", "店名为面王"),
+        ("恭喜發財的紅包", "恭喜发财的红包"),
+        ("刻著龍字", "刻着龙字"),
+        ("刺青，龍", "刺青，龙"),
+        ("路牌，台灣大道", "路牌，台湾大道"),
+    ],
+    "what belongs to what, in Chinese": [
+        ("避免人物，油画，猫", "避免油画，人物，猫"),
+        ("反向提示，油画，猫", "反向提示，猫，油画"),
+        ("去除背景，水彩，狗", "去除水彩，狗，背景"),
+        ("狐狸，禁止，水彩，母鸡", "狐狸，禁止，母鸡，水彩"),
+        ("狐狸，别，水彩，母鸡", "狐狸，别，母鸡，水彩"),
+        ("月薪8k 高清", "月薪8k，高清"),
+        ("月薪8k", "月薪"),
+        ("狐狸，月薪 8k", "狐狸，月薪"),
+        ("女孩，盲盒，桌子", "女孩，桌子，盲盒"),
+        ("女孩，婚纱，教堂", "女孩，教堂，婚纱"),
+        ("女孩，珠宝，桌子", "女孩，桌子，珠宝"),
+        ("桌子，绘本，小熊", "桌子，小熊，绘本"),
+        ("女孩，首饰，桌子", "女孩，桌子，首饰"),
+        ("桌子，化妆品，女孩", "桌子，女孩，化妆品"),
+        ("猫，人物，狗", "猫，狗，人物"),
+        ("女孩，黑白，小狗", "女孩，小狗，黑白"),
+        ("杯子，纯白，盘子", "杯子，盘子，纯白"),
+        ("女孩，手绘，杯子", "女孩，杯子，手绘"),
+        ("房间，明亮，走廊", "房间，走廊，明亮"),
+        ("女孩，看镜头，小狗", "女孩，小狗，看镜头"),
+        ("猫，面对镜头，狗", "猫，狗，面对镜头"),
+        ("杯子，磨砂质感，盘子", "杯子，盘子，磨砂质感"),
+        ("杯子，金属质感，盘子", "杯子，盘子，金属质感"),
+        ("宫崎骏，女孩，小狗", "女孩，宫崎骏，小狗"),
+        ("房间，电影海报，床", "房间，床，电影海报"),
+        ("猫，红色灯光，狗，蓝色光线", "猫，蓝色光线，狗，红色灯光"),
+        ("猫，明亮，狗，暗光", "猫，暗光，狗，明亮"),
+        ("猫，暗调，狗，亮调", "猫，亮调，狗，暗调"),
+        ("猫，高饱和度，狗，低饱和度", "猫，低饱和度，狗，高饱和度"),
+        ("猫，黑白，狗，鲜艳", "猫，鲜艳，狗，黑白"),
+        ("装修前，明亮，装修后，暗调", "装修前，暗调，装修后，明亮"),
+    ],
+    "text announced in Chinese": [
+        ("招牌是正新鸡排", "招牌是新鸡排"),
+        ("T恤上印着猫的天空", "T恤上印着猫天空"),
+        ("杯子上印有一只猫三个字", "杯子上印有1猫3个字"),
+        ("店名叫大的", "店名叫大"),
+        ("门头：两只猫，水彩", "门头：2只猫，水彩"),
+        ("横幅上印着我的国", "横幅上印着我国"),
+        ("石碑上刻着正气", "石碑上刻着气"),
+        ("logo是两只猫", "logo是2只猫"),
+    ],
+    "who does what, in Chinese": [
+        ("做的蛋糕", "做蛋糕"),
+        ("孩子做的蛋糕", "孩子做蛋糕"),
+        ("老人钓的鱼", "老人钓鱼"),
+        ("女孩骑的马", "女孩骑马"),
+        ("男孩戴的帽子", "男孩戴帽子"),
+        ("女人喝的咖啡", "女人喝咖啡"),
+        ("猫抓的老鼠", "猫抓老鼠"),
+        ("妈妈抱的孩子", "妈妈抱孩子"),
+        ("孩子画的房子", "孩子画房子"),
+        ("女孩折叠的纸鹤", "女孩折叠纸鹤"),
+        ("海豚的气球", "海豚气球"),
+        ("青蛙的抱枕", "青蛙抱枕"),
+        ("狗的饼干", "狗饼干"),
+        ("钢铁侠的玩具", "钢铁侠玩具"),
+        ("猫咪的面具", "猫咪面具"),
+        ("熊的风筝", "熊风筝"),
+        ("公主的杯子", "公主杯子"),
+    ],
+    "asking, in Chinese": [
+        ("请出家人喝茶", "家人喝茶"),
+        ("请出租车司机", "租车司机"),
+        ("需要看书的女孩的图片", "书的女孩"),
+        ("想要一张床的女孩", "床的女孩"),
+        ("请帮我做一张副牌", "请帮我做一张牌"),
+        ("画一副扑克", "画扑克"),
+        ("画一副眼镜", "画眼镜"),
+        ("猫和狗，说：谢谢", "猫和狗，说"),
+        ("挂着猫的图片的墙，白底", "挂着猫的墙，白底"),
+        ("请画一只猫看着墙上挂的图片", "请画一只猫看着墙上挂"),
+        ("制作一张弓", "弓"),
+        ("画纸", "纸"),
+        ("画架", "架"),
+        ("画具", "具"),
+        ("画师", "师"),
+        ("画轴", "轴"),
+        ("请画纸", "请纸"),
+    ],
+    "names of things, in Chinese": [
+        ("凤梨蜜", "菠萝蜜"),
+        ("凤梨包", "菠萝包"),
+        ("功夫熊猫", "功夫大熊猫"),
+        ("电瓶车", "电动车"),
+        ("镭射纸", "激光纸"),
+        ("妈咪包", "妈妈包"),
+        ("公车上的人", "巴士上的人"),
+        ("奔跑着车", "奔跑车"),
+        ("飞着碟", "飞碟"),
+        ("拖着车", "拖车"),
+        ("开着门", "开门"),
+        ("关着门", "关门"),
+        ("吊着车", "吊车"),
+        ("大正建筑", "大建筑"),
+        ("正能量", "能量"),
+        ("正电荷", "电荷"),
+        ("正离子", "离子"),
+        ("正坐", "坐"),
+        ("正轴测", "轴测"),
+        ("龙的眼", "龙眼"),
+        ("鸡的腿", "鸡腿"),
+        ("高的山", "高山"),
+        ("皇帝的企鹅", "皇帝企鹅"),
+        ("美人的鱼", "美人鱼"),
+        ("一条吐司", "一个吐司"),
+        ("一条香烟", "一根香烟"),
+        ("一条香烟", "1香烟"),
+        ("两条巧克力", "两个巧克力"),
+        ("二人转", "两人转"),
+        ("水产品图", "水，产品图"),
+        ("农产品图", "农，产品图"),
+        ("副产品图", "副，产品图"),
+    ],
 }
 
 
@@ -680,7 +856,7 @@ def test_forms_are_the_same_in_every_process(seed: str) -> None:
     assert told.stdout.strip() == hashlib.sha256("\x1e".join(form for _, form in rows).encode()).hexdigest()
 
 
-PINNED = ("canonical/1", "29e67297dd8df7ecedc9aaeae47ced71ef97c02264bbb028a30974b2dbbbef17")
+PINNED = ("canonical/1", "ac08f993b515e6c0eb240fa9fc7e64b64553db52d0e35ec52d3bffee06bf6ebf")
 """The version, and the digest of all that it is made of."""
 
 

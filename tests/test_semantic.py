@@ -22,7 +22,7 @@ from tests.fakes import FakeClock
 from tests.house import EVERYTHING, House, open_tier
 from tests.waiting import until
 
-PUPPY, SAME_PUPPY = "a cute puppy sleeping on a sofa at home", "a cute puppy asleep on a sofa at home"
+PUPPY, SAME_PUPPY = "a cute puppy sleeping on a sofa at home", "a cute puppy dog sleeping on a sofa at home"
 CANONICAL = Namespace("default", "default", similarity=MatchLevel.CANONICAL)
 SEMANTIC = replace(CANONICAL, similarity=MatchLevel.SEMANTIC)
 

@@ -122,7 +122,7 @@ verifier_api_key_env = "NO_SUCH_KEY"
     env = environment(tmp_path, provider=provider, redis=valkey_server)
     async with running(env, config) as service, calling(service) as stub:
         await stub.GetImage(ask("a cute puppy sleeping on a sofa at home"))
-        answer = await stub.GetImage(ask("a cute puppy asleep on a sofa at home"))
+        answer = await stub.GetImage(ask("a cute puppy dog sleeping on a sofa at home"))
         # The stand-in for OpenAI has no chat: a verifier that answers 404 is one that never says yes.
         assert answer.status.tier == pb.TIER_UPSTREAM
         async with httpx.AsyncClient(base_url=f"http://{service.http_address}") as http:

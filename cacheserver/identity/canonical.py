@@ -87,30 +87,53 @@ _LONG_WORD, _TITLE_WORDS = 4, 3
 _ARTICLES = frozenset({"a", "an", "the"})
 _FILLERS = frozenset({"is", "are", "that"})
 _INDEFINITE = frozenset({"a", "an"})
-_JOINING = frozenset({"and", "or"})
+_JOINING = frozenset({"and", "or", "&", "+"})
 _QUALIFYING = frozenset(
     str.split(
         "white black gray red green blue yellow orange purple pink brown gold golden silver dark light big large small "
         "little tiny huge tall short long old new young fat thin round square wooden metal plastic glass "
-        "striped spotted male female happy sad angry wild tame"
+        "striped spotted male female happy sad angry wild tame ginger tabby calico beige cream teal navy cyan magenta "
+        "turquoise violet copper bronze leather canvas paper stone marble ceramic steel iron brick chocolate vanilla "
+        "vintage modern good bad evil hot cold wet dry clean dirty open closed empty full front back left right"
     )
 )
 """What stands before them and an article: a black and a white cat are two, a black and white cat is one."""
 
-_COUNTED = frozenset(
+_UNCHANGED = frozenset(
     str.split(
-        "chicken lamb duck turkey goose fish salmon tuna trout lobster crab octopus squid rabbit deer sheep moose "
-        "bison buffalo orange lime peach plum olive lemon iron wood glass paper light stone rock cloth hair"
+        "fish salmon tuna trout squid deer sheep moose bison buffalo elk reindeer jellyfish goldfish koi carp shrimp "
+        "aircraft spacecraft"
     )
 )
-"""What is another thing, or as many as one likes, without its article, where nothing is said of it: a chicken on a
-plate. Before another word the article says nothing: a chicken coop.
+"""What is one or many by its article or verb alone: a wild deer, the deer are in the forest."""
+
+_STUFFS = frozenset(str.split("glass paper wood iron"))
+"""What is a thing with any article, and what things are made of without."""
+
+_COUNTED = (
+    _UNCHANGED
+    | _STUFFS
+    | frozenset(
+        str.split(
+            "chicken lamb duck turkey goose lobster crab octopus rabbit orange lime peach plum olive lemon pepper "
+            "light stone rock brick marble straw toast cloth hair spring"
+        )
+    )
+)
+"""What is another thing, or as many as one likes, without its article: a chicken on a plate. Before another noun the
+article says nothing: a chicken coop.
 """
+
+_AFTER_NOUNS = frozenset(str.split("next close over through between among against above without is are that who which"))
+_PREY = frozenset(str.split("fox bird whale horse bull dog cock bear deer duck lion tiger wolf shark fish seal"))
+_SPORTS = frozenset(str.split("hunting watching riding racing fighting fishing herding spotting"))
+"""Behind those: a fox hunting in the snow, and fox hunting."""
 
 _BEFORE_OBJECTS = frozenset(
     str.split(
         "eating riding walking hunting slaying killing fighting chasing loving hating watching devouring swallowing "
-        "breathing carrying training painting drawing lighting shading framing tracing rendering"
+        "breathing carrying training hugging feeding wrestling cleaning catching taming charming kissing shooting "
+        "herding painting drawing lighting shading framing tracing rendering"
     )
 )
 """Before these words an article tells who does it: a man eating a plant and a man eating plant; painting a portrait."""
@@ -148,8 +171,12 @@ _UNITS = {unit: unit for unit in str.split("k mm cm ml kg g gb mb tb px fps mp h
 }
 """What is written with a space or none behind a number, and its one name."""
 
+_LETTERS = (["d"], ["k"], ["g"])
+"""Units that are letters behind a number in words: three D rings are no 3D rings."""
+
 _TELLING_SIGNS: tuple[tuple[str, re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
     ('"', re.compile(r'(?<=\d)"'), " inch"),
+    ("w/o", re.compile(r"(?<!\w)w/o(?!\w)"), "without"),
     ("f/", re.compile(r"(?<!\w)f/(?=\d)"), "f"),
     ("f /", re.compile(r"(?<!\w)f / ?(?=\d)"), "f"),
     ("0's", re.compile(r"(?<=\d0)'s(?!\w)"), "s"),
@@ -231,8 +258,6 @@ _WANTING = tuple(
         "i'd like to see",
         "i would love to see",
         "i'd love to see",
-        "i'm looking for",
-        "i am looking for",
         "we want",
         "we need",
         "we would like",
@@ -243,7 +268,6 @@ _WANTING = tuple(
         "can we have",
         "could i get",
         "could i have",
-        "may i have",
         "let me see",
     )
 )
@@ -259,10 +283,10 @@ _HANGS = frozenset(str.split("wall walls frame frames framed hanging hangs hung 
 """Where pictures are that are part of a picture."""
 
 _OF = frozenset({"of", "showing", "depicting", "shows", "depicts"})
-_HEADINGS = (
-    *(["image"], ["picture"], ["prompt"], ["image", "prompt"], ["/", "imagine", "prompt"], ["/", "imagine"]),
-    *(["generate"], ["create"], ["draw"], ["description"], ["image", "description"]),
-)
+_HEADINGS = (*(["image"], ["picture"], ["prompt"], ["image", "prompt"], ["/", "imagine", "prompt"], ["/", "imagine"]),)
+_COMMANDS = (["generate"], ["create"], ["draw"], ["description"], ["image", "description"])
+"""Headings before a colon or a line's end alone: create, inspire, repeat."""
+
 _GREETINGS = (["hi"], ["hello"], ["hey"], ["hi", "there"], ["hello", "there"], ["hey", "there"])
 _DETERMINERS = (_ARTICLES | {"some", "my", "your", "his", "her", "their", "this"} | set(_NUMBER_WORDS)) - {"zero"}
 _WRAPPING = _MAKING | _IMAGES | _ARTICLES | {phrase[0] for phrase in (*_ASKING, *_WANTING)}
@@ -272,11 +296,12 @@ _MAY_BE_DRAWN = (["thanks"], ["thank", "you"], ["thanks", "a", "lot"])
 
 # ── style ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_STYLE_LINES = vocabulary("style", frozenset({"head", "with"}))
+_STYLE_LINES = vocabulary("style", frozenset({"head", "with", "hue"}))
 _STYLE = frozenset(line.written[0] for line in _STYLE_LINES)
 _STYLE_HEADS = frozenset(line.written[0] for line in _STYLE_LINES if line.kind == "head")
 _MAX_OWN_LOOKS = 2
-_STYLE_CORE = frozenset(line.written[0] for line in _STYLE_LINES if line.kind != "with")
+_STYLE_CORE = frozenset(line.written[0] for line in _STYLE_LINES if line.kind not in {"with", "hue"})
+_HUES = frozenset(line.written[0] for line in _STYLE_LINES if line.kind == "hue")
 _QUALITY_LINES = vocabulary("quality", frozenset({"with"}))
 _QUALITY = frozenset(line.written[0] for line in _QUALITY_LINES)
 _QUALITY_CORE = frozenset(line.written[0] for line in _QUALITY_LINES if line.kind != "with")
@@ -285,6 +310,9 @@ _MAX_STYLE_WORDS = 8
 _FRAMES = tuple(
     (line.written[0].split(), line.canonical[0].split(", "))
     for line in sorted(rewritings("frames"), key=lambda line: -len(line.written[0].split()))
+)
+_BEFORE_PRODUCTS = frozenset(
+    str.split("baby hair pet dog cat milk paper skin dairy food meat beauty cleaning billboard tv outdoor real waste")
 )
 _FRAME_ALONE = {tuple(frame): becomes for frame, becomes in _FRAMES}
 _FRAME_ENDS = frozenset(chain.from_iterable((frame[0], frame[-1]) for frame, _ in _FRAMES))
@@ -305,6 +333,16 @@ _COLORS = frozenset(
     str.split(
         "white black gray red green blue yellow orange purple pink brown beige cyan magenta teal gold golden silver "
         "navy cream ivory dark light bright warm cold cool pure plain neon"
+    )
+)
+_ONE_HEAD = dict.fromkeys(("lighting", "lights", "lit", "glow"), "light") | dict.fromkeys(
+    ("tone", "tones", "palette", "color", "hue", "hues", "scheme"), "colors"
+)
+_PANELS = frozenset(str.split("storyboard diptych triptych panels strip split"))
+_OF_COLORED = frozenset(
+    str.split(
+        "lighting light lights lit glow glowing tones tone palette color colors hue hues grading scheme background "
+        "backdrop filter contrast hour shadows shadow photo photography photograph film and"
     )
 )
 _PLACES = frozenset({"in", "on", "at", "under", "inside"})
@@ -344,7 +382,7 @@ def _written(prompt: str) -> str:
 
 
 def _form(text: str, *, ignore_quality_words: bool) -> str | None:
-    if len(text) > _MAX_BYTES or not (text.isascii() or len(text.encode("utf-8", "surrogatepass")) <= _MAX_BYTES):
+    if len(text) > _MAX_BYTES or not (text.isascii() or 0 < _utf8_bytes(text) <= _MAX_BYTES):
         return None
     for _ in range(_MAX_PASSES):
         once = _one_pass(text, ignore_quality_words=ignore_quality_words)
@@ -354,6 +392,14 @@ def _form(text: str, *, ignore_quality_words: bool) -> str | None:
         if not text:
             break
     return None
+
+
+def _utf8_bytes(text: str) -> int:
+    """How many bytes `text` has; 0 where it is none that could be sent."""
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        return 0
 
 
 def _one_pass(text: str, *, ignore_quality_words: bool) -> str:
@@ -369,6 +415,7 @@ def _one_pass(text: str, *, ignore_quality_words: bool) -> str:
     tail = ""
     if parts and parts[-1].verbatim and parts[-1].text.startswith("--"):
         tail = " ".join(parts.pop().text.split())
+    parts = _with_announced(parts)
     is_drawn = any(part.verbatim and not part.text.startswith(("<", "http", "HTTP")) for part in parts)
     is_open = bool(parts) and parts[-1].verbatim and is_drawn and parts[-1].text[0] not in _QUOTES
     tokens: _Tokens = []
@@ -383,6 +430,16 @@ def _one_pass(text: str, *, ignore_quality_words: bool) -> str:
     segments = [*contents, *(styles if is_open else sorted(set(styles)))]
     joined = ", ".join(segments)
     return f"{joined} {tail}" if tail else joined
+
+
+def _with_announced(parts: list[Part]) -> list[Part]:
+    """`parts`, and as written what Chinese words announce as text to be drawn: 招牌是正新鸡排."""
+    if parts and not parts[-1].verbatim and not parts[-1].text.isascii():
+        text = parts[-1].text
+        begin = chinese.announced(text)
+        if text[begin:].strip():
+            return [*parts[:-1], Part(text[:begin], verbatim=False), Part(text[begin:], verbatim=True)]
+    return parts
 
 
 def _told(verbatim: str) -> str:
@@ -458,6 +515,8 @@ def _segments(tokens: _Tokens) -> list[_Tokens]:
         if token[-1] in _SEPARATORS and token[:2] != "::":
             if token == ":" and segment not in _HEADINGS and _says_how(_rewritten(segment)):  # noqa: S105 - a sign
                 segment.append(token)  # lighting: red, background: blue
+            elif segment in _COMMANDS and not segments and ("\n" in token or ":" in token):
+                segment = []
             elif segment:
                 segments.append(segment)
                 segment = []
@@ -519,6 +578,8 @@ def _without_making(tokens: _Tokens, *, is_asked: bool) -> tuple[_Tokens, bool]:
         after = after[1 + (after[0] == "for") :]
     if tokens[0] in _MAKING_IMAGES and not _IMAGES.intersection(after[:2]):
         return tokens, is_asked
+    if is_for_us and after and after[0].endswith("ing"):
+        return tokens, is_asked  # draw me dancing
     begins_noun = bool(after) and (after[0] in _DETERMINERS or after[0] in _IMAGES or after[0].isdigit())
     is_making = (begins_noun and tokens[0] != "give") or tokens[0] in _ONLY_MAKING  # give a dog a bone
     return (after, True) if after and (is_asked or is_for_us or is_making) else (tokens, is_asked)
@@ -554,7 +615,7 @@ def _without_fillers(tokens: _Tokens) -> _Tokens:
             elif (
                 (out and out[-1] in _BEFORE_OBJECTS)
                 or (len(out) > 1 and out[-1] in _JOINING and out[-2] in _QUALIFYING)
-                or (token in _INDEFINITE and following in _COUNTED and _is_alone(tokens, position + 1))
+                or _is_counted(tokens, position, token)
             ):
                 out.append("a")
         elif token in _BEFORE_TO_BE and following in _VERBS_TO_BE:
@@ -562,14 +623,32 @@ def _without_fillers(tokens: _Tokens) -> _Tokens:
         elif token in _VERBS_TO_BE and following in _ARTICLES and position + 1 < length:
             out += [token, "a"]  # the bear is a hunter, and no bear hunter
             position += 1
-        elif token not in _FILLERS:
+        elif token not in _FILLERS or (out and out[-1] in _UNCHANGED):
             out.append(token)
     return out
 
 
-def _is_alone(tokens: _Tokens, after: int) -> bool:
-    """Whether nothing at `after` makes one thing with the word before it."""
-    return after >= len(tokens) or tokens[after] in _BEFORE_OTHERS or tokens[after] in _PLACES
+def _is_counted(tokens: _Tokens, start: int, article: str) -> bool:
+    """Whether the article before `start` tells how many or what is there: a wild deer, the glass, a fox hunting."""
+    first, second, third = [*tokens[start : start + 3], "", "", ""][:3]
+    if article not in _INDEFINITE:
+        return first in _STUFFS and _is_noun_end(second)
+    return (
+        (first in _COUNTED and _is_noun_end(second))
+        or ((second in _UNCHANGED or second in _STUFFS) and _is_noun_end(third))
+        or (first in _PREY and second in _SPORTS and third not in _DETERMINERS)
+    )
+
+
+def _is_noun_end(following: str) -> bool:
+    """Whether a word does not make one thing with the noun before it."""
+    return (
+        not following
+        or following in _BEFORE_OTHERS
+        or following in _PLACES
+        or following in _AFTER_NOUNS
+        or following.endswith(("ing", "ed"))
+    )
 
 
 def _with_synonyms(tokens: _Tokens) -> _Tokens:
@@ -592,7 +671,7 @@ def _with_synonyms(tokens: _Tokens) -> _Tokens:
             else:
                 out.append(token)
                 position += 1
-        elif token in _NUMBER_WORDS or token in _TENS:
+        elif (token in _NUMBER_WORDS or token in _TENS) and tokens[position + 1 : position + 2] not in _LETTERS:
             number, position = _number(tokens, position)
             out.append(number)
         elif token in _UNITS and out and out[-1][-1:].isdigit():
@@ -645,7 +724,7 @@ def _sorted(segments: list[_Tokens], *, ignore_quality_words: bool, in_order: bo
     if in_order or _is_in_parts(segments):
         return list(map(_joined, segments)), []
     contents, styles = _apart(segments)
-    if _is_torn(styles) or _has_each_its_own(contents, styles):
+    if _is_torn(styles) or _has_each_its_own(contents, styles) or _is_any_of_one(styles, len(contents)):
         return list(map(_joined, segments)), []
     return list(map(_joined, contents)), [style for _, style in styles]
 
@@ -678,7 +757,8 @@ def _apart(segments: list[_Tokens]) -> tuple[list[_Tokens], list[tuple[int, str]
 def _is_in_parts(segments: list[_Tokens]) -> bool:
     """Whether segments belong to what stands before them: left, a cat, watercolor, right, a dog; no people, fog."""
     begins = [words[1] if words[0] in _PLACES and len(words) > 1 else words[0] for words in segments]
-    return sum(map(_is_part, begins)) > 1 or any(map(_negates, chain.from_iterable(segments)))
+    words = list(chain.from_iterable(segments))
+    return sum(map(_is_part, begins)) > 1 or not _PANELS.isdisjoint(words) or any(map(_negates, words))
 
 
 def _negates(word: str) -> bool:
@@ -695,8 +775,12 @@ def _is_torn(placed: list[tuple[int, str]]) -> bool:
     for at, style in placed:
         head = style.split()[-1] if style.isascii() else style[-2:]
         is_background = head in _BACKGROUNDS
-        if is_background or not _COLORS.isdisjoint(style.split()) or chinese.is_colored(style):
-            before = seen.setdefault(head, (at, style))
+        if not is_background and not style.isascii():
+            head = chinese.scale(style)
+        elif not is_background and head != "style" and _COLORS.isdisjoint(style.split()):
+            continue
+        if head:
+            before = seen.setdefault(_ONE_HEAD.get(head, head), (at, style))
             if before[1] != style and (is_background or before[0] != at):
                 return True
     return False
@@ -711,6 +795,18 @@ def _has_each_its_own(contents: list[_Tokens], styles: list[tuple[int, str]]) ->
         return False
     own = [[style for at, style in styles if at == number] for number in range(1, len(contents) + 1)]
     return all(1 <= len(each) <= _MAX_OWN_LOOKS and not any(map(_is_of_whole, each)) for each in own)
+
+
+def _is_any_of_one(styles: list[tuple[int, str]], contents: int) -> bool:
+    """Whether a color stands between contents, not of a light or a background: a guitar, white body, an amplifier."""
+    return any(
+        0 < at < contents
+        and (
+            (not _HUES.isdisjoint(words := style.split()) and _OF_COLORED.isdisjoint(words))
+            or (not style.isascii() and chinese.is_any_of_one(style))
+        )
+        for at, style in styles
+    )
 
 
 def _is_of_whole(style: str) -> bool:
@@ -753,13 +849,18 @@ def _without_frame(words: _Tokens) -> tuple[_Tokens, list[str]]:
             length = len(frame)
             if words[:length] == frame and (len(words) == length or words[length] == "of"):
                 return words[length + 1 :], becomes
-            if words[-length:] == frame and len(words) > length:
+            if words[-length:] == frame and len(words) > length and _is_shown(words[-length - 1]):
                 return words[:-length], becomes
     elif not words[-1].isascii():
         rest, cut = chinese.without_frame(words[-1])
         if cut:
             return [*words[:-1], rest] if rest else words[:-1], [cut]
     return words, []
+
+
+def _is_shown(word: str) -> bool:
+    """Whether a frame behind a word is one: a baby product photo shows no baby, who holds a product photo holds it."""
+    return not (word in _BEFORE_PRODUCTS or word in _BEFORE_OTHERS or word in _PLACES or word.endswith("ing"))
 
 
 def _without_background(words: _Tokens) -> tuple[_Tokens, str]:

@@ -19,30 +19,32 @@ CJK = "\u3400-\u9fff\uf900-\ufaff"
 
 HAS_CJK = re.compile(f"[{CJK}]")
 _KANA_OR_HANGUL = re.compile("[\u3040-\u30ff\uac00-\ud7af]")
-_SPACE_BETWEEN = re.compile(rf"(?<=[{CJK}])\s+(?=[{CJK}]|\d+(?:[{CJK}]|k\b))|(?<=\dk)\s+(?=[{CJK}])")
+_SPACE_BETWEEN = re.compile(rf"(?<=[{CJK}])(?<![薪资粉])\s+(?=[{CJK}]|\d+(?:[{CJK}]|k\b))")
 
 _to_simplified = OpenCC("t2s").convert
 _PARTICLE = re.compile("(?<![显卓原名专巨论土编遗译])著(?![名作称者述录])")
 """著 that OpenCC leaves though it is 着: 穿著 is also a noun."""
 
 _MAY_BE_DRAWN = re.compile(
-    "寫(?![實真生字作信意毛鋼])|書[寫法]|(?<![寫筆])字(?![典母])|[題印刻繡]著|[題印刻繡]有|題字|標[題語]|[對春輓喜]聯|匾|招牌|標籤"
+    "寫(?![實真生作信意])|書(?![架店房本包桌櫃籍])|(?<!書)字(?![典母])|[題印刻繡]|標[題語誌]|商標|聯(?![合盟絡])|匾"
+    "|招牌|看板|橫幅|布條|[路門木]牌|標籤|揮春|刺青|紋身|[店書]名|名為|快樂|恭喜|發財|歡迎|大吉"
 )
 """What tells of characters in the picture, in traditional ones: 寫著發財 draws others than 写着发财."""
 
 # ── what is asked for is asked politely ─────────────────────────────────────────────────────────────────────────────
 
 _ASKING = (
-    "你好|您好|请你|请您|请帮我|请给我|请为我|请|麻烦你|麻烦您|麻烦|帮我|帮忙|给我|替我|为我|快|你能不能|能不能|能否|可以|可否|"
-    "用ai|使用ai|根据描述|根据以下描述|我想要|我想|我要|我需要|想要|需要|[,:!]"
+    "你好[,!]?|您好[,!]?|请你|请您|请帮我|请给我|请为我|请|麻烦你|麻烦您|麻烦|帮我|帮忙|给我|替我|为我|快|你能不能|能不能|能否|"
+    "可以|可否|用ai|使用ai|根据描述[,:]?|根据以下描述[,:]?|我想要|我想|我要|我需要|想要|需要"
 )
-_NOUNS_OF_PAINTING = "画家面框廊室布像笔龙眉展册板舫作卷风质中上里的着皮屏院"
-_A_SHEET = "(?:[一1][张幅副])"
+_NOUNS_OF_PAINTING = "画家面框廊室布像笔龙眉展册板舫作卷风质中上里的着皮屏院纸架具师符船稿轴集报"
+_A_SHEET = "(?:[一1](?:[张幅](?![床弓桌椅网嘴脸])|副(?![牌扑塔纸麻眼手对])))"
+_OUT = "出(?![租口家水海嫁汗拳浴血土国版行游生])"
 _ASKED = re.compile(
     rf"\s*+(?:"
-    rf"(?:{_ASKING})++(?:画(?![{_NOUNS_OF_PAINTING}])|生成|绘制|制作|创作|创建)(?:一下|出|个图)?{_A_SHEET}?[,:]?"
-    rf"|(?:{_ASKING})++(?:做|出|来|输出|设计|看|展示|提供|弄)?{_A_SHEET}(?:(?:图片|图像|图)[,:])?"
-    rf"|(?:{_ASKING})++看(?=.*的(?:图片|图像|图)(?:[,。!?;]|$))"
+    rf"(?:{_ASKING})++(?:画(?![{_NOUNS_OF_PAINTING}])|生成|绘制|制作|创作|创建)(?:一下|{_OUT}|个图(?=[,:]))?{_A_SHEET}?[,:]?"
+    rf"|(?:{_ASKING})++(?:做|{_OUT}|来|输出|设计|看|展示|提供|弄)?{_A_SHEET}(?:(?:图片|图像|图)[,:])?"
+    rf"|(?:{_ASKING})++看(?![书电手病戏报医])(?=[^,。]*的(?:图片|图像|图)(?:[,。!?;]|$))"
     rf"|画(?:{_A_SHEET}|(?=[一两二三四五六七八九十几0-9])|个图[,:]|[:,])"
     rf"|/?生成(?![的艺器式])(?:一下)?{_A_SHEET}?[,:]?"
     rf"|(?:设计|制作|来){_A_SHEET}"
@@ -52,34 +54,43 @@ _ASKED = re.compile(
     rf"|(?:画面)?内容[是为]"
     rf")\s*+"
 )
-_A_PICTURE_OF = re.compile(r"\s*+[一1](?:张|幅)(?=.*的(?:图片|图像|图)(?:[,。!?;]|$))")
+_A_PICTURE_OF = re.compile(r"\s*+[一1](?:张|幅)(?=[^,。]*的(?:图片|图像|图)(?:[,。!?;]|$))")
 _AS_A_PICTURE = re.compile(r"(?:的(?:图片|图像|图)|图片|图像)(?=\s*(?:[,。!?;]|$))")
-_THANKS = re.compile(r"[,。!\s]*(?:谢谢你|谢谢您|谢谢|多谢)[。!,\s]*$")
+_HANGS = re.compile("[挂贴拿看摆放]|屏幕|相册|相框")
+"""Where pictures are that are part of the picture."""
+_THANKS = re.compile(r"(?<![,。!\s:])[,。!\s]++(?:谢谢你|谢谢您|谢谢|多谢)[。!,\s]*$")
 
 # ── particles, numerals, measure words ──────────────────────────────────────────────────────────────────────────────
 
-_PARTICLES = {"的": "", "着": "", "正在": "在", "正": ""}
-_OWNED = re.compile(
-    "(?<=[猫狗熊虎狮兔鸟鱼马牛羊猪鸡鸭鹅猴象鼠龙蛇狐狼鹿孩妈爸爷奶师])"
-    "的(?=玩[具偶]|公仔|蛋糕|面包|衣服|帽子|面具|包|车|房|屋|床|鞋)"
+_PARTICLES = {"的": "", "着": "", "正在": "在"}
+_TELLING = re.compile(
+    "(?<=[猫狗熊虎狮兔鸟鱼马牛羊猪鸡鸭鹅猴象鼠龙蛇狐狼鹿咪犬蛙豚蝶蜂龟人侠曼兵员主丑物魔孩子妈爸爷奶师])"
+    "的(?=玩[具偶]|公仔|娃娃|抱枕|枕头|蛋糕|饼干|面包|衣服|帽子|面具|气球|风筝|杯|包|车|房|屋|床|鞋)"
+    "|(?<=[做织钓骑戴喝吃咬抓追牵抱喂踢剥洗叠摘搭种养买卖修缝编捏堆煮烤炒煎写唱舔啃砍切削擦推拉打杀])(?<![好难]吃)(?<![好难]喝)的"
+    f"|(?:(?<=^[{CJK}])|(?<=[^{CJK}][{CJK}]))的"  # 龙的眼, 高的山: of one syllable and another one word is made
+    "|(?<=画)(?<![油国漫插版壁绘水墨彩动字名古年挂图书笔幅张本]画)的"
 )
-"""的 that tells whose something is: 熊猫的玩具 are no 熊猫玩具."""
+"""的 that tells whose something is, and who does what: 熊猫的玩具 are no 熊猫玩具, and an angler is no 老人钓的鱼."""
+
+_JUST_NOW = re.compile(
+    "(?<![大中端公改校反修纠方周纯真雍金立])正(?=[看吃喝走跑读画玩骑抱拿睡飞游唱跳弹钓望盯享准从往被])"
+)
+"""正 that says no more than "now": 女孩正看书. In all its other words it means something."""
 
 _LEFT_ALONE = """
+印着 刻着 绣着 题着
 目的 的士 的确 打的 标的 有的放矢 的黎波里 写着 着火 着装 着色 着陆 着急 着迷 着凉 衣着 沉着 执着 睡着 附着 穿着打扮
-着地 点着 烧着 着魔 着力 正面 正方 正式 正确 正宗 正装 正中 正常 正义 正直 正好 正午 正月 正门 正版 正品 正太 正餐
-正楷 正负 正前 正后 正上 正下 正对 正左 正右 正脸 正殿 正厅 正房 正统 正规 正经 正反 正交 正弦 正球 正视 正气 真正
-改正 校正 反正 端正 修正 正北 正南 正东 正西 正中央 正红 正黄 正蓝 正白 正黑 正绿 正紫 正圆 正畸 正步 正点 正骨 公正
-立正 纠正 方正 周正 纯正 犬夜叉 犬牙 警犬 猎犬 牧羊犬 斗牛犬 贵宾犬 柯基犬 秋田犬 柴犬 金毛犬 犬儒 热狗 蒸汽机车
+着地 点着 烧着 着魔 着力 犬夜叉 犬牙 警犬 猎犬 牧羊犬 斗牛犬 贵宾犬 柯基犬 秋田犬 柴犬 金毛犬 犬儒 热狗 蒸汽机车
 内燃机车 电力机车 电气机车 柴油机车 铁路机车 火车机车 老式机车 老机车 古董机车 机车头 机车厂 火车头 列车员 单车道
 单车间 孩子气 女孩子 男孩子 男子汉 男子气 女子高 女士们 美男子 奇女子 弟子 童子 女儿国 里面包 上面包 下面包 下面条
 上面粉 里面粉 旁边境 上边境 上边疆 海边上 摩托艇 摩托罗拉 摩托车 计算机械 集装箱货车 百货车 载货车厢 陈列车 系列车
 并列车 花朵朵 图像识别 树木头 枯树木 房屋顶 货车厢 列车厢 草坪机 照相片 电视机器人 洗手间谍 父亲节 母亲节 摩托车手
-飞机车 手机车 司机车 洗衣机车 简单车 铁路货车 大正时代 大正浪漫 大正风 雍正 正德 蒋中正 中正纪念 金正恩 金正日 正三角
-正四面 正五边 正五角 正六边 正七边 正八边 正八面 正十二面 正十边 正多边 正手击 正身像 正体字 正字 正本 正史 正片 正派
-正室 正妹 正倒 正着放 正侧 正副 比萨斜塔 比萨塔 祖母绿 祖父母 上海滩 天犬 裙边上 盘子边上 杯子边上 帽子边上
-领口边上 碗边上 袖口边上 大的 小的 金的 银的 木的 玉的 铁的 红的 白的 黑的 黄的 热的 冷的 飞的 海的 河的 雪的 绿的
-着的 飞机场景 办公车 快捷运 蓝的 紫的 短的 老的 圆的 方的 纸的 布的 皮的 石的 泥的 瓷的 铜的 竹的
+飞机车 手机车 司机车 洗衣机车 简单车 铁路货车 正着放 比萨斜塔 比萨塔 祖母绿 祖父母 上海滩 天犬 裙边上 盘子边上
+杯子边上 帽子边上 领口边上 碗边上 袖口边上 大的 小的 金的 银的 木的 玉的 铁的 红的 白的 黑的 黄的 热的 冷的 飞的 海的
+河的 雪的 绿的 着的 飞机场景 办公车 快捷运 蓝的 紫的 短的 老的 圆的 方的 纸的 布的 皮的 石的 泥的 瓷的 铜的 竹的
+奔跑着车 跑着车 飞着船 飞着碟 拖着车 吊着车 开着门 关着门 抱着枕 烤着鸭 烤着鸡 烤着肉 烤着鱼 炒着饭 炒着菜 煎着蛋
+煮着蛋 折着纸 插着花 挂着画 滑着板 卷着发 高的 长的 龙的 鸡的 皇帝的 美人的
+功夫熊猫 功夫大熊猫 凤梨蜜 凤梨包 妈咪包 二人转 二人台
 """
 _INDIVIDUAL = frozenset("个只位名条辆")
 """Measure words that say no more than that single ones are counted; a glass, a pair or a slice says more."""
@@ -93,6 +104,9 @@ _UNITS = {"十": 10, "百": 100, "千": 1000}
 _NUMERALS = frozenset(_DIGITS) | frozenset(_UNITS)
 _NOT_COUNTED = re.compile(r"(?:[第几数多半a-z]|\d[.,:/-])\Z")
 """What stands before a number that is an ordinal, inexact or part of a longer one."""
+
+_IN_BARS = frozenset("吐土烟香蛋巧")
+"""What 条 counts whole bars, loaves or cartons of: 一条香烟 is no cigarette."""
 
 _MAX_NUMERALS = 7
 
@@ -112,8 +126,20 @@ def _table() -> dict[str, tuple[tuple[str, str], ...]]:
 _TABLE = _table()
 _NOTABLE = re.compile(rf"[{''.join(_TABLE)}{''.join(_NUMERALS)}\d]")
 """What something may begin at: all else stays as it is."""
-_STYLE_LINES = vocabulary("style.zh", frozenset({"quality", "frame"}))
+_STYLE_LINES = vocabulary("style.zh", frozenset({"quality", "frame", "own"}))
 _MAX_STYLE_CHARS = 16
+
+
+_ANNOUNCING = re.compile(
+    "(?:[印刻绣題题][着著有]|名叫|取名|店名[是为為叫]?|(?:门头|門頭)[上是为為]?"
+    "|(?:招牌|牌匾|[横橫]幅|标志|標誌|[Ll]ogo|LOGO)(?:[上是为為]|(?=[:\uff1a])))[:\uff1a]?"
+)
+
+
+def announced(text: str) -> int:
+    """Where text to be drawn begins that nothing quotes, in a prompt as written; its end where there is none."""
+    found = _ANNOUNCING.search(text)
+    return len(text) if found is None else found.end()
 
 
 def is_chinese(text: str) -> bool:
@@ -138,12 +164,20 @@ def _unwrapped(text: str) -> str:
     if (asked := _A_PICTURE_OF.match(text, begin)) and asked.end() < len(text):
         begin = asked.end()
     if begin:
-        text = _AS_A_PICTURE.sub("", text[begin:], count=1)
+        text = text[begin:]
+        if (named := _AS_A_PICTURE.search(text)) and not _HANGS.search(_clause_before(text, named.start())):
+            text = text[: named.start()] + text[named.end() :]
         text = _THANKS.sub("", text)
     return text
 
 
+def _clause_before(text: str, end: int) -> str:
+    begin = max(text.rfind(mark, 0, end) for mark in ",。!?;")
+    return text[begin + 1 : end]
+
+
 def _scanned(text: str) -> str:
+    text = _JUST_NOW.sub("", text)
     out: list[str] = []
     position = 0
     while found := _NOTABLE.search(text, position):
@@ -151,7 +185,7 @@ def _scanned(text: str) -> str:
         out.append(text[position:start])
         position = start
         for written, becomes in _TABLE.get(text[start], ()):
-            if text.startswith(written, start) and not (becomes == "" and _OWNED.match(text, start)):
+            if text.startswith(written, start) and not (becomes == "" and _TELLING.match(text, start)):
                 out.append(becomes)
                 position += len(written)
                 break
@@ -188,7 +222,12 @@ def _is_said_alone(measure: str, following: str) -> bool:
 
     三个头的牛 are no 三头牛, 三个月 are not 三月, 三位数 is none of 三个数, and 两个一元 are not 二十一元.
     """
-    if not following or _is_numeral(following) or measure + following == "位数":
+    if (
+        not following
+        or _is_numeral(following)
+        or (measure == "条" and following in _IN_BARS)
+        or measure + following == "位数"
+    ):
         return False
     return following == "人" or following not in _MEASURES
 
@@ -216,6 +255,17 @@ def _value(numerals: str) -> str | None:
 _WORDS = frozenset(_scanned(word) for line in _STYLE_LINES for word in line.written)
 _QUALITY = frozenset(_scanned(line.written[0]) for line in _STYLE_LINES if line.kind == "quality") | {"8k", "4k", "16k"}
 _FRAMES = sorted((_scanned(line.written[0]) for line in _STYLE_LINES if line.kind == "frame"), key=len, reverse=True)
+_OWN = frozenset(_scanned(line.written[0]) for line in _STYLE_LINES if line.kind == "own")
+_OWN_HEADS = ("质感", "镜头")
+"""What a single thing has, too, where no listed word stands before: 磨砂质感, 看镜头."""
+
+_DEGREES = {
+    word: scale
+    for scale in ("明亮 暗光 暗调 亮调 昏暗", "高饱和度 低饱和度 黑白 鲜艳 色彩鲜艳", "高对比度 低对比度")
+    for word in scale.split()
+}
+"""Of one scale a picture has one value: two of them belong to two parts of it."""
+
 _HEADS = (
     "风格",
     "画风",
@@ -232,8 +282,12 @@ _HEADS = (
     "滤镜",
     "氛围",
 )
+_BEFORE_PRODUCTS = frozenset("水农副")
+"""What makes another word of 产品."""
+
 _PARTS = ("左", "右", "上", "下", "中间", "第", "一半", "一边", "另", "前景")
-_NEGATING = re.compile("[不没无勿]")
+_TIMES = ("前", "后", "时")
+_NEGATING = re.compile("[不没无勿]|[反负][向面]|避免|排除|禁止|去[除掉]|而非|少用|^别$")
 _COLORED = re.compile("[红橙黄绿青蓝紫黑白灰粉棕褐金银暖冷]")
 _MAX_HEADED_CHARS = 8
 _MAX_WORD_CHARS = max(map(len, _WORDS | _QUALITY))
@@ -241,7 +295,7 @@ _MAX_WORD_CHARS = max(map(len, _WORDS | _QUALITY))
 
 def is_part(segment: str) -> bool:
     """Whether a segment tells of one part of the picture."""
-    return segment.startswith(_PARTS)
+    return segment.startswith(_PARTS) or segment.endswith(_TIMES)
 
 
 def negates(segment: str) -> bool:
@@ -252,6 +306,16 @@ def negates(segment: str) -> bool:
 def is_colored(segment: str) -> bool:
     """Whether a segment names a color."""
     return bool(_COLORED.search(segment))
+
+
+def scale(style: str) -> str:
+    """What of a style two parts of a picture may have each their own, a name for it: light, saturation, the color."""
+    return _DEGREES.get(style, style[-1] if is_colored(style) else "")
+
+
+def is_any_of_one(style: str) -> bool:
+    """Whether a single thing may look like that, too: 黑白, 磨砂质感."""
+    return style in _OWN or (style.endswith(_OWN_HEADS) and not _is_made_of(style, _WORDS))
 
 
 def is_style(segment: str) -> bool:
@@ -282,7 +346,7 @@ def _looks(segment: str) -> _Looks:
 def without_frame(word: str) -> tuple[str, str]:
     """A segment's last word without what a shop calls its pictures, and that; "" where there is none."""
     for frame in _FRAMES:
-        if word.endswith(frame):
+        if word.endswith(frame) and word[-len(frame) - 1 : -len(frame)] not in _BEFORE_PRODUCTS:
             return word[: -len(frame)], frame
     return word, ""
 

@@ -235,8 +235,8 @@ FAULTS = (
         "number words and digits are two prompts",
         "canonical",
         _CANONICAL,
-        "elif token in _NUMBER_WORDS or token in _TENS:",
-        "elif token in _TENS:",
+        "elif (token in _NUMBER_WORDS or token in _TENS) and",
+        "elif token in _TENS and",
     ),
     Fault(
         "whatever asks for text to be drawn is simplified",
@@ -270,8 +270,8 @@ FAULTS = (
         "quoted text is folded",
         "canonical",
         _CANONICAL,
-        "tokens.append(_VERBATIM + part.text.strip())",
-        "tokens.append(_VERBATIM + part.text.strip().lower())",
+        "tokens.append(_VERBATIM + _told(part.text.strip()))",
+        "tokens.append(_VERBATIM + _told(part.text.strip().lower()))",
     ),
     Fault(
         "what an alias points to is believed",
