@@ -32,6 +32,8 @@ _NORMALIZE = "cacheserver/identity/normalize.py"
 _CODEC = "cacheserver/tiers/codec.py"
 _FLIGHT = "cacheserver/flight.py"
 _CANONICAL = "cacheserver/identity/canonical.py"
+_CAPITALS = "cacheserver/identity/canonical_capitals.py"
+_ENGLISH = "cacheserver/identity/canonical_english.py"
 _MATCHING = "cacheserver/matching.py"
 _LEASES = "cacheserver/control/leases.py"
 _JOURNAL = "cacheserver/journal.py"
@@ -234,7 +236,7 @@ FAULTS = (
     Fault(
         "number words and digits are two prompts",
         "canonical",
-        _CANONICAL,
+        _ENGLISH,
         "elif (token in _NUMBER_WORDS or token in _TENS) and",
         "elif token in _TENS and",
     ),
@@ -248,14 +250,14 @@ FAULTS = (
     Fault(
         "a capital that makes another word is folded",
         "canonical",
-        _CANONICAL,
+        _CAPITALS,
         "return word.istitle() and word.lower() in HOMOGRAPHS and not _is_in_a_name(words, at)",
         "return False",
     ),
     Fault(
         "twenty-one is twenty",
         "canonical",
-        _CANONICAL,
+        _ENGLISH,
         "return str(_TENS[token] + following), position + 2",
         "return str(_TENS[token]), position + 2",
     ),
@@ -270,8 +272,8 @@ FAULTS = (
         "quoted text is folded",
         "canonical",
         _CANONICAL,
-        "tokens.append(_VERBATIM + _told(part.text.strip()))",
-        "tokens.append(_VERBATIM + _told(part.text.strip().lower()))",
+        "tokens.append(VERBATIM + _told(part.text.strip()))",
+        "tokens.append(VERBATIM + _told(part.text.strip().lower()))",
     ),
     Fault(
         "what an alias points to is believed",
