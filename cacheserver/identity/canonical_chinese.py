@@ -7,6 +7,8 @@ that is on a list of those to leave alone.
 from __future__ import annotations
 
 import re
+import string
+from collections.abc import Iterable
 from enum import Enum, auto
 from functools import lru_cache
 
@@ -111,21 +113,25 @@ _IN_BARS = frozenset("吐土烟香蛋巧")
 _MAX_NUMERALS = 7
 
 
-def _table() -> dict[str, tuple[tuple[str, str], ...]]:
-    """What may begin at a character and what becomes of it, longest first."""
+def _becomes() -> dict[str, str]:
     found = dict(_PARTICLES)
     for line in rewritings("synonyms.zh"):
         found.update(zip(line.written, line.canonical, strict=True))
-    found |= {word: word for word in _LEFT_ALONE.split()}
-    table: dict[str, list[tuple[str, str]]] = {}
-    for written, becomes in sorted(found.items(), key=lambda item: -len(item[0])):
-        table.setdefault(written[0], []).append((written, becomes))
-    return {first: tuple(rows) for first, rows in table.items()}
+    return found | {word: word for word in _LEFT_ALONE.split()}
 
 
-_TABLE = _table()
-_NOTABLE = re.compile(rf"[{''.join(_TABLE)}{''.join(_NUMERALS)}\d]")
-"""What something may begin at: all else stays as it is."""
+def _pattern(words: Iterable[str]) -> str:
+    """Finds the longest of the words; by first characters, for one choice among few is made sooner than among all."""
+    rests: dict[str, list[str]] = {}
+    for word in sorted(words, key=len, reverse=True):
+        rests.setdefault(word[0], []).append(word[1:])
+    return "|".join(f"{first}(?:{'|'.join(rest)})" for first, rest in rests.items())
+
+
+_BECOMES = _becomes()
+_NOTABLE = re.compile(f"{_pattern(_BECOMES)}|{'|'.join(sorted(_NUMERALS))}|{'|'.join(string.digits)}")
+"""All else stays as it is. Every choice begins with a character: then what begins none is passed over fast."""
+
 _STYLE_LINES = vocabulary("style.zh", frozenset({"quality", "frame", "own"}))
 _MAX_STYLE_CHARS = 16
 
@@ -181,17 +187,15 @@ def _scanned(text: str) -> str:
     out: list[str] = []
     position = 0
     while found := _NOTABLE.search(text, position):
-        start = found.start()
+        start, end = found.span()
         out.append(text[position:start])
-        position = start
-        for written, becomes in _TABLE.get(text[start], ()):
-            if text.startswith(written, start) and not (becomes == "" and _TELLING.match(text, start)):
-                out.append(becomes)
-                position += len(written)
-                break
-        else:
-            told, position = _number(text, start) if _is_numeral(text[start]) else (text[start], start + 1)
-            out.append(told)
+        told = _BECOMES.get(found[0])
+        if told is None:
+            told, end = _number(text, start)
+        elif not told and _TELLING.match(text, start):
+            told = found[0]
+        out.append(told)
+        position = end
     out.append(text[position:])
     return "".join(out)
 
