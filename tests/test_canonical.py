@@ -311,6 +311,17 @@ SAME = {
         ("a fox <lora:Ink:0.8>, 8k", "A fox <lora:Ink:0.8>"),
     ],
     "what was tried to be taken apart": [
+        ("一个正在看书的小男孩", "一个在看书的小男孩"),
+        ("一个正在看书的小男孩", "一个看书的小男孩"),
+        ("古老的城堡", "古老城堡"),
+        ("二十岁的女孩", "20岁女孩"),
+        ("第三次工业革命", "第3次工业革命"),
+        ("四格漫画", "4格漫画"),
+        ("電商主圖，无线耳机，黑色", "无线耳机，黑色，电商主图"),
+        ("淘宝白底图，腰带", "腰带，淘宝白底图"),
+        ("讀書的女孩", "读书的女孩"),
+        ("请画一张灯塔的图片，谢谢啦", "灯塔"),
+        ("/imagine 灯塔", "灯塔"),
         ("请你画一只猫", "一只猫"),
         ("你好，请画一只猫", "一只猫"),
         ("帮我生成一张猫的图片，谢谢", "猫"),
@@ -612,6 +623,11 @@ DIFFERENT = {
         ("logo是两只猫", "logo是2只猫"),
     ],
     "who does what, in Chinese": [
+        ("木匠雕的佛像", "木匠雕佛像"),
+        ("爷爷扎的灯笼", "爷爷扎灯笼"),
+        ("鲨鱼的帐篷", "鲨鱼帐篷"),
+        ("小狗在飞机上", "小狗飞机上"),
+        ("女孩坐在看台上", "女孩坐看台上"),
         ("做的蛋糕", "做蛋糕"),
         ("孩子做的蛋糕", "孩子做蛋糕"),
         ("老人钓的鱼", "老人钓鱼"),
@@ -856,7 +872,7 @@ def test_forms_are_the_same_in_every_process(seed: str) -> None:
     assert told.stdout.strip() == hashlib.sha256("\x1e".join(form for _, form in rows).encode()).hexdigest()
 
 
-PINNED = ("canonical/1", "ac08f993b515e6c0eb240fa9fc7e64b64553db52d0e35ec52d3bffee06bf6ebf")
+PINNED = ("canonical/1", "1b2c343aa76489cdbafaf4c05d3b4cff8eff006edd0315ebfebabf3d0b46da60")
 """The version, and the digest of all that it is made of."""
 
 

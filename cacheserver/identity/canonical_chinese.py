@@ -28,7 +28,7 @@ _PARTICLE = re.compile("(?<![显卓原名专巨论土编遗译])著(?![名作称
 """著 that OpenCC leaves though it is 着: 穿著 is also a noun."""
 
 _MAY_BE_DRAWN = re.compile(
-    "寫(?![實真生作信意])|書(?![架店房本包桌櫃籍])|(?<!書)字(?![典母])|[題印刻繡]|標[題語誌]|商標|聯(?![合盟絡])|匾"
+    "寫(?![實真生作信意])|書(?=[寫法著有道體])|[草楷隸行篆]書|(?<!書)字(?![典母])|[題印刻繡]|標[題語誌]|商標|聯(?![合盟絡])|匾"
     "|招牌|看板|橫幅|布條|[路門木]牌|標籤|揮春|刺青|紋身|[店書]名|名為|快樂|恭喜|發財|歡迎|大吉"
 )
 """What tells of characters in the picture, in traditional ones: 寫著發財 draws others than 写着发财."""
@@ -36,7 +36,7 @@ _MAY_BE_DRAWN = re.compile(
 # ── what is asked for is asked politely ─────────────────────────────────────────────────────────────────────────────
 
 _ASKING = (
-    "你好[,!]?|您好[,!]?|请你|请您|请帮我|请给我|请为我|请|麻烦你|麻烦您|麻烦|帮我|帮忙|给我|替我|为我|快|你能不能|能不能|能否|"
+    "你好[,!]?|您好[,!]?|请你|请您|请帮我|请给我|请为我|请|麻烦你|麻烦您|麻烦|帮我|帮忙|给我|替我|为我|快|你能不能|能不能|能否|想请你|想请您|"
     "可以|可否|用ai|使用ai|根据描述[,:]?|根据以下描述[,:]?|我想要|我想|我要|我需要|想要|需要"
 )
 _NOUNS_OF_PAINTING = "画家面框廊室布像笔龙眉展册板舫作卷风质中上里的着皮屏院纸架具师符船稿轴集报"
@@ -54,30 +54,36 @@ _ASKED = re.compile(
     rf"|(?:图片|图像|图|画面)(?:内容|描述)?[:,]"
     rf"|(?:提示词|描述|内容|文生图|ai绘画)[:,]"
     rf"|(?:画面)?内容[是为]"
+    rf"|/ ?imagine(?: ?prompt)?[:,]?"
     rf")\s*+"
 )
 _A_PICTURE_OF = re.compile(r"\s*+[一1](?:张|幅)(?=[^,。]*的(?:图片|图像|图)(?:[,。!?;]|$))")
 _AS_A_PICTURE = re.compile(r"(?:的(?:图片|图像|图)|图片|图像)(?=\s*(?:[,。!?;]|$))")
 _HANGS = re.compile("[挂贴拿看摆放]|屏幕|相册|相框")
 """Where pictures are that are part of the picture."""
-_THANKS = re.compile(r"(?<![,。!\s:])[,。!\s]++(?:谢谢你|谢谢您|谢谢|多谢)[。!,\s]*$")
+_THANKS = re.compile(r"(?<![,。!\s:])[,。!\s]++(?:谢谢[你您啦了]?|多谢|感谢|辛苦了|拜托了?)[。!,\s]*$")
 
 # ── particles, numerals, measure words ──────────────────────────────────────────────────────────────────────────────
 
 _PARTICLES = {"的": "", "着": "", "正在": "在"}
 _TELLING = re.compile(
-    "(?<=[猫狗熊虎狮兔鸟鱼马牛羊猪鸡鸭鹅猴象鼠龙蛇狐狼鹿咪犬蛙豚蝶蜂龟人侠曼兵员主丑物魔孩子妈爸爷奶师])"
+    "(?:(?<=[猫狗熊虎狮兔鸟鱼马牛羊猪鸡鸭鹅猴鼠龙蛇狐狸狼鹿咪犬蛙豚蝶蜂龟])|(?<=[大小]象)|(?<=[兔猴豹鸽燕狮]子))的"
+    "|(?<=[人侠曼兵员主丑物魔孩子妈爸爷奶师])"
     "的(?=玩[具偶]|公仔|娃娃|抱枕|枕头|蛋糕|饼干|面包|衣服|帽子|面具|气球|风筝|杯|包|车|房|屋|床|鞋)"
-    "|(?<=[做织钓骑戴喝吃咬抓追牵抱喂踢剥洗叠摘搭种养买卖修缝编捏堆煮烤炒煎写唱舔啃砍切削擦推拉打杀])(?<![好难]吃)(?<![好难]喝)的"
-    f"|(?:(?<=^[{CJK}])|(?<=[^{CJK}][{CJK}]))的"  # 龙的眼, 高的山: of one syllable and another one word is made
+    "|(?<=[做织钓骑戴喝吃咬抓追牵抱喂踢剥洗叠摘搭种养买卖修缝编捏堆煮烤炒煎写唱舔啃砍切削擦推拉打杀"
+    "包雕盖扎折吹挖绑贴涂染拼蒸采扛抬举扔赶驯拍弹敲划驾披捧握])"
+    "(?<![好难]吃)(?<![好难]喝)(?<![面书钱背]包)(?<![木浮玉石冰]雕)的"
+    rf"|(?:(?<=^[{CJK}])|(?<=[^{CJK}\d][{CJK}]))的"  # 龙的眼, 高的山: of one syllable and another one word is made
     "|(?<=画)(?<![油国漫插版壁绘水墨彩动字名古年挂图书笔幅张本]画)的"
 )
 """的 that tells whose something is, and who does what: 熊猫的玩具 are no 熊猫玩具, and an angler is no 老人钓的鱼."""
 
 _JUST_NOW = re.compile(
-    "(?<![大中端公改校反修纠方周纯真雍金立])正(?=[看吃喝走跑读画玩骑抱拿睡飞游唱跳弹钓望盯享准从往被])"
+    "(?:正在|(?<![大中端公改校反修纠方周纯真雍金立])正|(?<![存现实所内正])在)"
+    "(?=看(?![台守])|吃|喝|走(?![廊道])|读|骑|拿|睡(?![袋衣莲])|钓|望|盯|眺|享|弹(?![簧珠丸])|织(?!物)|唱(?!片)|画(?=画)|抱(?!枕)|用)"
+    "|正(?=准备|要|从|往|被)"
 )
-"""正 that says no more than "now": 女孩正看书. In all its other words it means something."""
+"""What says no more than "now" before what is done: 女孩正在看书. 正 means something in all its other words."""
 
 _LEFT_ALONE = """
 印着 刻着 绣着 题着
@@ -92,19 +98,26 @@ _LEFT_ALONE = """
 河的 雪的 绿的 着的 飞机场景 办公车 快捷运 蓝的 紫的 短的 老的 圆的 方的 纸的 布的 皮的 石的 泥的 瓷的 铜的 竹的
 奔跑着车 跑着车 飞着船 飞着碟 拖着车 吊着车 开着门 关着门 抱着枕 烤着鸭 烤着鸡 烤着肉 烤着鱼 炒着饭 炒着菜 煎着蛋
 煮着蛋 折着纸 插着花 挂着画 滑着板 卷着发 高的 长的 龙的 鸡的 皇帝的 美人的
-功夫熊猫 功夫大熊猫 凤梨蜜 凤梨包 妈咪包 二人转 二人台
+功夫熊猫 功夫大熊猫 方便面包 凤梨蜜 凤梨包 妈咪包 二人转 二人台
 """
+_OF_TWO_SYLLABLES = """
+巨大 高大 庞大 宽大 硕大 强大 伟大 矮小 娇小 弱小 微小 细小 通红 鲜红 火红 深红 暗红 洁白 雪白 苍白 乳白 漆黑 乌黑 黝黑
+金黄 橙黄 鹅黄 枯黄 炎热 火热 寒冷 冰冷 翠绿 碧绿 嫩绿 墨绿 深绿 湛蓝 蔚蓝 天蓝 深蓝 宝蓝 淡紫 深紫 古老 苍老 滚圆 浑圆
+崇高 修长
+"""
+"""Adjectives behind which 的 says nothing, though it may behind their second syllable: 大的."""
+
 _INDIVIDUAL = frozenset("个只位名条辆")
 """Measure words that say no more than that single ones are counted; a glass, a pair or a slice says more."""
 
 _MEASURES = _INDIVIDUAL | frozenset(
     "张把架艘台座栋间棵株朵支枝根块片件顶双对副杯碗盘碟瓶罐箱盒袋包桶篮群堆排列行串束捧组套幅本册页封扇面道口所家头匹峰"
-    "颗粒滴卷团份种款层岁年月日号人节段盏轮枚尊匙勺壶缸锅筐米秒分点度倍次元角名项套队班桌床滴门辆"
+    "颗粒滴卷团份种款层岁年月日号人节段盏轮枚尊匙勺壶缸锅筐米秒分点度倍次元角名项套队班桌床滴门辆格"
 )
 _DIGITS = {"零": 0, "一": 1, "二": 2, "两": 2, "三": 3, "四": 4, "五": 5, "六": 6, "七": 7, "八": 8, "九": 9}
 _UNITS = {"十": 10, "百": 100, "千": 1000}
 _NUMERALS = frozenset(_DIGITS) | frozenset(_UNITS)
-_NOT_COUNTED = re.compile(r"(?:[第几数多半a-z]|\d[.,:/-])\Z")
+_NOT_COUNTED = re.compile(r"(?:[几数多半a-z]|\d[.,:/-])\Z")
 """What stands before a number that is an ordinal, inexact or part of a longer one."""
 
 _IN_BARS = frozenset("吐土烟香蛋巧")
@@ -117,7 +130,8 @@ def _becomes() -> dict[str, str]:
     found = dict(_PARTICLES)
     for line in rewritings("synonyms.zh"):
         found.update(zip(line.written, line.canonical, strict=True))
-    return found | {word: word for word in _LEFT_ALONE.split()}
+    found |= {word: word for word in _LEFT_ALONE.split()}
+    return found | {f"{word}的": word for word in _OF_TWO_SYLLABLES.split()}
 
 
 def _pattern(words: Iterable[str]) -> str:
@@ -218,7 +232,8 @@ def _number(text: str, start: int) -> tuple[str, int]:
     if value is None:
         return written, end
     following = text[end + 1 : end + 2]
-    return value, end + 1 if after in _INDIVIDUAL and _is_said_alone(after, following) else end
+    is_ordinal = text[max(0, start - 1) : start] == "第"
+    return value, end + 1 if not is_ordinal and after in _INDIVIDUAL and _is_said_alone(after, following) else end
 
 
 def _is_said_alone(measure: str, following: str) -> bool:
@@ -285,13 +300,17 @@ _HEADS = (
     "画质",
     "滤镜",
     "氛围",
+    "配色",
+    "笔触",
 )
 _BEFORE_PRODUCTS = frozenset("水农副")
 """What makes another word of 产品."""
 
 _PARTS = ("左", "右", "上", "下", "中间", "第", "一半", "一边", "另", "前景")
 _TIMES = ("前", "后", "时")
-_NEGATING = re.compile("[不没无勿]|[反负][向面]|避免|排除|禁止|去[除掉]|而非|少用|^别$")
+_NEGATING = re.compile(
+    "不(?![锈倒])|无(?![线框绳袖缝影糖]|人机|花果|尾熊)|[没勿]|[反负][向面]|避免|排除|禁止|去[除掉]|而非|少用|^别$"
+)
 _COLORED = re.compile("[红橙黄绿青蓝紫黑白灰粉棕褐金银暖冷]")
 _MAX_HEADED_CHARS = 8
 _MAX_WORD_CHARS = max(map(len, _WORDS | _QUALITY))
