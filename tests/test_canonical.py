@@ -322,6 +322,8 @@ SAME = {
         ("讀書的女孩", "读书的女孩"),
         ("请画一张灯塔的图片，谢谢啦", "灯塔"),
         ("/imagine 灯塔", "灯塔"),
+        ("请画一张灯塔的图片。非常感谢", "灯塔"),
+        ("please draw a lighthouse. Thank you so much!", "a lighthouse"),
         ("请你画一只猫", "一只猫"),
         ("你好，请画一只猫", "一只猫"),
         ("帮我生成一张猫的图片，谢谢", "猫"),
@@ -551,6 +553,7 @@ DIFFERENT = {
         ("a wild deer", "wild deer"),
         ("the deer is in the forest", "the deer are in the forest"),
         ("a broken glass", "broken glass"),
+        ("a cork on a tray", "cork on a tray"),
         ("a black & a white cat", "a black & white cat"),
         ("a fox hunting in the snow", "fox hunting in the snow"),
         ("a woman hugging a tree", "a woman hugging tree"),
@@ -624,6 +627,7 @@ DIFFERENT = {
     ],
     "who does what, in Chinese": [
         ("木匠雕的佛像", "木匠雕佛像"),
+        ("父亲背着竹篓", "父亲背的竹篓"),
         ("爷爷扎的灯笼", "爷爷扎灯笼"),
         ("鲨鱼的帐篷", "鲨鱼帐篷"),
         ("小狗在飞机上", "小狗飞机上"),
@@ -872,7 +876,7 @@ def test_forms_are_the_same_in_every_process(seed: str) -> None:
     assert told.stdout.strip() == hashlib.sha256("\x1e".join(form for _, form in rows).encode()).hexdigest()
 
 
-PINNED = ("canonical/1", "1b2c343aa76489cdbafaf4c05d3b4cff8eff006edd0315ebfebabf3d0b46da60")
+PINNED = ("canonical/1", "a556538f7ff05a55c7e103f706ed0dc463bde8ecd8e8b3b7d17037837f8190b4")
 """The version, and the digest of all that it is made of."""
 
 

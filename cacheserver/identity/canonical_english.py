@@ -48,7 +48,7 @@ _COUNTED = (
     | frozenset(
         str.split(
             "chicken lamb duck turkey goose lobster crab octopus rabbit orange lime peach plum olive lemon pepper "
-            "light stone rock brick marble straw toast cloth hair spring"
+            "light stone rock brick marble straw toast cloth hair spring cork"
         )
     )
 )
@@ -219,8 +219,9 @@ COMMANDS = (["generate"], ["create"], ["draw"], ["description"], ["image", "desc
 _GREETINGS = (["hi"], ["hello"], ["hey"], ["hi", "there"], ["hello", "there"], ["hey", "there"])
 _DETERMINERS = (_ARTICLES | {"some", "my", "your", "his", "her", "their", "this"} | set(_NUMBER_WORDS)) - {"zero"}
 _WRAPPING = _MAKING | _IMAGES | _ARTICLES | {phrase[0] for phrase in (*_ASKING, *_WANTING)}
-_THANKS = (["please"], ["thanks"], ["thank", "you"], ["thanks", "a", "lot"], ["thx"], ["pls"])
-_MAY_BE_DRAWN = (["thanks"], ["thank", "you"], ["thanks", "a", "lot"])
+_MANY_THANKS = tuple(map(str.split, ("thank you so much", "thank you very much", "thanks in advance", "many thanks")))
+_THANKS = (["please"], ["thanks"], ["thank", "you"], ["thanks", "a", "lot"], ["thx"], ["pls"], *_MANY_THANKS)
+_MAY_BE_DRAWN = (["thanks"], ["thank", "you"], ["thanks", "a", "lot"], *_MANY_THANKS)
 """What a card may say, where nothing is asked for."""
 
 
