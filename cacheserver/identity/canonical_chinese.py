@@ -120,7 +120,7 @@ _DIGITS = {"零": 0, "一": 1, "二": 2, "两": 2, "三": 3, "四": 4, "五": 5,
 _UNITS = {"十": 10, "百": 100, "千": 1000}
 _NUMERALS = frozenset(_DIGITS) | frozenset(_UNITS)
 _NOT_COUNTED = re.compile(r"(?:[几数多半a-z]|\d[.,:/-])\Z")
-"""What stands before a number that is an ordinal, inexact or part of a longer one."""
+"""What stands before a number that is inexact or part of a longer one."""
 
 _IN_BARS = frozenset("吐土烟香蛋巧")
 """What 条 counts whole bars, loaves or cartons of: 一条香烟 is no cigarette."""
