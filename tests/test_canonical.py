@@ -720,6 +720,12 @@ def test_these_are_two_pictures(rule: str, one: str, other: str) -> None:
     assert not same_picture(one, other), rule
 
 
+def test_a_prompt_of_more_than_200_quote_marks_stays_as_written() -> None:
+    few, many = 'A fox, "hi"' + ' "hi"' * 99, 'A fox, "hi"' + ' "hi"' * 100
+    assert same_picture(few, few.lower())
+    assert canonical(many) == many
+
+
 def test_above_2000_bytes_a_prompt_stays_as_written() -> None:
     short = "A Cat, " * 285
     assert canonical(short) != short
