@@ -31,7 +31,7 @@ from cacheserver.identity.canonical_style import VERBATIM, contents_and_styles, 
 from cacheserver.identity.characters import fold_characters, is_plain
 from cacheserver.identity.verbatim import Part, UnclearQuotesError, is_without, split
 
-CANONICAL_VERSION = "canonical/1"
+CANONICAL_VERSION = "canonical/2"
 """The profile's name with its number, which rises with every change of what it makes of any prompt."""
 
 _MAX_BYTES = 2_000
