@@ -76,7 +76,8 @@ class Server(ABC):
                 env={"PATH": os.defpath},
             )
         deadline_s = time.monotonic() + _START_TIMEOUT_S
-        while not self.is_ready():
+        # One that has ended may look ready: somebody else's server may have had its port first.
+        while self._process.poll() is not None or not self.is_ready():
             if self._process.poll() is not None or time.monotonic() > deadline_s:
                 self.kill()
                 raise RuntimeError((self.directory / "server.log").read_text(errors="replace")[-2000:])
@@ -164,6 +165,11 @@ class ClusterServer(ValkeyServer):
         """By which the nodes know it."""
         return self.execute("CLUSTER MYID").split(b"\r\n")[1]
 
+    def meet(self, other: ClusterServer) -> None:
+        """Be of one cluster with it, soon."""
+        command = f"CLUSTER MEET 127.0.0.1 {other.port} {other.bus_port}"
+        _wait_until(lambda: self.execute(command) == b"+OK\r\n")
+
     def follow(self, master: ClusterServer) -> None:
         """Be its replica; waits until it is known here."""
         command = f"CLUSTER REPLICATE {master.name.decode()}"
@@ -194,8 +200,11 @@ class Cluster:
         for node in self.nodes:
             node.start()
         for one, other in itertools.permutations(self.nodes, 2):
-            one.execute(f"CLUSTER MEET 127.0.0.1 {other.port} {other.bus_port}")
-        _wait_until(lambda: all(b"cluster_state:ok" in node.execute("CLUSTER INFO") for node in self.nodes))
+            one.meet(other)
+        _wait_until(
+            lambda: all(b"cluster_state:ok" in node.execute("CLUSTER INFO") for node in self.nodes),
+            or_say=lambda: "\n".join(node.execute("CLUSTER NODES").decode() for node in self.nodes),
+        )
         if self.replicas:
             for master, replica in zip(self.masters, self.replicas, strict=True):
                 master.execute("CONFIG SET repl-diskless-sync-delay 0")
@@ -280,11 +289,11 @@ class SentinelSet:
             server.kill()
 
 
-def _wait_until(is_so: Callable[[], bool]) -> None:
+def _wait_until(is_so: Callable[[], bool], or_say: Callable[[], str] = str) -> None:
     deadline_s = time.monotonic() + _START_TIMEOUT_S
     while not is_so():
         if time.monotonic() > deadline_s:
-            raise TimeoutError
+            raise TimeoutError(or_say())
         time.sleep(0.02)
 
 

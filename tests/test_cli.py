@@ -557,10 +557,11 @@ async def test_doctor_tries_a_redis_and_a_bucket_of_yours(
         "endpoint": s3_server.endpoint,
         "access_key": s3_server.access_key,
         "secret_key": s3_server.secret_key,
+        "read_timeout_s": 10.0,  # a new bucket's first object waits until SeaweedFS has made room for it
     }
     flags = configured(tmp_path, redis={"url": valkey_server.url}, s3=s3)
     found = findings(await command(*flags, "--json", env=DEAD_UPSTREAM))
-    assert found["redis"][0] == found["s3"][0] == "well"
+    assert found["redis"][0] == found["s3"][0] == "well", (found["redis"][1], found["s3"][1])
     assert found["upstream openai"][0] == "broken"
     assert "UPSTREAM_DOWN" in found["upstream openai"][1]
 
