@@ -369,8 +369,11 @@ class Leases(Protocol):
         """
         ...
 
-    def let_go(self, lease: Lease, *, after: Callable[[], Awaitable[None]]) -> None:
-        """Give a lease back once `after` has ended: what came of it is where other replicas find it. Never waits."""
+    def let_go(self, lease: Lease, *, after: Callable[[], Awaitable[None]] | None) -> None:
+        """Give a lease back once `after` has ended: what came of it is where other replicas find it. Never waits.
+
+        None: nothing was made, so nobody need look again.
+        """
         ...
 
 

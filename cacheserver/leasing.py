@@ -54,8 +54,4 @@ class Leasing:
     async def _give_up(self, taking: asyncio.Task[Lease]) -> None:
         await end([taking] if not taking.done() else [])
         if not taking.cancelled() and taking.exception() is None:
-            self._leases.let_go(taking.result(), after=_at_once)
-
-
-async def _at_once() -> None:
-    """Nothing has come of it."""
+            self._leases.let_go(taking.result(), after=None)

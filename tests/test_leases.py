@@ -110,6 +110,11 @@ async def holding(leases: RedisLeases, name: str = NAME, *, looked_s_ago: float 
         await leases._tasks.idle()
 
 
+async def give_back_unused(leases: RedisLeases) -> None:
+    leases.let_go(await leases.take(NAME, looked_s_ago=0.0, priority=standard), after=None)
+    await leases._tasks.idle()
+
+
 async def held(leases: RedisLeases, until_s: AsyncExitStack) -> Lease:
     return await until_s.enter_async_context(holding(leases))
 
@@ -160,6 +165,18 @@ class TestTaking:
         await client.hincrby(replicas.key, "released_ms", -5_000)
         async with holding(replicas.new(), looked_s_ago=1) as since:
             assert not since.look_again
+
+    async def test_of_one_that_was_given_back_unused_there_is_nothing_to_look_for(self, replicas: Replicas) -> None:
+        await give_back_unused(replicas.new())
+        async with holding(replicas.new(), looked_s_ago=60) as lease:
+            assert not lease.look_again
+
+    async def test_one_given_back_unused_does_not_hide_an_earlier_release(self, replicas: Replicas) -> None:
+        async with holding(replicas.new()):
+            pass
+        await give_back_unused(replicas.new())
+        async with holding(replicas.new(), looked_s_ago=60) as lease:
+            assert lease.look_again
 
     async def test_who_gives_up_waiting_leaves_nothing_behind(self, replicas: Replicas) -> None:
         async with AsyncExitStack() as first, AsyncExitStack() as second:
@@ -274,6 +291,16 @@ class TestDying:
         async with asyncio.timeout(5), holding(replicas.new()) as lease:
             assert lease.look_again
             assert int(await client.hget(replicas.key, "fence") or 0) == 2
+
+    async def test_one_taken_from_the_dead_and_given_back_unused_still_makes_others_look(
+        self, replicas: Replicas
+    ) -> None:
+        dead = replicas.new(lease_s=SOON_S)
+        assert await dead._acquire(replicas.key, Lease(), 0.0, standard) is not None
+        async with asyncio.timeout(5):
+            await give_back_unused(replicas.new())
+        async with holding(replicas.new()) as lease:
+            assert lease.look_again
 
     async def test_a_living_holder_keeps_it_beyond_its_span(self, replicas: Replicas) -> None:
         async with AsyncExitStack() as first, AsyncExitStack() as second:

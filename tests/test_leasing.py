@@ -33,6 +33,7 @@ class Desk(Leases):
         self.priorities: list[Priority] = []
         self.failing: dict[str, Exception] = {}
         self.taken: dict[Lease, str] = {}
+        self.unused: list[str] = []
         self._free: dict[str, asyncio.Event] = {name: asyncio.Event() for name in BOTH}
         for name in {*BOTH} - {*held}:
             self._free[name].set()
@@ -61,9 +62,10 @@ class Desk(Leases):
         self.taken[lease := Lease()] = identity_name
         return lease
 
-    def let_go(self, lease: Lease, *, after: Callable[[], Awaitable[None]]) -> None:  # noqa: ARG002 - nobody waits here
+    def let_go(self, lease: Lease, *, after: Callable[[], Awaitable[None]] | None) -> None:
         if (name := self.taken.pop(lease, None)) is not None:
             self.events.append(f"give back {name}")
+            self.unused += [name] if after is None else []
             self.free(name)
 
 
@@ -112,6 +114,7 @@ async def test_the_second_lease_is_given_back_while_another_has_the_first_one() 
     both = taking(desk, *BOTH)
     await until(lambda: "give back own" in desk.events)
     assert desk.events == ["ask canonical", "ask own", "take own", "give back own"]
+    assert desk.unused == ["own"]  # nobody looks again for what was made under it
     desk.free("canonical")
     leases = await both
     assert desk.events[4:] == ["take canonical", "ask own", "take own"]

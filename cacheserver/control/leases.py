@@ -2,12 +2,14 @@
 
 A lease is a hash in Redis, judged by the server's clock:
 
-    lease:{<identity>}     holder, deadline_ms, fence, released_ms, urgency: the priority of who waits
+    lease:{<identity>}     holder, deadline_ms, fence, released_ms
+                           succeeds: whether it was taken from one who died
+                           urgency: the priority of who waits
 
 Its holder shows every quarter of its span that it lives; a deadline that passes makes the next who asks its successor,
 under a higher fence, in the same script. A lease that is held has no TTL: a full Redis would evict it. Once released it
-has one, for then it only tells when that was: who looked into the tiers before looks again. The leases of the dead that
-nobody asks for any more are swept.
+has one, for then it only tells when that was: who looked into the tiers before looks again. One that is given back
+unused tells nothing. The leases of the dead that nobody asks for any more are swept.
 
 Who waits asks again and again, ever more rarely, and at once when the channel `leases` says that it was released.
 """
@@ -61,7 +63,7 @@ if is_held and lease[1] ~= ARGV[1] and tonumber(lease[2]) > now then
   return {0, tonumber(lease[2]) - now, 0, 0}
 end
 local fence = redis.call('HINCRBY', KEYS[1], 'fence', 1)
-redis.call('HSET', KEYS[1], 'holder', ARGV[1], 'deadline_ms', now + tonumber(ARGV[2]))
+redis.call('HSET', KEYS[1], 'holder', ARGV[1], 'deadline_ms', now + tonumber(ARGV[2]), 'succeeds', is_held and 1 or 0)
 redis.call('PERSIST', KEYS[1])
 redis.call('HDEL', KEYS[1], 'urgency')
 local was_released = lease[3] and now - tonumber(lease[3]) <= tonumber(ARGV[3])
@@ -80,8 +82,12 @@ return {1, tonumber(lease[3] or '0')}
 
 _RELEASE = """
 if redis.call('HGET', KEYS[1], 'holder') ~= ARGV[1] then return 0 end
-local time = redis.call('TIME')
-redis.call('HSET', KEYS[1], 'holder', '', 'released_ms', time[1] * 1000 + math.floor(time[2] / 1000))
+redis.call('HSET', KEYS[1], 'holder', '')
+-- Whoever it was taken from may have paid, and nobody has looked since.
+if ARGV[4] == '1' or redis.call('HGET', KEYS[1], 'succeeds') ~= '0' then
+  local time = redis.call('TIME')
+  redis.call('HSET', KEYS[1], 'released_ms', time[1] * 1000 + math.floor(time[2] / 1000))
+end
 redis.call('EXPIRE', KEYS[1], ARGV[2])
 -- Should we not have the right to, who waits asks again all the same.
 redis.pcall('PUBLISH', ARGV[3], KEYS[1])
@@ -106,7 +112,7 @@ class NoLeases:
         """See `Leases.take`."""
         return Lease(is_shared=False)
 
-    def let_go(self, lease: Lease, *, after: Callable[[], Awaitable[None]]) -> None:
+    def let_go(self, lease: Lease, *, after: Callable[[], Awaitable[None]] | None) -> None:
         """See `Leases.let_go`."""
 
 
@@ -179,7 +185,7 @@ class RedisLeases:
         self._held[lease] = held
         return lease
 
-    def let_go(self, lease: Lease, *, after: Callable[[], Awaitable[None]]) -> None:
+    def let_go(self, lease: Lease, *, after: Callable[[], Awaitable[None]] | None) -> None:
         """See `Leases.let_go`."""
         if (held := self._held.pop(lease, None)) is not None:
             task = self._letting_go[held.name] = self._tasks.own(self._release(held, after), "release lease")
@@ -208,7 +214,7 @@ class RedisLeases:
             fence = await self._turn(name, holder, lease, looking_s, priority)
         except BaseException as error:
             # It may be ours all the same, and nobody would know: others would wait for its time to pass.
-            self._tasks.own(self._give_back(name, holder), "release lease")
+            self._tasks.own(self._give_back(name, holder, is_used=False), "release lease")
             if not isinstance(error, UNREACHABLE):
                 raise
             _log.warning("lease_unreachable", error=type(error).__name__)
@@ -302,18 +308,19 @@ class RedisLeases:
         _log.warning("lease_lost")
         self._books.unleased()
 
-    async def _release(self, held: _Held, after: Callable[[], Awaitable[None]]) -> None:
+    async def _release(self, held: _Held, after: Callable[[], Awaitable[None]] | None) -> None:
         try:
-            await after()
+            if after is not None:
+                await after()
         finally:
             await end([held.beating] if held.beating is not None else [])
             # A cancelled task keeps the frames it was cancelled in, and they `held` and the flight: a circle.
             held.beating = None
-        await self._give_back(held.name, held.holder)
+        await self._give_back(held.name, held.holder, is_used=after is not None)
 
-    async def _give_back(self, name: str, holder: str) -> None:
+    async def _give_back(self, name: str, holder: str, *, is_used: bool) -> None:
         try:
-            await self._run(_RELEASE, name, holder, _RELEASED_LASTS_S, self._channel)
+            await self._run(_RELEASE, name, holder, _RELEASED_LASTS_S, self._channel, int(is_used))
         except UNREACHABLE as error:
             _log.warning("lease_not_released", error=type(error).__name__)  # its time passes
 
