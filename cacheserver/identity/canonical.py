@@ -49,18 +49,29 @@ _BINDING_HYPHEN = (
 )
 """A hyphen that is no space: a man-eating shark is none that a man eats. A good-looking man is a good looking one."""
 
+
+def _words(letter: str) -> str:
+    return (
+        rf"(?:{letter}|(?<!\S)-\d){letter}*+"  # a word or a number with its sign; every other hyphen is a space
+        r"(?:(?=['.:,-])"  # most words end here
+        rf"(?:(?:['.:](?={letter})|(?<=\d)[,-](?=\d)|{_BINDING_HYPHEN}){letter}++)*+"  # person's, 1.5, 16:9, 18-105mm
+        r"(?:(?<=s)'(?!\w))?)?"  # the dogs' bowl
+        r"|(?<!\S)[:;]-?[()dp3](?!\w)"  # :) and ;)
+        r"|::+"
+    )
+
+
 _TOKEN = re.compile(
     rf"[{chinese.CJK}]+"
-    rf"|(?:(?<!\S)-(?=\d))?{_LETTER}++"  # a word or a number with its sign; every other hyphen is a space
-    rf"(?:(?:['.:](?={_LETTER})|(?<=\d)[,-](?=\d)|{_BINDING_HYPHEN}){_LETTER}++)*+"  # person's, 1.5, 16:9, 18-105mm
-    r"(?:(?<=s)'(?!\w))?"  # the dogs' bowl
-    r"|(?<!\S)[:;]-?[()dp3](?!\w)"  # :) and ;)
-    r"|::+"
+    rf"|{_words(_LETTER)}"
     r"|[,;.!?:…。、~\n–—]+"  # noqa: RUF001 - what separates segments
     r"|[\u2190-\u2bff\ufe0f\u200d\U0001f000-\U0001faff]+"  # emoji
     r"|[^\w\s-]"
     r"|_+"
 )
+_ASCII_TOKEN = re.compile(rf"{_words('[A-Za-z0-9]')}|[,;.!?:~\n]+|[^\w\s-]|_+")
+"""What _TOKEN finds in ASCII, in half the time."""
+
 _SEPARATORS = frozenset(",;.!?:…。、~\n–—")  # noqa: RUF001 - as above
 _QUOTES = frozenset("\"'“”‘’«»‹›「」『』《》〈〉【】〖〗`´")  # noqa: RUF001 - the marks that quote
 _MARK = re.compile(f"[{''.join(sorted(_QUOTES))}<]")
@@ -140,7 +151,8 @@ def _one_pass(text: str, *, ignore_quality_words: bool) -> str:
         if part.verbatim:
             tokens.append(VERBATIM + _told(part.text.strip()))
         else:
-            tokens += _TOKEN.findall(_folded(part.text, is_drawn=is_drawn))
+            text = _folded(part.text, is_drawn=is_drawn)
+            tokens += (_ASCII_TOKEN if text.isascii() else _TOKEN).findall(text)
     contents, styles = contents_and_styles(
         _segments(tokens), ignore_quality_words=ignore_quality_words, in_order=is_open
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Iterable
-from enum import Enum, auto
 from functools import lru_cache
 
 from opencc import OpenCC
@@ -19,17 +18,21 @@ from cacheserver.identity.canonical_lists import rewritings, vocabulary
 CJK = "\u3400-\u9fff\uf900-\ufaff"
 """Han characters, as the inside of a [] pattern."""
 
-HAS_CJK = re.compile(f"[{CJK}]")
+_HAS_CJK = re.compile(f"[{CJK}]")
 _KANA_OR_HANGUL = re.compile("[\u3040-\u30ff\uac00-\ud7af]")
-_SPACE_BETWEEN = re.compile(rf"(?<=[{CJK}])(?<![薪资粉])\s+(?=[{CJK}]|\d+(?:[{CJK}]|k\b))")
+# Here and below a pattern begins with the character it is found by, and looks back from there: what begins none is then
+# passed over fast.
+_SPACE_BETWEEN = re.compile(rf"\s(?<=[{CJK}]\s)(?<![薪资粉]\s)\s*(?=[{CJK}]|\d+(?:[{CJK}]|k\b))")
+
+_ONE_SPACE_BETWEEN = re.compile(rf" (?<=[{CJK}] )(?=[{CJK}])")
 
 _to_simplified = OpenCC("t2s").convert
-_PARTICLE = re.compile("(?<![显卓原名专巨论土编遗译])著(?![名作称者述录])")
+_PARTICLE = re.compile("著(?<![显卓原名专巨论土编遗译]著)(?![名作称者述录])")
 """著 that OpenCC leaves though it is 着: 穿著 is also a noun."""
 
 _MAY_BE_DRAWN = re.compile(
-    "寫(?![實真生作信意])|書(?=[寫法著有道體])|[草楷隸行篆]書|(?<!書)字(?![典母])|[題印刻繡]|標[題語誌]|商標|聯(?![合盟絡])|匾"
-    "|招牌|看板|橫幅|布條|[路門木]牌|標籤|揮春|刺青|紋身|[店書]名|名為|快樂|恭喜|發財|歡迎|大吉"
+    "寫(?![實真生作信意])|書[寫法著有道體名]|草書|楷書|隸書|行書|篆書|字(?<!書字)(?![典母])|題|印|刻|繡|標[題語誌籤]|商標"
+    "|聯(?![合盟絡])|匾|招牌|看板|橫幅|布條|路牌|門牌|木牌|揮春|刺青|紋身|店名|名為|快樂|恭喜|發財|歡迎|大吉"
 )
 """What tells of characters in the picture, in traditional ones: 寫著發財 draws others than 写着发财."""
 
@@ -81,7 +84,7 @@ _TELLING = re.compile(
 """的 that tells whose something is, and who does what: 熊猫的玩具 are no 熊猫玩具, and an angler is no 老人钓的鱼."""
 
 _JUST_NOW = re.compile(
-    "(?:正在|(?<![大中端公改校反修纠方周纯真雍金立])正|(?<![存现实所内正])在)"
+    "(?:正在|正(?<![大中端公改校反修纠方周纯真雍金立]正)|在(?<![存现实所内正]在))"
     "(?=看(?![台守])|吃|喝|走(?![廊道])|读|骑|拿|睡(?![袋衣莲])|钓|望|盯|眺|享|弹(?![簧珠丸])|织(?!物)|唱(?!片)|画(?=画)|抱(?!枕)|用)"
     "|正(?=准备|要|从|往|被)"
 )
@@ -119,8 +122,10 @@ _MEASURES = _INDIVIDUAL | frozenset(
 _DIGITS = {"零": 0, "一": 1, "二": 2, "两": 2, "三": 3, "四": 4, "五": 5, "六": 6, "七": 7, "八": 8, "九": 9}
 _UNITS = {"十": 10, "百": 100, "千": 1000}
 _NUMERALS = frozenset(_DIGITS) | frozenset(_UNITS)
-_NOT_COUNTED = re.compile(r"(?:[几数多半a-z]|\d[.,:/-])\Z")
-"""What stands before a number that is inexact or part of a longer one."""
+_VALUES = {numeral: str(value) for numeral, value in (_DIGITS | _UNITS).items()}
+_INEXACT = frozenset("几数多半" + string.ascii_lowercase)
+_INSIDE_NUMBERS = frozenset(".,:/-")
+"""What stands before a number that is inexact or, behind a digit, part of a longer one."""
 
 _IN_BARS = frozenset("吐土烟香蛋巧")
 """What 条 counts whole bars, loaves or cartons of: 一条香烟 is no cigarette."""
@@ -136,25 +141,27 @@ def _becomes() -> dict[str, str]:
     return found | {f"{word}的": word for word in _OF_TWO_SYLLABLES.split()}
 
 
-def _pattern(words: Iterable[str]) -> str:
-    """Finds the longest of the words; by first characters, for one choice among few is made sooner than among all."""
-    rests: dict[str, list[str]] = {}
+def _by_beginning(words: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The words by their first two characters, longest first."""
+    found: dict[str, list[str]] = {}
     for word in sorted(words, key=len, reverse=True):
-        rests.setdefault(word[0], []).append(word[1:])
-    return "|".join(f"{first}(?:{'|'.join(rest)})" for first, rest in rests.items())
+        found.setdefault(word[:2], []).append(word)
+    return {beginning: tuple(those) for beginning, those in found.items()}
 
 
 _BECOMES = _becomes()
-_NOTABLE = re.compile(f"{_pattern(_BECOMES)}|{'|'.join(sorted(_NUMERALS))}|{'|'.join(string.digits)}")
-"""All else stays as it is. Every choice begins with a character: then what begins none is passed over fast."""
+_WORDS_BY_BEGINNING = _by_beginning(_BECOMES)
+_COUNTING = _NUMERALS | {*string.digits}
+_NOTABLE = _COUNTING | {word[0] for word in _BECOMES}
+"""What begins no word and no number stays as it is."""
 
 _STYLE_LINES = vocabulary("style.zh", frozenset({"quality", "frame", "own"}))
 _MAX_STYLE_CHARS = 16
 
 
 _ANNOUNCING = re.compile(
-    "(?:[印刻绣題题][着著有]|名叫|取名|店名[是为為叫]?|(?:门头|門頭)[上是为為]?"
-    "|(?:招牌|牌匾|[横橫]幅|标志|標誌|[Ll]ogo|LOGO)(?:[上是为為]|(?=[:\uff1a])))[:\uff1a]?"
+    "(?:印[着著有]|刻[着著有]|绣[着著有]|題[着著有]|题[着著有]|名叫|取名|店名[是为為叫]?|门头[上是为為]?|門頭[上是为為]?"
+    "|(?:招牌|牌匾|横幅|橫幅|标志|標誌|logo|Logo|LOGO)(?:[上是为為]|(?=[:\uff1a])))[:\uff1a]?"
 )
 
 
@@ -164,9 +171,19 @@ def announced(text: str) -> int:
     return len(text) if found is None else found.end()
 
 
+def is_cjk(character: str) -> bool:
+    """Whether it is a Han character."""
+    return "\u3400" <= character <= "\u9fff" or "\uf900" <= character <= "\ufaff"
+
+
+def without_spaces_between(text: str) -> str:
+    """`text` without the single spaces that stand between Han characters."""
+    return _ONE_SPACE_BETWEEN.sub("", text)
+
+
 def is_chinese(text: str) -> bool:
     """Whether `text` has Han characters and is not Japanese or Korean, whose words these rules do not know."""
-    return bool(HAS_CJK.search(text)) and not _KANA_OR_HANGUL.search(text)
+    return bool(_HAS_CJK.search(text)) and not _KANA_OR_HANGUL.search(text)
 
 
 def rewritten(text: str, *, simplified: bool) -> str:
@@ -202,18 +219,30 @@ def _scanned(text: str) -> str:
     text = _JUST_NOW.sub("", text)
     out: list[str] = []
     position = 0
-    while found := _NOTABLE.search(text, position):
-        start, end = found.span()
-        out.append(text[position:start])
-        told = _BECOMES.get(found[0])
-        if told is None:
+    for start, character in enumerate(text):
+        if character not in _NOTABLE or start < position:
+            continue
+        is_word = character in _BECOMES or text[start : start + 2] in _WORDS_BY_BEGINNING
+        if is_word and (word := _word(text, start)):
+            told, end = _BECOMES[word], start + len(word)
+            if not told and _TELLING.match(text, start):
+                told = word
+        elif character in _COUNTING:
             told, end = _number(text, start)
-        elif not told and _TELLING.match(text, start):
-            told = found[0]
-        out.append(told)
+        else:
+            continue
+        out += (text[position:start], told)
         position = end
     out.append(text[position:])
     return "".join(out)
+
+
+def _word(text: str, start: int) -> str:
+    """The longest word that begins there and becomes another one or is left alone; "" if none."""
+    for word in _WORDS_BY_BEGINNING.get(text[start : start + 2], ()):
+        if text.startswith(word, start):
+            return word
+    return text[start] if text[start] in _BECOMES else ""
 
 
 def _is_numeral(character: str) -> bool:
@@ -228,14 +257,16 @@ def _number(text: str, start: int) -> tuple[str, int]:
         end += 1
     written = text[start:end]
     after = text[end : end + 1]
-    if not after or after not in _MEASURES or _NOT_COUNTED.search(text, max(0, start - 2), start):
+    before = text[start - 1] if start else ""
+    if after not in _MEASURES or before in _INEXACT:
+        return written, end
+    if before in _INSIDE_NUMBERS and start > 1 and text[start - 2].isdecimal():
         return written, end
     value = written if is_digits else _value(written)
     if value is None:
         return written, end
-    following = text[end + 1 : end + 2]
-    is_ordinal = text[max(0, start - 1) : start] == "第"
-    return value, end + 1 if not is_ordinal and after in _INDIVIDUAL and _is_said_alone(after, following) else end
+    is_alone = before != "第" and after in _INDIVIDUAL and _is_said_alone(after, text[end + 1 : end + 2])
+    return value, end + 1 if is_alone else end
 
 
 def _is_said_alone(measure: str, following: str) -> bool:
@@ -255,6 +286,8 @@ def _is_said_alone(measure: str, following: str) -> bool:
 
 def _value(numerals: str) -> str | None:
     """A numeral in digits; None where it is no single number, as 两三 (two or three)."""
+    if len(numerals) == 1:
+        return _VALUES[numerals]
     if len(numerals) > _MAX_NUMERALS:
         return None
     total, digit, least = 0, None, 10_000
@@ -275,7 +308,9 @@ def _value(numerals: str) -> str | None:
 
 _WORDS = frozenset(_scanned(word) for line in _STYLE_LINES for word in line.written)
 _QUALITY = frozenset(_scanned(line.written[0]) for line in _STYLE_LINES if line.kind == "quality") | {"8k", "4k", "16k"}
-_FRAMES = sorted((_scanned(line.written[0]) for line in _STYLE_LINES if line.kind == "frame"), key=len, reverse=True)
+_FRAMES = tuple(
+    sorted((_scanned(line.written[0]) for line in _STYLE_LINES if line.kind == "frame"), key=len, reverse=True)
+)
 _OWN = frozenset(_scanned(line.written[0]) for line in _STYLE_LINES if line.kind == "own")
 _OWN_HEADS = ("质感", "镜头")
 """What a single thing has, too, where no listed word stands before: 磨砂质感, 看镜头."""
@@ -311,7 +346,8 @@ _BEFORE_PRODUCTS = frozenset("水农副")
 _PARTS = ("左", "右", "上", "下", "中间", "第", "一半", "一边", "另", "前景")
 _TIMES = ("前", "后", "时")
 _NEGATING = re.compile(
-    "不(?![锈倒])|无(?![线框绳袖缝影糖]|人机|花果|尾熊)|[没勿]|[反负][向面]|避免|排除|禁止|去[除掉]|而非|少用|^别$"
+    "不(?![锈倒])|无(?![线框绳袖缝影糖]|人机|花果|尾熊)|没|勿|反[向面]|负[向面]|避免|排除|禁止|去[除掉]|而非|少用"
+    "|别(?<![^ ]别)(?![^ ])"
 )
 _COLORED = re.compile("[红橙黄绿青蓝紫黑白灰粉棕褐金银暖冷]")
 _MAX_HEADED_CHARS = 8
@@ -323,9 +359,9 @@ def is_part(segment: str) -> bool:
     return segment.startswith(_PARTS) or segment.endswith(_TIMES)
 
 
-def negates(segment: str) -> bool:
-    """Whether a segment tells of what is not in the picture."""
-    return bool(_NEGATING.search(segment))
+def negates(words: Iterable[str]) -> bool:
+    """Whether words tell of what is not in the picture."""
+    return bool(_NEGATING.search(" ".join(words)))
 
 
 def is_colored(segment: str) -> bool:
@@ -345,34 +381,34 @@ def is_any_of_one(style: str) -> bool:
 
 def is_style(segment: str) -> bool:
     """Whether a segment says nothing but how the whole picture is made and looks."""
-    return len(segment) <= _MAX_STYLE_CHARS and _looks(segment) is not _Looks.NONE
+    return len(segment) <= _MAX_STYLE_CHARS and _is_style(segment)
 
 
 def is_quality(segment: str) -> bool:
     """Whether a segment asks for nothing but more pixels or more care."""
-    return len(segment) <= _MAX_STYLE_CHARS and _looks(segment) is _Looks.QUALITY
+    return len(segment) <= _MAX_STYLE_CHARS and _is_quality(segment)
 
 
-class _Looks(Enum):
-    NONE = auto()
-    STYLE = auto()
-    QUALITY = auto()
+# Both are remembered, for most prompts choose among the same segments.
 
 
 @lru_cache(maxsize=4_096)
-def _looks(segment: str) -> _Looks:
-    """What a segment of at most _MAX_STYLE_CHARS says; remembered, for most prompts choose among the same ones."""
-    if _is_made_of(segment, _QUALITY):
-        return _Looks.QUALITY
+def _is_style(segment: str) -> bool:
     is_headed = segment.endswith(_HEADS) and len(segment) <= _MAX_HEADED_CHARS
-    return _Looks.STYLE if is_headed or _is_made_of(segment, _WORDS) else _Looks.NONE
+    return is_headed or _is_made_of(segment, _WORDS) or _is_made_of(segment, _QUALITY)
+
+
+@lru_cache(maxsize=4_096)
+def _is_quality(segment: str) -> bool:
+    return _is_made_of(segment, _QUALITY)
 
 
 def without_frame(word: str) -> tuple[str, str]:
     """A segment's last word without what a shop calls its pictures, and that; "" where there is none."""
-    for frame in _FRAMES:
-        if word.endswith(frame) and word[-len(frame) - 1 : -len(frame)] not in _BEFORE_PRODUCTS:
-            return word[: -len(frame)], frame
+    if word.endswith(_FRAMES):
+        for frame in _FRAMES:
+            if word.endswith(frame) and word[-len(frame) - 1 : -len(frame)] not in _BEFORE_PRODUCTS:
+                return word[: -len(frame)], frame
     return word, ""
 
 

@@ -306,33 +306,40 @@ def _without_fillers(tokens: Tokens) -> Tokens:
     if _MAY_FILL.isdisjoint(tokens) or not _FOREIGN.isdisjoint(tokens):
         return tokens
     out: Tokens = []
-    position, length = 0, len(tokens)
-    while position < length:
-        token = tokens[position]
-        following = tokens[position + 1] if position + 1 < length else ""
-        if (names := _NAMES.get(token, _NO_NAMES).get(following)) and (name := _begins(tokens[position:], names)):
-            out.append(" ".join(name))
-            position += len(name)
+    position = 0
+    for at, token in enumerate(tokens):
+        if token not in _MAY_FILL or at < position:
             continue
-        position += 1
-        if token in _ARTICLES:
-            # Before a capital that says something it may be what makes a name of it; at the end it is a letter.
-            if not following or (not following.islower() and following.isalpha() and following.isascii()):
-                out.append(token)
-            elif (
-                (out and out[-1] in _BEFORE_OBJECTS)
-                or (len(out) > 1 and out[-1] in _JOINING and out[-2] in _QUALIFYING)
-                or _is_counted(tokens, position, token)
-            ):
-                out.append("a")
+        out += tokens[position:at]
+        position = at + 1
+        following = tokens[position] if position < len(tokens) else ""
+        if (names := _NAMES.get(token, _NO_NAMES).get(following)) and (name := _begins(tokens[at:], names)):
+            out.append(" ".join(name))
+            position = at + len(name)
+        elif token in _ARTICLES:
+            out += _left_of_article(tokens, at, out)
         elif token in _BEFORE_TO_BE and following in _VERBS_TO_BE:
             position += token == "there"  # noqa: S105 - a word
-        elif token in _VERBS_TO_BE and following in _ARTICLES and position + 1 < length:
+        elif token in _VERBS_TO_BE and following in _ARTICLES and position + 1 < len(tokens):
             out += [token, "a"]  # the bear is a hunter, and no bear hunter
             position += 1
         elif token not in _FILLERS or (out and out[-1] in _UNCHANGED):
             out.append(token)
-    return out
+    return [*out, *tokens[position:]]
+
+
+def _left_of_article(tokens: Tokens, at: int, before: Tokens) -> Tokens:
+    """What of an article stays behind the tokens rewritten so far."""
+    following = tokens[at + 1] if at + 1 < len(tokens) else ""
+    # Before a capital that says something it may be what makes a name of it; at the end it is a letter.
+    if not following or (not following.islower() and following.isalpha() and following.isascii()):
+        return [tokens[at]]
+    says_something = (
+        (before and before[-1] in _BEFORE_OBJECTS)
+        or (len(before) > 1 and before[-1] in _JOINING and before[-2] in _QUALIFYING)
+        or _is_counted(tokens, at + 1, tokens[at])
+    )
+    return ["a"] if says_something else []
 
 
 def _is_counted(tokens: Tokens, start: int, article: str) -> bool:
@@ -362,32 +369,32 @@ def _with_synonyms(tokens: Tokens) -> Tokens:
     if _MAY_CHANGE.isdisjoint(tokens):
         return tokens
     out: Tokens = []
-    position, length = 0, len(tokens)
-    while position < length:
-        token = tokens[position]
+    position = 0
+    for at, token in enumerate(tokens):
+        if token not in _MAY_CHANGE or at < position:
+            continue
+        out += tokens[position:at]
+        position = at + 1
         rows = _PHRASES.get(token)
-        if token == "x" and _is_between_numbers(tokens, position):  # noqa: S105 - a word
-            out[-1] += f"x{tokens[position + 1]}"
-            position += 2
+        if token == "x" and _is_between_numbers(tokens, at):  # noqa: S105 - a word
+            out[-1] += f"x{tokens[position]}"
+            position += 1
         elif rows is not None:
             for written, becomes in rows:
-                if len(written) == 1 or tokens[position : position + len(written)] == written:
+                if len(written) == 1 or tokens[at : at + len(written)] == written:
                     out += becomes
-                    position += len(written)
+                    position = at + len(written)
                     break
             else:
                 out.append(token)
-                position += 1
-        elif (token in _NUMBER_WORDS or token in _TENS) and tokens[position + 1 : position + 2] not in _LETTERS:
-            number, position = _number(tokens, position)
+        elif (token in _NUMBER_WORDS or token in _TENS) and tokens[position : position + 1] not in _LETTERS:
+            number, position = _number(tokens, at)
             out.append(number)
         elif token in _UNITS and out and out[-1][-1:].isdigit():
-            _join_unit(out, _UNITS[token], _digits_before(tokens, position))
-            position += 1
+            _join_unit(out, _UNITS[token], _digits_before(tokens, at))
         else:
             out.append(token)
-            position += 1
-    return out
+    return [*out, *tokens[position:]]
 
 
 def _is_between_numbers(tokens: Tokens, position: int) -> bool:

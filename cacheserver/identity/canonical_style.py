@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from itertools import chain
 
 from cacheserver.identity import canonical_chinese as chinese
@@ -55,6 +56,7 @@ _ONE_HEAD = dict.fromkeys(("lighting", "lights", "lit", "glow"), "light") | dict
     ("tone", "tones", "palette", "color", "hue", "hues", "scheme"), "colors"
 )
 _PANELS = frozenset(str.split("storyboard diptych triptych panels strip split"))
+_OF_PARTS = _PANELS | _NEGATING
 _OF_COLORED = frozenset(
     str.split(
         "lighting light lights lit glow glowing tones tone palette color colors hue hues grading scheme background "
@@ -73,19 +75,19 @@ def contents_and_styles(
         segments = [words for words in segments if not _is_quality(words)]
     if in_order or _is_in_parts(segments):
         return list(map(_joined, segments)), []
-    contents, styles = _apart(segments)
+    contents, styles = _apart(segments, _is_style if ignore_quality_words else says_how)
     if _is_torn(styles) or _has_each_its_own(contents, styles) or _is_any_of_one(styles, len(contents)):
         return list(map(_joined, segments)), []
     return list(map(_joined, contents)), [style for _, style in styles]
 
 
-def _apart(segments: list[Tokens]) -> tuple[list[Tokens], list[tuple[int, str]]]:
+def _apart(segments: list[Tokens], is_style: Callable[[Tokens], bool]) -> tuple[list[Tokens], list[tuple[int, str]]]:
     """The segments that show something, and the styles, each with how many of those stand before it."""
     contents: list[Tokens] = []
     styles: list[tuple[int, str]] = []
     is_product = False
     for words in segments:
-        if says_how(words):
+        if is_style(words):
             styles += [(len(contents), style) for style in _FRAME_ALONE.get(tuple(words)) or [_joined(words)]]
             continue
         rest, found = _without_frame(words)
@@ -108,11 +110,7 @@ def _is_in_parts(segments: list[Tokens]) -> bool:
     """Whether segments belong to what stands before them: left, a cat, watercolor, right, a dog; no people, fog."""
     begins = [words[1] if words[0] in PLACES and len(words) > 1 else words[0] for words in segments]
     words = list(chain.from_iterable(segments))
-    return sum(map(_is_part, begins)) > 1 or not _PANELS.isdisjoint(words) or _negates(words)
-
-
-def _negates(words: Tokens) -> bool:
-    return not _NEGATING.isdisjoint(words) or any(not word.isascii() and chinese.negates(word) for word in words)
+    return not _OF_PARTS.isdisjoint(words) or sum(map(_is_part, begins)) > 1 or chinese.negates(words)
 
 
 def _is_part(word: str) -> bool:
@@ -225,12 +223,16 @@ def _without_background(words: Tokens) -> tuple[Tokens, str]:
 
 
 def _joined(words: Tokens) -> str:
+    if len(words) == 1:
+        return words[0].removeprefix(VERBATIM)
     text = " ".join(words)
     if text.isascii() and VERBATIM not in text:
         return text
+    if VERBATIM not in text:
+        return chinese.without_spaces_between(text)
     text = ""
     for word in words:
         shown = word.removeprefix(VERBATIM)
-        is_run_on = text and chinese.HAS_CJK.match(text[-1]) and chinese.HAS_CJK.match(shown[:1])
+        is_run_on = text and chinese.is_cjk(text[-1]) and chinese.is_cjk(shown[0])
         text += shown if not text or is_run_on else f" {shown}"
     return text

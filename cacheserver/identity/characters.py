@@ -65,7 +65,9 @@ def fold_characters(text: str) -> str:
     """`text` in NFC with every character folded that folds."""
     if is_plain(text):
         return text
-    folded = _STRANDED_JOINERS.sub("", _FOLDABLE.sub(_fold, text))
+    folded = _FOLDABLE.sub(_fold, text)
+    if "\u200c" in folded or "\u200d" in folded:
+        folded = _STRANDED_JOINERS.sub("", folded)
     return unicodedata.normalize("NFC", folded)
 
 
