@@ -192,12 +192,13 @@ def _is_style(words: Tokens) -> bool:
 
 def _without_frame(words: Tokens) -> tuple[Tokens, list[str]]:
     """The words without what a shop calls its pictures, and that as style segments."""
-    if words[0] in _FRAME_ENDS or words[-1] in _FRAME_ENDS:
+    first, last = words[0], words[-1]
+    if first in _FRAME_ENDS or last in _FRAME_ENDS:
         for frame, becomes in _FRAMES:
             length = len(frame)
-            if words[:length] == frame and (len(words) == length or words[length] == "of"):
+            if first == frame[0] and words[:length] == frame and (len(words) == length or words[length] == "of"):
                 return words[length + 1 :], becomes
-            if words[-length:] == frame and len(words) > length and _is_shown(words[-length - 1]):
+            if last == frame[-1] and words[-length:] == frame and _is_shown_before(words, length):
                 return words[:-length], becomes
     elif not words[-1].isascii():
         rest, cut = chinese.without_frame(words[-1])
@@ -206,8 +207,14 @@ def _without_frame(words: Tokens) -> tuple[Tokens, list[str]]:
     return words, []
 
 
-def _is_shown(word: str) -> bool:
-    """Whether a frame behind a word is one: a baby product photo shows no baby, who holds a product photo holds it."""
+def _is_shown_before(words: Tokens, length: int) -> bool:
+    """Whether the last words are a frame of what stands before them.
+
+    A baby product photo shows no baby, and who holds a product photo holds it.
+    """
+    if len(words) <= length:
+        return False
+    word = words[-length - 1]
     return not (word in _BEFORE_PRODUCTS or word in BEFORE_OTHERS or word in PLACES or word.endswith("ing"))
 
 
