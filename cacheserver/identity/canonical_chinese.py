@@ -155,6 +155,21 @@ _COUNTING = _NUMERALS | {*string.digits}
 _NOTABLE = _COUNTING | {word[0] for word in _BECOMES}
 """What begins no word and no number stays as it is."""
 
+
+def _may_change() -> str:
+    """What finds the words that become others, and measure words behind numbers."""
+    rests: dict[str, list[str]] = {}
+    for word, becomes in _BECOMES.items():
+        if word != becomes:
+            rests.setdefault(word[0], []).append(word[1:])
+    words = [f"{first}(?:{'|'.join(those)})" for first, those in rests.items()]
+    numeral = f"[{''.join(sorted(_NUMERALS))}\\d]"
+    return "|".join([*words, *(f"{measure}(?<={numeral}{measure})" for measure in sorted(_MEASURES))])
+
+
+_MAY_CHANGE = re.compile(_may_change())
+"""Without any of these nothing changes, as in all that was rewritten before."""
+
 _STYLE_LINES = vocabulary("style.zh", frozenset({"quality", "frame", "own"}))
 _MAX_STYLE_CHARS = 16
 
@@ -217,6 +232,8 @@ def _clause_before(text: str, end: int) -> str:
 
 def _scanned(text: str) -> str:
     text = _JUST_NOW.sub("", text)
+    if not _MAY_CHANGE.search(text):
+        return text
     out: list[str] = []
     position = 0
     for start, character in enumerate(text):
@@ -306,8 +323,35 @@ def _value(numerals: str) -> str | None:
 
 # ── style ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_WORDS = frozenset(_scanned(word) for line in _STYLE_LINES for word in line.written)
-_QUALITY = frozenset(_scanned(line.written[0]) for line in _STYLE_LINES if line.kind == "quality") | {"8k", "4k", "16k"}
+
+class _Vocabulary:
+    """Words that segments may be made of, one behind the other."""
+
+    def __init__(self, words: Iterable[str]) -> None:
+        self._words = frozenset(words)
+        self._beginnings = frozenset(word[0] for word in self._words)
+        self._endings = frozenset(word[-1] for word in self._words)
+        self._longest = max(map(len, self._words))
+
+    def make_up(self, segment: str) -> bool:
+        """Whether a segment, not empty, is made of nothing but them."""
+        if segment[0] not in self._beginnings or segment[-1] not in self._endings:
+            return False
+        reached = [0]  # the ends of words so far: each is a place where the next one may begin
+        for end in range(1, len(segment) + 1):
+            for start in reached:
+                if segment[start:end] in self._words:
+                    reached.append(end)
+                    break
+            if reached[-1] < end - self._longest:
+                return False
+        return reached[-1] == len(segment)
+
+
+_STYLES = _Vocabulary(_scanned(word) for line in _STYLE_LINES for word in line.written)
+_QUALITIES = _Vocabulary(
+    ["8k", "4k", "16k", *(_scanned(line.written[0]) for line in _STYLE_LINES if line.kind == "quality")]
+)
 _FRAMES = tuple(
     sorted((_scanned(line.written[0]) for line in _STYLE_LINES if line.kind == "frame"), key=len, reverse=True)
 )
@@ -351,7 +395,6 @@ _NEGATING = re.compile(
 )
 _COLORED = re.compile("[红橙黄绿青蓝紫黑白灰粉棕褐金银暖冷]")
 _MAX_HEADED_CHARS = 8
-_MAX_WORD_CHARS = max(map(len, _WORDS | _QUALITY))
 
 
 def is_part(segment: str) -> bool:
@@ -376,7 +419,7 @@ def scale(style: str) -> str:
 
 def is_any_of_one(style: str) -> bool:
     """Whether a single thing may look like that, too: 黑白, 磨砂质感."""
-    return style in _OWN or (style.endswith(_OWN_HEADS) and not _is_made_of(style, _WORDS))
+    return style in _OWN or (style.endswith(_OWN_HEADS) and not _STYLES.make_up(style))
 
 
 def is_style(segment: str) -> bool:
@@ -395,12 +438,12 @@ def is_quality(segment: str) -> bool:
 @lru_cache(maxsize=4_096)
 def _is_style(segment: str) -> bool:
     is_headed = segment.endswith(_HEADS) and len(segment) <= _MAX_HEADED_CHARS
-    return is_headed or _is_made_of(segment, _WORDS) or _is_made_of(segment, _QUALITY)
+    return is_headed or _STYLES.make_up(segment) or _QUALITIES.make_up(segment)
 
 
 @lru_cache(maxsize=4_096)
 def _is_quality(segment: str) -> bool:
-    return _is_made_of(segment, _QUALITY)
+    return _QUALITIES.make_up(segment)
 
 
 def without_frame(word: str) -> tuple[str, str]:
@@ -410,15 +453,3 @@ def without_frame(word: str) -> tuple[str, str]:
             if word.endswith(frame) and word[-len(frame) - 1 : -len(frame)] not in _BEFORE_PRODUCTS:
                 return word[: -len(frame)], frame
     return word, ""
-
-
-def _is_made_of(segment: str, words: frozenset[str]) -> bool:
-    reached = [0]  # the ends of words so far: each is a place where the next one may begin
-    for end in range(1, len(segment) + 1):
-        for start in reached:
-            if segment[start:end] in words:
-                reached.append(end)
-                break
-        if reached[-1] < end - _MAX_WORD_CHARS:
-            return False
-    return reached[-1] == len(segment)
