@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from opencc import OpenCC
 
 from cacheserver.identity import canonical_chinese, canonical_lists
-from cacheserver.identity.canonical import CANONICAL_VERSION, canonical, same_picture
+from cacheserver.identity.canonical import _ASCII_TOKEN, _TOKEN, CANONICAL_VERSION, canonical, same_picture
 from cacheserver.identity.canonical_lists import Line, rewritings, vocabulary
 
 GOLDEN = Path(__file__).parent / "data" / "canonical_golden.tsv"
@@ -826,6 +826,23 @@ def test_two_numbers_never_become_one(number: int, other: int, words: list[str])
         around = " ".join(words)
         assert not same_picture(f"{number} foxes, {around}", f"{other} foxes, {around}")
         assert not same_picture(f"{number}只狐狸，{around}", f"{other}只狐狸，{around}")
+
+
+ASCII = st.text(st.characters(max_codepoint=0x7F), max_size=40)
+ODDITIES = ("a", "ing", "man-eat", "-5", "1", "'", "s'", ":", ":)", "::", ",", ".", "_", " ")
+
+
+@given(text=ASCII | st.lists(st.sampled_from(ODDITIES)).map("".join))
+def test_ascii_has_the_same_tokens_in_either_way(text: str) -> None:
+    assert _ASCII_TOKEN.findall(text) == _TOKEN.findall(text)
+
+
+def test_whatever_becomes_another_word_or_number_is_looked_for() -> None:
+    changing = [word for word, becomes in canonical_chinese._BECOMES.items() if word != becomes]
+    numerals = canonical_chinese._NUMERALS | {"7", "٧"}
+    counted = [numeral + measure for numeral in numerals for measure in canonical_chinese._MEASURES]
+    for written in changing + counted:
+        assert canonical_chinese._MAY_CHANGE.search(f"无{written}无"), written
 
 
 def test_numbers_in_words_are_all_different_in_both_languages() -> None:

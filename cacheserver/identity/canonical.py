@@ -50,7 +50,8 @@ _BINDING_HYPHEN = (
 """A hyphen that is no space: a man-eating shark is none that a man eats. A good-looking man is a good looking one."""
 
 
-def _words(letter: str) -> str:
+def _words_and_signs(letter: str) -> str:
+    """Finds words of such letters, and signs of two characters or more: :) and ::."""
     return (
         rf"(?:{letter}|(?<!\S)-\d){letter}*+"  # a word or a number with its sign; every other hyphen is a space
         r"(?:(?=['.:,-])"  # most words end here
@@ -63,13 +64,13 @@ def _words(letter: str) -> str:
 
 _TOKEN = re.compile(
     rf"[{chinese.CJK}]+"
-    rf"|{_words(_LETTER)}"
+    rf"|{_words_and_signs(_LETTER)}"
     r"|[,;.!?:…。、~\n–—]+"  # noqa: RUF001 - what separates segments
     r"|[\u2190-\u2bff\ufe0f\u200d\U0001f000-\U0001faff]+"  # emoji
     r"|[^\w\s-]"
     r"|_+"
 )
-_ASCII_TOKEN = re.compile(rf"{_words('[A-Za-z0-9]')}|[,;.!?:~\n]+|[^\w\s-]|_+")
+_ASCII_TOKEN = re.compile(rf"{_words_and_signs('[A-Za-z0-9]')}|[,;.!?:~\n]+|[^\w\s-]|_+")
 """What _TOKEN finds in ASCII, in half the time."""
 
 _SEPARATORS = frozenset(",;.!?:…。、~\n–—")  # noqa: RUF001 - as above
@@ -151,8 +152,8 @@ def _one_pass(text: str, *, ignore_quality_words: bool) -> str:
         if part.verbatim:
             tokens.append(VERBATIM + _told(part.text.strip()))
         else:
-            text = _folded(part.text, is_drawn=is_drawn)
-            tokens += (_ASCII_TOKEN if text.isascii() else _TOKEN).findall(text)
+            folded = _folded(part.text, is_drawn=is_drawn)
+            tokens += (_ASCII_TOKEN if folded.isascii() else _TOKEN).findall(folded)
     contents, styles = contents_and_styles(
         _segments(tokens), ignore_quality_words=ignore_quality_words, in_order=is_open
     )

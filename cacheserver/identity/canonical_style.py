@@ -238,7 +238,7 @@ def _joined(words: Tokens) -> str:
     if VERBATIM not in text:
         return chinese.without_spaces_between(text)
     text = ""
-    for word in words:
+    for word in words:  # what stays as written keeps its own spaces
         shown = word.removeprefix(VERBATIM)
         is_run_on = text and chinese.is_cjk(text[-1]) and chinese.is_cjk(shown[0])
         text += shown if not text or is_run_on else f" {shown}"
